@@ -1,0 +1,60 @@
+"""Packaging of opensora_fast.
+
+`kernels/`, `train/` and `benchmarks/` stand at the top of the repository, where a reader looks for them, and install as
+`opensora_fast.kernels`, `.train` and `.benchmarks`: a bare `kernels` in site-packages would collide with another project.
+"""
+
+from setuptools import find_packages, setup
+
+# A folder at the top of the repository and the package it becomes.
+TOP_LEVEL_FOLDERS = {"kernels": "opensora_fast.kernels", "train": "opensora_fast.train", "benchmarks": "opensora_fast.benchmarks"}
+
+
+def list_packages() -> list[str]:
+    packages = find_packages(include=["opensora_fast", "opensora_fast.*"])
+    for folder, package in TOP_LEVEL_FOLDERS.items():
+        packages.append(package)
+        packages.extend(f"{package}.{name}" for name in find_packages(folder))
+    return packages
+
+
+setup(
+    name="opensora_fast",
+    version="0.1.0",
+    description="Triton kernels, training stack and benchmarks for Open-Sora 1.1",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=list_packages(),
+    package_dir={package: folder for folder, package in TOP_LEVEL_FOLDERS.items()},
+    package_data={
+        "opensora_fast.data": ["tables/*.json"],
+        "opensora_fast.train": ["configs/*.py"],
+        "opensora_fast.benchmarks": ["published/*", "results/**/*.csv"],
+    },
+    install_requires=[
+        "torch>=2.7",
+        "triton>=3.3; platform_system == 'Linux'",
+        "numpy",
+        "pandas",
+        "pyarrow",
+        "safetensors",
+        "pydantic>=2",
+        "typer",
+        "rich",
+        "av>=14",
+        "pillow",
+        "matplotlib",
+        "diffusers>=0.29",
+        "transformers>=4.51",
+        "sentencepiece",
+        "ftfy",
+        "beautifulsoup4",
+    ],
+    extras_require={
+        "dali": ["nvidia-dali-cuda130>=2.0"],
+        "demo": ["scikit-video==1.1.11"],
+        "dev": ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "scikit-video==1.1.11"],
+        "colossalai": ["colossalai==0.5.0"],
+    },
+    entry_points={"console_scripts": ["opensora-fast=opensora_fast.cli:main"]},
+)
