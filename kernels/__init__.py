@@ -1,0 +1,31 @@
+"""The ops of ST-DiT-2 on packs of videos: a reference in plain PyTorch and a Triton kernel for each, with one meaning.
+
+This package imports torch and triton only and knows nothing of configurations, files or training.
+"""
+
+from .cross_attention import cross_attention
+from .dispatch import BACKENDS, calls
+from .gate_residual import gate_residual, gate_residual_modulated_norm
+from .gelu_tanh import gelu_tanh
+from .layout import PackLayout, TextLayout
+from .modulated_norm import modulated_norm
+from .patchify import patchify, token_grid, unpatchify
+from .spatial_attention import spatial_attention
+from .temporal_attention import temporal_attention
+
+__all__ = [
+    "BACKENDS",
+    "PackLayout",
+    "TextLayout",
+    "calls",
+    "cross_attention",
+    "gate_residual",
+    "gate_residual_modulated_norm",
+    "gelu_tanh",
+    "modulated_norm",
+    "patchify",
+    "spatial_attention",
+    "temporal_attention",
+    "token_grid",
+    "unpatchify",
+]

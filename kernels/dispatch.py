@@ -1,0 +1,45 @@
+"""Which implementation of an op runs, and a count of those that did.
+
+Every op has two implementations with one meaning: `reference` (plain PyTorch, any device) and `triton`. The caller
+chooses with `backend`; "auto" means Triton on CUDA and the reference elsewhere. Nothing falls back in silence: what runs
+is counted in `calls`, and a choice that cannot run raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "triton")
+
+# (op, backend) → how often it was called in this process; a run prints it.
+calls: Counter[tuple[str, str]] = Counter()
+
+
+def interpreting() -> bool:
+    """True when Triton was started with TRITON_INTERPRET=1, which runs its kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def choose(op: str, backend: str, tensor: Tensor, has_triton: bool = True) -> str:
+    """Returns "reference" or "triton" for a call of `op` on `tensor`, and counts it.
+
+    Raises:
+        ValueError: an unknown backend, or Triton asked for where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = "triton" if tensor.is_cuda and has_triton else "reference"
+    elif backend == "triton":
+        if not has_triton:
+            raise ValueError(f"{op}: it has no Triton kernel; use backend='reference'")
+        if not tensor.is_cuda and not interpreting():
+            raise ValueError(
+                f"{op}: Triton kernels need CUDA tensors, got {tensor.device}; use backend='reference', "
+                "or set TRITON_INTERPRET=1 before Python starts to run them slowly on the CPU"
+            )
+    calls[op, backend] += 1
+    return backend

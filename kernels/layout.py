@@ -1,0 +1,248 @@
+"""Where the tokens of a pack lie: the only representation of video tokens in this project.
+
+A pack is one matrix `x [N, C]` that holds the tokens of B videos of any shapes, one after another. The tokens of a video
+are ordered (frame, row, column). A dense batch is the pack of equal shapes.
+
+Letters: B videos, T frames of a video, S tokens of one of its frames, F frames of all videos together,
+N tokens of all videos together, P places (sum of S over videos), M text tokens of all videos together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive videos of one shape: `x[first_token : first_token + videos·T·S]` views as [videos, T, S, C]."""
+
+    first_video: int
+    first_frame: int
+    first_token: int
+    videos: int
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def tokens(self) -> int:
+        return self.videos * self.frames * self.frame_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class PackLayout:
+    """Shapes of the videos of a pack and the index tables that kernels read.
+
+    Build it with `PackLayout.of(shapes, device)`, which caches by shapes and device. Everything is computed on the host
+    from the shapes, so neither building nor using a layout waits for the GPU.
+
+    Attributes (all tensors int32 on `device`):
+        shapes: for each video (T, H, W), H and W in tokens.
+        token_offsets [B+1]: first token of each video.
+        frame_offsets [F+1]: first token of each frame; the cumulative lengths of spatial attention.
+        video_table [B, 4]: first token, T, S and first place of each video; the table of temporal attention.
+        frame_video [F]: video of each frame.
+        token_frame [N]: frame of each token, counted over the whole pack.
+    """
+
+    shapes: tuple[tuple[int, int, int], ...]
+    device: torch.device
+    token_offsets: Tensor
+    frame_offsets: Tensor
+    video_table: Tensor
+    frame_video: Tensor
+    token_frame: Tensor
+
+    @staticmethod
+    def of(shapes: Sequence[Sequence[int]], device: torch.device | str) -> PackLayout:
+        """Returns the layout of videos with `shapes` = [(T, H, W), …] in tokens.
+
+        Raises:
+            ValueError: no video, or a shape that is not three positive integers, or 2³¹ tokens or more.
+        """
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return _layout_of(tuple(tuple(int(size) for size in shape) for shape in shapes), device)
+
+    @property
+    def num_videos(self) -> int:
+        return len(self.shapes)
+
+    @cached_property
+    def num_frames(self) -> int:
+        return sum(frames for frames, _, _ in self.shapes)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(frames * height * width for frames, height, width in self.shapes)
+
+    @cached_property
+    def num_places(self) -> int:
+        return sum(height * width for _, height, width in self.shapes)
+
+    @cached_property
+    def max_frames(self) -> int:
+        return max(frames for frames, _, _ in self.shapes)
+
+    @cached_property
+    def max_frame_tokens(self) -> int:
+        return max(height * width for _, height, width in self.shapes)
+
+    @cached_property
+    def max_video_tokens(self) -> int:
+        return max(frames * height * width for frames, height, width in self.shapes)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """Consecutive videos of equal shape, so that dense code can view them as a batch."""
+        runs: list[Run] = []
+        video = frame = token = 0
+        for shape in self.shapes:
+            frames, height, width = shape
+            if runs and (runs[-1].frames, runs[-1].height, runs[-1].width) == shape:
+                last = runs[-1]
+                runs[-1] = Run(last.first_video, last.first_frame, last.first_token, last.videos + 1, *shape)
+            else:
+                runs.append(Run(video, frame, token, 1, *shape))
+            video += 1
+            frame += frames
+            token += frames * height * width
+        return tuple(runs)
+
+    def modulation_rows(self, x_masks: Sequence[Tensor | None] | Tensor | None) -> Tensor:
+        """Returns for each frame its row in a modulation table, int32 [F].
+
+        Without masks the table has B rows and a frame's row is its video. With masks it has 2·B rows: row b for the
+        noised frames of video b, row B + b for its given frames.
+
+        Args:
+            x_masks: bool [B, T] for videos of one frame count, or one bool [T] (or None) for each video;
+                True marks a noised frame, False a given one.
+
+        Raises:
+            ValueError: a mask whose length is not the video's frame count.
+        """
+        if x_masks is None:
+            return self.frame_video
+        if len(x_masks) != self.num_videos:
+            raise ValueError(f"x_masks: {len(x_masks)} masks for {self.num_videos} videos; give one per video")
+        if isinstance(x_masks, Tensor):
+            if x_masks.shape != (self.num_videos, self.max_frames) or x_masks.numel() != self.num_frames:
+                raise ValueError(
+                    f"x_mask: shape {tuple(x_masks.shape)} does not fit {self.num_videos} videos of "
+                    f"{[shape[0] for shape in self.shapes]} frames"
+                )
+            noised = x_masks.reshape(-1)
+        elif all(mask is None for mask in x_masks):
+            return self.frame_video
+        else:
+            pieces = []
+            for index, (mask, (frames, _, _)) in enumerate(zip(x_masks, self.shapes, strict=True)):
+                if mask is None:
+                    mask = torch.ones(frames, dtype=torch.bool, device=self.device)
+                if mask.shape != (frames,):
+                    raise ValueError(f"x_masks[{index}]: shape {tuple(mask.shape)}, but video {index} has {frames} frames")
+                pieces.append(mask.to(self.device, non_blocking=True))
+            noised = torch.cat(pieces)
+        given = (noised.to(self.device, non_blocking=True) == 0).to(torch.int32)
+        return self.frame_video + self.num_videos * given
+
+
+@lru_cache(maxsize=1024)
+def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> PackLayout:
+    if not shapes:
+        raise ValueError("PackLayout: no videos; give at least one (T, H, W)")
+    for index, shape in enumerate(shapes):
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"PackLayout: video {index} has shape {shape}; expected (T, H, W), each at least 1")
+    frames = torch.tensor([shape[0] for shape in shapes])
+    frame_tokens = torch.tensor([shape[1] * shape[2] for shape in shapes])
+    tokens = frames * frame_tokens
+    if int(tokens.sum()) >= 2**31:
+        raise ValueError(f"PackLayout: {int(tokens.sum())} tokens; a pack holds fewer than 2**31")
+    frame_video = torch.repeat_interleave(torch.arange(len(shapes)), frames)
+    tokens_of_frame = frame_tokens[frame_video]
+    table = torch.stack([_starts(tokens)[:-1], frames, frame_tokens, _starts(frame_tokens)[:-1]], dim=1)
+    token_frame = torch.repeat_interleave(torch.arange(len(frame_video)), tokens_of_frame)
+
+    def place(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(torch.int32)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    return PackLayout(
+        shapes=shapes,
+        device=device,
+        token_offsets=place(_starts(tokens)),
+        frame_offsets=place(_starts(tokens_of_frame)),
+        video_table=place(table.contiguous()),
+        frame_video=place(frame_video),
+        token_frame=place(token_frame),
+    )
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    """Cumulative sum with a leading zero: [L] → [L+1]."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+@dataclass(frozen=True, eq=False)
+class TextLayout:
+    """Where the text tokens of each video lie in `text [M, C]`.
+
+    Attributes:
+        starts int32 [B]: first text token of each video.
+        lengths int32 [B]: text tokens of each video; 0 is allowed and makes its cross-attention zero.
+        max_length: a bound on the lengths that the host knows.
+        num_tokens: M.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    max_length: int
+    num_tokens: int
+
+    @staticmethod
+    def from_mask(mask: Tensor | None, num_videos: int, length: int, device: torch.device) -> tuple[TextLayout, Tensor]:
+        """Returns the layout of `mask`'s real tokens, and the index [M] that picks them from text of shape [B·L, …].
+
+        A mask on the host gives an exact ragged pack. A mask on the GPU may not be read by the host without a stall, so
+        its text stays padded to L: the index only moves each video's real tokens to the front.
+
+        Args:
+            mask: [B, L], nonzero = real token; None = all real.
+            num_videos: B.
+            length: L.
+            device: where the tables are put.
+
+        Raises:
+            ValueError: the mask's shape is not [B, L].
+        """
+        if mask is None:
+            mask = torch.ones(num_videos, length, dtype=torch.bool)
+        if mask.shape != (num_videos, length):
+            raise ValueError(f"mask: shape {tuple(mask.shape)}, expected ({num_videos}, {length}) as the text in y")
+        real = mask != 0
+        lengths = real.sum(dim=1)
+        if real.device.type == "cpu":
+            index = real.reshape(-1).nonzero().squeeze(1)
+            starts = _starts(lengths)[:-1]
+            max_length, num_tokens = max(int(lengths.max()), 1), index.numel()
+        else:
+            order = torch.argsort(real.to(torch.int8), dim=1, descending=True, stable=True)
+            starts = torch.arange(num_videos, device=real.device) * length
+            index = (order + starts[:, None]).reshape(-1)
+            max_length, num_tokens = length, index.numel()
+        starts, lengths = (
+            tensor.to(torch.int32).to(device, non_blocking=True) for tensor in (starts, lengths)
+        )
+        return TextLayout(starts, lengths, max_length, num_tokens), index.to(device, non_blocking=True)

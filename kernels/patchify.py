@@ -1,0 +1,65 @@
+"""Latent videos to the patches of a pack, and back.
+
+A patch holds (channel, row in patch, column in patch), the order of a strided convolution's flattened weight; the output
+tokens hold (row in patch, column in patch, channel), upstream's order. Height and width are zero-padded at the bottom
+and right to a multiple of the patch; the output is cropped back.
+
+Replaces in ST-DiT-2: the strided convolution's gather (`x_embedder`) and `unpatchify`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import PackLayout
+
+
+def token_grid(frames: int, height: int, width: int, patch: int) -> tuple[int, int, int]:
+    """(T, H, W) of a latent video in tokens."""
+    return frames, -(-height // patch), -(-width // patch)
+
+
+def patchify(batches: Sequence[Tensor], patch: int) -> Tensor:
+    """Cuts latent videos into patches.
+
+    Args:
+        batches: batches of equal-shaped videos, each [videos, channels, T, height, width].
+        patch: side of a patch in latent pixels.
+
+    Returns:
+        [N, channels·patch²], the videos one after another, tokens in (frame, row, column) order.
+    """
+    pieces = []
+    for x in batches:
+        _, _, frames, height, width = x.shape
+        x = torch.nn.functional.pad(x, (0, -width % patch, 0, -height % patch))
+        x = x.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))  # [b, c, t, h, ph, w, pw]
+        pieces.append(x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(0, 3))
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def unpatchify(
+    tokens: Tensor, layout: PackLayout, sizes: Sequence[tuple[int, int]], patch: int, channels: int
+) -> list[Tensor]:
+    """Puts patches back together.
+
+    Args:
+        tokens: [N, patch²·channels].
+        layout: the pack's layout; one batch comes back for each of its runs.
+        sizes: (height, width) in latent pixels of each run, to crop to.
+        patch: side of a patch in latent pixels.
+        channels: output channels.
+
+    Returns:
+        For each run [videos, channels, T, height, width].
+    """
+    batches = []
+    for run, (height, width) in zip(layout.runs, sizes, strict=True):
+        x = tokens[run.first_token : run.first_token + run.tokens]
+        x = x.view(run.videos, run.frames, run.height, run.width, patch, patch, channels)
+        x = x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # [b, c, t, h·ph, w·pw]
+        batches.append(x[..., :height, :width])
+    return batches
