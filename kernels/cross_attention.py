@@ -39,9 +39,7 @@ def cross_attention_reference(q: Tensor, kv: Tensor, layout: PackLayout, text: T
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def cross_attention(
-    q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout, *, backend: str = "auto"
-) -> Tensor:
+def cross_attention(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout, *, backend: str = "auto") -> Tensor:
     """Attends from video tokens to their video's text.
 
     Args:

@@ -1,8 +1,8 @@
 """Which implementation of an op runs, and a count of those that did.
 
 Every op has two implementations with one meaning: `reference` (plain PyTorch, any device) and `triton`. The caller
-chooses with `backend`; "auto" means Triton on CUDA and the reference elsewhere. Nothing falls back in silence: what runs
-is counted in `calls`, and a choice that cannot run raises.
+chooses with `backend`; "auto" means Triton on CUDA and the reference elsewhere. Nothing falls back in silence: what
+runs is counted in `calls`, and a choice that cannot run raises.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where the tokens of a pack lie: the only representation of video tokens in this project.
 
-A pack is one matrix `x [N, C]` that holds the tokens of B videos of any shapes, one after another. The tokens of a video
-are ordered (frame, row, column). A dense batch is the pack of equal shapes.
+A pack is one matrix `x [N, C]` that holds the tokens of B videos of any shapes, one after another. The tokens of a
+video are ordered (frame, row, column). A dense batch is the pack of equal shapes.
 
 Letters: B videos, T frames of a video, S tokens of one of its frames, F frames of all videos together,
 N tokens of all videos together, P places (sum of S over videos), M text tokens of all videos together.
@@ -151,7 +151,7 @@ class PackLayout:
                 if mask is None:
                     mask = torch.ones(frames, dtype=torch.bool, device=self.device)
                 if mask.shape != (frames,):
-                    raise ValueError(f"x_masks[{index}]: shape {tuple(mask.shape)}, but video {index} has {frames} frames")
+                    raise ValueError(f"x_masks[{index}]: shape {tuple(mask.shape)}, but the video has {frames} frames")
                 pieces.append(mask.to(self.device, non_blocking=True))
             noised = torch.cat(pieces)
         given = (noised.to(self.device, non_blocking=True) == 0).to(torch.int32)
@@ -242,7 +242,5 @@ class TextLayout:
             starts = torch.arange(num_videos, device=real.device) * length
             index = (order + starts[:, None]).reshape(-1)
             max_length, num_tokens = length, index.numel()
-        starts, lengths = (
-            tensor.to(torch.int32).to(device, non_blocking=True) for tensor in (starts, lengths)
-        )
+        starts, lengths = (tensor.to(torch.int32).to(device, non_blocking=True) for tensor in (starts, lengths))
         return TextLayout(starts, lengths, max_length, num_tokens), index.to(device, non_blocking=True)

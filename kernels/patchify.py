@@ -1,8 +1,8 @@
 """Latent videos to the patches of a pack, and back.
 
-A patch holds (channel, row in patch, column in patch), the order of a strided convolution's flattened weight; the output
-tokens hold (row in patch, column in patch, channel), upstream's order. Height and width are zero-padded at the bottom
-and right to a multiple of the patch; the output is cropped back.
+A patch holds (channel, row in patch, column in patch), the order of a strided convolution's flattened weight; the
+output tokens hold (row in patch, column in patch, channel), upstream's order. Height and width are zero-padded at the
+bottom and right to a multiple of the patch; the output is cropped back.
 
 Replaces in ST-DiT-2: the strided convolution's gather (`x_embedder`) and `unpatchify`.
 """
