@@ -1,0 +1,134 @@
+"""Block sizes, warps and stages of every kernel, as data: the heuristic default first, a measured choice before it.
+
+Each op's module lists its candidates in one table at its top,
+
+    CONFIGURATIONS = {
+        "<kernel>": {"<shape class>": (Configuration(BLOCK_TOKENS=4, num_warps=4, num_stages=2), ...candidates)},
+    }
+
+where the keyword arguments are the kernel's own constexpr names. A shape class may carry an architecture,
+"<shape class>@sm_80", which is then preferred there. The first candidate is the default: it is what runs under the
+interpreter and on a GPU that nobody measured. `opensora-fast kernels autotune` measures the candidates and writes the
+fastest to `kernels/configurations/<gpu>.json`, which `select` reads.
+
+Each op's module also has `compile_cases(arch)`, which yields a `CompileCase` for each build that the model at hidden
+size 1152 and head size 72 would use, so that registers, spills and shared memory are known without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MEASURED_FOLDER = Path(__file__).parent
+
+Table = Mapping[str, Mapping[str, Sequence["Configuration"]]]  # kernel → shape class → candidates, the default first
+
+
+@dataclass(frozen=True, init=False)
+class Configuration:
+    """The constexprs of a kernel that a tuner may change, with its warps and pipeline stages."""
+
+    constants: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    def __init__(self, *, num_warps: int = 4, num_stages: int = 2, **constants: int) -> None:
+        object.__setattr__(self, "constants", tuple(constants.items()))
+        object.__setattr__(self, "num_warps", num_warps)
+        object.__setattr__(self, "num_stages", num_stages)
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.constants)[name]
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of a launch: `kernel[grid](..., **configuration.launch)`."""
+        return {**dict(self.constants), "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.launch.items())
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One build of one kernel.
+
+    Attributes:
+        name: the kernel's name in the op's table.
+        kernel: the `@triton.jit` function.
+        signature: type of each argument that is not a constexpr, in Triton's words: "*bf16", "*fp32", "i32", "fp32".
+        constants: constexprs besides those of the configuration; None for a pointer that is left out.
+        configuration: block sizes, warps and stages.
+        dtype: of the activations, for the listing: "bf16", "fp16" or "fp32".
+        divisible_by_16: integer arguments that are multiples of 16 in practice; pointers always count as aligned.
+        attention: True where the build on sm_90 must use the matrix units (HGMMA).
+        note: what tells this build from others of the same kernel, such as "noised and given rows".
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    configuration: Configuration
+    dtype: str
+    divisible_by_16: tuple[str, ...] = ()
+    attention: bool = False
+    note: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def candidates_of(table: Table, kernel: str, shape_class: str, arch: str | None = None) -> Sequence[Configuration]:
+    """The candidates of a shape class, those of the architecture ("sm_80") before the general ones; default first."""
+    classes = table[kernel]
+    return classes.get(f"{shape_class}@{arch}") or classes[shape_class]
+
+
+def select(table: Table, kernel: str, shape_class: str, device: torch.device) -> Configuration:
+    """Returns the configuration to launch `kernel` with: the measured one of this GPU, else the default.
+
+    Raises:
+        ValueError: the measured file names a configuration that is no longer a candidate.
+    """
+    if device.type != "cuda":
+        return table[kernel][shape_class][0]
+    arch, name = _describe_gpu(device)
+    candidates = candidates_of(table, kernel, shape_class, arch)
+    measured = read_measured(name).get((kernel, shape_class))
+    if measured is None:
+        return candidates[0]
+    for candidate in candidates:
+        if candidate.launch == measured:
+            return candidate
+    raise ValueError(
+        f"{measured_path(name)}: {measured} is not a candidate of {kernel} / {shape_class}; "
+        "run `opensora-fast kernels autotune` again or delete the entry"
+    )
+
+
+@lru_cache(maxsize=64)
+def _describe_gpu(device: torch.device) -> tuple[str, str]:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}", torch.cuda.get_device_name(device)
+
+
+def measured_path(gpu: str) -> Path:
+    """The file of measured configurations of a GPU, named after it: "NVIDIA H200" → nvidia_h200.json."""
+    return MEASURED_FOLDER / f"{re.sub(r'[^a-z0-9]+', '_', gpu.lower()).strip('_')}.json"
+
+
+@lru_cache(maxsize=16)
+def read_measured(gpu: str) -> dict[tuple[str, str], dict[str, int]]:
+    """(kernel, shape class) → launch arguments; empty where nobody measured."""
+    path = measured_path(gpu)
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {(row["kernel"], row["shape_class"]): row["configuration"] for row in rows}
