@@ -1,0 +1,302 @@
+"""Typed configurations: the keys of Open-Sora 1.1's files, and the few that this project adds.
+
+Every key is declared here and an unknown one is an error. A key of Open-Sora that has no effect here is accepted, and
+`find_idle_keys` says by name what happens in its place.
+"""
+
+import difflib
+import math
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+MASK_NAMES = (
+    "mask_no",
+    "mask_quarter_random",
+    "mask_quarter_head",
+    "mask_quarter_tail",
+    "mask_quarter_head_tail",
+    "mask_image_random",
+    "mask_image_head",
+    "mask_image_tail",
+    "mask_image_head_tail",
+)
+
+# Keys known under another name: Open-Sora's training files say `enable_flashattn`, which its model silently ignores.
+ALIASES = {"model.enable_flashattn": "model.enable_flash_attn"}
+
+
+class Section(BaseModel):
+    """A dictionary of a configuration file with declared keys."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=False)
+
+
+class TypedSection(Section):
+    """A section whose `type` decides which of the other keys mean anything; the others are refused when given."""
+
+    keys_by_type: ClassVar[dict[str, frozenset[str]]] = {}
+
+    @model_validator(mode="after")
+    def _refuse_keys_without_effect(self) -> "TypedSection":
+        type_name = self.type  # type: ignore[attr-defined]
+        allowed = self.keys_by_type[type_name]
+        idle = sorted(self.model_fields_set - allowed - {"type"})
+        idle = [key for key in idle if getattr(self, key) != type(self).model_fields[key].default]
+        if idle:
+            raise ValueError(
+                f"{', '.join(idle)} would have no effect with type={type_name!r}; remove it "
+                f"(keys of this type: {', '.join(sorted(allowed))})"
+            )
+        return self
+
+
+def _check_mask_ratios(ratios: Any) -> Any:
+    if not isinstance(ratios, dict):
+        return ratios
+    for name, ratio in ratios.items():
+        if name not in MASK_NAMES:
+            raise ValueError(f"unknown mask {name!r}; {suggest(str(name), MASK_NAMES)}")
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+            raise ValueError(f"{name} is {ratio!r}; a ratio is a number from 0 to 1")
+    if not math.isclose(sum(ratios.values()), 1.0, abs_tol=1e-6):
+        raise ValueError(f"the ratios sum to {sum(ratios.values()):g}; they must sum to 1")
+    return ratios
+
+
+def suggest(name: str, known: Any) -> str:
+    """`did you mean X?` for the nearest of the known names, or the list of all where none is near."""
+    known = [str(item) for item in known]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+MaskRatios = Annotated[dict[str, float], BeforeValidator(_check_mask_ratios)]
+# resolution -> frames -> (keep probability, batch size). A tuple as batch size is the search range of Open-Sora's
+# benchmark.py: it can be read and shown, and training refuses it by name.
+BucketConfig = dict[str, dict[int, tuple[float, int | tuple[int, ...] | None]]]
+
+
+def _decided_by_buckets(value: Any) -> Any:
+    if any(item is not None for item in (value if isinstance(value, (list, tuple)) else [value])):
+        raise ValueError("must be None: bucket_config decides the frames and sizes of every batch")
+    return None
+
+
+def _check_dataset_type(value: Any) -> Any:
+    if value != "VariableVideoTextDataset":
+        raise ValueError(
+            "only 'VariableVideoTextDataset' is read; for one fixed size write a bucket_config of one bucket"
+        )
+    return value
+
+
+def _check_transform(value: Any) -> Any:
+    if value != "resize_crop":
+        raise ValueError("only 'resize_crop' is done: cover the bucket's size, then crop the center")
+    return value
+
+
+def _check_dtype(value: Any) -> Any:
+    if value not in ("bf16", "fp32"):
+        raise ValueError("use 'bf16' or 'fp32'" + ("; fp16 would need loss scaling" if value == "fp16" else ""))
+    return value
+
+
+def _check_blocks(value: Any) -> Any:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError("write True (every block), False, or the number of blocks to recompute")
+    return value
+
+
+Dtype = Annotated[str, BeforeValidator(_check_dtype)]
+GivenByBuckets = Annotated[None, BeforeValidator(_decided_by_buckets)]
+
+
+class DatasetConfig(Section):
+    type: Annotated[str, BeforeValidator(_check_dataset_type)] = "VariableVideoTextDataset"
+    data_path: str | None = None
+    frame_interval: int = Field(1, ge=1)
+    num_frames: GivenByBuckets = None
+    image_size: GivenByBuckets = None
+    transform_name: Annotated[str, BeforeValidator(_check_transform)] = "resize_crop"
+
+
+class ModelConfig(Section):
+    """Keys of the model; one left at None takes the value of the preset named by `type`, or STDiT2Config's default."""
+
+    type: str = "STDiT2-XL/2"
+    from_pretrained: str | None = None
+    input_sq_size: int | None = Field(None, ge=1)
+    hidden_size: int | None = Field(None, ge=1)
+    depth: int | None = Field(None, ge=1)
+    num_heads: int | None = Field(None, ge=1)
+    mlp_ratio: float | None = Field(None, gt=0)
+    patch_size: tuple[int, int, int] | None = None
+    class_dropout_prob: float | None = Field(None, ge=0, le=1)
+    pred_sigma: bool | None = None
+    drop_path: float | None = Field(None, ge=0, le=1)
+    no_temporal_pos_emb: bool | None = None
+    freeze: str | None = None
+    qk_norm: bool | None = None
+    enable_flash_attn: bool | None = None
+    enable_layernorm_kernel: bool | None = None
+
+
+class VideoEncoderConfig(TypedSection):
+    keys_by_type: ClassVar[dict[str, frozenset[str]]] = {
+        "VideoAutoencoderKL": frozenset(("from_pretrained", "micro_batch_size", "cache_dir", "local_files_only")),
+        "linear": frozenset(("from_pretrained",)),
+    }
+    type: Literal["VideoAutoencoderKL", "linear"] = "VideoAutoencoderKL"
+    from_pretrained: str | None = None
+    micro_batch_size: int | None = Field(None, ge=1)
+    cache_dir: str | None = None
+    local_files_only: bool = False
+
+
+class TextEncoderConfig(TypedSection):
+    keys_by_type: ClassVar[dict[str, frozenset[str]]] = {
+        "t5": frozenset(("from_pretrained", "model_max_length", "cache_dir", "local_files_only", "shardformer")),
+        "bytes": frozenset(("model_max_length",)),
+    }
+    type: Literal["t5", "bytes"] = "t5"
+    from_pretrained: str | None = None
+    model_max_length: int = Field(120, ge=1)
+    cache_dir: str | None = None
+    local_files_only: bool = False
+    shardformer: bool = False
+
+
+class SchedulerConfig(Section):
+    type: Literal["iddpm", "iddpm-speed"] = "iddpm"
+    num_sampling_steps: int | None = Field(None, ge=1)
+    timestep_respacing: str | None = None
+    noise_schedule: str = "linear"
+    use_kl: bool = False
+    sigma_small: bool = False
+    predict_xstart: bool = False
+    learn_sigma: bool = True
+    rescale_learned_sigmas: bool = False
+    diffusion_steps: int = Field(1000, ge=1)
+    cfg_scale: float = 4.0
+    cfg_channel: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_channel(self) -> "SchedulerConfig":
+        if self.type == "iddpm-speed" and self.cfg_channel is not None:
+            raise ValueError("cfg_channel would have no effect with type='iddpm-speed'; remove it")
+        return self
+
+
+class TrainConfig(Section):
+    """Configuration of a training run."""
+
+    dataset: DatasetConfig = DatasetConfig()
+    bucket_config: BucketConfig
+    mask_ratios: MaskRatios | None = None
+    model: ModelConfig = ModelConfig()
+    vae: VideoEncoderConfig = VideoEncoderConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+    seed: int = Field(42, ge=0)
+    dtype: Dtype = "bf16"
+    lr: float = Field(2e-5, gt=0)
+    grad_clip: float | None = Field(1.0, ge=0)
+    grad_checkpoint: Annotated[bool | int, BeforeValidator(_check_blocks)] = False
+    epochs: int = Field(1000, ge=1)
+    log_every: int = Field(10, ge=1)
+    ckpt_every: int = Field(1000, ge=0)
+    num_workers: int = Field(4, ge=0)
+    load: str | None = None
+    start_from_scratch: bool = False
+
+    # Read for Open-Sora's sake; see find_idle_keys.
+    num_bucket_build_workers: int | None = None
+    plugin: str | None = None
+    sp_size: int = 1
+    outputs: str | None = None
+    wandb: bool = False
+    batch_size: int | None = None
+
+    # This project's own.
+    steps: int | None = Field(None, ge=0)
+    features: str | None = None
+    decoder: Literal["auto", "pyav", "dali-cpu", "dali-gpu"] = "auto"
+    prefetch: int = Field(2, ge=1)
+    drop_last: bool = True
+    allow_empty_buckets: bool = False
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_done(self) -> "TrainConfig":
+        if self.sp_size != 1:
+            raise ValueError(f"sp_size={self.sp_size}: sequence parallelism is not available; use sp_size=1")
+        if not self.bucket_config:
+            raise ValueError(
+                "bucket_config is empty: every clip would be dropped; write for example {'240p': {16: (1.0, 4)}}"
+            )
+        if self.start_from_scratch and self.load is None:
+            raise ValueError("start_from_scratch=True needs `load`, the checkpoint whose weights to start from")
+        if self.load is not None and self.model.from_pretrained is not None:
+            raise ValueError("load and model.from_pretrained both name weights to start from; keep one")
+        return self
+
+
+class SampleConfig(Section):
+    """Configuration of sampling, with the options of Open-Sora's inference-long."""
+
+    num_frames: int = Field(16, ge=1)
+    frame_interval: int = Field(1, ge=1)
+    fps: int = Field(24, ge=1)
+    image_size: tuple[int, int]
+    multi_resolution: bool | Literal["STDiT2"] = "STDiT2"
+
+    prompt: list[str] | None = None
+    prompt_path: str | None = None
+    start_index: int | None = Field(None, ge=0)
+    end_index: int | None = Field(None, ge=0)
+    num_sample: int = Field(1, ge=1)
+    sample_name: str | None = None
+    prompt_as_path: bool = False
+    loop: int = Field(1, ge=1)
+    condition_frame_length: int = Field(4, ge=1)
+    mask_strategy: list[str | None] | None = None
+    reference_path: list[str | None] | None = None
+
+    model: ModelConfig = ModelConfig()
+    vae: VideoEncoderConfig = VideoEncoderConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    scheduler: SchedulerConfig = SchedulerConfig(num_sampling_steps=100, cfg_scale=7.0, cfg_channel=3)
+    dtype: Dtype = "bf16"
+    batch_size: int = Field(1, ge=1)
+    seed: int = Field(42, ge=0)
+    save_dir: str | None = None
+
+
+def find_idle_keys(config: TrainConfig | SampleConfig) -> list[str]:
+    """Lines `key=value: what happens instead` for keys that were given and have no effect here."""
+    notes = []
+    for key, instead in IDLE_KEYS.items():
+        *sections, name = key.split(".")
+        section: Any = config
+        for part in sections:
+            section = getattr(section, part, None)
+        if isinstance(section, BaseModel) and name in section.model_fields_set and getattr(section, name):
+            notes.append(f"{key}={getattr(section, name)!r} {instead}")
+    if isinstance(config, TrainConfig) and config.batch_size is not None:
+        notes.append(f"batch_size={config.batch_size} has no effect: bucket_config gives the batch sizes")
+    return notes
+
+
+IDLE_KEYS = {
+    "model.enable_flash_attn": "has no effect: the device decides how every op is computed",
+    "model.enable_layernorm_kernel": "has no effect: apex is not used",
+    "text_encoder.shardformer": "has no effect: T5 runs as transformers loads it",
+    "num_bucket_build_workers": "has no effect: clips are put into buckets in one vectorized pass",
+    "plugin": "has no effect: ColossalAI is not used, one process holds the whole optimizer state",
+    "outputs": "has no effect: --out names the folder of the run",
+    "wandb": "starts no tracker: metrics are written to DIR/metrics.jsonl",
+}
