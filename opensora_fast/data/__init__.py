@@ -1,0 +1,5 @@
+"""From a table of clips to batches: manifest, buckets, sampler, decoders, loader."""
+
+from opensora_fast.data.bucket import Bucket
+
+__all__ = ["Bucket"]
