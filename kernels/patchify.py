@@ -14,8 +14,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import PackLayout
-
 
 def token_grid(frames: int, height: int, width: int, patch: int) -> tuple[int, int, int]:
     """(T, H, W) of a latent video in tokens."""
@@ -42,24 +40,26 @@ def patchify(batches: Sequence[Tensor], patch: int) -> Tensor:
 
 
 def unpatchify(
-    tokens: Tensor, layout: PackLayout, sizes: Sequence[tuple[int, int]], patch: int, channels: int
+    tokens: Tensor, batch_shapes: Sequence[tuple[int, int, int, int]], patch: int, channels: int
 ) -> list[Tensor]:
     """Puts patches back together.
 
     Args:
         tokens: [N, patch²·channels].
-        layout: the pack's layout; one batch comes back for each of its runs.
-        sizes: (height, width) in latent pixels of each run, to crop to.
+        batch_shapes: (videos, T, height, width) in latent pixels of each batch, in pack order.
         patch: side of a patch in latent pixels.
         channels: output channels.
 
     Returns:
-        For each run [videos, channels, T, height, width].
+        For each batch [videos, channels, T, height, width].
     """
     batches = []
-    for run, (height, width) in zip(layout.runs, sizes, strict=True):
-        x = tokens[run.first_token : run.first_token + run.tokens]
-        x = x.view(run.videos, run.frames, run.height, run.width, patch, patch, channels)
+    first = 0
+    for videos, frames, height, width in batch_shapes:
+        _, rows, columns = token_grid(frames, height, width, patch)
+        last = first + videos * frames * rows * columns
+        x = tokens[first:last].view(videos, frames, rows, columns, patch, patch, channels)
         x = x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # [b, c, t, h·ph, w·pw]
         batches.append(x[..., :height, :width])
+        first = last
     return batches

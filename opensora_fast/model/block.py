@@ -1,0 +1,224 @@
+"""One block of ST-DiT-2 on a pack: spatial attention, temporal attention, cross-attention, MLP.
+
+The modules hold parameters under upstream's names; what they compute is written out in `STDiT2Block.forward`, one line
+per op of `opensora_fast.kernels`. Biases that an op adds itself are left out of the matrix product before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from opensora_fast import kernels
+from opensora_fast.kernels import PackLayout, TextLayout
+
+from .backends import Backends
+
+
+class NormWeight(nn.Module):
+    """The weight [D] of an RMS norm; the norm itself is part of the attention ops."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, channels: int, num_heads: int, qk_norm: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.q_norm = NormWeight(channels // num_heads) if qk_norm else None
+        self.k_norm = NormWeight(channels // num_heads) if qk_norm else None
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x [N, C] → qkv [N, 3, H, D] and the two norm weights."""
+        qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)
+        if self.q_norm is None or self.k_norm is None:
+            return qkv, None, None
+        return qkv, self.q_norm.weight, self.k_norm.weight
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, channels: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(channels, channels)
+        self.kv_linear = nn.Linear(channels, 2 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def project(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, C], text [M, C] → q [N, H, D], kv [M, 2, H, D]."""
+        q = self.q_linear(x).view(x.shape[0], self.num_heads, -1)
+        kv = self.kv_linear(text).view(text.shape[0], 2, self.num_heads, -1)
+        return q, kv
+
+
+class MLP(nn.Module):
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+
+@dataclass(frozen=True, eq=False)
+class PackContext:
+    """What every block of one forward pass shares.
+
+    Attributes:
+        layout: the pack's layout.
+        frame_rows: int32 [F], each frame's row in the modulation tables.
+        text: [M, C] embedded captions.
+        text_layout: where each video's text lies.
+        space_and_mlp: [R, 6, C] output of `t_block`.
+        time: [R, 3, C] output of `t_block_temp`.
+        cos, sin: float32 [T, D/2] tables of the rotary embedding.
+        backends: the implementation of each op.
+    """
+
+    layout: PackLayout
+    frame_rows: Tensor
+    text: Tensor
+    text_layout: TextLayout
+    space_and_mlp: Tensor
+    time: Tensor
+    cos: Tensor
+    sin: Tensor
+    backends: Backends
+
+
+class STDiT2Block(nn.Module):
+    """Parameters of one block; `forward` computes it on a pack."""
+
+    def __init__(self, channels: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
+        super().__init__()
+        self.attn = SelfAttention(channels, num_heads, qk_norm)
+        self.attn_temp = SelfAttention(channels, num_heads, qk_norm)
+        self.cross_attn = CrossAttention(channels, num_heads)
+        self.mlp = MLP(channels, int(channels * mlp_ratio))
+        self.scale_shift_table = nn.Parameter(torch.randn(6, channels) / channels**0.5)
+        self.scale_shift_table_temporal = nn.Parameter(torch.randn(3, channels) / channels**0.5)
+
+    def spatial_modulation(self, space_and_mlp: Tensor) -> tuple[Tensor, Tensor]:
+        """(shift, scale), each [R, C], of the norm in front of spatial attention; the block before computes it."""
+        modulation = self.scale_shift_table[:2] + space_and_mlp[:, :2]
+        return modulation[:, 0], modulation[:, 1]
+
+    def forward(
+        self, x: Tensor, normed: Tensor | None, context: PackContext, following: STDiT2Block | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Computes the block.
+
+        Args:
+            x: [N, C] residual stream.
+            normed: [N, C] input of spatial attention, when the block before has already made it.
+            context: shared by all blocks.
+            following: the next block when this one is to make its `normed` in the same pass, else None.
+
+        Returns:
+            (x [N, C], the following block's normed [N, C] or None).
+        """
+        layout, rows, use = context.layout, context.frame_rows, context.backends
+        space = (self.scale_shift_table + context.space_and_mlp).unbind(1)
+        shift_space, scale_space, gate_space, shift_mlp, scale_mlp, gate_mlp = space
+        shift_time, scale_time, gate_time = (self.scale_shift_table_temporal + context.time).unbind(1)
+
+        if normed is None:
+            normed = kernels.modulated_norm(x, shift_space, scale_space, rows, layout, backend=use.modulated_norm)
+        attended = kernels.spatial_attention(*self.attn.project(normed), layout, backend=use.spatial_attention)
+        x, normed = kernels.gate_residual_modulated_norm(
+            x,
+            linear(attended.flatten(1), self.attn.proj.weight),
+            gate_space,
+            shift_time,
+            scale_time,
+            rows,
+            layout,
+            bias=self.attn.proj.bias,
+            backend=use.gate_residual_modulated_norm,
+        )
+        attended = kernels.temporal_attention(
+            *self.attn_temp.project(normed), context.cos, context.sin, layout, backend=use.temporal_attention
+        )
+        x = kernels.gate_residual(
+            x,
+            linear(attended.flatten(1), self.attn_temp.proj.weight),
+            gate_time,
+            rows,
+            layout,
+            bias=self.attn_temp.proj.bias,
+            backend=use.gate_residual,
+        )
+        attended = kernels.cross_attention(
+            *self.cross_attn.project(x, context.text), layout, context.text_layout, backend=use.cross_attention
+        )
+        x, normed = kernels.gate_residual_modulated_norm(
+            x,
+            linear(attended.flatten(1), self.cross_attn.proj.weight),
+            None,
+            shift_mlp,
+            scale_mlp,
+            rows,
+            layout,
+            bias=self.cross_attn.proj.bias,
+            backend=use.gate_residual_modulated_norm,
+        )
+        hidden = kernels.gelu_tanh(linear(normed, self.mlp.fc1.weight), self.mlp.fc1.bias, backend=use.gelu_tanh)
+        branch = linear(hidden, self.mlp.fc2.weight)
+        if following is None:
+            x = kernels.gate_residual(
+                x, branch, gate_mlp, rows, layout, bias=self.mlp.fc2.bias, backend=use.gate_residual
+            )
+            return x, None
+        shift_next, scale_next = following.spatial_modulation(context.space_and_mlp)
+        return kernels.gate_residual_modulated_norm(
+            x,
+            branch,
+            gate_mlp,
+            shift_next,
+            scale_next,
+            rows,
+            layout,
+            bias=self.mlp.fc2.bias,
+            backend=use.gate_residual_modulated_norm,
+        )
+
+
+class FinalLayer(nn.Module):
+    """Norm, modulation and the Linear to patches of noise and variance coefficients."""
+
+    def __init__(self, channels: int, patch_outputs: int):
+        super().__init__()
+        self.linear = nn.Linear(channels, patch_outputs)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, channels) / channels**0.5)
+
+    def forward(self, x: Tensor, noised: Tensor, given: Tensor | None, context: PackContext) -> Tensor:
+        """x [N, C] → [N, patch²·out channels].
+
+        Two asymmetries of upstream, which the released weights were trained with: noised frames are modulated by the
+        timestep embedding alone, given frames by the embedding of timestep 0 plus the size information; and given
+        frames pass the noised frames' norm and modulation first, then their own.
+
+        Args:
+            x: residual stream.
+            noised: [B, C] vector of the noised frames.
+            given: [B, C] vector of the given frames, or None when there are none.
+            context: shared with the blocks.
+        """
+        layout, use = context.layout, context.backends
+        modulation = self.scale_shift_table + noised[:, None]
+        x = kernels.modulated_norm(
+            x, modulation[:, 0], modulation[:, 1], layout.frame_video, layout, backend=use.modulated_norm
+        )
+        if given is not None:
+            modulation = self.scale_shift_table + given[:, None]
+            again = kernels.modulated_norm(
+                x, modulation[:, 0], modulation[:, 1], layout.frame_video, layout, backend=use.modulated_norm
+            )
+            frame_given = context.frame_rows >= layout.num_videos
+            x = torch.where(frame_given[layout.token_frame][:, None], again, x)
+        return self.linear(x)

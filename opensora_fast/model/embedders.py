@@ -1,0 +1,145 @@
+"""Scalars, captions and positions as vectors of the model's width."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+FREQUENCIES = 128  # cosine and sine of so many frequencies describe a scalar
+
+
+def sinusoids(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """values [B] → [B, 256]: cosines, then sines of value · exp(-ln(10000)·i/128), computed in float32."""
+    exponent = torch.arange(FREQUENCIES, dtype=torch.float32, device=values.device) / FREQUENCIES
+    angles = values.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+
+
+class ScalarEmbedder(nn.Module):
+    """Sinusoids, Linear, SiLU, Linear: timesteps, sizes, frame counts and frame rates."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """values [B, k] or [B] → [B, k·width]: the scalars of a row side by side."""
+        embedded = self.mlp(sinusoids(values.reshape(-1), self.mlp[0].weight.dtype))
+        return embedded.view(values.shape[0], -1)
+
+
+class Projection(nn.Module):
+    """fc1, tanh-GELU, fc2."""
+
+    def __init__(self, width_in: int, width_hidden: int, width_out: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width_in, width_hidden)
+        self.fc2 = nn.Linear(width_hidden, width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """Text embeddings to the model's width; holds the unconditional caption.
+
+    `y_embedding [L, caption channels]` stands for "no caption" in classifier-free guidance.
+    """
+
+    def __init__(self, caption_channels: int, width: int, dropout_probability: float, max_length: int):
+        super().__init__()
+        self.y_proj = Projection(caption_channels, width, width)
+        self.register_buffer("y_embedding", torch.randn(max_length, caption_channels) / caption_channels**0.5)
+        self.dropout_probability = dropout_probability
+
+    def drop(self, y: Tensor) -> Tensor:
+        """Replaces captions y [B, L, channels] by the unconditional one, each with the dropout probability.
+
+        The draw is made on the host from torch's default generator, so that it is the same on every device.
+
+        Raises:
+            ValueError: y is not padded to the model's text length.
+        """
+        if y.shape[1:] != self.y_embedding.shape:
+            raise ValueError(
+                f"y: text of shape {tuple(y.shape[1:])} in training, expected {tuple(self.y_embedding.shape)}; "
+                "pad captions to model_max_length"
+            )
+        dropped = torch.rand(y.shape[0]) < self.dropout_probability
+        return torch.where(dropped.to(y.device, non_blocking=True)[:, None, None], self.y_embedding.to(y.dtype), y)
+
+
+class PatchEmbedder(nn.Module):
+    """The Linear behind `patchify`; its weight has the shape of upstream's strided convolution."""
+
+    def __init__(self, channels: int, patch_size: tuple[int, int, int], width: int):
+        super().__init__()
+        self.proj = nn.Conv3d(channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """patches [N, channels·patch²] → [N, C]."""
+        return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def position_embedding(height: int, width: int, scale: float | Tensor, channels: int, device: torch.device) -> Tensor:
+    """2-D sine-cosine position embedding of one frame.
+
+    The first half of the channels encodes the column, the second half the row; each is `[sin, cos]` of C/4 frequencies
+    10000^(-2i/(C/2)). The coordinate of column j is j / scale · base / width with base = round(sqrt(S)), likewise rows.
+
+    Args:
+        height, width: of the frame in tokens.
+        scale: sqrt(height · width in pixels) / input_sq_size; a scalar tensor on the GPU is not read by the host.
+        channels: C.
+        device: where the result is put.
+
+    Returns:
+        float32 [S, C].
+    """
+    base = round((height * width) ** 0.5)
+    exponents = torch.arange(0, channels // 2, 2, device=device).float() / (channels // 2)
+    frequencies = 1.0 / (10000**exponents)
+
+    def encode(length: int) -> Tensor:
+        coordinates = torch.arange(length, device=device, dtype=torch.float32) / scale * (base / length)
+        angles = coordinates[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # [length, C/2]
+
+    columns = encode(width)[None].expand(height, -1, -1)
+    rows = encode(height)[:, None].expand(-1, width, -1)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1)
+
+
+# Frames of the few bucket sizes come again every step.
+cached_position_embedding = lru_cache(maxsize=64)(position_embedding)
+
+
+class RotaryFrequencies(nn.Module):
+    """Frequencies 10000^(-2i/D) of the rotary embedding over frame indices, kept in the state dict as `rope.freqs`.
+
+    rounding: let the frequencies follow the dtype of the model and keep the angles in it before cosine and sine are
+    taken, as upstream does; False keeps both in float32.
+    """
+
+    def __init__(self, head_size: int, rounding: bool):
+        super().__init__()
+        exponents = torch.arange(0, head_size, 2).float() / head_size
+        self.freqs = nn.Parameter(1.0 / 10000**exponents, requires_grad=False)
+        self.rounding = rounding
+
+    def _apply(self, fn, recurse=True):
+        exact = self.freqs.data
+        super()._apply(fn, recurse)
+        if not self.rounding and not exact.is_meta:
+            self.freqs.data = exact.to(self.freqs.device)
+        return self
+
+    def tables(self, frames: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each float32 [frames, D/2], of frame index · frequency."""
+        index = torch.arange(frames, device=self.freqs.device)
+        angles = (index.to(self.freqs.dtype)[:, None] * self.freqs).float()
+        return angles.cos(), angles.sin()

@@ -1,0 +1,326 @@
+"""ST-DiT-2, the diffusion transformer of Open-Sora 1.1, computed on packs of videos of any shapes.
+
+Letters: B videos, T frames, H W latent height and width, N tokens of the pack, C hidden size, L text tokens,
+R rows of the modulation tables (B, or 2·B when frames are given), M text tokens of the pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from opensora_fast import kernels
+from opensora_fast.kernels import PackLayout, TextLayout
+
+from . import weights
+from .backends import Backends
+from .block import FinalLayer, PackContext, STDiT2Block
+from .config import STDiT2Config
+from .embedders import (
+    CaptionEmbedder,
+    PatchEmbedder,
+    RotaryFrequencies,
+    ScalarEmbedder,
+    cached_position_embedding,
+    position_embedding,
+)
+from .initialize import freeze, initialize_weights
+
+
+class STDiT2(nn.Module):
+    """The model; state-dict keys are upstream's.
+
+    Attributes:
+        backends: which implementation each op uses; set it through `use_kernels`.
+        checkpointed_blocks: the first so many blocks recompute their activations in backward.
+    """
+
+    def __init__(self, config: STDiT2Config):
+        super().__init__()
+        self.config = config
+        self.backends = Backends()
+        self.checkpointed_blocks = 0
+        channels = config.hidden_size
+        self.x_embedder = PatchEmbedder(config.in_channels, config.patch_size, channels)
+        self.t_embedder = ScalarEmbedder(channels)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
+        self.t_block_temp = nn.Sequential(nn.SiLU(), nn.Linear(channels, 3 * channels))
+        self.y_embedder = CaptionEmbedder(
+            config.caption_channels, channels, config.class_dropout_prob, config.model_max_length
+        )
+        self.rope = RotaryFrequencies(config.head_size, config.upstream_rounding)
+        self.blocks = nn.ModuleList(
+            STDiT2Block(channels, config.num_heads, config.mlp_ratio, config.qk_norm) for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(channels, config.patch_size[1] ** 2 * config.out_channels)
+        self.csize_embedder = ScalarEmbedder(channels // 3)
+        self.ar_embedder = ScalarEmbedder(channels // 3)
+        self.fl_embedder = ScalarEmbedder(channels)
+        self.fps_embedder = ScalarEmbedder(channels)
+        initialize_weights(self)
+        freeze(self, config.freeze)
+
+    @property
+    def patch(self) -> int:
+        return self.config.patch_size[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x_embedder.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.x_embedder.proj.weight.device
+
+    def set_checkpointing(self, blocks: int | bool) -> None:
+        """Recomputes activations in backward for the first `blocks` blocks (True: all, False: none).
+
+        Raises:
+            ValueError: more blocks than the model has, or a negative number.
+        """
+        blocks = len(self.blocks) if blocks is True else int(blocks)
+        if not 0 <= blocks <= len(self.blocks):
+            raise ValueError(f"set_checkpointing: {blocks} blocks, but the model has {len(self.blocks)}")
+        self.checkpointed_blocks = blocks
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        y: Tensor,
+        mask: Tensor | None = None,
+        x_mask: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        height: Tensor | None = None,
+        width: Tensor | None = None,
+        ar: Tensor | None = None,
+        fps: Tensor | None = None,
+    ) -> Tensor:
+        """Predicts noise and variance coefficients of equal-shaped videos.
+
+        Tensors that describe the videos may lie on the host while x is on the GPU; no value is read back from the GPU.
+        Those with fewer rows than x are repeated, as classifier-free guidance needs. As upstream does, positions are
+        scaled by the height and width of the first video.
+
+        Args:
+            x: [B, in_channels, T, H, W] latents.
+            timestep: [B], 0 … 999.
+            y: [B, 1, L, caption_channels] text embeddings.
+            mask: [B, L], nonzero = real text token; None = all real.
+            x_mask: bool [B, T], True = noised frame, False = given frame (timestep 0); None = all noised.
+            num_frames: [B] frames of each video.
+            height, width: [B] in pixels.
+            ar: [B] aspect ratio.
+            fps: [B] frames per second.
+
+        Returns:
+            float32 [B, out_channels, T, H, W]: noise, then (with pred_sigma) variance coefficients.
+
+        Raises:
+            ValueError: an argument is missing or its shape does not fit.
+        """
+        if x.ndim != 5:
+            raise ValueError(f"x: shape {tuple(x.shape)}, expected [B, channels, T, H, W]")
+        if x_mask is not None:
+            x_mask = _repeat_rows("x_mask", x_mask, x.shape[0])
+        outputs = self._forward_batches(
+            [x], timestep, y, mask, x_mask, num_frames, height, width, ar, fps, position_of_first=True
+        )
+        return outputs[0]
+
+    def forward_packed(
+        self,
+        videos: Sequence[Tensor],
+        timestep: Tensor,
+        y: Tensor,
+        mask: Tensor | None = None,
+        x_masks: Sequence[Tensor | None] | None = None,
+        num_frames: Tensor | None = None,
+        height: Tensor | None = None,
+        width: Tensor | None = None,
+        ar: Tensor | None = None,
+        fps: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Predicts noise and variance coefficients of videos of different shapes in one pass, without padding.
+
+        Args:
+            videos: list of [in_channels, T_i, H_i, W_i] latents.
+            x_masks: list of bool [T_i] or None for each video; None = all noised.
+            timestep, y, mask, num_frames, height, width, ar, fps: [B, …] as in `forward`.
+
+        Returns:
+            List of float32 [out_channels, T_i, H_i, W_i].
+
+        Raises:
+            ValueError: an argument is missing or its shape does not fit.
+        """
+        if not videos:
+            raise ValueError("videos: the list is empty; give at least one")
+        for index, video in enumerate(videos):
+            if video.ndim != 4:
+                raise ValueError(f"videos[{index}]: shape {tuple(video.shape)}, expected [channels, T, H, W]")
+        batches: list[list[Tensor]] = []
+        for video in videos:
+            if batches and batches[-1][0].shape == video.shape:
+                batches[-1].append(video)
+            else:
+                batches.append([video])
+        outputs = self._forward_batches(
+            [torch.stack(batch) for batch in batches], timestep, y, mask, x_masks, num_frames, height, width, ar, fps
+        )
+        return [video for batch in outputs for video in batch]
+
+    def _forward_batches(
+        self,
+        batches: list[Tensor],
+        timestep: Tensor,
+        y: Tensor,
+        mask: Tensor | None,
+        x_masks: Sequence[Tensor | None] | Tensor | None,
+        num_frames: Tensor | None,
+        height: Tensor | None,
+        width: Tensor | None,
+        ar: Tensor | None,
+        fps: Tensor | None,
+        position_of_first: bool = False,
+    ) -> list[Tensor]:
+        """Both forwards: `batches` holds batches [b, channels, T, H, W] of equal-shaped videos, in pack order."""
+        device, config = self.device, self.config
+        for batch in batches:
+            if batch.shape[1] != config.in_channels:
+                raise ValueError(f"x: {batch.shape[1]} channels, but the model takes {config.in_channels}")
+            if batch.device != device:
+                raise ValueError(f"x is on {batch.device}, but the model is on {device}")
+        shapes = [kernels.token_grid(*batch.shape[2:], self.patch) for batch in batches for _ in range(batch.shape[0])]
+        layout = PackLayout.of(shapes, device)
+        videos = layout.num_videos
+
+        conditions = {
+            "timestep": timestep, "num_frames": num_frames, "height": height, "width": width, "ar": ar, "fps": fps
+        }  # fmt: skip
+        conditions = {name: self._condition(name, value, videos) for name, value in conditions.items()}
+        scales = self._position_scales(conditions["height"], conditions["width"], position_of_first)
+        conditions = {name: value.to(device, non_blocking=True) for name, value in conditions.items()}
+
+        patches = kernels.patchify([batch.to(self.dtype) for batch in batches], self.patch)
+        x = self._add_positions(self.x_embedder(patches), scales, layout)
+        frame_rows = layout.modulation_rows(x_masks)
+        has_given = frame_rows is not layout.frame_video
+        noised, given, space_and_mlp, time = self._modulation(conditions, has_given)
+        text, text_layout = self._embed_text(y, mask, videos)
+        cos, sin = self.rope.tables(layout.max_frames)
+        context = PackContext(layout, frame_rows, text, text_layout, space_and_mlp, time, cos, sin, self.backends)
+
+        x = self._run_blocks(x, context)
+        tokens = self.final_layer(x, noised, given, context)
+        batch_shapes = [(batch.shape[0], *batch.shape[2:]) for batch in batches]
+        outputs = kernels.unpatchify(tokens, batch_shapes, self.patch, config.out_channels)
+        return [output.float() for output in outputs]
+
+    def _condition(self, name: str, value: Tensor | None, videos: int) -> Tensor:
+        """[B] conditioning scalars, on the device they came on."""
+        if value is None:
+            raise ValueError(f"{name}: missing; give one number per video")
+        value = torch.as_tensor(value).reshape(-1)
+        value = _repeat_rows(name, value, videos)
+        return value.to(self.dtype) if self.config.upstream_rounding else value.float()
+
+    def _position_scales(self, height: Tensor, width: Tensor, position_of_first: bool) -> list[float] | list[Tensor]:
+        """sqrt(height · width) / input_sq_size of each video; tensors when only the GPU knows the sizes."""
+        scales = (height.double() * width.double()).sqrt() / self.config.input_sq_size
+        values = scales.tolist() if scales.device.type == "cpu" else list(scales.unbind())
+        return [values[0]] * len(values) if position_of_first else values
+
+    def _add_positions(self, x: Tensor, scales: list[float] | list[Tensor], layout: PackLayout) -> Tensor:
+        """Adds to each token [N, C] the embedding of its row and column."""
+        groups: list[tuple[tuple[int, int, int], float | Tensor, int]] = []  # consecutive videos of one embedding
+        for shape, scale in zip(layout.shapes, scales, strict=True):
+            if groups and groups[-1][0] == shape and (groups[-1][1] is scale or _same_number(groups[-1][1], scale)):
+                groups[-1] = (shape, scale, groups[-1][2] + 1)
+            else:
+                groups.append((shape, scale, 1))
+        pieces = []
+        first = 0
+        for (frames, height, width), scale, videos in groups:
+            embed = position_embedding if isinstance(scale, Tensor) else cached_position_embedding
+            position = embed(height, width, scale, self.config.hidden_size, layout.device).to(x.dtype)
+            last = first + videos * frames * height * width
+            pieces.append((x[first:last].view(-1, height * width, x.shape[1]) + position).flatten(0, 1))
+            first = last
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _modulation(
+        self, conditions: dict[str, Tensor], has_given: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Returns the vectors [B, C] of noised and given frames for the final layer, and the tables [R, 6 or 3, C].
+
+        With given frames the tables have 2·B rows: row B + b is that of timestep 0.
+        """
+        timestep = conditions["timestep"]
+        videos = timestep.shape[0]
+        size = self.csize_embedder(torch.stack([conditions["height"], conditions["width"]], dim=1))
+        data_info = torch.cat([size, self.ar_embedder(conditions["ar"])], dim=1)
+        length_info = self.fl_embedder(conditions["num_frames"]) + self.fps_embedder(conditions["fps"])
+        if has_given:
+            timestep = torch.cat([timestep, torch.zeros_like(timestep)])
+            data_info, length_info = data_info.repeat(2, 1), length_info.repeat(2, 1)
+        time = self.t_embedder(timestep)
+        space_and_mlp = self.t_block(time + data_info).unflatten(1, (6, -1))
+        temporal = self.t_block_temp(time + length_info).unflatten(1, (3, -1))
+        given = (time + data_info)[videos:] if has_given else None
+        return time[:videos], given, space_and_mlp, temporal
+
+    def _embed_text(self, y: Tensor, mask: Tensor | None, videos: int) -> tuple[Tensor, TextLayout]:
+        """Returns the embedded real text tokens [M, C] and where they lie."""
+        if y.ndim != 4 or y.shape[0] != videos or y.shape[1] != 1 or y.shape[3] != self.config.caption_channels:
+            raise ValueError(
+                f"y: shape {tuple(y.shape)}, expected ({videos}, 1, text tokens, {self.config.caption_channels})"
+            )
+        y = y.squeeze(1).to(self.device, self.dtype, non_blocking=True)
+        if self.training and self.y_embedder.dropout_probability > 0:
+            y = self.y_embedder.drop(y)
+        if mask is not None:
+            mask = _repeat_rows("mask", mask.reshape(mask.shape[0], -1), videos)
+        layout, index = TextLayout.from_mask(mask, videos, y.shape[1], self.device)
+        return self.y_embedder.y_proj(y.flatten(0, 1)[index]), layout
+
+    def _run_blocks(self, x: Tensor, context: PackContext) -> Tensor:
+        normed = None
+        for index, block in enumerate(self.blocks):
+            if index < self.checkpointed_blocks and torch.is_grad_enabled():
+                # Blocks draw no random numbers, so there is no generator state to keep. A recomputed block keeps only
+                # x, so it makes its own norm and none for the next block.
+                x, normed = checkpoint(block, x, None, context, None, use_reentrant=False, preserve_rng_state=False)
+            else:
+                following = self.blocks[index + 1] if self.checkpointed_blocks <= index < len(self.blocks) - 1 else None
+                x, normed = block(x, normed, context, following)
+        return x
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> STDiT2:
+        """Loads `config.json` and safetensors weights from a folder or hub id; see `weights.load_pretrained`."""
+        config, state = weights.load_pretrained(folder)
+        model = cls(config)
+        weights.load_strictly(model, state, folder)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`, which `from_pretrained` and upstream read."""
+        weights.save_pretrained(self, folder)
+
+
+def _same_number(first: float | Tensor, second: float | Tensor) -> bool:
+    return isinstance(first, float) and isinstance(second, float) and first == second
+
+
+def _repeat_rows(name: str, value: Tensor, videos: int) -> Tensor:
+    """Repeats [B/k, …] to [B, …], as upstream does for classifier-free guidance."""
+    if value.shape[0] == videos:
+        return value
+    if value.shape[0] == 0 or videos % value.shape[0]:
+        raise ValueError(f"{name}: {value.shape[0]} rows for {videos} videos; give one per video")
+    return value.repeat(videos // value.shape[0], *[1] * (value.ndim - 1))
