@@ -123,24 +123,33 @@ class DatasetConfig(Section):
 
 
 class ModelConfig(Section):
-    """Keys of the model; one left at None takes the value of the preset named by `type`, or STDiT2Config's default."""
+    """Keys of the model, with the defaults of `STDiT2Config` (a test keeps them equal).
 
-    type: str = "STDiT2-XL/2"
+    What the encoders decide (latent channels, text width and length) is not given here. Both types take every key:
+    "STDiT2-XL/2" is the shape of the defaults.
+    """
+
+    type: Literal["STDiT2-XL/2", "STDiT2"] = "STDiT2-XL/2"
     from_pretrained: str | None = None
-    input_sq_size: int | None = Field(None, ge=1)
-    hidden_size: int | None = Field(None, ge=1)
-    depth: int | None = Field(None, ge=1)
-    num_heads: int | None = Field(None, ge=1)
-    mlp_ratio: float | None = Field(None, gt=0)
-    patch_size: tuple[int, int, int] | None = None
-    class_dropout_prob: float | None = Field(None, ge=0, le=1)
-    pred_sigma: bool | None = None
-    drop_path: float | None = Field(None, ge=0, le=1)
-    no_temporal_pos_emb: bool | None = None
+    input_sq_size: int = 32
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    class_dropout_prob: float = 0.1
+    pred_sigma: bool = True
+    drop_path: float = 0.0
+    no_temporal_pos_emb: bool = False
     freeze: str | None = None
-    qk_norm: bool | None = None
-    enable_flash_attn: bool | None = None
-    enable_layernorm_kernel: bool | None = None
+    qk_norm: bool = False
+    upstream_rounding: bool = True
+    enable_flash_attn: bool = False
+    enable_layernorm_kernel: bool = False
+
+    def get_shape_keys(self) -> dict[str, Any]:
+        """Keyword arguments of `STDiT2Config`."""
+        return self.model_dump(exclude={"type", "from_pretrained", "enable_flash_attn", "enable_layernorm_kernel"})
 
 
 class VideoEncoderConfig(TypedSection):
