@@ -16,6 +16,12 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+# Every layout holds the tile tables of these sizes, so that using one neither builds nor copies anything; a kernel
+# configuration chooses among them.
+FRAME_TILE_SIZES = (16, 32, 64, 128)
+# Tiles of a frame are equally long up to this many tokens.
+_TILE_STEP = 8
+
 
 @dataclass(frozen=True)
 class Run:
@@ -52,6 +58,7 @@ class PackLayout:
         video_table [B, 4]: first token, T, S and first place of each video; the table of temporal attention.
         frame_video [F]: video of each frame.
         token_frame [N]: frame of each token, counted over the whole pack.
+        tile_tables: for each size of FRAME_TILE_SIZES what `frame_tiles` and `video_tiles` return.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
@@ -61,6 +68,7 @@ class PackLayout:
     video_table: Tensor
     frame_video: Tensor
     token_frame: Tensor
+    tile_tables: dict[int, tuple[Tensor, Tensor]]
 
     @staticmethod
     def of(shapes: Sequence[Sequence[int]], device: torch.device | str) -> PackLayout:
@@ -118,6 +126,32 @@ class PackLayout:
             frame += frames
             token += frames * height * width
         return tuple(runs)
+
+    def frame_tiles(self, size: int) -> Tensor:
+        """Cuts the frames into tiles of at most `size` tokens, none of which crosses a frame.
+
+        The tiles of a frame are equally long, up to 8 tokens, so that no program is left with a short rest.
+
+        Returns:
+            int32 [tiles, 3]: first token, token count and frame of each tile, in the order of the tokens.
+
+        Raises:
+            ValueError: `size` is not one of FRAME_TILE_SIZES.
+        """
+        return self._tile_table(size)[0]
+
+    def video_tiles(self, size: int) -> Tensor:
+        """Returns int32 [B+1], the first row of each video in `frame_tiles(size)`.
+
+        Raises:
+            ValueError: `size` is not one of FRAME_TILE_SIZES.
+        """
+        return self._tile_table(size)[1]
+
+    def _tile_table(self, size: int) -> tuple[Tensor, Tensor]:
+        if size not in self.tile_tables:
+            raise ValueError(f"frame_tiles: size {size} is not one of FRAME_TILE_SIZES = {FRAME_TILE_SIZES}")
+        return self.tile_tables[size]
 
     def modulation_rows(self, x_masks: Sequence[Tensor | None] | Tensor | None) -> Tensor:
         """Returns for each frame its row in a modulation table, int32 [F].
@@ -187,7 +221,27 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
         video_table=place(table.contiguous()),
         frame_video=place(frame_video),
         token_frame=place(token_frame),
+        tile_tables={
+            size: tuple(place(table) for table in _tile_frames(tokens_of_frame, frames, size))
+            for size in FRAME_TILE_SIZES
+        },
     )
+
+
+def _tile_frames(tokens_of_frame: Tensor, frames: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """tokens_of_frame [F], frames [B] → first token, count and frame of each tile [tiles, 3], first tiles [B+1]."""
+
+    def divide_up(value: Tensor, divisor: Tensor | int) -> Tensor:
+        return torch.div(value + divisor - 1, divisor, rounding_mode="floor")
+
+    tile_tokens = divide_up(divide_up(tokens_of_frame, divide_up(tokens_of_frame, size)), _TILE_STEP) * _TILE_STEP
+    tiles_of_frame = divide_up(tokens_of_frame, tile_tokens)
+    frame = torch.repeat_interleave(torch.arange(len(tokens_of_frame)), tiles_of_frame)
+    offset = (torch.arange(len(frame)) - _starts(tiles_of_frame)[frame]) * tile_tokens[frame]
+    count = torch.minimum(tile_tokens[frame], tokens_of_frame[frame] - offset)
+    first = _starts(tokens_of_frame)[frame] + offset
+    tiles = torch.stack([first, count, frame], dim=1).contiguous()
+    return tiles, _starts(tiles_of_frame)[_starts(frames)]
 
 
 def _starts(lengths: Tensor) -> Tensor:

@@ -1,0 +1,44 @@
+"""Tile tables of the pack layout."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opensora_fast.kernels import PackLayout
+from opensora_fast.kernels.layout import FRAME_TILE_SIZES
+
+SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 20), st.integers(1, 30)), min_size=1, max_size=4)
+
+
+@given(SHAPES, st.sampled_from(FRAME_TILE_SIZES))
+@settings(max_examples=60, deadline=None)
+def test_tiles_cover_every_token_once_and_stay_inside_a_frame(shapes: list[tuple[int, int, int]], size: int) -> None:
+    layout = PackLayout.of(shapes, "cpu")
+    tiles = layout.frame_tiles(size)
+    first, count, frame = tiles.long().unbind(1)
+    assert tiles.dtype == torch.int32 and count.min() >= 1 and count.max() <= size
+    tokens = torch.cat([torch.arange(start, start + length) for start, length, _ in tiles.tolist()])
+    assert torch.equal(tokens, torch.arange(layout.num_tokens))
+    assert torch.equal(torch.repeat_interleave(frame, count), layout.token_frame.long())
+    least = sum(frames * -(-height * width // size) for frames, height, width in shapes)
+    assert len(tiles) == least, "more tiles than cutting at full size would give"
+
+
+@given(SHAPES)
+@settings(max_examples=20, deadline=None)
+def test_video_tiles_name_the_first_tile_of_each_video(shapes: list[tuple[int, int, int]]) -> None:
+    layout = PackLayout.of(shapes, "cpu")
+    tiles, starts = layout.frame_tiles(16), layout.video_tiles(16)
+    assert starts[0] == 0 and starts[-1] == len(tiles)
+    videos = layout.frame_video[tiles[:, 2].long()]
+    assert torch.equal(torch.repeat_interleave(torch.arange(len(shapes)), starts.diff().long()), videos.long())
+
+
+def test_tiles_of_a_frame_are_equally_long() -> None:
+    counts = PackLayout.of([(2, 15, 27)], "cpu").frame_tiles(128)[:, 1].tolist()  # 405 tokens a frame
+    assert counts == [104, 104, 104, 93] * 2
+
+
+def test_an_unknown_tile_size_is_named() -> None:
+    with pytest.raises(ValueError, match="size 48 is not one of"):
+        PackLayout.of([(1, 2, 2)], "cpu").frame_tiles(48)
