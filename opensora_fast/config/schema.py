@@ -32,6 +32,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=False)
 
 
+DIFFUSION_KEYS = (
+    "num_sampling_steps",
+    "timestep_respacing",
+    "noise_schedule",
+    "use_kl",
+    "sigma_small",
+    "predict_xstart",
+    "learn_sigma",
+    "rescale_learned_sigmas",
+    "diffusion_steps",
+    "cfg_scale",
+)
+
+
 class TypedSection(Section):
     """A section whose `type` decides which of the other keys mean anything; the others are refused when given."""
 
@@ -49,6 +63,11 @@ class TypedSection(Section):
                 f"(keys of this type: {', '.join(sorted(allowed))})"
             )
         return self
+
+    def get_keys(self) -> dict[str, Any]:
+        """`type` and the keys that it takes, as the builders expect them; None is left to the builder."""
+        allowed = self.keys_by_type[self.type] | {"type"}  # type: ignore[attr-defined]
+        return {name: value for name, value in self.model_dump().items() if name in allowed and value is not None}
 
 
 def _check_mask_ratios(ratios: Any) -> Any:
@@ -154,31 +173,45 @@ class ModelConfig(Section):
 
 class VideoEncoderConfig(TypedSection):
     keys_by_type: ClassVar[dict[str, frozenset[str]]] = {
-        "VideoAutoencoderKL": frozenset(("from_pretrained", "micro_batch_size", "cache_dir", "local_files_only")),
+        "VideoAutoencoderKL": frozenset(
+            ("from_pretrained", "micro_batch_size", "latents", "cache_dir", "local_files_only")
+        ),
         "linear": frozenset(("from_pretrained",)),
     }
     type: Literal["VideoAutoencoderKL", "linear"] = "VideoAutoencoderKL"
     from_pretrained: str | None = None
     micro_batch_size: int | None = Field(None, ge=1)
+    latents: Literal["sample", "mode"] = "sample"
     cache_dir: str | None = None
     local_files_only: bool = False
 
 
 class TextEncoderConfig(TypedSection):
     keys_by_type: ClassVar[dict[str, frozenset[str]]] = {
-        "t5": frozenset(("from_pretrained", "model_max_length", "cache_dir", "local_files_only", "shardformer")),
-        "bytes": frozenset(("model_max_length",)),
+        "t5": frozenset(
+            ("from_pretrained", "model_max_length", "clean_captions", "cache_dir", "local_files_only", "shardformer")
+        ),
+        "bytes": frozenset(("model_max_length", "clean_captions", "output_dim", "depth", "seed")),
     }
     type: Literal["t5", "bytes"] = "t5"
     from_pretrained: str | None = None
     model_max_length: int = Field(120, ge=1)
+    clean_captions: bool = True
     cache_dir: str | None = None
     local_files_only: bool = False
     shardformer: bool = False
+    output_dim: int = Field(64, ge=1)
+    depth: int = Field(2, ge=1)
+    seed: int = Field(0, ge=0)
 
 
-class SchedulerConfig(Section):
-    type: Literal["iddpm", "iddpm-speed"] = "iddpm"
+class SchedulerConfig(TypedSection):
+    keys_by_type: ClassVar[dict[str, frozenset[str]]] = {
+        "iddpm": frozenset((*DIFFUSION_KEYS, "cfg_channel")),
+        "iddpm-speed": frozenset(DIFFUSION_KEYS),
+        "dpm-solver": frozenset(("num_sampling_steps", "cfg_scale")),
+    }
+    type: Literal["iddpm", "iddpm-speed", "dpm-solver"] = "iddpm"
     num_sampling_steps: int | None = Field(None, ge=1)
     timestep_respacing: str | None = None
     noise_schedule: str = "linear"
@@ -190,12 +223,6 @@ class SchedulerConfig(Section):
     diffusion_steps: int = Field(1000, ge=1)
     cfg_scale: float = 4.0
     cfg_channel: int | None = Field(None, ge=1)
-
-    @model_validator(mode="after")
-    def _check_channel(self) -> "SchedulerConfig":
-        if self.type == "iddpm-speed" and self.cfg_channel is not None:
-            raise ValueError("cfg_channel would have no effect with type='iddpm-speed'; remove it")
-        return self
 
 
 class TrainConfig(Section):
@@ -241,6 +268,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _refuse_what_is_not_done(self) -> "TrainConfig":
+        if self.scheduler.type == "dpm-solver":
+            raise ValueError("scheduler.type='dpm-solver' only samples; train with 'iddpm' or 'iddpm-speed'")
         if self.sp_size != 1:
             raise ValueError(f"sp_size={self.sp_size}: sequence parallelism is not available; use sp_size=1")
         if not self.bucket_config:
@@ -288,15 +317,16 @@ class SampleConfig(Section):
 def find_idle_keys(config: TrainConfig | SampleConfig) -> list[str]:
     """Lines `key=value: what happens instead` for keys that were given and have no effect here."""
     notes = []
-    for key, instead in IDLE_KEYS.items():
+    for key, instead in (IDLE_KEYS | (IDLE_TRAINING_KEYS if isinstance(config, TrainConfig) else {})).items():
         *sections, name = key.split(".")
         section: Any = config
         for part in sections:
             section = getattr(section, part, None)
-        if isinstance(section, BaseModel) and name in section.model_fields_set and getattr(section, name):
-            notes.append(f"{key}={getattr(section, name)!r} {instead}")
-    if isinstance(config, TrainConfig) and config.batch_size is not None:
-        notes.append(f"batch_size={config.batch_size} has no effect: bucket_config gives the batch sizes")
+        if not isinstance(section, BaseModel) or name not in section.model_fields_set:
+            continue
+        value = getattr(section, name)
+        if value != type(section).model_fields[name].default:
+            notes.append(f"{key}={value!r} {instead}")
     return notes
 
 
@@ -304,8 +334,13 @@ IDLE_KEYS = {
     "model.enable_flash_attn": "has no effect: the device decides how every op is computed",
     "model.enable_layernorm_kernel": "has no effect: apex is not used",
     "text_encoder.shardformer": "has no effect: T5 runs as transformers loads it",
+}
+IDLE_TRAINING_KEYS = {
     "num_bucket_build_workers": "has no effect: clips are put into buckets in one vectorized pass",
     "plugin": "has no effect: ColossalAI is not used, one process holds the whole optimizer state",
     "outputs": "has no effect: --out names the folder of the run",
     "wandb": "starts no tracker: metrics are written to DIR/metrics.jsonl",
+    "batch_size": "has no effect: bucket_config gives the batch sizes",
+    "scheduler.cfg_scale": "has no effect in training: it guides sampling",
+    "scheduler.cfg_channel": "has no effect in training: it guides sampling",
 }
