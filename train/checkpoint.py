@@ -1,0 +1,129 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is a folder `step-00000500`. It is filled under another name, every file is flushed to the disk and its
+checksum noted in `complete.json`, and only then the folder gets its name; so a folder of that name is whole, and what a
+kill leaves behind is never mistaken for one. Older checkpoints are removed after that, the newest `keep` stay. Only
+safetensors and JSON are written and read: loading executes nothing.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+COMPLETE = "complete.json"
+FOLDER_NAME = re.compile(r"step-(\d{8,})")
+UNFINISHED_PREFIX = ".unfinished-"
+READ_SIZE = 1 << 22
+
+
+def write_checkpoint(parent: Path, step: int, fill: Callable[[Path], None], keep: int) -> Path:
+    """Write the checkpoint of one step and remove the oldest.
+
+    Args:
+        parent: folder of the run's checkpoints, made if it is not there.
+        step: optimizer steps taken.
+        fill: writes the files into the folder it is given.
+        keep: number of checkpoints that stay, 1 or more.
+
+    Returns:
+        The folder of the checkpoint.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for leftover in parent.glob(f"{UNFINISHED_PREFIX}*"):
+        shutil.rmtree(leftover)
+    final = parent / f"step-{step:08d}"
+    unfinished = parent / f"{UNFINISHED_PREFIX}{final.name}"
+    unfinished.mkdir()
+    fill(unfinished)
+    files = {}
+    for path in sorted(path for path in unfinished.rglob("*") if path.is_file()):
+        _flush(path)
+        name = path.relative_to(unfinished).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+    marker = unfinished / COMPLETE
+    marker.write_text(json.dumps({"step": step, "files": files}, indent=1))
+    for path in (marker, *(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
+        _flush(path)
+    if final.exists():  # a damaged one of the same step, which resuming has passed over
+        shutil.rmtree(final)
+    os.rename(unfinished, final)
+    _flush(parent)
+    for old in list_checkpoints(parent)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(parent: Path) -> list[Path]:
+    """Folders named as checkpoints, newest first; whether they are whole is not looked at."""
+    if not parent.is_dir():
+        return []
+    folders = [path for path in parent.iterdir() if FOLDER_NAME.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: int(FOLDER_NAME.fullmatch(path.name)[1]), reverse=True)
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compare every file with its checksum. ValueError names the first that is missing, changed or not listed."""
+    marker = folder / COMPLETE
+    if not marker.is_file():
+        raise ValueError(f"{folder} is not a complete checkpoint: {COMPLETE} is missing")
+    try:
+        files = json.loads(marker.read_text())["files"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{marker} is damaged: {error}") from None
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size != expected["bytes"] or _hash(path) != expected["sha256"]:
+            raise ValueError(f"{path} is damaged: it is not what was written")
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if extra := sorted(present - set(files) - {COMPLETE}):
+        raise ValueError(f"{folder / extra[0]} does not belong to the checkpoint: remove it")
+
+
+def find_newest(parent: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole, or None; `warn` is told of each one that is passed over."""
+    for folder in list_checkpoints(parent):
+        try:
+            verify_checkpoint(folder)
+            return folder
+        except ValueError as error:
+            warn(f"{error}; going back to the checkpoint before it")
+    return None
+
+
+def locate_checkpoint(path: Path, warn: Callable[[str], None]) -> Path:
+    """The checkpoint that a person means by a path: a checkpoint, a folder of them, or the output folder of a run.
+
+    Raises:
+        ValueError: there is none, or the one named is damaged.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; give a checkpoint (step-...) or the output folder of a run")
+    if FOLDER_NAME.fullmatch(path.name) or (path / COMPLETE).exists():
+        verify_checkpoint(path)
+        return path
+    for parent in (path / "checkpoints", path):
+        if (found := find_newest(parent, warn)) is not None:
+            return found
+    raise ValueError(f"{path} holds no complete checkpoint")
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_SIZE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,47 @@
+"""One JSON object for each training step, in `DIR/metrics.jsonl`."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsWriter:
+    """Appends rows to a JSONL file; each is on its way to the disk when `write` returns.
+
+    Args:
+        path: the file.
+        last_step: rows of later steps are removed first, so that after a resume every step is there once.
+    """
+
+    def __init__(self, path: Path, last_step: int = 0) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= last_step] if path.exists() else []
+        part = path.with_name(f".{path.name}.part")
+        part.write_text("".join(_to_line(row) for row in kept))
+        os.replace(part, path)
+        self._file = path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; numbers that are not finite become null."""
+        self._file.write(_to_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line that a kill has cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _to_line(row: dict[str, Any]) -> str:
+    clean = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+    }
+    return json.dumps(clean) + "\n"
