@@ -1,10 +1,10 @@
 """Pieces shared by the attention kernels: tiles of one head, matrix products over a split head, RMS norm of rows.
 
-A head of D columns is held as two tiles side by side, WIDE and TAIL columns (72 = 64 + 16, of which 8 are padding), so
-that every matrix product has a power-of-two shape that the matrix units take: 80 columns of work for 72, where one tile
-would need 128. Padding columns are read as zero and never written.
+A head of D columns is held as two tiles side by side, a pair (wide, tail) of power-of-two widths: 72 = 64 + 16, of
+which 8 are padding. Every matrix product then has a shape that the matrix units take: 80 columns of work for 72, where
+one tile would need 128. Padding columns are read as zero and never written.
 
-Letters: D head size, S tokens of a frame, H heads. Tiles are [rows, WIDE] and [rows, TAIL].
+Letters: D head size, m n rows of tiles. "A head tile [m, D]" below is such a pair ([m, wide], [m, tail]).
 """
 
 from __future__ import annotations
@@ -15,32 +15,36 @@ import triton.language as tl
 SMALLEST_TILE = 16  # the matrix units take nothing narrower
 
 
-def split_head(head_size: int) -> tuple[int, int]:
-    """Returns (WIDE, TAIL): two powers of two of at least 16 that together hold the head: 72 → (64, 16).
-
-    Raises:
-        ValueError: the head size is not a multiple of 8 from 8 to 128.
-    """
+def check_head_size(op: str, head_size: int) -> None:
+    """Raises ValueError for a head that the kernels cannot hold."""
     if head_size % 8 or not 8 <= head_size <= 128:
-        raise ValueError(f"head size {head_size} is not supported by the Triton kernels: a multiple of 8 up to 128 is")
+        raise ValueError(f"{op}: head size {head_size} has no Triton kernel; it must be a multiple of 8 up to 128")
+
+
+def split_head(head_size: int) -> tuple[int, int]:
+    """(wide, tail): two powers of two of at least 16 that together hold the head: 72 → (64, 16), 128 → (64, 64)."""
     wide = max(SMALLEST_TILE, triton.next_power_of_2(head_size) // 2)
     return wide, max(SMALLEST_TILE, triton.next_power_of_2(max(head_size - wide, 0)))
 
 
-@triton.jit
-def load_rows(
-    pointer,
-    rows,
-    inside,
-    ROW_STRIDE: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-):
-    """Columns FIRST … FIRST + WIDTH of the given rows of one head, [rows, WIDTH]; zero where not `inside` or padding.
+@triton.constexpr_function
+def wide_of(head_size):
+    return split_head(head_size)[0]
 
-    `pointer` already points to the head's first column; strides are constexpr so that loads are sixteen bytes wide.
-    """
+
+@triton.constexpr_function
+def tail_of(head_size):
+    return split_head(head_size)[1]
+
+
+@triton.constexpr_function
+def has_padding(head_size):
+    """True where the tail holds a padding column, the first of them at column D of the head."""
+    return sum(split_head(head_size)) > head_size
+
+
+@triton.jit
+def _load_part(pointer, rows, inside, ROW_STRIDE: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_SIZE):
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = pointer + rows[:, None] * ROW_STRIDE + columns[None, :]
     if FIRST + WIDTH <= HEAD_SIZE:
@@ -49,53 +53,116 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
-    pointer,
-    tile,
-    rows,
-    inside,
-    ROW_STRIDE: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-):
-    """Writes `tile` [rows, WIDTH] in the pointer's dtype, as `load_rows` reads it."""
-    columns = FIRST + tl.arange(0, WIDTH)
+def load_head(pointer, rows, inside, ROW_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """The given rows of one head: a head tile [m, D] in the pointer's dtype, zero where not `inside`.
+
+    `pointer` points to the head's first column in row 0; its tile of rows is reached with 32-bit offsets. Strides and
+    sizes are constexpr so that loads are sixteen bytes wide.
+    """
+    WIDE: tl.constexpr = wide_of(HEAD_SIZE)
+    return (
+        _load_part(pointer, rows, inside, ROW_STRIDE, 0, WIDE, HEAD_SIZE),
+        _load_part(pointer, rows, inside, ROW_STRIDE, WIDE, tail_of(HEAD_SIZE), HEAD_SIZE),
+    )
+
+
+@triton.jit
+def _store_part(pointer, tile, rows, inside, ROW_STRIDE: tl.constexpr, FIRST: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    columns = FIRST + tl.arange(0, tile.shape[1])
     pointers = pointer + rows[:, None] * ROW_STRIDE + columns[None, :]
     mask = inside[:, None] & (columns < HEAD_SIZE)[None, :]
     tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_weight(pointer, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """Entries FIRST … FIRST + WIDTH of a vector [D] as float32 [WIDTH]; padding is zero."""
-    columns = FIRST + tl.arange(0, WIDTH)
-    return tl.load(pointer + columns, mask=columns < HEAD_SIZE, other=0.0).to(tl.float32)
+def store_head(pointer, head, rows, inside, ROW_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """Writes a head tile in the pointer's dtype, as `load_head` reads it."""
+    _store_part(pointer, head[0], rows, inside, ROW_STRIDE, 0, HEAD_SIZE)
+    _store_part(pointer, head[1], rows, inside, ROW_STRIDE, wide_of(HEAD_SIZE), HEAD_SIZE)
 
 
 @triton.jit
-def dot_rows(left_wide, left_tail, right_wide, right_tail):
-    """left · rightᵀ over the columns of a head: [m, D], [n, D] → float32 [m, n]."""
-    product = tl.dot(left_wide, tl.trans(right_wide), input_precision="ieee")
-    return tl.dot(left_tail, tl.trans(right_tail), product, input_precision="ieee")
+def load_weight(pointer, HEAD_SIZE: tl.constexpr):
+    """A vector [D] as a pair of float32 rows [1, wide], [1, tail] that broadcasts against a head tile; padding is 0."""
+    wide = tl.arange(0, wide_of(HEAD_SIZE))
+    tail = wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE))
+    return (
+        tl.load(pointer + wide, mask=wide < HEAD_SIZE, other=0.0).to(tl.float32)[None, :],
+        tl.load(pointer + tail, mask=tail < HEAD_SIZE, other=0.0).to(tl.float32)[None, :],
+    )
 
 
 @triton.jit
-def reciprocal_rms(wide, tail, eps, HEAD_SIZE: tl.constexpr):
-    """1 / sqrt(mean(z²) + eps) of each row z of a head, float32 [rows]."""
-    wide = wide.to(tl.float32)
-    tail = tail.to(tl.float32)
+def store_weight(pointer, weight, HEAD_SIZE: tl.constexpr):
+    """Writes a pair of vectors [wide], [tail] to `pointer` [D]."""
+    wide = tl.arange(0, wide_of(HEAD_SIZE))
+    tail = wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE))
+    tl.store(pointer + wide, weight[0], mask=wide < HEAD_SIZE)
+    tl.store(pointer + tail, weight[1], mask=tail < HEAD_SIZE)
+
+
+@triton.jit
+def zero_head(ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """Sums to start from: a float32 head tile [ROWS, D]."""
+    return (
+        tl.zeros([ROWS, wide_of(HEAD_SIZE)], tl.float32),
+        tl.zeros([ROWS, tail_of(HEAD_SIZE)], tl.float32),
+    )
+
+
+@triton.jit
+def to_float32(head):
+    return head[0].to(tl.float32), head[1].to(tl.float32)
+
+
+@triton.jit
+def to_dtype(head, dtype: tl.constexpr):
+    return head[0].to(dtype), head[1].to(dtype)
+
+
+@triton.jit
+def multiply(left, right):
+    """Products of two pairs: head tiles [m, D], or a head tile and a weight [1, D]."""
+    return left[0] * right[0], left[1] * right[1]
+
+
+@triton.jit
+def scale_rows(head, factors):
+    """Row i of a head tile times factors[i]."""
+    return head[0] * factors[:, None], head[1] * factors[:, None]
+
+
+@triton.jit
+def dot_rows(left, right):
+    """left · rightᵀ of head tiles [m, D], [n, D] → float32 [m, n]."""
+    product = tl.dot(left[0], tl.trans(right[0]), input_precision="ieee")
+    return tl.dot(left[1], tl.trans(right[1]), product, input_precision="ieee")
+
+
+@triton.jit
+def add_product(sums, matrix, head):
+    """sums + matrix · head: float32 head tile [m, D], matrix [m, n] in the head's dtype, head tile [n, D]."""
+    return (
+        tl.dot(matrix, head[0], sums[0], input_precision="ieee"),
+        tl.dot(matrix, head[1], sums[1], input_precision="ieee"),
+    )
+
+
+@triton.jit
+def reciprocal_rms(head, eps, HEAD_SIZE: tl.constexpr):
+    """1 / sqrt(mean(z²) + eps) of each row z of a head tile, float32 [m]."""
+    wide, tail = to_float32(head)
     squares = tl.sum(wide * wide, axis=1) + tl.sum(tail * tail, axis=1)
     return tl.rsqrt(squares / HEAD_SIZE + eps)
 
 
 @triton.jit
-def rms_norm_gradient(gradient_wide, gradient_tail, normed_wide, normed_tail, reciprocal, HEAD_SIZE: tl.constexpr):
+def rms_norm_gradient(gradient, normed, reciprocal, HEAD_SIZE: tl.constexpr):
     """Gradient of z from that of normed = z · reciprocal_rms(z): (g - normed · mean(g · normed)) · reciprocal.
 
-    All tiles float32; `reciprocal` [rows].
+    Head tiles float32 [m, D]; `reciprocal` [m].
     """
-    along = tl.sum(gradient_wide * normed_wide, axis=1) + tl.sum(gradient_tail * normed_tail, axis=1)
+    along = tl.sum(gradient[0] * normed[0], axis=1) + tl.sum(gradient[1] * normed[1], axis=1)
     along = (along / HEAD_SIZE)[:, None]
     factor = reciprocal[:, None]
-    return (gradient_wide - normed_wide * along) * factor, (gradient_tail - normed_tail * along) * factor
+    return (gradient[0] - normed[0] * along) * factor, (gradient[1] - normed[1] * along) * factor
