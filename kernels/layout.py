@@ -266,6 +266,17 @@ class TextLayout:
     num_tokens: int
 
     @staticmethod
+    def from_lengths(lengths: Sequence[int], device: torch.device) -> TextLayout:
+        """Returns the layout of texts of `lengths` tokens that lie one after another."""
+        counts = torch.tensor([int(length) for length in lengths])
+        return TextLayout(
+            starts=_starts(counts)[:-1].to(torch.int32).to(device, non_blocking=True),
+            lengths=counts.to(torch.int32).to(device, non_blocking=True),
+            max_length=max(int(counts.max()), 1),
+            num_tokens=int(counts.sum()),
+        )
+
+    @staticmethod
     def from_mask(mask: Tensor | None, num_videos: int, length: int, device: torch.device) -> tuple[TextLayout, Tensor]:
         """Returns the layout of `mask`'s real tokens, and the index [M] that picks them from text of shape [B·L, …].
 

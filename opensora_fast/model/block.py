@@ -1,7 +1,8 @@
 """One block of ST-DiT-2 on a pack: spatial attention, temporal attention, cross-attention, MLP.
 
-The modules hold parameters under upstream's names; what they compute is written out in `STDiT2Block.forward`, one line
-per op of `opensora_fast.kernels`. Biases that an op adds itself are left out of the matrix product before it.
+The modules hold parameters under upstream's names; what they compute is written out in `compute_block`, one line per op
+of `opensora_fast.kernels`. It reads nothing but parameters, so it serves upstream's own blocks too (see `replace.py`).
+Biases that an op adds itself are left out of the matrix product before it.
 """
 
 from __future__ import annotations
@@ -35,13 +36,6 @@ class SelfAttention(nn.Module):
         self.q_norm = NormWeight(channels // num_heads) if qk_norm else None
         self.k_norm = NormWeight(channels // num_heads) if qk_norm else None
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x [N, C] → qkv [N, 3, H, D] and the two norm weights."""
-        qkv = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)
-        if self.q_norm is None or self.k_norm is None:
-            return qkv, None, None
-        return qkv, self.q_norm.weight, self.k_norm.weight
-
 
 class CrossAttention(nn.Module):
     def __init__(self, channels: int, num_heads: int):
@@ -50,12 +44,6 @@ class CrossAttention(nn.Module):
         self.q_linear = nn.Linear(channels, channels)
         self.kv_linear = nn.Linear(channels, 2 * channels)
         self.proj = nn.Linear(channels, channels)
-
-    def project(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N, C], text [M, C] → q [N, H, D], kv [M, 2, H, D]."""
-        q = self.q_linear(x).view(x.shape[0], self.num_heads, -1)
-        kv = self.kv_linear(text).view(text.shape[0], 2, self.num_heads, -1)
-        return q, kv
 
 
 class MLP(nn.Module):
@@ -103,89 +91,119 @@ class STDiT2Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, channels) / channels**0.5)
         self.scale_shift_table_temporal = nn.Parameter(torch.randn(3, channels) / channels**0.5)
 
-    def spatial_modulation(self, space_and_mlp: Tensor) -> tuple[Tensor, Tensor]:
-        """(shift, scale), each [R, C], of the norm in front of spatial attention; the block before computes it."""
-        modulation = self.scale_shift_table[:2] + space_and_mlp[:, :2]
-        return modulation[:, 0], modulation[:, 1]
-
     def forward(
         self, x: Tensor, normed: Tensor | None, context: PackContext, following: STDiT2Block | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Computes the block.
+        """See `compute_block`."""
+        return compute_block(self, x, normed, context, following)
 
-        Args:
-            x: [N, C] residual stream.
-            normed: [N, C] input of spatial attention, when the block before has already made it.
-            context: shared by all blocks.
-            following: the next block when this one is to make its `normed` in the same pass, else None.
 
-        Returns:
-            (x [N, C], the following block's normed [N, C] or None).
-        """
-        layout, rows, use = context.layout, context.frame_rows, context.backends
-        space = (self.scale_shift_table + context.space_and_mlp).unbind(1)
-        shift_space, scale_space, gate_space, shift_mlp, scale_mlp, gate_mlp = space
-        shift_time, scale_time, gate_time = (self.scale_shift_table_temporal + context.time).unbind(1)
+def compute_block(
+    block: nn.Module, x: Tensor, normed: Tensor | None, context: PackContext, following: nn.Module | None
+) -> tuple[Tensor, Tensor | None]:
+    """Computes one block.
 
-        if normed is None:
-            normed = kernels.modulated_norm(x, shift_space, scale_space, rows, layout, backend=use.modulated_norm)
-        attended = kernels.spatial_attention(*self.attn.project(normed), layout, backend=use.spatial_attention)
-        x, normed = kernels.gate_residual_modulated_norm(
-            x,
-            linear(attended.flatten(1), self.attn.proj.weight),
-            gate_space,
-            shift_time,
-            scale_time,
-            rows,
-            layout,
-            bias=self.attn.proj.bias,
-            backend=use.gate_residual_modulated_norm,
-        )
-        attended = kernels.temporal_attention(
-            *self.attn_temp.project(normed), context.cos, context.sin, layout, backend=use.temporal_attention
-        )
-        x = kernels.gate_residual(
-            x,
-            linear(attended.flatten(1), self.attn_temp.proj.weight),
-            gate_time,
-            rows,
-            layout,
-            bias=self.attn_temp.proj.bias,
-            backend=use.gate_residual,
-        )
-        attended = kernels.cross_attention(
-            *self.cross_attn.project(x, context.text), layout, context.text_layout, backend=use.cross_attention
-        )
-        x, normed = kernels.gate_residual_modulated_norm(
-            x,
-            linear(attended.flatten(1), self.cross_attn.proj.weight),
-            None,
-            shift_mlp,
-            scale_mlp,
-            rows,
-            layout,
-            bias=self.cross_attn.proj.bias,
-            backend=use.gate_residual_modulated_norm,
-        )
-        hidden = kernels.gelu_tanh(linear(normed, self.mlp.fc1.weight), self.mlp.fc1.bias, backend=use.gelu_tanh)
-        branch = linear(hidden, self.mlp.fc2.weight)
-        if following is None:
-            x = kernels.gate_residual(
-                x, branch, gate_mlp, rows, layout, bias=self.mlp.fc2.bias, backend=use.gate_residual
-            )
-            return x, None
-        shift_next, scale_next = following.spatial_modulation(context.space_and_mlp)
-        return kernels.gate_residual_modulated_norm(
-            x,
-            branch,
-            gate_mlp,
-            shift_next,
-            scale_next,
-            rows,
-            layout,
-            bias=self.mlp.fc2.bias,
-            backend=use.gate_residual_modulated_norm,
-        )
+    Args:
+        block: holds the parameters, under the names of `STDiT2Block`.
+        x: [N, C] residual stream.
+        normed: [N, C] input of spatial attention, when the block before has already made it.
+        context: shared by all blocks.
+        following: the next block when this one is to make its `normed` in the same pass, else None.
+
+    Returns:
+        (x [N, C], the following block's normed [N, C] or None).
+    """
+    layout, rows, use = context.layout, context.frame_rows, context.backends
+    space = (block.scale_shift_table + context.space_and_mlp).unbind(1)
+    shift_space, scale_space, gate_space, shift_mlp, scale_mlp, gate_mlp = space
+    shift_time, scale_time, gate_time = (block.scale_shift_table_temporal + context.time).unbind(1)
+
+    if normed is None:
+        normed = kernels.modulated_norm(x, shift_space, scale_space, rows, layout, backend=use.modulated_norm)
+    attention = block.attn
+    attended = kernels.spatial_attention(
+        project_qkv(attention, normed),
+        norm_weight(attention.q_norm),
+        norm_weight(attention.k_norm),
+        layout,
+        backend=use.spatial_attention,
+    )
+    x, normed = kernels.gate_residual_modulated_norm(
+        x,
+        linear(attended.flatten(1), attention.proj.weight),
+        gate_space,
+        shift_time,
+        scale_time,
+        rows,
+        layout,
+        bias=attention.proj.bias,
+        backend=use.gate_residual_modulated_norm,
+    )
+    attention = block.attn_temp
+    attended = kernels.temporal_attention(
+        project_qkv(attention, normed),
+        norm_weight(attention.q_norm),
+        norm_weight(attention.k_norm),
+        context.cos,
+        context.sin,
+        layout,
+        backend=use.temporal_attention,
+    )
+    x = kernels.gate_residual(
+        x,
+        linear(attended.flatten(1), attention.proj.weight),
+        gate_time,
+        rows,
+        layout,
+        bias=attention.proj.bias,
+        backend=use.gate_residual,
+    )
+    attention = block.cross_attn
+    attended = kernels.cross_attention(
+        attention.q_linear(x).unflatten(1, (attention.num_heads, -1)),
+        attention.kv_linear(context.text).unflatten(1, (2, attention.num_heads, -1)),
+        layout,
+        context.text_layout,
+        backend=use.cross_attention,
+    )
+    x, normed = kernels.gate_residual_modulated_norm(
+        x,
+        linear(attended.flatten(1), attention.proj.weight),
+        None,
+        shift_mlp,
+        scale_mlp,
+        rows,
+        layout,
+        bias=attention.proj.bias,
+        backend=use.gate_residual_modulated_norm,
+    )
+    hidden = kernels.gelu_tanh(linear(normed, block.mlp.fc1.weight), block.mlp.fc1.bias, backend=use.gelu_tanh)
+    branch = linear(hidden, block.mlp.fc2.weight)
+    if following is None:
+        bias = block.mlp.fc2.bias
+        return kernels.gate_residual(x, branch, gate_mlp, rows, layout, bias=bias, backend=use.gate_residual), None
+    modulation = following.scale_shift_table[:2] + context.space_and_mlp[:, :2]
+    return kernels.gate_residual_modulated_norm(
+        x,
+        branch,
+        gate_mlp,
+        modulation[:, 0],
+        modulation[:, 1],
+        rows,
+        layout,
+        bias=block.mlp.fc2.bias,
+        backend=use.gate_residual_modulated_norm,
+    )
+
+
+def project_qkv(attention: nn.Module, x: Tensor) -> Tensor:
+    """x [N, C] → [N, 3, H, D]."""
+    return attention.qkv(x).unflatten(1, (3, attention.num_heads, -1))
+
+
+def norm_weight(norm: nn.Module | None) -> Tensor | None:
+    """The weight of a QK-norm; None where the model has none (None here, an Identity in upstream's modules)."""
+    return getattr(norm, "weight", None)
 
 
 class FinalLayer(nn.Module):

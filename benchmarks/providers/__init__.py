@@ -1,0 +1,1 @@
+"""Implementations that the benchmarks compare."""

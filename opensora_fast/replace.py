@@ -1,0 +1,165 @@
+"""`use_kernels`: choose the kernels of a model, ours or upstream's own instance, without touching its state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from opensora_fast.kernels import PackLayout, TextLayout
+from opensora_fast.kernels.dispatch import BACKENDS
+
+from .model.backends import Backends
+from .model.block import PackContext, compute_block
+from .model.stdit2 import STDiT2
+
+OPS = tuple(field.name for field in fields(Backends))
+
+# What a block of Open-Sora 1.1 holds; a module with all of it is taken for one.
+BLOCK_PARAMETERS = (
+    "scale_shift_table",
+    "scale_shift_table_temporal",
+    "attn.qkv.weight",
+    "attn.proj.bias",
+    "attn_temp.qkv.weight",
+    "attn_temp.proj.bias",
+    "cross_attn.q_linear.weight",
+    "cross_attn.kv_linear.weight",
+    "cross_attn.proj.bias",
+    "mlp.fc1.bias",
+    "mlp.fc2.bias",
+)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What `use_kernels` did.
+
+    Attributes:
+        replaced: op → names of the modules whose computation now uses the chosen backend.
+        backend: the chosen backend.
+        undo: restores the model as it was before.
+    """
+
+    replaced: dict[str, list[str]]
+    backend: str
+    undo: Callable[[], None]
+
+    def __str__(self) -> str:
+        lines = [f"{op}: {self.backend} in {len(names)} modules" for op, names in self.replaced.items()]
+        return "\n".join(lines)
+
+
+def use_kernels(model: nn.Module, backend: str = "triton", **flags: bool) -> Replacement:
+    """Chooses the implementation of a model's ops.
+
+    Works on `STDiT2` and on an instance of Open-Sora 1.1's own class, which is recognized by its structure. Only that
+    instance changes; parameters, their names and the state dict stay as they are.
+
+    Args:
+        model: the model.
+        backend: "triton", "reference", or "auto" (Triton on CUDA, reference elsewhere).
+        **flags: ops to change, by name (`modulated_norm=True, spatial_attention=True, …`); without any, all ops.
+
+    Returns:
+        What was replaced, and how to undo it.
+
+    Raises:
+        ValueError: an unknown backend or op, or nothing in the model matched.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"use_kernels: backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    for name in flags:
+        if name not in OPS:
+            raise ValueError(f"use_kernels: unknown op {name!r}; known: {', '.join(OPS)}")
+    chosen = {name: backend for name in OPS if flags.get(name, not flags)}
+    if not chosen:
+        raise ValueError("use_kernels: every flag is False, so nothing would change; leave the call out or name an op")
+    if isinstance(model, STDiT2):
+        return _choose_in_own_model(model, chosen, backend)
+    blocks = {name: module for name, module in model.named_modules() if _is_upstream_block(module)}
+    rope = getattr(model, "rope", None)
+    if not blocks or not isinstance(getattr(rope, "freqs", None), Tensor):
+        raise ValueError(
+            f"use_kernels: {type(model).__name__} is neither an STDiT2 nor built like Open-Sora 1.1's "
+            "(blocks with attn, attn_temp, cross_attn, mlp and two scale-shift tables, and rope.freqs)"
+        )
+    return _override_upstream_blocks(blocks, rope, chosen, backend)
+
+
+def _choose_in_own_model(model: STDiT2, chosen: dict[str, str], backend: str) -> Replacement:
+    before = model.backends
+    model.backends = replace(before, **chosen)
+    names = [f"blocks.{index}" for index in range(len(model.blocks))]
+    replaced = {op: [*names, "final_layer"] if op == "modulated_norm" else list(names) for op in chosen}
+
+    def undo() -> None:
+        model.backends = before
+
+    return Replacement(replaced, backend, undo)
+
+
+def _is_upstream_block(module: nn.Module) -> bool:
+    own = dict(module.named_parameters())
+    return all(name in own for name in BLOCK_PARAMETERS)
+
+
+def _override_upstream_blocks(
+    blocks: dict[str, nn.Module], rope: nn.Module, chosen: dict[str, str], backend: str
+) -> Replacement:
+    """Gives each block a `forward` of its own that computes on packs; ops not chosen use the reference."""
+    for name, block in blocks.items():
+        if not isinstance(getattr(block, "drop_path", nn.Identity()), nn.Identity):
+            raise ValueError(f"use_kernels: {name} has a drop_path above 0, which the kernels do not compute")
+        if "forward" in vars(block):
+            raise ValueError(f"use_kernels: {name} is replaced already; call undo() of that replacement first")
+    backends = replace(Backends.all("reference"), **chosen)
+    for block in blocks.values():
+        block.forward = _upstream_forward(block, rope, backends)
+
+    def undo() -> None:
+        for block in blocks.values():
+            vars(block).pop("forward", None)
+
+    return Replacement({op: list(blocks) for op in chosen}, backend, undo)
+
+
+def _upstream_forward(block: nn.Module, rope: nn.Module, backends: Backends) -> Callable[..., Tensor]:
+    """The forward of upstream's block, with its arguments: x [B, T·S, C], y [1, M, C], t [B, 6·C], t_tmp [B, 3·C]."""
+
+    def forward(
+        x: Tensor,
+        y: Tensor,
+        t: Tensor,
+        t_tmp: Tensor,
+        mask: list[int] | None = None,
+        x_mask: Tensor | None = None,
+        t0: Tensor | None = None,
+        t0_tmp: Tensor | None = None,
+        T: int | None = None,
+        S: int | None = None,
+    ) -> Tensor:
+        videos, tokens, channels = x.shape
+        layout = PackLayout.of([(T, 1, S)] * videos, x.device)
+        lengths = mask if mask is not None else [y.shape[1] // videos] * videos
+        if x_mask is not None:
+            t, t_tmp = torch.cat([t, t0]), torch.cat([t_tmp, t0_tmp])
+        index = torch.arange(T, device=x.device)
+        angles = (index.to(rope.freqs.dtype)[:, None] * rope.freqs).float()
+        context = PackContext(
+            layout=layout,
+            frame_rows=layout.modulation_rows(x_mask),
+            text=y.flatten(0, 1),
+            text_layout=TextLayout.from_lengths(lengths, x.device),
+            space_and_mlp=t.unflatten(1, (6, channels)),
+            time=t_tmp.unflatten(1, (3, channels)),
+            cos=angles.cos(),
+            sin=angles.sin(),
+            backends=backends,
+        )
+        output, _ = compute_block(block, x.reshape(videos * tokens, channels), None, context, None)
+        return output.view(videos, tokens, channels)
+
+    return forward

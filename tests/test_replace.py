@@ -1,0 +1,89 @@
+"""`use_kernels` changes how a model computes, not what, and only the model it is given."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from opensora_fast import STDiT2, STDiT2Config, use_kernels
+from opensora_fast.benchmarks.providers.upstream import UpstreamSTDiT2
+from opensora_fast.kernels import calls
+from opensora_fast.replace import OPS
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def build(model_class: type[nn.Module]) -> nn.Module:
+    model = model_class(STDiT2Config.small()).eval()
+    model.load_state_dict(load_file(GOLDEN / "stdit2_weights.safetensors"))
+    return model
+
+
+def golden_inputs(case: str) -> dict[str, torch.Tensor]:
+    data = load_file(GOLDEN / f"stdit2_{case}.safetensors")
+    return {name[3:]: value for name, value in data.items() if name.startswith("in.")}
+
+
+@pytest.mark.parametrize("case", ["plain", "frame_mask"])
+@pytest.mark.parametrize("model_class", [STDiT2, UpstreamSTDiT2])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_outputs_and_gradients_stay_and_undo_restores(model_class, case, backend):
+    model, inputs = build(model_class), golden_inputs(case)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = model(**inputs)
+    expected.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    replacement = use_kernels(model, backend=backend)
+    assert set(replacement.replaced) == set(OPS)
+    assert all(names for names in replacement.replaced.values())
+    calls.clear()
+    output = model(**inputs)
+    assert {op for op, used in calls if used == backend} >= set(OPS) - {"modulated_norm"}
+    assert not {op for op, used in calls if used != backend}
+    assert (output - expected).norm() / expected.norm() < 2e-4
+    output.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            error = (parameter.grad - gradients[name]).norm() / gradients[name].norm().clamp(min=1e-6)
+            assert error < 1e-3, name
+
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    replacement.undo()
+    assert torch.equal(model(**inputs), expected)
+
+
+def test_only_the_named_ops_change():
+    model = build(STDiT2)
+    replacement = use_kernels(model, backend="triton", gelu_tanh=True)
+    assert list(replacement.replaced) == ["gelu_tanh"]
+    calls.clear()
+    model(**golden_inputs("plain"))
+    assert {op for op, backend in calls if backend == "triton"} == {"gelu_tanh"}
+
+
+def test_another_instance_is_not_touched():
+    first, second = build(UpstreamSTDiT2), build(UpstreamSTDiT2)
+    use_kernels(first, backend="reference")
+    calls.clear()
+    second(**golden_inputs("plain"))
+    assert not calls
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="neither an STDiT2 nor built like"):
+        use_kernels(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="unknown op 'spatial'"):
+        use_kernels(build(STDiT2), spatial=True)
+    with pytest.raises(ValueError, match="backend 'cuda'"):
+        use_kernels(build(STDiT2), backend="cuda")
+    with pytest.raises(ValueError, match="every flag is False"):
+        use_kernels(build(STDiT2), gelu_tanh=False)
+    model = build(UpstreamSTDiT2)
+    use_kernels(model, backend="reference")
+    with pytest.raises(ValueError, match=r"undo\(\)"):
+        use_kernels(model, backend="reference")
