@@ -1,0 +1,254 @@
+"""What configurations are accepted, what their errors say, and where values come from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from opensora_fast.config import list_values, load_any_config, load_sample_config, load_train_config, to_json
+from opensora_fast.config.schema import MASK_NAMES, ModelConfig, SampleConfig, TrainConfig
+from opensora_fast.diffusion.masks import MASK_KINDS
+from opensora_fast.model.config import STDiT2Config
+
+CONFIGS = Path(__file__).parents[2] / "train" / "configs"
+FACTS = Path(__file__).parents[1] / "golden" / "facts_opensora_v1_1.json"
+
+# The keys of Open-Sora 1.1's own files, values made up: stage 1 of training and sampling with references.
+UPSTREAM_TRAIN = """
+dataset = dict(
+    type="VariableVideoTextDataset", data_path=None, num_frames=None, frame_interval=3,
+    image_size=(None, None), transform_name="resize_crop",
+)
+bucket_config = {"144p": {1: (0.5, 4), 16: (1.0, 2)}, "240p": {64: (0.0, None)}}
+mask_ratios = {"mask_no": 0.9, "mask_image_head": 0.1}
+num_workers = 8
+num_bucket_build_workers = 16
+dtype = "bf16"
+grad_checkpoint = False
+plugin = "zero2"
+sp_size = 1
+model = dict(
+    type="STDiT2-XL/2", from_pretrained=None, input_sq_size=512, qk_norm=True,
+    enable_flashattn=True, enable_layernorm_kernel=True,
+)
+vae = dict(type="VideoAutoencoderKL", from_pretrained="some/vae", micro_batch_size=4, local_files_only=True)
+text_encoder = dict(
+    type="t5", from_pretrained="some/t5", model_max_length=200, shardformer=True, local_files_only=True
+)
+scheduler = dict(type="iddpm", timestep_respacing="")
+seed = 42
+outputs = "outputs"
+wandb = False
+epochs = 1000
+log_every = 10
+ckpt_every = 500
+load = None
+batch_size = None
+lr = 2e-5
+grad_clip = 1.0
+"""
+UPSTREAM_SAMPLE = """
+num_frames = 16
+frame_interval = 3
+fps = 24
+image_size = (240, 426)
+multi_resolution = "STDiT2"
+prompt_path = None
+prompt = ["one", 'two {"reference_path": "a.png", "mask_strategy": "0"}']
+loop = 2
+condition_frame_length = 4
+mask_strategy = ["0,0,0,0,8,0.3", None]
+reference_path = ["https://example.org/a.mp4", None]
+model = dict(
+    type="STDiT2-XL/2", from_pretrained="some/model", input_sq_size=512, qk_norm=True,
+    enable_flash_attn=True, enable_layernorm_kernel=True,
+)
+vae = dict(type="VideoAutoencoderKL", from_pretrained="some/vae", cache_dir=None, micro_batch_size=4)
+text_encoder = dict(type="t5", from_pretrained="some/t5", cache_dir=None, model_max_length=200)
+scheduler = dict(type="iddpm", num_sampling_steps=100, cfg_scale=7.0, cfg_channel=3)
+dtype = "bf16"
+batch_size = 1
+seed = 42
+save_dir = "./samples/samples/"
+"""
+
+
+@pytest.fixture
+def train_file(tmp_path):
+    path = tmp_path / "stage.py"
+    path.write_text(UPSTREAM_TRAIN)
+    return path
+
+
+def test_upstream_training_file_loads_and_idle_keys_are_named(train_file):
+    loaded = load_train_config(train_file)
+    assert loaded.config.dataset.frame_interval == 3
+    assert loaded.config.bucket_config["144p"][16] == (1.0, 2)
+    assert loaded.config.bucket_config["240p"][64] == (0.0, None)
+    notes = "\n".join(loaded.notes)
+    for key in (
+        "model.enable_flashattn is read as model.enable_flash_attn",
+        "model.enable_flash_attn=True has no effect",
+        "model.enable_layernorm_kernel=True has no effect",
+        "text_encoder.shardformer=True has no effect",
+        "num_bucket_build_workers=16 has no effect",
+        "plugin='zero2' has no effect",
+        "outputs='outputs' has no effect",
+    ):
+        assert key in notes
+    # Keys at their default are not worth a word.
+    assert "wandb" not in notes and "batch_size" not in notes
+
+
+def test_more_idle_keys(train_file):
+    notes = "\n".join(load_train_config(train_file, ["wandb=True", "batch_size=8", "scheduler.cfg_scale=7.0"]).notes)
+    assert "wandb=True starts no tracker" in notes
+    assert "batch_size=8 has no effect" in notes
+    assert "scheduler.cfg_scale=7.0 has no effect in training" in notes
+
+
+def test_upstream_sampling_file_loads(tmp_path):
+    path = tmp_path / "sample.py"
+    path.write_text(UPSTREAM_SAMPLE)
+    config = load_sample_config(path).config
+    assert config.image_size == (240, 426)
+    assert config.prompt[1].startswith("two")
+    assert config.reference_path == ["https://example.org/a.mp4", None]
+    assert config.scheduler.get_keys()["cfg_channel"] == 3
+    assert isinstance(load_any_config(path).config, SampleConfig)
+
+
+def test_vae_dtype_and_builder_keys(train_file):
+    config = load_train_config(train_file).config
+    assert config.vae.get_keys() == {
+        "type": "VideoAutoencoderKL",
+        "from_pretrained": "some/vae",
+        "micro_batch_size": 4,
+        "latents": "sample",
+        "local_files_only": True,
+    }
+    replaced = load_train_config(train_file, ["vae=dict(type='linear')", "text_encoder=dict(type='bytes')"]).config
+    assert replaced.vae.get_keys() == {"type": "linear"}
+    assert "from_pretrained" not in replaced.text_encoder.get_keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.depht=4", r"command line: model\.depht: unknown key; did you mean 'depth'\?"),
+        ("model.enable_flash=True", r"did you mean 'enable_flash_attn'\?"),
+        ("bucket_confg={}", r"bucket_confg: unknown key; did you mean 'bucket_config'\?"),
+        ("zzz=1", r"zzz: unknown key; known: dataset"),
+        ("lr=fast", r"lr: .*number.*'fast'"),
+        ("lr=-1", r"lr: .*greater than 0"),
+        ("epochs=1.5", r"epochs: .*integer"),
+        ("dtype=fp16", r"dtype: use 'bf16' or 'fp32'; fp16 would need loss scaling"),
+        ("sp_size=2", r"sp_size=2: sequence parallelism is not available"),
+        ("dataset.type=VideoTextDataset", r"dataset\.type: only 'VariableVideoTextDataset'"),
+        ("dataset.image_size=(256, 256)", r"dataset\.image_size: must be None: bucket_config decides"),
+        ("dataset.num_frames=16", r"dataset\.num_frames: must be None"),
+        ("dataset.transform_name=center", r"dataset\.transform_name: only 'resize_crop'"),
+        ("dataset=3", r"dataset: .*dictionary"),
+        ("grad_checkpoint=-1", r"grad_checkpoint: write True"),
+        ("vae.type=linear", r"vae: local_files_only, micro_batch_size would have no effect with type='linear'"),
+        ("vae.type=nothing", r"vae\.type: .*'VideoAutoencoderKL'"),
+        ("text_encoder.output_dim=32", r"text_encoder: output_dim would have no effect with type='t5'"),
+        ("scheduler=dict(type='dpm-solver')", r"dpm-solver' only samples"),
+        ("bucket_config={}", r"bucket_config is empty"),
+        ("bucket_config.144p.16=3", r"bucket_config\.144p\.16: "),
+        ("bucket_config.144p.16=(1.0, 'x')", r"bucket_config\.144p\.16"),
+        ("bucket_config.144p.sixteen=(1.0, 2)", r"bucket_config\.144p\.sixteen"),
+        ("mask_ratios.mask_non=0.1", r"mask_ratios: unknown mask 'mask_non'; did you mean 'mask_no'\?"),
+        ("mask_ratios.mask_no=0.5", r"mask_ratios: the ratios sum to 0\.6"),
+        ("mask_ratios.mask_no=2", r"mask_ratios: mask_no is 2"),
+        ("start_from_scratch=True", r"start_from_scratch=True needs `load`"),
+    ],
+)
+def test_errors_name_the_key_and_the_fix(train_file, override, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_train_config(train_file, [override])
+    assert "pydantic" not in str(caught.value)
+
+
+def test_errors_name_the_line(train_file):
+    train_file.write_text(UPSTREAM_TRAIN + "model_depth = 3\n")
+    line = len(train_file.read_text().splitlines())
+    with pytest.raises(ValueError, match=rf"stage\.py, line {line}: model_depth: unknown key"):
+        load_train_config(train_file)
+
+
+def test_several_errors_are_listed_at_once(train_file):
+    with pytest.raises(ValueError) as caught:
+        load_train_config(train_file, ["lr=x", "seeds=1"])
+    assert "lr:" in str(caught.value) and "seeds: unknown key; did you mean 'seed'?" in str(caught.value)
+
+
+def test_missing_key(tmp_path):
+    path = tmp_path / "empty.py"
+    path.write_text("dataset = dict()\n")
+    with pytest.raises(ValueError, match="bucket_config: is missing"):
+        load_train_config(path)
+
+
+def test_alias_beside_its_name(train_file):
+    with pytest.raises(ValueError, match="both are given"):
+        load_train_config(train_file, ["model.enable_flash_attn=True"])
+
+
+def test_origins(train_file):
+    loaded = load_train_config(
+        train_file, ["bucket_config.144p.16=(1.0, 3)", "lr=1e-4"], {"dataset.data_path": "m.csv", "steps": None}
+    )
+    assert loaded.config.dataset.data_path == "m.csv"
+    lines = UPSTREAM_TRAIN.splitlines()
+    number = next(index for index, line in enumerate(lines, 1) if line.startswith("seed"))
+    assert loaded.get_origin("seed") == f"stage.py:{number}"
+    assert loaded.get_origin("lr") == "command line"
+    assert loaded.get_origin("dataset.data_path") == "command line"
+    assert loaded.get_origin("steps") == "default"
+    assert loaded.get_origin("model.depth") == "default"
+    assert loaded.get_origin("bucket_config").endswith("command line (bucket_config.144p.16)")
+    assert {key for key, _ in list_values(loaded.config)} > {"seed", "model.depth", "bucket_config", "vae.type"}
+
+
+def test_json_of_a_run_loads_back(train_file, tmp_path):
+    config = load_train_config(train_file).config
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    loaded = load_train_config(path)
+    assert loaded.config == config
+    assert loaded.get_origin("seed") == "config.json"
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "image", "video"])
+def test_shipped_training_configurations_carry_the_published_values(name):
+    facts = json.loads(FACTS.read_text())[name]
+    config = load_train_config(CONFIGS / f"{name}.py").config
+    tables = {
+        resolution: {str(frames): list(entry) for frames, entry in entries.items()}
+        for resolution, entries in config.bucket_config.items()
+    }
+    assert tables == facts.pop("bucket_config")
+    assert config.dataset.frame_interval == facts.pop("frame_interval")
+    for key, value in facts.items():
+        assert getattr(config, key) == value, key
+    assert config.model.qk_norm and config.model.input_sq_size == 512
+    assert config.text_encoder.model_max_length == 200
+    assert config.ema_decay == 0.9999
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads(path):
+    assert isinstance(load_any_config(path).config, (TrainConfig, SampleConfig))
+
+
+def test_model_keys_and_defaults_are_those_of_the_model():
+    given_by_encoders = {"input_size", "in_channels", "caption_channels", "model_max_length"}
+    model_defaults = {
+        name: field.default for name, field in STDiT2Config.model_fields.items() if name not in given_by_encoders
+    }
+    assert ModelConfig().get_shape_keys() == model_defaults
+
+
+def test_mask_names_are_those_of_the_mask_generator():
+    assert MASK_NAMES == MASK_KINDS
