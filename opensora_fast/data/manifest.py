@@ -1,0 +1,266 @@
+"""The table of clips: a CSV or Parquet file with one row per clip, checked when it is read.
+
+Columns, as Open-Sora's tools write them; others are kept:
+
+| column     | holds |
+|------------|-------|
+| path       | the file; a relative path counts from the folder of the manifest |
+| text       | the caption; a missing one is the empty caption |
+| num_frames | frames in the file; 1 is an image |
+| height     | pixels |
+| width      | pixels |
+| fps        | frames per second; may be missing for an image, which counts as 120 |
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("path", "text", "num_frames", "height", "width", "fps")
+WHOLE_NUMBER_COLUMNS = ("num_frames", "height", "width")
+IMAGE_FPS = 120.0
+LARGEST_NUMBER = 2**31 - 1
+SHOWN_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One row of a manifest; `path` is resolved, sizes are in pixels, `fps` in frames per second."""
+
+    row: int
+    path: str
+    text: str
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+    @property
+    def is_image(self) -> bool:
+        return self.num_frames == 1
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used. `place` says where it stands: "line 7" of a CSV file, "row 6" of a Parquet file."""
+
+    row: int
+    place: str
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}" + (f" ({self.path})" if self.path else "")
+
+
+class Manifest:
+    """A checked table of clips.
+
+    Attributes:
+        table: pandas table with the columns above and any others of the file, rows numbered from 0.
+        folder: from which relative paths count.
+        num_frames, height, width: int64 [rows].
+        fps: float64 [rows].
+    """
+
+    def __init__(self, table: pd.DataFrame, folder: str | Path = ".", source: str = "table") -> None:
+        """Check a table.
+
+        Args:
+            table: with the columns above, and any others.
+            folder: from which relative paths count.
+            source: what error messages call the table; the path of its file if it came from one.
+
+        Raises:
+            ValueError: rows cannot be used; it lists them.
+        """
+        checked, bad_rows = check_table(table, source)
+        if bad_rows:
+            raise ValueError(_describe_bad_rows(source, bad_rows, len(table)))
+        self.table = checked
+        self.folder = Path(folder)
+        self.source = source
+        self.num_frames, self.height, self.width = (checked[name].to_numpy() for name in WHOLE_NUMBER_COLUMNS)
+        self.fps = checked["fps"].to_numpy()
+        self._paths, self._texts = checked["path"].array, checked["text"].array
+
+    @classmethod
+    def read(cls, path: str | Path) -> Manifest:
+        """Read a CSV or Parquet file. ValueError that names the file, and the lines of bad rows."""
+        path = Path(path)
+        table = read_table(path)
+        if len(table) == 0:
+            raise ValueError(f"{path} has no rows")
+        return cls(table, folder=path.parent, source=str(path))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def clip(self, row: int) -> Clip:
+        return Clip(
+            row=row,
+            path=os.path.join(self.folder, self._paths[row]),
+            text=self._texts[row],
+            num_frames=int(self.num_frames[row]),
+            height=int(self.height[row]),
+            width=int(self.width[row]),
+            fps=float(self.fps[row]),
+        )
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """The table of a CSV or Parquet file as it stands, with all needed columns but unchecked rows.
+
+    Raises:
+        ValueError: the file is missing, of another kind, or broken, or lacks a column.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".csv", ".parquet"):
+        raise ValueError(f"manifest {path} must end in .csv or .parquet")
+    if not path.is_file():
+        raise ValueError(f"manifest {path} does not exist; `opensora-fast data probe FOLDER --out {path}` makes one")
+    table = _read_csv(path) if path.suffix.lower() == ".csv" else _read_parquet(path)
+    missing = [name for name in COLUMNS if name not in table.columns]
+    if missing:
+        raise ValueError(
+            f"{path} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
+            f"it has {', '.join(map(repr, table.columns))}. `opensora-fast data probe` writes all that are needed"
+        )
+    return table
+
+
+def write_table(table: pd.DataFrame, path: str | Path) -> None:
+    """Write a table as CSV or Parquet, by its ending; the file appears whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    if path.suffix.lower() == ".csv":
+        table.to_csv(part, index=False)
+    elif path.suffix.lower() == ".parquet":
+        table.to_parquet(part, index=False)
+    else:
+        raise ValueError(f"manifest {path} must end in .csv or .parquet")
+    os.replace(part, path)
+
+
+def check_table(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[BadRow]]:
+    """The table with the types that `Manifest` promises, and the rows that cannot be used, in order.
+
+    Cells of bad rows are replaced (0, 0.0 or the empty text) where they do not fit the type of their column.
+    """
+    import pandas as pd
+
+    checked = table.reset_index(drop=True).copy(deep=False)
+    reasons: dict[int, list[str]] = {}
+    for name in ("path", "text"):
+        checked[name] = _to_text(checked[name])
+    _note(reasons, checked["path"] == "", lambda row: "path is empty")
+    for name in WHOLE_NUMBER_COLUMNS:
+        numbers = pd.to_numeric(checked[name], errors="coerce").astype(float)
+        good = (numbers >= 1) & (numbers <= LARGEST_NUMBER) & (numbers == np.floor(numbers))
+        _note(reasons, ~good, lambda row, name=name: f"{name} is {_show(table, row, name)}, not a whole number > 0")
+        checked[name] = numbers.where(good, 0).astype(np.int64)
+    fps = pd.to_numeric(checked["fps"], errors="coerce").astype(float)
+    fps = fps.where(~(checked["num_frames"] == 1) | (fps > 0), IMAGE_FPS)
+    good = (fps > 0) & np.isfinite(fps)
+    _note(reasons, ~good, lambda row: f"fps is {_show(table, row, 'fps')}, not a number > 0")
+    checked["fps"] = fps.where(good, 0.0)
+    places = find_places(source, reasons)
+    bad_rows = [BadRow(row, places[row], checked["path"][row], "; ".join(reasons[row])) for row in sorted(reasons)]
+    return checked, bad_rows
+
+
+def find_places(source: str, rows: Iterable[int]) -> dict[int, str]:
+    """Where rows stand in their file: the line of a CSV file, in which quoted captions may span lines, or the row."""
+    rows = set(rows)
+    if not rows or not source.lower().endswith(".csv"):
+        return {row: f"row {row}" for row in rows}
+    places: dict[int, str] = {}
+    with open(source, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        row, first_line = -1, 1
+        for record in reader:
+            # pandas skips blank lines; the header is the record before row 0.
+            if len(record) > 1 or (record and record[0].strip()):
+                if row in rows:
+                    places[row] = f"line {first_line}"
+                row += 1
+            first_line = reader.line_num + 1
+            if len(places) == len(rows):
+                break
+    return places
+
+
+def _to_text(column: pd.Series) -> pd.Series:
+    import pandas as pd
+
+    if column.dtype == object or not pd.api.types.is_string_dtype(column):
+        return column.map(str, na_action="ignore").fillna("")
+    return column.fillna("")
+
+
+def _note(reasons: dict[int, list[str]], bad: pd.Series, describe) -> None:
+    for row in np.flatnonzero(bad.to_numpy()):
+        reasons.setdefault(int(row), []).append(describe(int(row)))
+
+
+def _show(table: pd.DataFrame, row: int, name: str) -> str:
+    value = table[name].iloc[row]
+    if value is None or value != value:
+        return "missing"
+    # One missing cell makes a column of whole numbers one of floats; show them as they stand in the file.
+    return repr(f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _describe_bad_rows(source: str, bad_rows: list[BadRow], total: int) -> str:
+    lines = [f"{source}: {len(bad_rows)} of {total} rows cannot be used:"]
+    lines += [f"  {bad_row}" for bad_row in bad_rows[:SHOWN_ROWS]]
+    if len(bad_rows) > SHOWN_ROWS:
+        lines.append(f"  and {len(bad_rows) - SHOWN_ROWS} more")
+    lines.append(f"`opensora-fast data validate {source} --keep GOOD.csv` lists all and writes the good rows")
+    return "\n".join(lines)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        with warnings.catch_warnings():
+            # Lines longer than the header would lose their end with no more than this warning.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(
+                path,
+                encoding="utf-8-sig",
+                index_col=False,
+                low_memory=False,
+                dtype={"path": str, "text": str},
+                # Only an empty cell is missing: "None" and "NA" are captions like any other.
+                keep_default_na=False,
+                na_values=[""],
+            )
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{path} is empty; its first line must name the columns {','.join(COLUMNS)}") from None
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        raise ValueError(f"{path} is not a well-formed CSV file: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    import pandas as pd
+    import pyarrow
+
+    try:
+        return pd.read_parquet(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is not a readable Parquet file: {error}") from None

@@ -1,0 +1,142 @@
+"""Manifest: CSV and Parquet, cells as they are, errors that name the file, the line and the fix."""
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from opensora_fast.data.manifest import Clip, Manifest, check_table, read_table, write_table
+
+HEADER = "path,text,num_frames,height,width,fps\n"
+
+
+def make_table(**changes) -> pd.DataFrame:
+    columns = {
+        "path": ["a.mp4", "sub/b.png"],
+        "text": ["a cat", "a dog"],
+        "num_frames": [97, 1],
+        "height": [720, 480],
+        "width": [1280, 640],
+        "fps": [24.0, np.nan],
+        "aes": [5.5, 6.5],
+    }
+    return pd.DataFrame({**columns, **changes})
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "CSV"])
+def test_read_what_was_written(tmp_path, ending):
+    path = tmp_path / f"meta.{ending}"
+    write_table(make_table(), path)
+    manifest = Manifest.read(path)
+    assert len(manifest) == 2
+    assert manifest.clip(0) == Clip(0, str(tmp_path / "a.mp4"), "a cat", 97, 720, 1280, 24.0)
+    assert manifest.clip(1) == Clip(1, str(tmp_path / "sub/b.png"), "a dog", 1, 480, 640, 120.0)
+    assert manifest.clip(1).is_image and not manifest.clip(0).is_image
+    assert manifest.num_frames.tolist() == [97, 1] and manifest.height.dtype == np.int64
+    assert manifest.table["aes"].tolist() == [5.5, 6.5]
+    assert sorted(os.listdir(tmp_path)) == [path.name]
+
+
+def test_absolute_paths_stay(tmp_path):
+    assert Manifest(make_table(path=["/data/a.mp4", "b.png"]), tmp_path).clip(0).path == "/data/a.mp4"
+
+
+def test_captions_are_taken_as_they_are(tmp_path):
+    path = tmp_path / "meta.csv"
+    captions = ['"two lines,\nand ""quotes"""', "None", "NA", "007", "", "null", "über 1.50"]
+    path.write_text(HEADER + "".join(f"{row}.mp4,{text},20,480,640,24\n" for row, text in enumerate(captions)))
+    manifest = Manifest.read(path)
+    texts = [manifest.clip(row).text for row in range(len(manifest))]
+    assert texts == ['two lines,\nand "quotes"', "None", "NA", "007", "", "null", "über 1.50"]
+
+
+def test_byte_order_mark_and_whole_floats(tmp_path):
+    path = tmp_path / "meta.csv"
+    path.write_bytes(("\ufeff" + HEADER + "a.mp4,x,20.0,480,640,23.976\n").encode())
+    clip = Manifest.read(path).clip(0)
+    assert (clip.num_frames, clip.fps) == (20, 23.976)
+
+
+def test_bad_rows_are_listed_with_their_lines(tmp_path):
+    path = tmp_path / "meta.csv"
+    path.write_text(
+        HEADER
+        + 'a.mp4,"a caption\nover two lines",20,480,640,24\n'  # lines 2 and 3
+        + "\n"
+        + "b.mp4,b,-5,480,640,24\n"  # line 5
+        + "c.mp4,c,20,480.5,0,24\n"
+        + ",d,20,480,640,24\n"
+        + "e.mp4,e,many,480,640,\n"
+        + "f.png,f,1,480,640,\n"
+        + "g.mp4,g,20,480,640,inf\n"
+        + "h.mp4,h,20\n"  # the rest of the cells is missing
+    )
+    with pytest.raises(ValueError) as caught:
+        Manifest.read(path)
+    assert str(caught.value).splitlines() == [
+        f"{path}: 6 of 8 rows cannot be used:",
+        "  line 5: num_frames is '-5', not a whole number > 0 (b.mp4)",
+        "  line 6: height is '480.5', not a whole number > 0; width is '0', not a whole number > 0 (c.mp4)",
+        "  line 7: path is empty",
+        "  line 8: num_frames is 'many', not a whole number > 0; fps is missing, not a number > 0 (e.mp4)",
+        "  line 10: fps is 'inf', not a number > 0 (g.mp4)",
+        "  line 11: height is missing, not a whole number > 0; width is missing, not a whole number > 0; "
+        "fps is missing, not a number > 0 (h.mp4)",
+        f"`opensora-fast data validate {path} --keep GOOD.csv` lists all and writes the good rows",
+    ]
+
+
+def test_bad_rows_of_parquet_are_named_by_number(tmp_path):
+    path = tmp_path / "meta.parquet"
+    write_table(make_table(height=[720, 0]), path)
+    with pytest.raises(ValueError, match="row 1: height is '0'"):
+        Manifest.read(path)
+
+
+def test_only_some_of_many_bad_rows_are_shown():
+    table = pd.concat([make_table(width=[0, 0])] * 20)
+    with pytest.raises(ValueError, match="40 of 40 rows(.|\n)*and 30 more") as caught:
+        Manifest(table)
+    assert len(str(caught.value).splitlines()) == 13
+
+
+def test_check_table_does_not_change_its_argument():
+    table = make_table(height=["x", 480])
+    before = table.copy(deep=True)
+    checked, bad_rows = check_table(table, "table")
+    pd.testing.assert_frame_equal(table, before)
+    assert [bad_row.row for bad_row in bad_rows] == [0]
+    assert checked["height"].tolist() == [0, 480]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("meta.csv", b"", "empty.*path,text,num_frames"),
+        ("meta.csv", b"path,text,height\na,b,1\n", "lacks the columns num_frames, width, fps"),
+        ("meta.csv", HEADER.encode(), "has no rows"),
+        ("meta.csv", HEADER.encode() + b"a.mp4,a,b,c,1,2,3,4,5\n", "not a well-formed CSV"),
+        ("meta.csv", HEADER.encode() + b"a.mp4,x,20,480,640,24\nb.mp4,a, b,20,480,640,24\n", "CSV.*line 3"),
+        ("meta.csv", HEADER.encode() + b"a.mp4,\xff\xfe,20,480,640,24\n", "not UTF-8"),
+        ("meta.parquet", b"PAR1 not really", "not a readable Parquet"),
+        ("meta.txt", b"", "must end in .csv or .parquet"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        Manifest.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file_says_how_to_make_one(tmp_path):
+    with pytest.raises(ValueError, match="does not exist.*data probe"):
+        read_table(tmp_path / "meta.csv")
+
+
+def test_write_refuses_other_kinds(tmp_path):
+    with pytest.raises(ValueError, match="must end in"):
+        write_table(make_table(), tmp_path / "meta.json")
+    assert os.listdir(tmp_path) == []
