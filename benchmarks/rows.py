@@ -1,0 +1,176 @@
+"""A number is a row: what was measured, by whom, how right it was, and where.
+
+Rows are CSV files under `benchmarks/results/<device>/`. A provider whose error is over its limit gets no time: its row
+is refused here and reported by the caller. A provider that cannot run gets a row that says why.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from .environment import Environment
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement, or the reason why there is none.
+
+    Attributes:
+        level: "op", "block", "step", "sampling", "loader", "buckets", "gemm" or "copy".
+        workload: name of the shape, for example "240p×16".
+        op: name of the op, "" above op level.
+        direction: "forward", "backward" or "forward+backward".
+        provider: implementation, for example "sdpa-flash", "ours".
+        provider_version: version of its library.
+        shape: sizes as text, for example "B=4 T=16 S=405 H=16 D=72".
+        tokens: tokens processed, 0 where it means nothing.
+        dtype: of the inputs.
+        status: "ok", "unavailable" or "failed".
+        reason: why there is no time.
+        samples: how many times were taken.
+        p20_ms, p50_ms, p80_ms: percentiles of the time in milliseconds.
+        memory_bytes: peak of allocated memory during the call, beyond what was allocated before it.
+        flops: useful floating-point operations; bytes: least bytes to move.
+        roofline_share: floor time / p50, 0 … 1, nan where the device's ceilings are unknown.
+        error: relative error against float64; error_limit: what it may be.
+    """
+
+    level: str
+    workload: str
+    op: str
+    direction: str
+    provider: str
+    provider_version: str
+    shape: str
+    tokens: int
+    dtype: str
+    status: str
+    reason: str = ""
+    samples: int = 0
+    p20_ms: float = math.nan
+    p50_ms: float = math.nan
+    p80_ms: float = math.nan
+    memory_bytes: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+    roofline_share: float = math.nan
+    error: float = math.nan
+    error_limit: float = math.nan
+    sm_clock_mhz: str = ""
+    environment: Environment | None = field(default=None)
+
+    def __post_init__(self):
+        if self.status not in ("ok", "unavailable", "failed"):
+            raise ValueError(f"row {self.name}: status {self.status!r}; use ok, unavailable or failed")
+        if self.status != "ok" and not self.reason:
+            raise ValueError(f"row {self.name}: a row without a time must give its reason")
+        if self.status == "ok" and not self.error <= self.error_limit:
+            raise ValueError(
+                f"row {self.name}: error {self.error:.3g} is over its limit {self.error_limit:.3g}; "
+                "a wrong result gets no time"
+            )
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in (self.level, self.op, self.direction, self.workload, self.provider) if part)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes two rows measurements of the same thing."""
+        return (self.level, self.workload, self.op, self.direction, self.provider, self.shape, self.dtype)
+
+    @property
+    def tflops_per_s(self) -> float:
+        return self.flops / self.p50_ms / 1e9
+
+    @property
+    def gbytes_per_s(self) -> float:
+        return self.bytes / self.p50_ms / 1e6
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.p50_ms * 1e3
+
+
+_MEASURED = [item.name for item in fields(Row) if item.name != "environment"]
+_DERIVED = ["tflops_per_s", "gbytes_per_s", "tokens_per_s"]
+_ENVIRONMENT = [item.name for item in fields(Environment)]
+COLUMNS = _MEASURED + _DERIVED + _ENVIRONMENT
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Adds rows to a CSV file, with a header when it is new.
+
+    Raises:
+        ValueError: the file holds other columns, or rows of another device.
+    """
+    rows = list(rows)
+    new = not path.exists() or path.stat().st_size == 0
+    if not new:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+        if header != COLUMNS:
+            raise ValueError(f"{path}: its columns are not those of this version; write into another file")
+        devices = {row.environment.device_name for row in read_rows(path) if row.environment}
+        strangers = {row.environment.device_name for row in rows if row.environment} - devices
+        if devices and strangers:
+            raise ValueError(f"{path}: holds rows of {', '.join(devices)}; rows of {', '.join(strangers)} go elsewhere")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow(_to_record(row))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads rows written by `append_rows`.
+
+    Raises:
+        ValueError: a missing column or a value that does not parse, by file and line.
+    """
+    rows = []
+    with path.open(newline="") as file:
+        for line, record in enumerate(csv.DictReader(file), start=2):
+            try:
+                rows.append(_from_record(record))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}:{line}: not a benchmark row: {error}") from error
+    return rows
+
+
+def _to_record(row: Row) -> dict[str, object]:
+    record = {name: getattr(row, name) for name in _MEASURED}
+    if row.status == "ok":
+        record |= {name: getattr(row, name) for name in _DERIVED}
+    if row.environment is not None:
+        record |= asdict(row.environment)
+    return {name: _plain(value) for name, value in record.items()}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value
+
+
+def _from_record(record: dict[str, str]) -> Row:
+    values: dict[str, object] = {}
+    for item in fields(Row):
+        if item.name == "environment":
+            continue
+        text = record[item.name]
+        if item.type == "int":
+            values[item.name] = int(text or 0)
+        elif item.type == "float":
+            values[item.name] = float(text) if text else math.nan
+        else:
+            values[item.name] = text
+    environment = {name: record[name] for name in _ENVIRONMENT}
+    environment["dirty"] = environment["dirty"] == "True"
+    return Row(**values, environment=Environment(**environment))
