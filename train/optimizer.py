@@ -59,7 +59,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Clip and apply the gradients of the model and clear them; the weights stay as they are if they are not finite.
+        """Clip, apply and clear the gradients of the model; weights and state stay as they are if they are not finite.
 
         Returns:
             The global gradient norm before clipping, float32 [] on the device; reading it is left to the caller.
@@ -89,7 +89,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Set masters, working weights and what is not trained from a full state dict. ValueError if it does not fit."""
+        """Set masters, working weights and untrained tensors from a full state dict; ValueError if it does not fit."""
         own = self.full_state()
         problems = [f"{name} is missing" for name in own if name not in state]
         problems += [f"{name} is unknown" for name in state if name not in own]

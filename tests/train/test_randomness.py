@@ -1,0 +1,23 @@
+import torch
+
+from opensora_fast.train.host_values import HostValues
+from opensora_fast.train.randomness import seed_step
+
+
+def draw(*key):
+    seed_step(*key)
+    return torch.randn(8), torch.randint(0, 1000, (8,))
+
+
+def test_draws_depend_on_seed_step_and_rank_only():
+    first = draw(42, 7, 0)
+    torch.randn(1000)
+    again = draw(42, 7, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    others = [draw(42, 8, 0), draw(43, 7, 0), draw(42, 7, 1), draw(7, 42, 0)]
+    assert all(not torch.equal(first[0], other[0]) for other in others)
+
+
+def test_host_values():
+    values = HostValues(torch.tensor(1.5, requires_grad=True), torch.tensor([2.0]), torch.tensor(3, dtype=torch.int32))
+    assert values.get() == [1.5, 2.0, 3.0]
