@@ -1,0 +1,128 @@
+"""Encoders: videos to latents and captions to text embeddings, each behind one small interface.
+
+`build_video_encoder` and `build_text_encoder` take the `vae = dict(type=...)` and `text_encoder = dict(type=...)` of an
+Open-Sora configuration. Importing this package loads neither diffusers nor transformers; building one that needs them
+does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+__all__ = ["TextEncoder", "TextEncoding", "VideoEncoder", "build_text_encoder", "build_video_encoder"]
+
+
+class VideoEncoder(Protocol):
+    """Frames to latents and back; frozen, no gradients."""
+
+    out_channels: int  # channels of a latent: 4
+    patch_size: tuple[int, int, int]  # (frames, rows, columns) of pixels to a latent pixel: (1, 8, 8)
+
+    def get_latent_size(self, input_size: Sequence[int | None]) -> list[int | None]:
+        """(T, H, W) of a video to that of its latent, rounded down; None stays None."""
+        ...
+
+    def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """[B, 3, T, H, W] in [-1, 1] to latents [B, 4, T, H // 8, W // 8]; `generator` draws where there is chance."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, 4, T, h, w] to [B, 3, T, 8 h, 8 w], about [-1, 1] (not clamped)."""
+        ...
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> VideoEncoder: ...
+
+
+class TextEncoding(TypedDict):
+    """`y` [B, 1, L, C] on the encoder's device, `mask` [B, L] int64 on the CPU (1 = a token of the text)."""
+
+    y: Tensor
+    mask: Tensor
+
+
+class TextEncoder(Protocol):
+    """Captions to embeddings; frozen, no gradients."""
+
+    output_dim: int  # C
+    model_max_length: int  # L, to which every text is padded or cut
+
+    def encode(self, texts: Sequence[str]) -> TextEncoding: ...
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder: ...
+
+
+# Configuration type -> (module, class). The class's from_pretrained says which keys the configuration may hold.
+VIDEO_ENCODERS = {
+    "VideoAutoencoderKL": ("vae", "VideoAutoencoderKL"),
+    "linear": ("linear_autoencoder", "LinearAutoencoder"),
+}
+TEXT_ENCODERS = {"t5": ("t5", "T5Encoder"), "bytes": ("byte_text", "ByteTextEncoder")}
+
+
+def build_video_encoder(
+    config: dict[str, Any], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> VideoEncoder:
+    """Builds the encoder that `config` (an Open-Sora `vae` dict) describes.
+
+    Types and their keys:
+        VideoAutoencoderKL: from_pretrained, micro_batch_size=None, latents="sample", cache_dir=None,
+            local_files_only=False
+        linear: from_pretrained (a folder written by `LinearAutoencoder.save_pretrained`)
+
+    Raises:
+        ValueError: unknown type or key, or weights that are not there.
+    """
+    return _build("vae", config, VIDEO_ENCODERS, device, dtype)
+
+
+def build_text_encoder(
+    config: dict[str, Any], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TextEncoder:
+    """Builds the encoder that `config` (an Open-Sora `text_encoder` dict) describes.
+
+    Types and their keys:
+        t5: from_pretrained, model_max_length=120, shardformer=False (not used), clean_captions=True, cache_dir=None,
+            local_files_only=False
+        bytes: model_max_length=120, output_dim=64, depth=2, seed=0, clean_captions=True
+
+    Raises:
+        ValueError: unknown type or key, or weights that are not there.
+    """
+    return _build("text_encoder", config, TEXT_ENCODERS, device, dtype)
+
+
+def _build(
+    owner: str, config: dict[str, Any], known: dict[str, tuple[str, str]], device: Any, dtype: torch.dtype
+) -> Any:
+    if not isinstance(config, dict):
+        raise ValueError(f"{owner} must be a dict(type=..., ...), got {type(config).__name__}")
+    keys = dict(config)
+    name = keys.pop("type", None)
+    if name is None:
+        raise ValueError(f"{owner}.type is missing; known types: {', '.join(known)}")
+    if name not in known:
+        raise ValueError(f"{owner}.type: unknown type {name!r}{_nearest(name, known)}")
+    module_name, class_name = known[name]
+    encoder_class = getattr(importlib.import_module(f"{__name__}.{module_name}"), class_name)
+    allowed = [key for key in inspect.signature(encoder_class.from_pretrained).parameters if key not in BUILD_ARGUMENTS]
+    for key in keys:
+        if key not in allowed:
+            raise ValueError(f"{owner}.{key}: unknown key of type {name!r}{_nearest(key, allowed)}")
+    return encoder_class.from_pretrained(**keys, device=device, dtype=dtype)
+
+
+BUILD_ARGUMENTS = ("device", "dtype")
+
+
+def _nearest(name: Any, known: Sequence[str] | dict[str, Any]) -> str:
+    names = list(known)
+    lower = {other.lower(): other for other in names}
+    near = difflib.get_close_matches(str(name).lower(), list(lower), n=1)
+    return f"; did you mean {lower[near[0]]!r}?" if near else f"; known: {', '.join(names)}"

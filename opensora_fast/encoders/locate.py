@@ -1,0 +1,138 @@
+"""Finding pretrained weights: a local folder, the Hugging Face cache, or a download that is announced before it starts.
+
+Everything is resolved to a folder first and loaded from there, so the libraries that read the weights never touch the
+network themselves.
+"""
+
+import fnmatch
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Need(NamedTuple):
+    """Files that a folder must hold: what they are, and file name patterns, of which one has to match (best first)."""
+
+    what: str
+    patterns: tuple[str, ...]
+
+    def match(self, names: list[str]) -> list[str]:
+        """The names that match the best pattern which matches anything."""
+        for pattern in self.patterns:
+            found = fnmatch.filter(names, pattern)
+            if found:
+                return found
+        return []
+
+
+def locate_pretrained(
+    owner: str,
+    source: str | Path | None,
+    needs: tuple[Need, ...],
+    *,
+    example: str,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local folder with the files of `source`, a folder or a hub id such as `stabilityai/sd-vae-ft-ema`.
+
+    `owner` names the configuration entry in messages ("vae", "text_encoder"), `example` is a hub id for them.
+    `cache_dir`: None is the usual Hugging Face cache. With `local_files_only` nothing is downloaded; otherwise a
+    download is announced on stderr with its size. Every failure is a ValueError with the fix.
+    """
+    if not source:
+        raise ValueError(f"{owner}.from_pretrained is missing: give a local folder, or a hub id such as {example!r}")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        missing = _missing(path, needs)
+        if missing:
+            raise ValueError(f"{owner}.from_pretrained: the folder {path} lacks {'; '.join(missing)}")
+        return path
+    if path.exists():
+        raise ValueError(
+            f"{owner}.from_pretrained: {path} is a file; give the folder that holds it and its config.json"
+        )
+    if _reads_as_path(str(source)):
+        raise ValueError(
+            f"{owner}.from_pretrained: there is no folder {path}; put the files of {example} there, or give another "
+            f"folder or a hub id"
+        )
+    return _from_hub(owner, str(source), needs, cache_dir, local_files_only)
+
+
+def load_completely(owner: str, model_class: Any, folder: Path, **options: Any) -> Any:
+    """`model_class.from_pretrained(folder, **options)` of diffusers or transformers, which has to fill every weight.
+
+    Both libraries leave a weight that is not in the file at its random start, with no more than a warning.
+
+    Raises:
+        ValueError: the files do not load, or weights are missing in them.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model, info = model_class.from_pretrained(str(folder), output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"{owner}.from_pretrained: {folder} does not load as {model_class.__name__}: {error}"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{owner}.from_pretrained: the weights in {folder} lack {len(missing)} of {model_class.__name__}'s, among "
+            f"them {', '.join(missing[:3])}; these are the weights of another model"
+        )
+    return model
+
+
+def _reads_as_path(source: str) -> bool:
+    return source.startswith((".", "~", "/")) or "\\" in source or source.count("/") > 1
+
+
+def _missing(folder: Path, needs: tuple[Need, ...]) -> list[str]:
+    names = [entry.name for entry in folder.iterdir()]
+    return [f"{need.what} ({' or '.join(need.patterns)})" for need in needs if not need.match(names)]
+
+
+def _from_hub(
+    owner: str, hub_id: str, needs: tuple[Need, ...], cache_dir: str | Path | None, local_files_only: bool
+) -> Path:
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    by_hand = f"`hf download {hub_id}` where there is network, then give that folder as {owner}.from_pretrained"
+    try:
+        cached = Path(snapshot_download(hub_id, cache_dir=cache, local_files_only=True))
+    except (OSError, ValueError):
+        missing = ["every file"]
+    else:
+        missing = _missing(cached, needs)
+        if not missing:
+            return cached
+    if local_files_only:
+        raise ValueError(
+            f"{owner}.from_pretrained: {hub_id!r} is no folder here, and the Hugging Face cache {cache} lacks "
+            f"{'; '.join(missing)}. local_files_only=True forbids a download: set {owner}.local_files_only=False, or "
+            f"run {by_hand}"
+        )
+    try:
+        sizes = {file.rfilename: file.size or 0 for file in HfApi().model_info(hub_id, files_metadata=True).siblings}
+        wanted = {name for need in needs for name in need.match(list(sizes))} | set(fnmatch.filter(sizes, "*.json"))
+        wanted = {name for name in wanted if "/" not in name}  # folders of a repository hold other things
+        print(
+            f"{owner}: downloading {hub_id} from the Hugging Face hub into {cache}: "
+            f"{sum(sizes[name] for name in wanted) / 1e9:.2f} GB in {len(wanted)} files",
+            file=sys.stderr,
+            flush=True,
+        )
+        folder = Path(snapshot_download(hub_id, cache_dir=cache, allow_patterns=sorted(wanted)))
+    except Exception as error:  # the hub library's errors share no base class: its HTTP library differs by version
+        raise ValueError(
+            f"{owner}.from_pretrained: {hub_id!r} is no folder here, is not in the Hugging Face cache {cache}, and "
+            f"could not be downloaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}). Check "
+            f"the name and the network, or run {by_hand}"
+        ) from error
+    missing = _missing(folder, needs)
+    if missing:
+        raise ValueError(f"{owner}.from_pretrained: the hub's {hub_id!r} lacks {'; '.join(missing)}")
+    return folder
