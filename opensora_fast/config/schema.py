@@ -291,6 +291,7 @@ class SampleConfig(Section):
     fps: int = Field(24, ge=1)
     image_size: tuple[int, int]
     multi_resolution: bool | Literal["STDiT2"] = "STDiT2"
+    aspect_ratio_as_trained: bool = False
 
     prompt: list[str] | None = None
     prompt_path: str | None = None
