@@ -1,0 +1,47 @@
+"""Show which buckets the clips fall into and what is left out: `buckets explain`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def buckets() -> None:
+    """Buckets: resolution, frames and aspect ratio."""
+
+
+@app.command()
+def explain(
+    meta: Annotated[Path, typer.Argument(help="Manifest of the clips, .csv or .parquet.")],
+    config: Annotated[Path, typer.Option("--config", help="Training configuration with a bucket_config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]")] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
+    epoch: Annotated[int, typer.Option(min=0, help="Epoch; each draws the keep probabilities anew.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show for every bucket its clips, micro-batches and tokens, and why clips are left out.
+
+    Exits with 1 if there would be nothing to train on.
+    """
+    from opensora_fast.config import load_train_config
+    from opensora_fast.data.bucket import Bucket
+    from opensora_fast.data.explain import describe_no_batches, explain_buckets
+    from opensora_fast.data.manifest import Manifest
+
+    settings = load_train_config(config, overrides or []).config
+    explanation = explain_buckets(
+        Manifest.read(meta),
+        Bucket(settings.bucket_config),
+        frame_interval=settings.dataset.frame_interval,
+        seed=settings.seed,
+        epoch=epoch,
+        world_size=world_size,
+        drop_last=settings.drop_last,
+    )
+    print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation.to_text())
+    if explanation.steps == 0:
+        raise ValueError(describe_no_batches(explanation))

@@ -1,0 +1,219 @@
+"""Find out frames, size and frame rate of media files, and make a manifest of a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from opensora_fast.data.clips import IMAGE_EXTENSIONS, ClipError, is_image_path
+from opensora_fast.data.manifest import IMAGE_FPS, write_table
+from opensora_fast.data.pyav_decoder import count_processors, describe
+from opensora_fast.data.video_index import check_file, codec_name, open_video
+from opensora_fast.data.worker_threads import Overdue, WorkerThreads
+from opensora_fast.progress import Progress
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+VIDEO_EXTENSIONS = frozenset((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"))
+
+Depth = Literal["header", "packets", "frames"]
+"""How much of a file is read. header: what the container states. packets: the frames are counted without decoding
+them, and the first is decoded. frames: all are decoded. Images are opened (header) or decoded (else)."""
+
+TIME_LIMIT = 120.0
+"""Seconds for one file."""
+QUEUED_PER_WORKER = 16
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a file holds: frames (1 for an image), sizes in pixels, frames per second, name of the format."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    codec: str
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """A manifest table and the files that were left out: (path, reason)."""
+
+    table: pd.DataFrame
+    unreadable: list[tuple[str, str]]
+
+
+def probe_media(path: str | Path, depth: Depth = "packets") -> MediaInfo:
+    """Look into a video or image file. ClipError, with the reason, if it cannot be used."""
+    path = str(path)
+    check_file(path)
+    return probe_image(path, depth) if is_image_path(path) else probe_video(path, depth)
+
+
+def probe_image(path: str, depth: Depth) -> MediaInfo:
+    """Look into an image file with Pillow."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if depth != "header":
+                image.load()
+            return MediaInfo(1, image.height, image.width, IMAGE_FPS, (image.format or "").lower())
+    except Exception as error:  # Pillow's readers let all kinds of exceptions out on damaged files
+        raise ClipError(f"cannot be read as an image: {describe(error)}") from None
+
+
+def probe_video(path: str, depth: Depth) -> MediaInfo:
+    """Look into a video file with PyAV."""
+    import av
+
+    try:
+        with open_video(path) as (container, stream):
+            num_frames = _count_frames(container, stream, depth)
+            context = stream.codec_context
+            rate = stream.average_rate or stream.base_rate
+            if num_frames == 0:
+                raise ClipError("there is no frame in the video")
+            if context.height < 1 or context.width < 1:
+                raise ClipError("the file states no frame size")
+            if not rate and num_frames > 1:
+                raise ClipError("the file states no frame rate")
+            return MediaInfo(
+                num_frames=num_frames,
+                height=context.height,
+                width=context.width,
+                fps=float(rate) if rate else IMAGE_FPS,
+                codec=codec_name(stream),
+            )
+    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
+        raise ClipError(f"cannot be read as a video: {describe(error)}") from None
+
+
+def _count_frames(container: InputContainer, stream: VideoStream, depth: Depth) -> int:
+    if depth == "header" and stream.frames > 0:
+        return stream.frames
+    if depth == "frames":
+        return sum(1 for _ in container.decode(stream))
+    count = 0
+    decoded = False
+    for packet in container.demux(stream):
+        if depth == "packets" and not decoded:
+            decoded = bool(packet.decode())
+        # A packet that is marked for discarding lies outside what an edit list shows; decoders drop its frame.
+        count += packet.size > 0 and not packet.is_discard
+    if depth == "packets" and count > 0 and not decoded:
+        raise ClipError("not one frame can be decoded")
+    return count
+
+
+def find_media(folder: str | Path) -> list[Path]:
+    """Video and image files below a folder, by extension, sorted; hidden ones are left out."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(parent, name)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in VIDEO_EXTENSIONS | IMAGE_EXTENSIONS
+        ]
+    return sorted(found)
+
+
+def read_caption(path: Path) -> str:
+    """The caption of a file: the text beside it (clip.txt for clip.mp4), or else the words of its name."""
+    sidecar = path.with_suffix(".txt")
+    if sidecar.is_file():
+        try:
+            return " ".join(sidecar.read_text(encoding="utf-8-sig").split())
+        except UnicodeDecodeError:
+            raise ClipError(f"its caption {sidecar.name} is not UTF-8 text") from None
+    return " ".join(path.stem.replace("_", " ").replace("-", " ").split())
+
+
+def probe_folder(
+    folder: str | Path, out: str | Path, *, depth: Depth = "packets", workers: int | None = None
+) -> ProbeResult:
+    """Write a manifest of all videos and images below a folder.
+
+    Paths below the folder of the manifest are written relative to it, so that both can be moved together.
+
+    Args:
+        folder: where to look.
+        out: the manifest to write, .csv or .parquet.
+        depth: how much of every file is read.
+        workers: files probed side by side; one per core by default.
+
+    Raises:
+        ValueError: no folder, no media in it, or no readable file; then nothing is written.
+    """
+    import pandas as pd
+
+    out = Path(out)
+    if out.suffix.lower() not in (".csv", ".parquet"):
+        raise ValueError(f"manifest {out} must end in .csv or .parquet")
+    paths = find_media(folder)
+    if not paths:
+        extensions = ", ".join(sorted(VIDEO_EXTENSIONS | IMAGE_EXTENSIONS))
+        raise ValueError(f"there is no video or image below {folder} (looked for {extensions})")
+
+    def probe_one(path: Path) -> tuple[MediaInfo, str]:
+        return probe_media(path, depth), read_caption(path)
+
+    rows, unreadable = [], []
+    home = out.parent.resolve()
+    with Progress("probe files", total=len(paths), unit="files") as progress:
+        for path, result in zip(paths, map_files(probe_one, paths, workers), strict=True):
+            if isinstance(result, ClipError):
+                unreadable.append((str(path), str(result)))
+            else:
+                info, caption = result
+                sizes = {"num_frames": info.num_frames, "height": info.height, "width": info.width}
+                row = {"path": _relative_path(path, home), "text": caption, **sizes}
+                rows.append({**row, "fps": round(info.fps, 6), "codec": info.codec})
+            progress.advance(1, unreadable=len(unreadable))
+    if not rows:
+        shown = "\n".join(f"  {path}: {reason}" for path, reason in unreadable[:10])
+        raise ValueError(f"none of the {len(paths)} files below {folder} can be read; nothing was written\n{shown}")
+    table = pd.DataFrame(rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_table(table, out)
+    return ProbeResult(table, unreadable)
+
+
+def map_files(
+    function: Callable[[Any], Any], items: Sequence[Any], workers: int | None = None, time_limit: float = TIME_LIMIT
+) -> Iterator[Any]:
+    """Results of function(item), computed by threads, in the order of the items.
+
+    In place of a result stands the `ClipError` that the function raised, or one that says it took too long.
+    """
+
+    def call(item: Any) -> Any:
+        try:
+            return function(item)
+        except ClipError as error:
+            return error
+
+    threads = WorkerThreads(workers or count_processors(), "probe files")
+    try:
+        step = threads.count * QUEUED_PER_WORKER
+        for start in range(0, len(items), step):
+            for result in threads.map(call, items[start : start + step], time_limit):
+                yield ClipError(f"took longer than {time_limit:g} s") if isinstance(result, Overdue) else result
+    finally:
+        threads.close()
+
+
+def _relative_path(path: Path, home: Path) -> str:
+    absolute = path.resolve()
+    return absolute.relative_to(home).as_posix() if absolute.is_relative_to(home) else str(absolute)

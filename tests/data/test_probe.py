@@ -1,0 +1,158 @@
+"""Probing of files and folders: counts, sizes and rates as written; damaged files are listed and nothing stops."""
+
+import os
+
+import numpy as np
+import pytest
+from sample_media import write_image, write_video
+
+from opensora_fast.data.clips import ClipError
+from opensora_fast.data.manifest import Manifest
+from opensora_fast.data.probe import find_media, map_files, probe_folder, probe_media, read_caption
+
+DEPTHS = ("header", "packets", "frames")
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize(
+    ("name", "codec", "stated"),
+    [
+        ("a.mp4", "libx264", "h264"),
+        ("a.mkv", "libx264", "h264"),
+        ("a.webm", "libvpx-vp9", "vp9"),
+        ("a.avi", "mpeg4", "mpeg4"),
+        ("a.mov", "mjpeg", "mjpeg"),
+        ("a.ts", "libx264", "h264"),
+    ],
+)
+def test_videos(tmp_path, depth, name, codec, stated):
+    path = write_video(tmp_path / name, frames=17, size=(48, 80), fps=25, codec=codec)
+    info = probe_media(path, depth)
+    assert (info.num_frames, info.height, info.width, info.fps, info.codec) == (17, 48, 80, 25.0, stated)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "A.JPEG"])
+def test_images(tmp_path, depth, name):
+    info = probe_media(write_image(tmp_path / name, (30, 50)), depth)
+    assert (info.num_frames, info.height, info.width, info.fps) == (1, 30, 50, 120.0)
+
+
+def test_a_truncated_video_has_the_frames_that_are_there(tmp_path):
+    path = write_video(tmp_path / "a.mp4", frames=40, movflags="faststart", options={"g": "1"})
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 6 // 10])
+    assert probe_media(path, "header").num_frames == 40
+    assert 5 < probe_media(path, "packets").num_frames < 40
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.png"])
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "empty file"), (b"hello " * 99, "cannot be read as"), (None, "cannot be opened")]
+)
+def test_unusable_files(tmp_path, name, content, reason):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ClipError, match=reason):
+        probe_media(tmp_path / name)
+
+
+def test_folder_to_manifest(tmp_path, capsys):
+    folder = tmp_path / "media"
+    (folder / "more" / ".hidden").mkdir(parents=True)
+    write_video(folder / "red_car-2.mp4", frames=20)
+    (folder / "red_car-2.txt").write_text("A red car,\n  seen from above.\n")
+    write_video(folder / "more" / "blue boat.webm", frames=9, codec="libvpx-vp9")
+    write_image(folder / "more" / "a_green--field.png")
+    write_image(folder / "more" / ".hidden" / "not_me.png")
+    (folder / "broken.mp4").write_bytes(b"not a video")
+    (folder / "notes.md").write_text("no medium")
+    result = probe_folder(folder, folder / "meta.csv", workers=2)
+    assert [(os.path.basename(path), reason.split(":")[0]) for path, reason in result.unreadable] == [
+        ("broken.mp4", "cannot be read as a video")
+    ]
+    manifest = Manifest.read(folder / "meta.csv")
+    rows = [(clip.text, clip.num_frames, clip.height, clip.width, clip.fps) for clip in map(manifest.clip, range(3))]
+    assert rows == [
+        ("a green field", 1, 48, 64, 120.0),
+        ("blue boat", 9, 48, 64, 24.0),
+        ("A red car, seen from above.", 20, 48, 64, 24.0),
+    ]
+    assert manifest.table["path"].tolist() == ["more/a_green--field.png", "more/blue boat.webm", "red_car-2.mp4"]
+    assert all(os.path.exists(manifest.clip(row).path) for row in range(3))
+    assert "probe files: 4/4 files" in capsys.readouterr().err
+
+
+def test_manifest_elsewhere_names_absolute_paths(tmp_path):
+    (tmp_path / "media").mkdir()
+    write_image(tmp_path / "media" / "a.png")
+    probe_folder(tmp_path / "media", tmp_path / "tables" / "meta.parquet")
+    manifest = Manifest.read(tmp_path / "tables" / "meta.parquet")
+    assert manifest.table["path"].tolist() == [str((tmp_path / "media" / "a.png").resolve())]
+
+
+def test_a_caption_that_is_not_text_is_told(tmp_path):
+    path = write_image(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ClipError, match="a.txt is not UTF-8"):
+        read_caption(path)
+
+
+def test_nothing_is_written_when_nothing_can_be_read(tmp_path):
+    out = tmp_path / "meta.csv"
+    with pytest.raises(ValueError, match="is not a folder"):
+        probe_folder(tmp_path / "nowhere", out)
+    with pytest.raises(ValueError, match="no video or image below"):
+        probe_folder(tmp_path, out)
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    with pytest.raises(ValueError, match="none of the 1 files(.|\n)*a.mp4"):
+        probe_folder(tmp_path, out)
+    with pytest.raises(ValueError, match="must end in"):
+        probe_folder(tmp_path, tmp_path / "meta.txt")
+    assert not out.exists()
+
+
+def test_mutated_files_are_listed_or_read_and_never_stop_the_run(tmp_path):
+    generator = np.random.default_rng(1)
+    sources = [
+        write_video(tmp_path / "source.mp4", frames=8),
+        write_video(tmp_path / "source.webm", frames=8, codec="libvpx-vp9"),
+        write_image(tmp_path / "source.jpg"),
+        write_image(tmp_path / "source.png"),
+    ]
+    folder = tmp_path / "mutated"
+    folder.mkdir()
+    for number in range(60):
+        source = sources[number % len(sources)]
+        content = bytearray(source.read_bytes())
+        if number % 3 == 0:
+            content = content[: generator.integers(0, len(content))]
+        for position in generator.integers(0, max(1, len(content)), 20 * (number % 3)):
+            content[position] ^= 1 << int(generator.integers(0, 8))
+        (folder / f"{number:03d}{source.suffix}").write_bytes(content)
+    write_image(folder / "whole.png")
+    result = probe_folder(folder, tmp_path / "meta.csv")
+    assert len(result.table) + len(result.unreadable) == 61 == len(find_media(folder))
+    assert "whole" in result.table["text"].tolist() and len(result.unreadable) >= 10
+    assert all(reason for _, reason in result.unreadable)
+    Manifest.read(tmp_path / "meta.csv")
+
+
+def test_map_files_keeps_order_and_gives_up_on_what_hangs():
+    import threading
+
+    stuck = threading.Event()
+
+    def work(item: int) -> int:
+        if item == 5:
+            stuck.wait(20)
+        if item == 7:
+            raise ClipError("seven")
+        return item * item
+
+    results = list(map_files(work, range(100), workers=3, time_limit=0.5))
+    stuck.set()
+    assert str(results[5]).startswith("took longer than 0.5 s") and str(results[7]) == "seven"
+    assert [result for item, result in enumerate(results) if item not in (5, 7)] == [
+        item * item for item in range(100) if item not in (5, 7)
+    ]
