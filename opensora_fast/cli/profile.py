@@ -1,0 +1,48 @@
+"""Profile attention over lengths: time, speed and error of every implementation."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+
+@app.callback()
+def callback() -> None:
+    """Profile attention over lengths: time, speed and error of every implementation."""
+
+
+@app.command()
+def attention(
+    out: Annotated[Path, typer.Option(help="Folder for the rows (CSV) and the plot (SVG).")],
+    kind: Annotated[str, typer.Option(help="spatial, temporal or cross.")] = "spatial",
+    seqlens: Annotated[str | None, typer.Option(help="Attended lengths, for example 144,405,1590.")] = None,
+    providers: Annotated[
+        str | None, typer.Option(help="Implementations to compare, for example upstream,ours.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds for all samples together.")] = 60.0,
+) -> None:
+    """One table, length by length; a plot; the rows as CSV."""
+    import torch
+
+    from opensora_fast.benchmarks.attention_profile import format_rows, profile_attention, write_profile
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device!r}: use cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA GPU; use --device cpu, or see `opensora-fast doctor`")
+    try:
+        lengths = [int(part) for part in seqlens.split(",")] if seqlens else None
+    except ValueError:
+        raise ValueError(f"--seqlens {seqlens!r}: write whole numbers with commas between them") from None
+    rows, refused = profile_attention(kind, lengths, providers.split(",") if providers else None, device, None, budget)
+    typer.echo(f"{kind} attention on {device}\n{format_rows(rows)}")
+    for item in refused:
+        typer.echo(str(item), err=True)
+    csv_path, plot_path = write_profile(rows, kind, out)
+    typer.echo(f"rows: {csv_path}\nplot: {plot_path}")
+    if not any(row.status == "ok" for row in rows):
+        raise ValueError("no provider could be measured; the table says why for each")
