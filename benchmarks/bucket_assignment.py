@@ -8,35 +8,24 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from importlib.resources import files
 
 import numpy as np
 
+from opensora_fast.config import load_train_config
 from opensora_fast.data.assignment import DROPPED, assign_buckets
 from opensora_fast.data.bucket import Bucket
 
 SEED = 42
 FRAME_INTERVAL = 3
 
-# Bucket configurations of Open-Sora's released stages: frames -> (keep probability, batch size).
-CONFIGURATIONS = {
-    "stage1": {
-        "144p": {1: (0.5, 48), 16: (1.0, 6), 32: (1.0, 3), 96: (1.0, 1)},
-        "256": {1: (0.5, 24), 16: (0.5, 3), 48: (0.5, 1), 64: (0.0, None)},
-        "240p": {16: (0.3, 2), 32: (0.3, 1), 64: (0.0, None)},
-        "512": {1: (0.4, 12)},
-        "1024": {1: (0.3, 3)},
-    },
-    "stage3": {
-        "144p": {1: (1.0, 200), 16: (1.0, 36), 32: (1.0, 18), 64: (1.0, 9), 128: (1.0, 4)},
-        "256": {1: (0.8, 200), 16: (0.5, 22), 32: (0.5, 11), 64: (0.5, 6), 128: (0.8, 4)},
-        "240p": {1: (0.8, 200), 16: (0.5, 22), 32: (0.5, 10), 64: (0.5, 6), 128: (0.5, 3)},
-        "360p": {1: (0.5, 120), 16: (0.5, 9), 32: (0.5, 4), 64: (0.5, 2), 128: (0.5, 1)},
-        "512": {1: (0.5, 120), 16: (0.5, 9), 32: (0.5, 4), 64: (0.5, 2), 128: (0.8, 1)},
-        "480p": {1: (0.4, 80), 16: (0.6, 6), 32: (0.6, 3), 64: (0.6, 1), 128: (0.0, None)},
-        "720p": {1: (0.4, 40), 16: (0.6, 3), 32: (0.6, 1), 96: (0.0, None)},
-        "1024": {1: (0.3, 40)},
-    },
-}
+CONFIGURATIONS = ("stage1", "stage3")
+
+
+def read_bucket(configuration: str) -> Bucket:
+    """The buckets of one of this project's training configurations."""
+    path = files("opensora_fast.train").joinpath(f"configs/{configuration}.py")
+    return Bucket(load_train_config(str(path)).config.bucket_config)
 
 
 def make_clip_sizes(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,7 +40,7 @@ def make_clip_sizes(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, n
 
 def measure(configuration: str, rows: int) -> dict:
     """Time one assignment: a row with wall and processor seconds, and the part of the clips that is kept."""
-    bucket = Bucket(CONFIGURATIONS[configuration])
+    bucket = read_bucket(configuration)
     clips = make_clip_sizes(rows)
     wall, processor = time.perf_counter(), time.process_time()
     assigned = assign_buckets(*clips, bucket, frame_interval=FRAME_INTERVAL, seed=SEED)

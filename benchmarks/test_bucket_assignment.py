@@ -9,16 +9,16 @@ from opensora_fast.benchmarks.bucket_assignment import (
     SEED,
     make_clip_sizes,
     measure,
+    read_bucket,
 )
 from opensora_fast.data.assignment import DROPPED, assign_buckets
-from opensora_fast.data.bucket import Bucket
 
 CHECKED_ROWS = 200
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_bucket_assignment(benchmark, configuration):
-    bucket = Bucket(CONFIGURATIONS[configuration])
+    bucket = read_bucket(configuration)
     clips = make_clip_sizes(100_000)
     assigned = benchmark(assign_buckets, *clips, bucket, frame_interval=FRAME_INTERVAL, seed=SEED)
     for row in np.linspace(0, len(assigned) - 1, CHECKED_ROWS, dtype=int).tolist():
