@@ -9,11 +9,13 @@ from opensora_fast.config.load import (
     to_json,
 )
 from opensora_fast.config.schema import SampleConfig, TrainConfig
+from opensora_fast.config.show import format_values
 
 __all__ = [
     "LoadedConfig",
     "SampleConfig",
     "TrainConfig",
+    "format_values",
     "list_values",
     "load_any_config",
     "load_sample_config",
