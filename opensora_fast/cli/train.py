@@ -1,0 +1,44 @@
+"""Train ST-DiT-2 from a configuration."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="Configuration in Open-Sora's format, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]")] = None,
+    data_path: Annotated[str | None, typer.Option(help="Table of clips, .csv or .parquet.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder of the run.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Stop after so many steps in all.")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto, or a checkpoint or run to continue.")] = None,
+    init_from: Annotated[str | None, typer.Option(help="Weights to start from: a run, checkpoint or model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print configuration and buckets, and exit.")] = False,
+) -> None:
+    """Train ST-DiT-2 from a configuration.
+
+    Writes to the output folder: metrics.jsonl (one object a step), checkpoints/ (weights, their average, optimizer
+    state), config.json, encoders/ (what was fitted on the data), bad_clips.jsonl and kernels.json. Ctrl-C stops after
+    the step, with a checkpoint; --resume auto continues.
+    """
+    from opensora_fast.config import load_train_config
+    from opensora_fast.train.locate_config import locate_config
+
+    options = {"dataset.data_path": data_path and os.path.abspath(data_path), "steps": steps}
+    loaded = load_train_config(locate_config(config), overrides or [], options)
+    if dry_run:
+        from opensora_fast.train.dry_run import print_plan
+
+        print_plan(loaded)
+        return
+    if out is None:
+        raise ValueError("--out is missing: the folder for metrics, checkpoints and all that the run writes")
+    from opensora_fast.train.train import train
+
+    signal_number = train(loaded, out, resume=resume, init_from=init_from, device=device)
+    if signal_number is not None:
+        print(f"stopped by signal {signal_number}; --resume auto continues")
+        raise typer.Exit(128 + signal_number)

@@ -1,0 +1,110 @@
+"""From a configuration to batches: table, buckets, sampler, decoder and loader."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from opensora_fast.config import TrainConfig
+from opensora_fast.data.bucket import Bucket
+from opensora_fast.data.clips import Decoder
+from opensora_fast.data.explain import Explanation
+from opensora_fast.data.loader import Batch, ClipLoader
+from opensora_fast.data.manifest import Manifest
+from opensora_fast.data.sampler import BucketSampler
+
+
+@dataclass
+class TrainingData:
+    """Table, buckets and sampler of a run. `explanation` is of epoch 0."""
+
+    manifest: Manifest
+    bucket: Bucket
+    sampler: BucketSampler
+    explanation: Explanation
+
+    def get_fingerprint(self) -> str:
+        """Hash of all that decides the order of batches beside the seed: sizes of the clips and the bucket table."""
+        digest = hashlib.sha256()
+        for column in (self.manifest.num_frames, self.manifest.height, self.manifest.width):
+            digest.update(np.ascontiguousarray(column, dtype="<i8").tobytes())
+        sampler = self.sampler
+        digest.update(repr((self.bucket.config, sampler.frame_interval, sampler.drop_last)).encode())
+        return digest.hexdigest()[:16]
+
+
+def read_data(config: TrainConfig, rank: int = 0, world_size: int = 1) -> TrainingData:
+    """Read the table and put its clips into buckets.
+
+    Raises:
+        ValueError: no or a broken table, broken buckets, or an entry of bucket_config whose clips give no batch.
+    """
+    bucket = Bucket(config.bucket_config)
+    if config.dataset.data_path is None:
+        raise ValueError(
+            "dataset.data_path is missing: add --data-path META, a table of clips "
+            "(`opensora-fast data probe FOLDER --out META` makes one)"
+        )
+    manifest = Manifest.read(config.dataset.data_path)
+    sampler = BucketSampler(
+        manifest,
+        bucket,
+        frame_interval=config.dataset.frame_interval,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        drop_last=config.drop_last,
+    )
+    data = TrainingData(manifest, bucket, sampler, sampler.explain())
+    starved = [pair for pair in data.explanation.get_empty_pairs() if pair.clips > 0]
+    if starved and not config.allow_empty_buckets:
+        names = "\n".join(
+            f"  bucket_config[{pair.resolution!r}][{pair.frames}]: {pair.clips} clips, batch size {pair.batch_size}"
+            for pair in starved
+        )
+        raise ValueError(
+            f"these entries would give zero batches, their clips too few for one batch of any aspect ratio:\n{names}\n"
+            "Fix: lower their batch sizes, remove them, set drop_last=False to fill a batch by repeating clips, or set "
+            "allow_empty_buckets=True to train without these clips"
+        )
+    return data
+
+
+def build_decoder(name: str, threads: int, device: torch.device) -> Decoder:
+    """The decoder that `decoder` of a configuration names.
+
+    "auto" is DALI on the GPU where training runs on one and DALI is installed, else PyAV. `threads` 0 means one for
+    each processor.
+    """
+    from opensora_fast.data.dali_decoder import DaliDecoder, is_dali_installed
+    from opensora_fast.data.pyav_decoder import PyAVDecoder
+
+    if name == "auto":
+        name = "dali-gpu" if device.type == "cuda" and is_dali_installed() else "pyav"
+    if name == "pyav":
+        return PyAVDecoder(threads=threads or None)
+    return DaliDecoder(name.removeprefix("dali-"), threads=threads or None)
+
+
+def make_batches(
+    config: TrainConfig, data: TrainingData, decoder: Decoder, bad_clips_path: Path
+) -> Callable[[int, int], Iterator[Batch]]:
+    """batches(epoch, consumed): the batches of one epoch from the position where `consumed` are used up."""
+    loader = ClipLoader(
+        data.manifest,
+        data.sampler,
+        decoder,
+        frame_interval=config.dataset.frame_interval,
+        seed=config.seed,
+        prefetch=config.prefetch,
+        bad_clips_path=bad_clips_path,
+    )
+
+    def batches(epoch: int, consumed: int) -> Iterator[Batch]:
+        data.sampler.load_state_dict({"seed": config.seed, "epoch": epoch, "consumed": consumed})
+        yield from loader
+
+    return batches

@@ -1,0 +1,36 @@
+"""What a run would do, without doing it."""
+
+from opensora_fast.config import LoadedConfig, TrainConfig, format_values
+from opensora_fast.data.bucket import Bucket
+from opensora_fast.train.data import read_data
+
+
+def print_plan(loaded: LoadedConfig[TrainConfig]) -> None:
+    """Print the effective configuration with the origin of each value, and the buckets of the first epoch.
+
+    Raises:
+        ValueError: what would also stop the run: broken buckets, a broken table, entries that give no batch.
+    """
+    config = loaded.config
+    print(format_values(loaded))
+    for note in loaded.notes:
+        print(f"note: {note}")
+    print()
+    if config.dataset.data_path is None:
+        print(format_table(config))
+        print("no table of clips is given (--data-path META), so what falls into the buckets is not known")
+        return
+    data = read_data(config)
+    print(data.explanation.to_text())
+
+
+def format_table(config: TrainConfig) -> str:
+    """The buckets that are configured, one line for each (resolution, frames)."""
+    lines = [f"{'bucket':<20}{'aspect ratios':>14}{'keep probability':>18}{'batch size':>12}"]
+    for resolution in Bucket(config.bucket_config).resolutions:
+        for entry in resolution.frames:
+            name = f"{resolution.name}, {entry.frames} frames"
+            lines.append(
+                f"{name:<20}{len(resolution.table.names):>14}{entry.keep_probability:>18}{entry.batch_size or '-':>12}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,203 @@
+"""Train from a configuration: put the parts together and run the loop."""
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from opensora_fast.config import LoadedConfig, TrainConfig, list_values, load_train_config, to_json
+from opensora_fast.diffusion import MaskGenerator
+from opensora_fast.kernels import calls
+from opensora_fast.train.checkpoint import find_newest, list_checkpoints, locate_checkpoint
+from opensora_fast.train.data import build_decoder, make_batches, read_data
+from opensora_fast.train.ema import EMA
+from opensora_fast.train.encoders import adopt_fitted, build_encoders, copy_fitted
+from opensora_fast.train.loop import Limits, Trainer
+from opensora_fast.train.model_inputs import ModelInputs
+from opensora_fast.train.optimizer import MasterAdamW
+from opensora_fast.train.start import (
+    build_diffusion,
+    build_model,
+    load_initial_weights,
+    make_model_config,
+    resolve_weights,
+)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CHECKPOINT_CONFIG = "train_config.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: with a checkpoint to continue, or with other weights (and optimizer state), or afresh."""
+
+    resume: Path | None = None
+    state: Path | None = None
+    weights: str | None = None
+
+
+def train(
+    loaded: LoadedConfig[TrainConfig],
+    out: Path,
+    *,
+    resume: str | None = None,
+    init_from: str | None = None,
+    device: str | None = None,
+    report: Callable[[str], None] = print,
+) -> int | None:
+    """Train to the end of the configured steps or epochs.
+
+    Args:
+        loaded: the configuration.
+        out: output folder of the run.
+        resume: "auto" continues the newest complete checkpoint of `out` if there is one; a path continues that one.
+        init_from: weights to start from, in place of `model.from_pretrained`.
+        device: "cpu" or "cuda"; CUDA where there is one by default.
+        report: is given lines for a person.
+
+    Returns:
+        The number of the signal that stopped the run early, after a checkpoint, or None.
+
+    Raises:
+        ValueError: a mistake in the configuration, the data or the folder; NonFiniteError from the loop.
+    """
+    config = loaded.config
+    for note in loaded.notes:
+        report(f"note: {note}")
+    torch_device = choose_device(device)
+    diffusion = build_diffusion(config)
+    masks = MaskGenerator(config.mask_ratios) if config.mask_ratios is not None else None
+    data = read_data(config)
+    for warning in data.explanation.warnings:
+        report(f"warning: {warning}")
+    start = choose_start(config, out, resume, init_from, report)
+
+    out.mkdir(parents=True, exist_ok=True)
+    for source in (start.resume, start.state, start.weights):
+        if source is not None:
+            adopt_fitted(Path(source), out)
+    decoder = build_decoder(config.decoder, config.num_workers, torch_device)
+    dtype = DTYPES[config.dtype]
+    try:
+        video_encoder, text_encoder = build_encoders(config, out, data, decoder, torch_device, dtype)
+        model_config = make_model_config(
+            config, video_encoder.out_channels, text_encoder.output_dim, text_encoder.model_max_length
+        )
+        model = build_model(model_config, config.seed, config.grad_checkpoint)
+        if start.weights is not None:
+            load_initial_weights(model, start.weights, report)
+        optimizer = MasterAdamW(model, dtype=dtype, device=torch_device, lr=config.lr, grad_clip=config.grad_clip)
+        trainer = Trainer(
+            model=model,
+            optimizer=optimizer,
+            ema=EMA(optimizer.masters, config.ema_decay),
+            diffusion=diffusion,
+            masks=masks,
+            inputs=ModelInputs(video_encoder, text_encoder, torch_device),
+            batches=make_batches(config, data, decoder, out / "bad_clips.jsonl"),
+            extra_files=lambda folder: write_extra_files(config, out, folder),
+            folder=out,
+            replay=lambda checkpoint, step: describe_replay(out, checkpoint, step, torch_device),
+            limits=Limits(config.steps, config.epochs, config.log_every, config.ckpt_every, config.keep_checkpoints),
+            seed=config.seed,
+            state_note={"data": data.get_fingerprint()},
+        )
+        if start.resume is not None:
+            trainer.resume(start.resume)
+            report_changes(start.resume, config, report)
+        elif start.state is not None:
+            trainer.load_weights(start.state)
+        (out / "config.json").write_text(to_json(config) + "\n")
+        report(describe_run(trainer, data.explanation.steps, start))
+        signal_number = trainer.run()
+    finally:
+        decoder.close()
+    report_kernels(out, report)
+    report(f"step {trainer.position.step}: {trainer.last_checkpoint or start.resume}")
+    return signal_number
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of a name; None is CUDA where there is one. ValueError for one that is not here."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: choose cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU; `opensora-fast doctor` says why, --device cpu works here")
+    return torch.device(name)
+
+
+def choose_start(
+    config: TrainConfig, out: Path, resume: str | None, init_from: str | None, report: Callable[[str], None]
+) -> Start:
+    """Decide where a run begins, and refuse to write over another one.
+
+    Raises:
+        ValueError: `out` holds a run that is not to be continued, or options contradict each other.
+    """
+    checkpoints = out / "checkpoints"
+    if resume is not None and resume != "auto":
+        if init_from is not None:
+            raise ValueError("--resume PATH continues a run, --init-from starts a new one: give one of them")
+        checkpoint = locate_checkpoint(Path(resume), report)
+        later = [path for path in list_checkpoints(checkpoints) if path.name > checkpoint.name]
+        if later:
+            raise ValueError(
+                f"{out} holds later checkpoints than {checkpoint} ({later[0].name}); remove them, or give another --out"
+            )
+        return Start(resume=checkpoint)
+    if resume == "auto":
+        newest = find_newest(checkpoints, report)
+        if newest is not None:
+            return Start(resume=newest)
+        if list_checkpoints(checkpoints):
+            raise ValueError(f"{checkpoints} holds no checkpoint that is whole; remove them to start anew")
+    elif (out / "metrics.jsonl").exists() or list_checkpoints(checkpoints):
+        raise ValueError(f"{out} holds a run already: add --resume auto to continue it, or give another --out")
+    if config.load is not None and init_from is None:
+        checkpoint = locate_checkpoint(Path(config.load), report)
+        return Start(state=checkpoint) if config.start_from_scratch else Start(resume=checkpoint)
+    return Start(weights=resolve_weights(init_from or config.model.from_pretrained, report))
+
+
+def report_changes(checkpoint: Path, config: TrainConfig, report: Callable[[str], None]) -> None:
+    """Say which values differ from those that the checkpoint was trained with."""
+    before = dict(list_values(load_train_config(checkpoint / CHECKPOINT_CONFIG).config))
+    for key, value in list_values(config):
+        if value != before[key] and key not in ("steps", "load", "dataset.data_path"):
+            report(f"note: {key} is now {value!r}, the checkpoint was trained with {before[key]!r}")
+
+
+def write_extra_files(config: TrainConfig, out: Path, folder: Path) -> None:
+    """Add to a checkpoint what is needed to use it without its run."""
+    (folder / CHECKPOINT_CONFIG).write_text(to_json(config) + "\n")
+    copy_fitted(out, folder)
+
+
+def describe_replay(out: Path, checkpoint: Path, step: int, device: torch.device) -> str:
+    """The command that runs one step again, from the checkpoint before it, into another folder."""
+    words = ["opensora-fast", "train", str(out / "config.json"), "--resume", str(checkpoint)]
+    words += ["--out", f"{out}-replay-{step}", "--steps", str(step), "--device", device.type]
+    return shlex.join(words)
+
+
+def describe_run(trainer: Trainer, steps_per_epoch: int, start: Start) -> str:
+    """One line on what is about to be trained."""
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    trained = sum(master.numel() for master in trainer.optimizer.masters.values())
+    begins = "from the start" if trainer.position.step == 0 else f"after step {trainer.position.step} of {start.resume}"
+    return (
+        f"model: {parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, {trainer.model.dtype} on "
+        f"{trainer.model.device}; {steps_per_epoch} steps an epoch; {begins}"
+    )
+
+
+def report_kernels(out: Path, report: Callable[[str], None]) -> None:
+    """List the ops that ran and how often, for a person and in `DIR/kernels.json`."""
+    rows = [{"op": op, "backend": backend, "calls": count} for (op, backend), count in sorted(calls.items())]
+    (out / "kernels.json").write_text(json.dumps(rows, indent=1) + "\n")
+    report("ops called: " + ", ".join(f"{row['op']} ({row['backend']}, {row['calls']} times)" for row in rows))
