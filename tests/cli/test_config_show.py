@@ -1,0 +1,40 @@
+import json
+from pathlib import Path
+
+from opensora_fast.cli import run
+
+CONFIGS = Path(__file__).parents[2] / "train" / "configs"
+
+
+def test_values_with_origins(capsys):
+    assert run(["config", "show", str(CONFIGS / "stage1.py"), "lr=1e-4", "bucket_config.144p.16=(1.0, 2)"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["lr", "0.0001", "[command", "line]"] for line in lines)
+    assert any(line.startswith("seed") and "42" in line and "[stage1.py:" in line for line in lines)
+    assert any(line.startswith("ema_decay") and line.endswith("[default]") for line in lines)
+    assert any("16: (1.0, 2)" in line for line in lines)
+    assert any(line.startswith("note: plugin='zero2' has no effect") for line in lines)
+
+
+def test_json(capsys):
+    assert run(["config", "show", "stage3", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["kind"] == "TrainConfig"
+    assert shown["values"]["bucket_config"]["value"]["720p"]["16"] == [0.6, 3]
+    assert shown["values"]["grad_checkpoint"]["value"] is True
+    assert run(["config", "show", "sample", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "SampleConfig"
+
+
+def test_mistakes(capsys, tmp_path):
+    assert run(["config", "show", "stage1", "modle.depth=3"]) == 1
+    assert "modle: unknown key; did you mean 'model'?" in capsys.readouterr().err
+    assert run(["config", "show", str(tmp_path / "missing.py")]) == 1
+    assert "missing.py: no such file" in capsys.readouterr().err
+    marker = tmp_path / "marker"
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
+    assert run(["config", "show", str(evil)]) == 1
+    error = capsys.readouterr().err
+    assert "evil.py, line 1" in error and "never executed" in error
+    assert not marker.exists()

@@ -1,0 +1,87 @@
+"""The doctor: what it says of what is there, missing, or not what its name says."""
+
+import importlib.metadata
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from opensora_fast import doctor
+from opensora_fast.cli import run
+
+
+@pytest.fixture
+def versions(monkeypatch):
+    """Pretend that some distributions are installed (a version) or not (None)."""
+    real = doctor.find_version
+
+    def pretend(**changes):
+        changes = {name.replace("_", "-"): version for name, version in changes.items()}
+        monkeypatch.setattr(doctor, "find_version", lambda name: changes[name] if name in changes else real(name))
+
+    return pretend
+
+
+def get(report, name):
+    return next(package for package in report.packages if package.name == name)
+
+
+def test_this_machine(capsys):
+    assert run(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["machine"]["torch"] == importlib.metadata.version("torch")
+    assert report["kernels"]["cpu"].startswith("reference")
+    assert report["problems"] == []
+    names = {package["name"]: package for package in report["packages"]}
+    assert names["safetensors"]["state"] == "ok"
+    assert run(["doctor"]) == 0
+    assert "all that is required is here" in capsys.readouterr().out
+
+
+def test_a_missing_requirement_is_a_problem_with_its_fix(versions, capsys):
+    versions(pyarrow=None)
+    assert run(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "pyarrow" in out and "pip install pyarrow" in out and "not ready" in out
+
+
+def test_optional_packages_are_no_problem(versions):
+    versions(flash_attn=None, nvidia_dali_cuda130=None, nvidia_dali_cuda120=None)
+    report = doctor.examine()
+    assert report.problems == []
+    assert get(report, "flash-attn").state == "optional"
+    assert "nvidia-dali is a decoy" in get(report, "nvidia-dali-cuda130").fix
+    assert not any("DALI" in decoder for decoder in report.decoders)
+
+
+def test_the_dali_placeholder_is_told(versions):
+    versions(nvidia_dali="1.0.0", nvidia_dali_cuda130="2.4.0")
+    report = doctor.examine()
+    assert get(report, "nvidia-dali").state == "wrong"
+    assert get(report, "nvidia-dali-cuda130").state == "ok"
+    assert any("nvidia-dali 1.0.0 is a placeholder" in note for note in report.notes)
+
+
+def test_the_apex_of_pypi_is_told_from_nvidias(versions, monkeypatch, tmp_path):
+    real = importlib.util.find_spec
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "apex" else real(name))
+    versions(apex="0.9.10.dev0")
+    report = doctor.examine()
+    assert get(report, "apex").state == "wrong"
+    assert any("web toolkit" in note for note in report.notes)
+    (tmp_path / "normalization").mkdir()
+    versions(apex="0.1")
+    assert get(doctor.examine(), "apex").state == "ok"
+
+
+def test_triton_that_does_not_belong_to_torch(versions):
+    report = doctor.Report()
+    versions(triton="3.6.0")
+    doctor._compare_triton(report, "2.13.0+cpu")
+    assert report.notes == ["torch 2.13.0+cpu is made for triton 3.7.x, but 3.6.0 is installed"]
+    versions(triton="3.7.1")
+    report = doctor.Report()
+    doctor._compare_triton(report, "2.13.0+cpu")
+    assert report.notes == []

@@ -1,0 +1,106 @@
+"""The command line as a whole: help without torch, exit codes, one clear message for a mistake."""
+
+import subprocess
+import sys
+
+import pytest
+
+from opensora_fast import cli
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Adds a subcommand `probe-error` that raises what it is given."""
+
+    def use(error):
+        class Module:
+            @staticmethod
+            def command() -> None:
+                raise error
+
+        monkeypatch.setattr(cli, "list_subcommands", lambda: {"fail": "Fail."})
+        monkeypatch.setattr(cli, "_import_subcommand", lambda name: Module)
+        return ["fail"]
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("bucket 144p: broken table"), 1, "opensora-fast: error: bucket 144p: broken table\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.csv"), 1, "No such file or directory: a.csv\n"),
+        (OSError("disk full"), 1, "opensora-fast: error: disk full\n"),
+        (KeyError("x"), 1, "KeyError: 'x'\n(unexpected: run again with --debug for the traceback)\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_an_error_is_one_message_and_a_code(command, capsys, error, code, message):
+    assert cli.run(command(error)) == code
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_debug_shows_the_traceback(command, capsys, place):
+    arguments = command(ValueError("broken"))
+    arguments.insert(place, "--debug")
+    assert cli.run(arguments) == 1
+    captured = capsys.readouterr().err
+    assert "Traceback" in captured and "opensora-fast: error: broken" in captured
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["doctor", "--nonsense"], ["config", "show"], ["config", "nonsense"]]
+)
+def test_wrong_usage_is_2(capsys, arguments):
+    assert cli.run(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_near_names_are_suggested(capsys):
+    assert cli.run(["docter"]) == 2
+    assert "doctor" in capsys.readouterr().err
+
+
+def test_exit_codes_of_commands_pass_through(monkeypatch, capsys):
+    import typer
+
+    class Module:
+        @staticmethod
+        def command() -> None:
+            raise typer.Exit(7)
+
+    monkeypatch.setattr(cli, "list_subcommands", lambda: {"fail": "Fail."})
+    monkeypatch.setattr(cli, "_import_subcommand", lambda name: Module)
+    assert cli.run(["fail"]) == 7
+
+
+def test_options_with_several_values(monkeypatch):
+    class Module:
+        MULTIPLE_VALUES = ("--prompt", "--mask")
+
+    monkeypatch.setattr(cli, "list_subcommands", lambda: {"sample": ""})
+    monkeypatch.setattr(cli, "_import_subcommand", lambda name: Module)
+    given = ["sample", "c.py", "--prompt", "a", "b", "--size", "1", "2", "--mask", "0,-1", "-1,0", "--loop", "2"]
+    expected = ["sample", "c.py", "--prompt", "a", "--prompt", "b", "--size", "1", "2"]
+    assert cli._repeat_options(given) == [*expected, "--mask", "0,-1", "--mask", "-1,0", "--loop", "2"]
+
+
+def test_every_subcommand_has_a_summary_and_help(capsys):
+    subcommands = cli.list_subcommands()
+    assert {"train", "config", "doctor"} <= set(subcommands)
+    for name, summary in subcommands.items():
+        assert summary.endswith(".") or ":" in summary, name
+        assert cli.run([name, "--help"]) == 0
+        assert "Usage" in capsys.readouterr().out
+
+
+def test_help_needs_no_torch_and_module_equals_script():
+    code = "import sys; from opensora_fast.cli import run; print(run(['--help'])); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-2:] == ["0", "False"]
+    module = subprocess.run([sys.executable, "-m", "opensora_fast", "--help"], capture_output=True, text=True)
+    assert module.returncode == 0 and "opensora-fast" in module.stdout and "train" in module.stdout
