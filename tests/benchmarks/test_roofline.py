@@ -1,0 +1,77 @@
+"""The counts behind the roofline equal what is worked out by hand and what torch counts."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from opensora_fast import STDiT2, STDiT2Config
+from opensora_fast.benchmarks.roofline import (
+    DATASHEETS,
+    Gpu,
+    attention_flops_per_token,
+    count_forward,
+    count_training_step,
+    floor_tokens_per_s,
+    linear_flops_per_token,
+    project,
+)
+from opensora_fast.benchmarks.shapes import VIDEO_SIZES, Workload, fill
+
+XL = STDiT2Config.xl_2()
+PARAMETERS = 767.5e6
+
+
+def test_linear_layers_cost_36_c_squared_per_token_and_layer():
+    assert linear_flops_per_token(XL) == 36 * 1152**2 * 28
+    assert linear_flops_per_token(XL) == pytest.approx(1.338e9, rel=1e-3)
+
+
+def test_attention_costs_4_c_times_the_lengths():
+    assert attention_flops_per_token(XL, 144, 16, 120) == 4 * 1152 * (144 + 16 + 120) * 28
+
+
+@pytest.mark.parametrize(
+    ("resolution", "frame_tokens", "giga_flops"),
+    [("144p", 144, 4.15), ("240p", 405, 4.23), ("360p", 920, 4.43), ("480p", 1590, 4.68), ("720p", 3600, 5.46)],
+)
+def test_tokens_and_training_operations_of_the_five_resolutions(resolution, frame_tokens, giga_flops):
+    workload = fill(resolution, 16, 50_000)
+    assert workload.frame_tokens == frame_tokens
+    assert 3 * count_forward(XL, workload, 120).flops / workload.tokens / 1e9 == pytest.approx(giga_flops, abs=0.006)
+
+
+def test_torch_counts_the_same_operations():
+    config = STDiT2Config.small()
+    workload = Workload("144p", 2, batch=2)
+    model = STDiT2(config).eval()
+    frames, height, width = workload.latent
+    ones = torch.ones(workload.batch)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(
+            torch.randn(workload.batch, 4, frames, height, width),
+            ones,
+            torch.randn(workload.batch, 1, 8, 32),
+            num_frames=ones,
+            height=ones * 144,
+            width=ones * 256,
+            ar=ones,
+            fps=ones,
+        )
+    # What is not counted per token: the vectors of time, size and modulation, of which there is one per video.
+    assert counter.get_total_flops() == pytest.approx(count_forward(config, workload, 8).flops, rel=0.02)
+
+
+def test_the_floor_is_below_both_limits_and_falls_with_resolution():
+    gpu = Gpu("H200", 790e12, 4.3e12, "measured")
+    floors = [floor_tokens_per_s(XL, fill(name, 16, 50_000), 120, PARAMETERS, gpu) for name in VIDEO_SIZES]
+    assert floors == sorted(floors, reverse=True)
+    workload = fill("240p", 16, 50_000)
+    count = count_training_step(XL, workload, 120, PARAMETERS)
+    assert floors[1] < workload.tokens / (count.flops / gpu.matrix_flops)
+    assert floors[1] < workload.tokens / (count.bytes / gpu.bandwidth)
+
+
+def test_a_projection_scales_each_part_by_its_own_rate_and_says_what_it_is():
+    projection = project(100.0, 10.0, DATASHEETS["H200"], DATASHEETS["H800"])
+    assert projection.milliseconds == pytest.approx(100 + 10 * 4.8 / 3.35)
+    assert "projection" in projection.label and "H800" in projection.label
