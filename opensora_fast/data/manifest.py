@@ -185,28 +185,40 @@ def find_places(source: str, rows: Iterable[int]) -> dict[int, str]:
     rows = set(rows)
     if not rows or not source.lower().endswith(".csv"):
         return {row: f"row {row}" for row in rows}
-    places: dict[int, str] = {}
+    places = {row: f"row {row}" for row in rows}
+    left = len(rows)
     with open(source, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         row, first_line = -1, 1
-        for record in reader:
-            # pandas skips blank lines; the header is the record before row 0.
-            if len(record) > 1 or (record and record[0].strip()):
-                if row in rows:
-                    places[row] = f"line {first_line}"
-                row += 1
-            first_line = reader.line_num + 1
-            if len(places) == len(rows):
-                break
+        try:
+            for record in reader:
+                # pandas skips blank lines; the header is the record before row 0.
+                if len(record) > 1 or (record and record[0].strip()):
+                    if row in rows:
+                        places[row] = f"line {first_line}"
+                        left -= 1
+                    row += 1
+                first_line = reader.line_num + 1
+                if left == 0:
+                    break
+        except csv.Error:
+            # A cell beyond what Python's reader takes (128 KB): the rows after it keep their numbers.
+            return places
     return places
 
 
 def _to_text(column: pd.Series) -> pd.Series:
     import pandas as pd
 
-    if column.dtype == object or not pd.api.types.is_string_dtype(column):
-        return column.map(str, na_action="ignore").fillna("")
-    return column.fillna("")
+    if isinstance(column.dtype, pd.StringDtype):
+        return column.fillna("")
+    values = column.to_numpy(dtype=object)
+    missing = column.isna().to_numpy()
+    return pd.Series(
+        ["" if gone else str(value) for value, gone in zip(values, missing, strict=True)],
+        index=column.index,
+        dtype=object,
+    )
 
 
 def _note(reasons: dict[int, list[str]], bad: pd.Series, describe) -> None:

@@ -101,6 +101,29 @@ def test_only_some_of_many_bad_rows_are_shown():
     assert len(str(caught.value).splitlines()) == 13
 
 
+def test_lines_are_found_up_to_a_cell_that_is_too_long(tmp_path):
+    path = tmp_path / "meta.csv"
+    rows = ["a.mp4,a,0,480,640,24", f"b.mp4,{'b' * 200_000},20,480,640,24", "c.mp4,c,0,480,640,24"]
+    path.write_text(HEADER + "\n".join(rows))
+    with pytest.raises(ValueError, match=r"line 2: num_frames(.|\n)*row 2: num_frames"):
+        Manifest.read(path)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ([np.nan, np.nan], ["", ""]),
+        ([None, "x"], ["", "x"]),
+        ([1.5, 7], ["1.5", "7.0"]),
+        (pd.Categorical(["x", None]), ["x", ""]),
+        (pd.array(["x", None], dtype="string"), ["x", ""]),
+    ],
+)
+def test_captions_of_other_column_types(texts, expected):
+    manifest = Manifest(make_table(text=texts))
+    assert [manifest.clip(row).text for row in range(2)] == expected
+
+
 def test_check_table_does_not_change_its_argument():
     table = make_table(height=["x", 480])
     before = table.copy(deep=True)
