@@ -17,7 +17,7 @@ def buckets() -> None:
 @app.command()
 def explain(
     meta: Annotated[Path, typer.Argument(help="Manifest of the clips, .csv or .parquet.")],
-    config: Annotated[Path, typer.Option("--config", help="Training configuration with a bucket_config.")],
+    config: Annotated[Path, typer.Option("--config", help="Training configuration, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]")] = None,
     world_size: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
     epoch: Annotated[int, typer.Option(min=0, help="Epoch; each draws the keep probabilities anew.")] = 0,
@@ -31,8 +31,9 @@ def explain(
     from opensora_fast.data.bucket import Bucket
     from opensora_fast.data.explain import describe_no_batches, explain_buckets
     from opensora_fast.data.manifest import Manifest
+    from opensora_fast.train.locate_config import locate_config
 
-    settings = load_train_config(config, overrides or []).config
+    settings = load_train_config(locate_config(config), overrides or []).config
     explanation = explain_buckets(
         Manifest.read(meta),
         Bucket(settings.bucket_config),

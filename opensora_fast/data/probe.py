@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from opensora_fast.data.clips import IMAGE_EXTENSIONS, ClipError, is_image_path
 from opensora_fast.data.manifest import IMAGE_FPS, write_table
+from opensora_fast.data.picture_size import is_hidden
 from opensora_fast.data.pyav_decoder import count_processors, describe
 from opensora_fast.data.video_index import check_file, codec_name, open_video
 from opensora_fast.data.worker_threads import Overdue, WorkerThreads
@@ -103,11 +104,14 @@ def _count_frames(container: InputContainer, stream: VideoStream, depth: Depth) 
         return sum(1 for _ in container.decode(stream))
     count = 0
     decoded = False
+    codec = codec_name(stream)
     for packet in container.demux(stream):
         if depth == "packets" and not decoded:
             decoded = bool(packet.decode())
-        # A packet that is marked for discarding lies outside what an edit list shows; decoders drop its frame.
-        count += packet.size > 0 and not packet.is_discard
+        # A packet that is marked for discarding lies outside what an edit list shows; decoders drop its frame. A hidden
+        # picture is only a reference for others.
+        shown = packet.size > 0 and not packet.is_discard
+        count += shown and not (codec == "vp8" and is_hidden(codec, bytes(packet)))
     if depth == "packets" and count > 0 and not decoded:
         raise ClipError("not one frame can be decoded")
     return count

@@ -2,6 +2,7 @@
 
 import os
 
+import av
 import numpy as np
 import pytest
 from sample_media import write_image, write_video
@@ -36,6 +37,28 @@ def test_videos(tmp_path, depth, name, codec, stated):
 def test_images(tmp_path, depth, name):
     info = probe_media(write_image(tmp_path / name, (30, 50)), depth)
     assert (info.num_frames, info.height, info.width, info.fps) == (1, 30, 50, 120.0)
+
+
+def test_hidden_pictures_of_vp8_are_no_frames(tmp_path):
+    source = write_video(tmp_path / "source.webm", frames=12, codec="libvpx")
+    path = tmp_path / "a.webm"
+    with av.open(str(source)) as reading, av.open(str(path), "w") as writing:
+        stream = writing.add_stream_from_template(reading.streams.video[0])
+        for packet in reading.demux(video=0):
+            if packet.size == 0:
+                continue
+            if not packet.is_keyframe:
+                # The same picture before, with the bit cleared that says it is shown.
+                data = bytes(packet)
+                hidden = av.Packet(bytes([data[0] & ~0x10]) + data[1:])
+                hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
+                hidden.stream = stream
+                writing.mux(hidden)
+            packet.stream = stream
+            writing.mux(packet)
+    with av.open(str(path)) as container:
+        assert sum(packet.size > 0 for packet in container.demux(video=0)) == 23
+    assert [probe_media(path, depth).num_frames for depth in DEPTHS] == [12] * 3
 
 
 def test_a_truncated_video_has_the_frames_that_are_there(tmp_path):
