@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from opensora_fast.diffusion.guidance import GuidedModel, each_step, encode_with_unconditional
+from opensora_fast.diffusion.noise import Generators
 from opensora_fast.diffusion.schedule import make_betas
+from opensora_fast.progress import Progress
 
 DIFFUSION_STEPS = 1000
 FEW_STEPS = 10  # below this the last step is of first order, for stability
@@ -53,9 +55,12 @@ class DPMSolver:
         additional_args: dict[str, Any] | None = None,
         mask: Tensor | None = None,
         *,
-        progress: bool = True,
+        generator: Generators = None,
+        progress: bool | Progress = True,
     ) -> Tensor:
         """Generate latents for the prompts; arguments as in `IDDPM.sample`, but the model is told fractional timesteps.
+
+        It draws no noise: the result is a function of z, and `generator` is not used.
 
         Raises:
             ValueError: with a mask that gives or edits frames, which this solver cannot do.

@@ -71,12 +71,18 @@ def encode_with_unconditional(
     return encoded
 
 
-def each_step(steps: Sequence[int], show_progress: bool) -> Iterator[int]:
-    """Iterate over the steps of a sampler, with a progress bar if wished."""
-    if not show_progress:
-        yield from steps
+def each_step(steps: Sequence[int], progress: bool | Progress) -> Iterator[int]:
+    """Iterate over the steps of a sampler.
+
+    Args:
+        steps: what to iterate over.
+        progress: True shows a bar, a running `Progress` is advanced by 1 after each step, False shows nothing.
+    """
+    if progress is True:
+        with Progress("sample", total=len(steps), unit="steps") as bar:
+            yield from each_step(steps, bar)
         return
-    with Progress("sample", total=len(steps), unit="steps") as progress:
-        for step in steps:
-            yield step
+    for step in steps:
+        yield step
+        if progress:
             progress.advance(1)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from opensora_fast.diffusion.guidance import GuidedModel, each_step, encode_with_unconditional
 from opensora_fast.diffusion.likelihood import discretized_gaussian_log_likelihood, mean_per_video, normal_kl
-from opensora_fast.diffusion.noise import draw_noise_like
+from opensora_fast.diffusion.noise import Generators, draw_noise_like
 from opensora_fast.diffusion.schedule import Schedule, choose_timesteps, make_betas
+from opensora_fast.progress import Progress
 
 Model = Callable[..., Tensor]  # model(x_t [B, C, T, H, W], timestep [B], **model_kwargs) -> [B, C or 2C, T, H, W]
 
@@ -289,8 +290,8 @@ class IDDPM:
         additional_args: dict[str, Any] | None = None,
         mask: Tensor | None = None,
         *,
-        generator: torch.Generator | None = None,
-        progress: bool = True,
+        generator: Generators = None,
+        progress: bool | Progress = True,
     ) -> Tensor:
         """Generate latents for the prompts, with classifier-free guidance.
 
@@ -304,8 +305,8 @@ class IDDPM:
             device: where to sample.
             additional_args: more conditioning for the model, n rows each.
             mask: float [n, T], see `p_sample`; None generates all frames.
-            generator: for the noise of every step. The default generator of the device if None.
-            progress: show a progress bar.
+            generator: for the noise of every step: one, or one for each prompt. The default one of the device if None.
+            progress: True shows a bar; a running `Progress` is advanced by each step.
 
         Returns:
             Latents [n, C, T, H, W], float32 or wider.
@@ -321,9 +322,11 @@ class IDDPM:
         guided = GuidedModel(model, self.cfg_scale, self.cfg_channel)
 
         def draw_noise(like: Tensor) -> Tensor:
-            # Twice the rows, the second half unused: one noise for each row that the model sees keeps the random
-            # numbers, and so the samples, of Open-Sora for a given seed.
-            return draw_noise_like(torch.cat([like, like]), generator)[:count]
+            if generator is None:
+                # Twice the rows, the second half unused: noise for each row that the model sees keeps the random
+                # numbers, and so the samples, of Open-Sora for a given seed.
+                return draw_noise_like(torch.cat([like, like]))[:count]
+            return draw_noise_like(like, generator)
 
         for step in each_step(range(self.num_timesteps)[::-1], progress):
             t = torch.full((count,), step, dtype=torch.int64, device=x.device)

@@ -230,6 +230,21 @@ def test_losses_never_read_a_value_back_to_the_host(monkeypatch):
     losses_of(diffusion, case, mask)
 
 
+@pytest.mark.gpu
+def test_losses_never_wait_for_the_gpu():
+    case = {key: value.cuda() for key, value in make_case().items()}
+    case["t"] = case["t"].cpu()
+    diffusion, mask = IDDPM(), torch.ones(3, 5, dtype=torch.bool)
+    losses_of(diffusion, case, mask)  # copies the tables
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = losses_of(diffusion, case, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_host = losses_of(IDDPM(), make_case(), mask)
+    torch.testing.assert_close(losses["loss"].cpu(), on_host["loss"], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1, 1), (2, 4, 1, 3, 5), (1, 1, 7, 2, 2)])
 def test_any_shape_gives_one_finite_loss_for_each_video(shape):
     losses = losses_of(IDDPM(), make_case(shape), torch.ones(shape[0], shape[2], dtype=torch.bool))

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from opensora_fast.diffusion import IDDPM
+from opensora_fast.progress import Progress
 
 from .conftest import GOLDEN
 from .toys import ToyModel, ToyTextEncoder
@@ -173,6 +174,30 @@ def test_equal_seeds_give_equal_samples():
         assert not torch.equal(draw(1, use_default), draw(2, use_default))
 
 
+def test_with_a_generator_for_each_video_a_sample_does_not_depend_on_the_others():
+    def draw(seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return IDDPM(num_sampling_steps=3).sample(
+            lambda x, timestep, **rest: torch.cat([x, x], dim=1),
+            ToyTextEncoder(len(seeds)),
+            torch.zeros(len(seeds), 4, 2, 2, 2),
+            ["a"] * len(seeds),
+            "cpu",
+            mask=torch.tensor([[1.0, 0.5]] * len(seeds)),
+            generator=generators,
+            progress=False,
+        )
+
+    together = draw([1, 2, 3])
+    for row, seed in enumerate([1, 2, 3]):
+        torch.testing.assert_close(together[row], draw([seed])[0])
+    assert not torch.equal(together[0], together[1])
+    with pytest.raises(ValueError, match="2 generators for 1 rows"):
+        IDDPM(num_sampling_steps=1).sample(
+            ToyModel(), ToyTextEncoder(1), torch.zeros(1, 4, 1, 1, 1), ["a"], "cpu", generator=[torch.Generator()] * 2
+        )
+
+
 def test_a_single_step_and_a_half_precision_start_work():
     out = IDDPM(num_sampling_steps=1).sample(
         ToyModel(), ToyTextEncoder(1), torch.ones(1, 4, 1, 1, 1, dtype=torch.bfloat16), ["a"], "cpu", progress=False
@@ -184,6 +209,16 @@ def test_progress_is_shown_on_standard_error(capsys, toy_model):
     IDDPM(num_sampling_steps=2).sample(toy_model, ToyTextEncoder(1), torch.zeros(1, 4, 1, 1, 1), ["a"], "cpu")
     captured = capsys.readouterr()
     assert "2/2 steps" in captured.err and captured.out == ""
+
+
+def test_a_running_progress_is_advanced_by_each_step(capsys, toy_model):
+    with Progress("all", total=4, unit="steps") as progress:
+        for _ in range(2):
+            IDDPM(num_sampling_steps=2).sample(
+                toy_model, ToyTextEncoder(1), torch.zeros(1, 4, 1, 1, 1), ["a"], "cpu", progress=progress
+            )
+        assert progress.completed == 4
+    assert "sample" not in capsys.readouterr().err
 
 
 def test_wrong_counts_are_named(toy_model):
