@@ -1,0 +1,87 @@
+"""From a sampling configuration to a `VideoGenerator`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from opensora_fast.config import SampleConfig
+from opensora_fast.diffusion import build_scheduler
+from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder
+from opensora_fast.model import STDiT2, STDiT2Config
+from opensora_fast.model.weights import load_pretrained, load_strictly
+from opensora_fast.sampling.generate import SampleSettings, VideoGenerator
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Keys of the model section that do not describe the model.
+NO_MODEL_KEYS = {"type", "from_pretrained", "enable_flash_attn", "enable_layernorm_kernel"}
+
+
+def build_generator(config: SampleConfig, device: torch.device | str | None = None) -> VideoGenerator:
+    """Load the encoders and the model of a configuration and put them on the device.
+
+    The text encoder runs in float32 (T5 overflows in less), the rest in the configuration's dtype.
+
+    Args:
+        config: a `SampleConfig`.
+        device: the GPU where there is one, if None.
+
+    Raises:
+        ValueError: weights that are missing or do not fit, or encoders that do not fit the model.
+    """
+    if config.scheduler.type == "iddpm-speed":
+        raise ValueError('scheduler.type "iddpm-speed" only trains; sample with type="iddpm"')
+    if config.scheduler.num_sampling_steps is None and config.scheduler.timestep_respacing is None:
+        raise ValueError("scheduler.num_sampling_steps is missing; 100 is Open-Sora's choice")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = DTYPES[config.dtype]
+    scheduler = build_scheduler(_given(config.scheduler))
+    video_encoder = build_video_encoder(_given(config.vae), device, dtype)
+    text_encoder = build_text_encoder(_given(config.text_encoder), device, torch.float32)
+    model = load_model(config, video_encoder, text_encoder).to(device, dtype).eval()
+    return VideoGenerator(model, video_encoder, text_encoder, scheduler, make_settings(config))
+
+
+def _given(section: BaseModel) -> dict[str, Any]:
+    return {"type": section.type} | section.model_dump(exclude_unset=True)  # type: ignore[attr-defined]
+
+
+def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: TextEncoder) -> STDiT2:
+    """The model of `config.model.from_pretrained`; keys given in the section replace those of its config.json."""
+    source = config.model.from_pretrained
+    if source is None:
+        raise ValueError("there are no weights to sample from; give --ckpt-path or model.from_pretrained")
+    saved, state = load_pretrained(source)
+    given = config.model.model_dump(include=config.model.model_fields_set - NO_MODEL_KEYS)
+    model_config = STDiT2Config(**(saved.model_dump() | given))
+    for key, value, owner in (
+        ("in_channels", video_encoder.out_channels, "vae"),
+        ("caption_channels", text_encoder.output_dim, "text_encoder"),
+        ("model_max_length", text_encoder.model_max_length, "text_encoder"),
+    ):
+        if getattr(model_config, key) != value:
+            raise ValueError(
+                f"{source} was trained with {key}={getattr(model_config, key)}, but the {owner} of the configuration "
+                f"gives {value}; use the {owner} that it was trained with"
+            )
+    model = STDiT2(model_config)
+    load_strictly(model, state, source)
+    return model
+
+
+def make_settings(config: SampleConfig) -> SampleSettings:
+    """The `SampleSettings` of a configuration."""
+    return SampleSettings(
+        num_frames=config.num_frames,
+        image_size=config.image_size,
+        fps=config.fps,
+        frame_interval=config.frame_interval,
+        loop=config.loop,
+        condition_frame_length=config.condition_frame_length,
+        num_sample=config.num_sample,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        aspect_ratio_as_trained=config.aspect_ratio_as_trained,
+    )

@@ -1,0 +1,68 @@
+"""A sampling run as a configuration describes it: which prompts, and the files that come out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from opensora_fast.config import SampleConfig
+from opensora_fast.sampling.generate import Sample, VideoGenerator
+from opensora_fast.sampling.prompts import read_prompts
+
+MAX_NAME_BYTES = 200  # file systems take 255, and an ending and a number follow
+Entry = TypeVar("Entry")
+
+
+def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Path]:
+    """Generate everything a configuration asks for; gives the path of each file once it is written.
+
+    Raises:
+        ValueError: no prompt, no save_dir, or whatever `VideoGenerator` finds wrong.
+    """
+    if config.save_dir is None:
+        raise ValueError("there is no folder for the samples; give --save-dir or save_dir")
+    prompts = choose_prompts(config)
+    references = _slice(config, "reference_path", config.reference_path, prompts)
+    strategies = _slice(config, "mask_strategy", config.mask_strategy, prompts)
+    generator = VideoGenerator.from_config(config, device)
+    for sample in generator.stream(_cut(config, prompts), references, strategies):
+        yield sample.save(Path(config.save_dir) / name_sample(sample, config))
+
+
+def choose_prompts(config: SampleConfig) -> list[str]:
+    """All prompts of the configuration, before `start_index` and `end_index`; `prompt` goes before `prompt_path`."""
+    if config.prompt:
+        return config.prompt
+    if config.prompt_path is None:
+        raise ValueError("there is no prompt; give --prompt TEXT, or --prompt-path FILE with one prompt a line")
+    return read_prompts(config.prompt_path)
+
+
+def name_sample(sample: Sample, config: SampleConfig) -> str:
+    """File name without ending: the prompt's number after `sample_name`, or the prompt, and the sample's number."""
+    name = f"{config.sample_name or 'sample'}_{sample.index}"
+    if config.prompt_as_path:
+        text = re.sub(r'[\s/\\:*?"<>|\x00-\x1f]+', " ", sample.prompt).strip(" .") or "sample"
+        name = (config.sample_name or "") + text.encode()[:MAX_NAME_BYTES].decode(errors="ignore").strip()
+    return f"{name}-{sample.copy}" if config.num_sample != 1 else name
+
+
+def _cut(config: SampleConfig, entries: list[Entry]) -> list[Entry]:
+    chosen = entries[config.start_index : config.end_index]
+    if not chosen:
+        raise ValueError(
+            f"start_index {config.start_index} and end_index {config.end_index} leave none of {len(entries)} prompts"
+        )
+    return chosen
+
+
+def _slice(config: SampleConfig, key: str, entries: list[Entry] | None, prompts: list[str]) -> list[Entry] | None:
+    if entries is None:
+        return None
+    if len(entries) != len(prompts):
+        raise ValueError(
+            f"{key} has {len(entries)} entries for {len(prompts)} prompts; give one for each, None for no reference"
+        )
+    return _cut(config, entries)

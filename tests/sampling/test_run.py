@@ -1,0 +1,156 @@
+"""`opensora-fast sample` with a small model in the real formats, from the command line to the files."""
+
+import json
+
+import pytest
+import torch
+
+from opensora_fast import STDiT2, STDiT2Config
+from opensora_fast.cli import run
+from opensora_fast.config import SampleConfig
+from opensora_fast.data.video_files import read_reference, save_image
+from opensora_fast.encoders.linear_autoencoder import LinearAutoencoder
+from opensora_fast.sampling import Sample, VideoGenerator
+from opensora_fast.sampling.run import name_sample, run_sampling
+from opensora_fast.train.checkpoint import write_checkpoint
+
+from .toys import color_clip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a linear autoencoder, a reference image and a configuration."""
+    folder = tmp_path_factory.mktemp("sampling")
+    torch.manual_seed(0)
+    model = STDiT2(STDiT2Config.small(caption_channels=32, depth=1))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder / "model")
+    LinearAutoencoder.fit([torch.rand(3, 4, 32, 48) * 2 - 1]).save_pretrained(folder / "vae")
+    save_image(folder / "image.png", color_clip(0.5, height=32, width=48)[:, 0])
+    (folder / "sample.json").write_text(
+        json.dumps(
+            {
+                "num_frames": 3,
+                "image_size": [32, 48],
+                "dtype": "fp32",
+                "vae": {"type": "linear", "from_pretrained": str(folder / "vae")},
+                "text_encoder": {"type": "bytes", "model_max_length": 8, "output_dim": 32},
+                "scheduler": {"type": "iddpm", "num_sampling_steps": 2, "cfg_scale": 2.0, "cfg_channel": 3},
+            }
+        )
+    )
+    return folder
+
+
+def sample(folder, *arguments, weights="model"):
+    return run(["sample", str(folder / "sample.json"), "--ckpt-path", str(folder / weights), *arguments])
+
+
+def test_prompts_become_files_whose_paths_are_printed(folder, tmp_path, capsys):
+    assert sample(folder, "--prompt", "a cat", "a dog", "--save-dir", str(tmp_path), "--seed", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [str(tmp_path / "sample_0.mp4"), str(tmp_path / "sample_1.mp4")]
+    assert read_reference(lines[0], (32, 48)).shape == (3, 3, 32, 48)
+
+
+def test_every_option_reaches_the_sampler(folder, tmp_path, capsys):
+    code = sample(
+        folder,
+        *("--prompt", "|0|sea|1|shore", "--num-frames", "4", "--image-size", "16", "32", "--loop", "2"),
+        *("--condition-frame-length", "1", "--reference-path", str(folder / "image.png"), "--mask-strategy", "0"),
+        *("--num-sampling-steps", "3", "--cfg-scale", "1.5", "--num-sample", "2", "--sample-name", "x"),
+        *("--save-dir", str(tmp_path), "--device", "cpu", "scheduler.cfg_channel=None"),
+    )
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert "12/12 steps" in captured.err  # 2 samples of 2 loops of 3 steps
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x_0-0.mp4", "x_0-1.mp4"]
+    assert read_reference(tmp_path / "x_0-0.mp4", (16, 32)).shape == (3, 7, 16, 32)
+
+
+def test_one_frame_becomes_a_png(folder, tmp_path):
+    assert sample(folder, "--prompt", "a cat", "--num-frames", "1", "--save-dir", str(tmp_path)) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["sample_0.png"]
+
+
+def test_a_prompt_file_and_indices_choose_prompts(folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    options = ("--prompt-path", str(tmp_path / "prompts.txt"), "--start-index", "1", "--prompt-as-path")
+    assert sample(folder, *options, "--num-frames", "1", "--save-dir", str(tmp_path / "out")) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["three.png", "two.png"]
+
+
+def test_dpm_solver_drafts(folder, tmp_path):
+    scheduler = 'scheduler=dict(type="dpm-solver", num_sampling_steps=2, cfg_scale=2.0)'
+    assert sample(folder, scheduler, "--prompt", "a cat", "--save-dir", str(tmp_path)) == 0
+
+
+def test_a_training_run_is_sampled_with_its_averaged_weights(folder, tmp_path):
+    def fill(checkpoint):
+        model = STDiT2.from_pretrained(folder / "model")
+        model.save_pretrained(checkpoint / "ema")
+        (checkpoint / "model").mkdir()
+
+    write_checkpoint(tmp_path / "run" / "checkpoints", 5, fill, keep=1)
+    arguments = ("--prompt", "a cat", "--num-frames", "1", "--save-dir")
+    for name, weights in (("a", folder / "model"), ("b", tmp_path / "run")):
+        assert sample(folder, *arguments, str(tmp_path / name), weights=weights) == 0
+    first, second = (read_reference(tmp_path / name / "sample_0.png", (32, 48)) for name in ("a", "b"))
+    assert torch.equal(first, second)
+
+
+def test_the_configuration_is_one_call_from_python(folder):
+    values = json.loads((folder / "sample.json").read_text())
+    config = SampleConfig(**values, model={"from_pretrained": str(folder / "model")})
+    generator = VideoGenerator.from_config(config, "cpu")
+    [sample] = generator.generate("a cat", progress=False)
+    assert sample.video.shape == (3, 3, 32, 48)
+    assert (generator.scheduler.cfg_scale, generator.scheduler.cfg_channel) == (2.0, 3)
+    assert generator.settings.seed == 42 and next(generator.model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--prompt", "a"), "--save-dir"),
+        (("--save-dir", "out"), "--prompt TEXT"),
+        (("--save-dir", "out", "--prompt", "a", "--mask-strategy", "0,x"), "reference must be a whole number"),
+        (("--save-dir", "out", "--prompt", "a", "b", "--reference-path", "x"), "1 entries for 2 prompts"),
+        (("--save-dir", "out", "--prompt", "a", "--start-index", "4"), "leave none of 1 prompts"),
+        (("--save-dir", "out", "--prompt-path", "missing.txt"), "missing.txt"),
+        (("model.depth=3", "--save-dir", "out", "--prompt", "a"), "missing blocks"),
+        (("text_encoder.output_dim=48", "--save-dir", "out", "--prompt", "a"), "trained with caption_channels=32"),
+        (("scheduler.type=iddpm-speed", "--save-dir", "out", "--prompt", "a"), "iddpm-speed"),
+        (("scheduler.num_sampling_steps=None", "--save-dir", "out", "--prompt", "a"), "num_sampling_steps is missing"),
+        (("--save-dir", "out", "--prompt", "a", "--ckpt-path", "./nothing"), "nothing"),
+    ],
+)
+def test_a_mistake_ends_with_one_message_and_code_1(folder, tmp_path, monkeypatch, capsys, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    assert sample(folder, *arguments) == 1
+    message = capsys.readouterr().err
+    assert named in message and "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_weights_nothing_is_sampled(folder):
+    config = SampleConfig(**json.loads((folder / "sample.json").read_text()), prompt=["a"], save_dir="out")
+    with pytest.raises(ValueError, match="no weights to sample from"):
+        list(run_sampling(config, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt", "expected"),
+    [
+        ({}, "a", "sample_3"),
+        ({"sample_name": "x"}, "a", "x_3"),
+        ({"num_sample": 2}, "a", "sample_3-1"),
+        ({"prompt_as_path": True}, "a/b: c?", "a b c"),
+        ({"prompt_as_path": True, "sample_name": "x-"}, "../..", "x-sample"),
+        ({"prompt_as_path": True}, "é" * 150, "é" * 100),
+    ],
+)
+def test_files_are_named_by_number_or_prompt(settings, prompt, expected):
+    config = SampleConfig(image_size=(16, 24), **settings)
+    assert name_sample(Sample(prompt, 3, 1, torch.zeros(3, 1, 1, 1), 8.0), config) == expected
