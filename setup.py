@@ -47,6 +47,8 @@ setup(
         "diffusers>=0.29",
         "transformers>=4.51",
         "sentencepiece",
+        # transformers reads T5's sentencepiece file through it.
+        "protobuf",
         "ftfy",
         "beautifulsoup4",
     ],
