@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .captions import clean_caption
-from .locate import Need, load_completely, locate_pretrained
+from opensora_fast.locate import Need, load_completely, locate_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel

@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opensora_fast.locate import Need, locate_pretrained
+
 from .config import STDiT2Config
 
 if TYPE_CHECKING:
@@ -18,28 +20,16 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+NEEDS = (Need("configuration", (CONFIG_NAME,)), Need("weights", (WEIGHTS_NAME, "model-*-of-*.safetensors")))
 
 
 def resolve_folder(name: str | Path) -> Path:
     """Returns the local folder of `name`; a hub id such as "hpcai-tech/OpenSora-STDiT-v2-stage3" is downloaded.
 
     Raises:
-        ValueError: neither a folder nor a hub id, or the download failed.
+        ValueError: neither a folder nor a hub id, a file is missing in it, or the download failed.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    parts = str(name).split("/")
-    if len(parts) != 2 or not all(parts) or folder.is_absolute() or parts[0] in (".", ".."):
-        raise ValueError(f"{name}: no such folder; give a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, or a hub id")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=["config.json", "*.safetensors", "*.index.json"]))
-    except Exception as error:
-        raise ValueError(
-            f"{name}: no such folder, and the hub could not deliver it ({error}); download it and give the folder"
-        ) from error
+    return locate_pretrained("model", name, NEEDS, example="hpcai-tech/OpenSora-STDiT-v2-stage3")
 
 
 def load_pretrained(name: str | Path) -> tuple[STDiT2Config, dict[str, Tensor]]:
@@ -50,8 +40,6 @@ def load_pretrained(name: str | Path) -> tuple[STDiT2Config, dict[str, Tensor]]:
     """
     folder = resolve_folder(name)
     config_path = folder / CONFIG_NAME
-    if not config_path.is_file():
-        raise ValueError(f"{config_path}: missing; a model folder holds {CONFIG_NAME} and {WEIGHTS_NAME}")
     try:
         keys = json.loads(config_path.read_text())
     except json.JSONDecodeError as error:

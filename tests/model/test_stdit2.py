@@ -247,7 +247,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="model.safetensors"):
         STDiT2.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="there is no folder"):
         STDiT2.from_pretrained(tmp_path / "absent" / "model")
 
 
