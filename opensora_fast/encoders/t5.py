@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .captions import clean_caption
 from opensora_fast.locate import Need, load_completely, locate_pretrained
+
+from .captions import clean_caption
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel

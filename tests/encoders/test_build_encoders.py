@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from opensora_fast.encoders import build_text_encoder, build_video_encoder
-from opensora_fast.locate import locate_pretrained
 from opensora_fast.encoders.vae import NEEDS
+from opensora_fast.locate import locate_pretrained
 
 
 @pytest.mark.parametrize(

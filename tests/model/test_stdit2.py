@@ -232,6 +232,7 @@ def test_released_configuration_files_load_and_unknown_keys_are_named(tmp_path):
         STDiT2Config(hiden_size=144)
     with pytest.warns(UserWarning, match="enable_flashattn"):
         STDiT2Config(enable_flashattn=True)
+    random_model().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(released | {"qk_nrom": True}))
     with pytest.raises(ValueError, match="config.json.*'qk_nrom'.*'qk_norm'"):
         STDiT2.from_pretrained(tmp_path)
