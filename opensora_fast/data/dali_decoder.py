@@ -55,6 +55,7 @@ class _Sample:
 
     request: ClipRequest
     data: np.ndarray
+    source_size: tuple[int, int]
     crop: CoverCrop
 
 
@@ -133,7 +134,7 @@ class DaliDecoder:
             with open(request.path, "rb") as file:
                 content = file.read()
             size = self._inspect(content, max(request.frames))
-            return _Sample(request, np.frombuffer(content, np.uint8), CoverCrop.of_video(size, request.size))
+            return _Sample(request, np.frombuffer(content, np.uint8), size, CoverCrop.of_video(size, request.size))
         except ClipError as error:
             reason = str(error)
         except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
@@ -191,14 +192,23 @@ class DaliDecoder:
         try:
             for name, values in feeds.items():
                 pipeline.feed_input(name, values)
-            (clips,) = pipeline.run()
+            clips, shapes = pipeline.run()
         except RuntimeError as error:
             return f"DALI: {find_cause(str(error))}"
         # The memory of the outputs belongs to the pipeline, which uses it again in the next run.
-        tensors = [torch.from_dlpack(clips[place]).clone() for place in range(len(samples))]
+        results = [torch.from_dlpack(clips[place]).clone() for place in range(len(samples))]
         if self.device == "gpu":
             torch.cuda.current_stream().synchronize()
-        return tensors
+        return [_check_shape(*checked) for checked in zip(samples, results, np.array(shapes.as_tensor()), strict=True)]
+
+
+def _check_shape(sample: _Sample, clip: torch.Tensor, decoded: np.ndarray) -> torch.Tensor | BadClip:
+    """A decoded clip, unless DALI took the frames to be of another size ([T, H, W, 3]) than they are."""
+    if tuple(decoded[1:3]) == sample.source_size:
+        return clip
+    height, width = sample.source_size
+    reason = f"its container says {decoded[2]} x {decoded[1]} pixels, its frames have {width} x {height}"
+    return BadClip(sample.request.row, sample.request.path, reason)
 
 
 def _check_packet(packet: Any, codec: str, size: tuple[int, int], number: int) -> None:
@@ -218,9 +228,10 @@ def _check_packet(packet: Any, codec: str, size: tuple[int, int], number: int) -
 
 
 def build_pipeline(device: str, device_id: int | None, threads: int, maximum_batch: int) -> Pipeline:
-    """The pipeline. It takes lists of at most `maximum_batch` samples and gives as many float32 [3, T, H, W].
+    """The pipeline. It takes lists of at most `maximum_batch` samples.
 
     Inputs: `files` (uint8 [bytes]), `frames` (int32 [T]), `scaled_sizes` and `sizes` (float32 [2]: height, width).
+    Outputs: clips (float32 [3, T, H, W] in [-1, 1]) and what they were before the resize (int64 [4]: T, H, W, 3).
     """
     from nvidia.dali import Pipeline, fn, types
 
@@ -241,6 +252,7 @@ def build_pipeline(device: str, device_id: int | None, threads: int, maximum_bat
             pad_mode="none",  # a frame beyond the end is an error, not a black picture
             device="mixed" if device == "gpu" else "cpu",
         )
+        shapes = videos.shape()
         videos = fn.resize(
             videos,
             size=scaled_sizes,
@@ -259,7 +271,7 @@ def build_pipeline(device: str, device_id: int | None, threads: int, maximum_bat
             dtype=types.FLOAT,
             output_layout="CFHW",
         )
-        pipeline.set_outputs(videos)
+        pipeline.set_outputs(videos, shapes)
     pipeline.build()
     return pipeline
 
