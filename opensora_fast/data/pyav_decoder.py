@@ -113,6 +113,8 @@ def decode_image(request: ClipRequest) -> torch.Tensor:
     from PIL import Image
 
     check_file(request.path)
+    if len(request.frames) != 1:
+        raise ClipError(f"is an image, {len(request.frames)} frames are asked for")
     try:
         with Image.open(request.path) as image:
             return resize_image(image, request.size)

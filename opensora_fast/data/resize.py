@@ -65,14 +65,18 @@ def resize_frame(frame: np.ndarray, output: torch.Tensor) -> None:
     """
     height, width = output.shape[-2:]
     crop = CoverCrop.of_video(frame.shape[:2], (height, width))
-    # Channels stay last in memory: bilinear interpolation is several times faster on it than on separate planes.
-    pixels = torch.from_numpy(frame).permute(2, 0, 1).unsqueeze(0).float()
-    if pixels.shape[-2:] != (crop.scaled_height, crop.scaled_width):
+    pixels = torch.from_numpy(frame).permute(2, 0, 1)
+    if frame.shape[:2] != (crop.scaled_height, crop.scaled_width):
+        # Channels stay last in memory: bilinear interpolation is several times faster on it than on separate planes.
         pixels = torch.nn.functional.interpolate(
-            pixels, size=(crop.scaled_height, crop.scaled_width), mode="bilinear", align_corners=False, antialias=False
-        )
-    window = pixels[0, :, crop.top : crop.top + height, crop.left : crop.left + width]
-    output.copy_(window.div_(127.5).sub_(1.0))
+            pixels.unsqueeze(0).float(),
+            size=(crop.scaled_height, crop.scaled_width),
+            mode="bilinear",
+            align_corners=False,
+            antialias=False,
+        )[0]
+    output.copy_(pixels[:, crop.top : crop.top + height, crop.left : crop.left + width])
+    output.div_(127.5).sub_(1.0)
 
 
 def resize_image(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
