@@ -1,0 +1,77 @@
+"""What the loaders hand to the training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from opensora_fast.data.bucket import BucketId
+
+
+@dataclass
+class Batch:
+    """One micro-batch: clips of one bucket with what the model is told about them.
+
+    Either `video` is set, or, from cached features, `latents`, `text_embeddings` and `text_mask`. The conditions are
+    float32 [B] on the CPU.
+
+    Attributes:
+        video: float32 [B, 3, T, H, W] in [-1, 1].
+        text: B captions.
+        num_frames: frames of the clip, T.
+        height, width: pixels of the bucket.
+        ar: width / height.
+        fps: frames per second of the file, 120 for an image.
+        bucket: (resolution, frames, aspect ratio).
+        rows: of the manifest, replacements of bad clips in their places.
+        index: number of the micro-batch in its epoch, all processes counted.
+        epoch: number of the epoch.
+        latents: [B, C, T, h, w] as the video encoder gave them.
+        text_embeddings: [B, 1, L, C] as the text encoder gave them, zero beyond the real tokens.
+        text_mask: int64 [B, L] on the CPU, 1 for a real token.
+    """
+
+    video: torch.Tensor | None
+    text: list[str]
+    num_frames: torch.Tensor
+    height: torch.Tensor
+    width: torch.Tensor
+    ar: torch.Tensor
+    fps: torch.Tensor
+    bucket: BucketId
+    rows: tuple[int, ...]
+    index: int
+    epoch: int
+    latents: torch.Tensor | None = None
+    text_embeddings: torch.Tensor | None = None
+    text_mask: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pin_memory(self) -> Batch:
+        """The same with its large CPU tensors in page-locked memory, from which copies to the GPU can overlap."""
+        names = ("video", "latents", "text_embeddings")
+        tensors = {name: getattr(self, name) for name in names}
+        return dataclasses.replace(
+            self,
+            **{
+                name: tensor.pin_memory()
+                for name, tensor in tensors.items()
+                if tensor is not None and tensor.device.type == "cpu"
+            },
+        )
+
+
+def make_conditions(thw: tuple[int, int, int], fps: list[float]) -> dict[str, torch.Tensor]:
+    """The conditions of a micro-batch: `thw` are the bucket's frames, height and width, `fps` those of the clips."""
+    frames, height, width = (torch.full((len(fps),), float(value)) for value in thw)
+    return {
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "ar": width / height,
+        "fps": torch.tensor(fps, dtype=torch.float32),
+    }

@@ -1,0 +1,176 @@
+"""From micro-batches of rows to batches of clips: decode, replace what is bad, run ahead of the training step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from opensora_fast.data.bad_clips import BadClipLog
+from opensora_fast.data.batch import Batch, make_conditions
+from opensora_fast.data.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
+from opensora_fast.data.manifest import IMAGE_FPS, Manifest
+from opensora_fast.data.prefetch import Prefetcher
+from opensora_fast.data.reporting import print_line
+from opensora_fast.data.sampler import BucketSampler, MicroBatch
+
+REPLACEMENTS = 20
+"""How often a place in a micro-batch is filled anew before the run is stopped."""
+
+
+class ClipLoader:
+    """Yields the batches of one epoch, decoded ahead in a thread; `sampler.set_epoch` chooses the epoch.
+
+    A clip that cannot be decoded is replaced by another of its bucket (`sampler.replacement`) and listed. Nothing here
+    has a state: which frames of a clip are taken depends on (seed, epoch, row) alone, so batches are the same whatever
+    the number of threads or processes, the decoder, and where a run was resumed. (A time limit that strikes is the
+    exception: it depends on the machine.) To save the position of a run: `sampler.state_dict(after=batch)`.
+
+    Args:
+        manifest: the table of clips.
+        sampler: gives the micro-batches.
+        decoder: decodes them; closed with the loader.
+        frame_interval: source frames for each frame of a clip.
+        seed: of the starts of the clips.
+        prefetch: batches made ahead; 0 makes each when it is asked for.
+        bad_clips_path: file in which bad clips are listed (`bad_clips.BadClipLog`), or None.
+        fps_after_interval: True divides the frame rate that the model is told by `frame_interval`, which is the rate
+            of the clip as it is trained on. Open-Sora 1.1 tells it the rate of the file, and so is the default.
+        pin_memory: put batches in page-locked memory, for copying to a GPU during a step.
+        report: told in a sentence of each bad clip.
+
+    Attributes:
+        data_wait: seconds that the consumer has waited for batches, over all epochs.
+        bad_clips: how many clips were bad so far.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        sampler: BucketSampler,
+        decoder: Decoder,
+        *,
+        frame_interval: int,
+        seed: int,
+        prefetch: int = 2,
+        bad_clips_path: str | os.PathLike[str] | None = None,
+        fps_after_interval: bool = False,
+        pin_memory: bool = False,
+        report: Callable[[str], None] = print_line,
+    ) -> None:
+        if frame_interval < 1 or seed < 0 or prefetch < 0:
+            raise ValueError(
+                "frame_interval must be 1 or more, seed and prefetch 0 or more; "
+                f"got {frame_interval}, {seed} and {prefetch}"
+            )
+        self.manifest = manifest
+        self.sampler = sampler
+        self.decoder = decoder
+        self.frame_interval = frame_interval
+        self.seed = seed
+        self.prefetch = prefetch
+        self.fps_after_interval = fps_after_interval
+        self.pin_memory = pin_memory
+        self._report = report
+        self._log = BadClipLog(bad_clips_path)
+        self._running: Prefetcher[Batch] | None = None
+        self._waited_before = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One epoch of the sampler. Starting another iteration ends the one before."""
+        self._stop()
+        running = self._running = Prefetcher(self._make_batches, self.prefetch)
+        try:
+            yield from running
+        finally:
+            if running is self._running:
+                self._stop()
+
+    def __len__(self) -> int:
+        """Batches of the next iteration."""
+        return len(self.sampler)
+
+    @property
+    def data_wait(self) -> float:
+        return self._waited_before + (0.0 if self._running is None else self._running.waited)
+
+    @property
+    def bad_clips(self) -> int:
+        return self._log.count
+
+    def close(self) -> None:
+        """End the thread of the loader and the decoder."""
+        self._stop()
+        self.decoder.close()
+
+    def load(self, micro_batch: MicroBatch) -> Batch:
+        """Decode one micro-batch in the calling thread.
+
+        Raises:
+            RuntimeError: a place could not be filled; something is wrong with more than single clips.
+        """
+        thw = self.sampler.bucket.get_thw(micro_batch.bucket)
+        rows = list(micro_batch.rows)
+        clips: list[torch.Tensor | None] = [None] * len(rows)
+        for attempt in range(REPLACEMENTS + 1):
+            places = [place for place, clip in enumerate(clips) if clip is None]
+            requests = [self._make_request(rows[place], micro_batch.epoch, thw) for place in places]
+            last_bad = None
+            for place, result in zip(places, self.decoder.decode(requests), strict=True):
+                if isinstance(result, BadClip):
+                    last_bad = result
+                    self._record(result, micro_batch)
+                    rows[place] = self._replace(micro_batch, micro_batch.rows[place], attempt, result)
+                else:
+                    clips[place] = result
+            if last_bad is None:
+                return self._make_batch(micro_batch, rows, clips, thw)
+        raise RuntimeError(
+            f"bucket {micro_batch.bucket}: {REPLACEMENTS} replacements of a clip could not be decoded either, the last "
+            f"one, {last_bad.path}, because: {last_bad.reason}. Look at the data (`opensora-fast data validate`)"
+        )
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._waited_before += self._running.waited
+            self._running = None
+
+    def _make_batches(self) -> Iterator[Batch]:
+        for micro_batch in self.sampler:
+            batch = self.load(micro_batch)
+            yield batch.pin_memory() if self.pin_memory else batch
+
+    def _make_request(self, row: int, epoch: int, thw: tuple[int, int, int]) -> ClipRequest:
+        clip = self.manifest.clip(row)
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch, row))))
+        frames = choose_frames(clip.num_frames, thw[0], self.frame_interval, rng)
+        return ClipRequest(row, clip.path, frames, thw[1:], is_image_path(clip.path))
+
+    def _replace(self, micro_batch: MicroBatch, row: int, attempt: int, bad: BadClip) -> int:
+        try:
+            return self.sampler.replacement(micro_batch, row, attempt)
+        except ValueError as error:
+            raise RuntimeError(f"{bad.path}: {bad.reason}; and {error}") from None
+
+    def _record(self, clip: BadClip, micro_batch: MicroBatch) -> None:
+        self._log.add(clip, epoch=micro_batch.epoch, micro_batch=micro_batch.index)
+        self._report(f"bad clip (row {clip.row}, replaced): {clip.path}: {clip.reason}")
+
+    def _make_batch(
+        self, micro_batch: MicroBatch, rows: list[int], clips: list[torch.Tensor], thw: tuple[int, int, int]
+    ) -> Batch:
+        described = [self.manifest.clip(row) for row in rows]
+        divisor = self.frame_interval if self.fps_after_interval else 1
+        fps = [IMAGE_FPS if is_image_path(clip.path) else clip.fps / divisor for clip in described]
+        return Batch(
+            video=torch.stack(clips),
+            text=[clip.text for clip in described],
+            **make_conditions(thw, fps),
+            bucket=micro_batch.bucket,
+            rows=tuple(rows),
+            index=micro_batch.index,
+            epoch=micro_batch.epoch,
+        )

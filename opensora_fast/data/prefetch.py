@@ -1,0 +1,89 @@
+"""Make the next items in a thread while the current one is used."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item")
+
+SECONDS_BETWEEN_LOOKS = 0.1
+"""How long a full queue may keep the thread from noticing that it should stop."""
+
+
+class Prefetcher(Generic[Item]):
+    """Iterates over what another iterator gives, which runs ahead in a thread of its own.
+
+    An exception of the iterator is raised in the consumer, after the items before it. Leaving the loop early and
+    calling `close` ends the thread; the item it is working on is finished first.
+
+    Args:
+        make_items: called in the thread; gives the iterator.
+        depth: items made ahead, at most; 0 makes them when they are asked for, without a thread.
+
+    Attributes:
+        waited: seconds that the consumer has waited for items.
+    """
+
+    def __init__(self, make_items: Callable[[], Iterator[Item]], depth: int) -> None:
+        if depth < 0:
+            raise ValueError(f"prefetch must be 0 or more, got {depth}")
+        self.waited = 0.0
+        self._stop = threading.Event()
+        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=max(1, depth))
+        self._thread: threading.Thread | None = None
+        self._items: Iterator[Item] | None = None
+        if depth == 0:
+            self._items = make_items()
+        else:
+            self._thread = threading.Thread(target=self._work, args=(make_items,), name="make batches", daemon=True)
+            self._thread.start()
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        if self._stop.is_set():
+            raise StopIteration
+        started = time.perf_counter()
+        try:
+            if self._items is not None:
+                return next(self._items)
+            kind, value = self._queue.get()
+        finally:
+            self.waited += time.perf_counter() - started
+        if kind == "item":
+            return value
+        self.close()
+        if kind == "error":
+            raise value
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the thread and wait for it. May be called twice."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._thread = self._items = None
+
+    def _work(self, make_items: Callable[[], Iterator[Item]]) -> None:
+        try:
+            for item in make_items():
+                if not self._put("item", item):
+                    return
+            self._put("end", None)
+        except BaseException as error:  # it travels to the consumer
+            self._put("error", error)
+
+    def _put(self, kind: str, value: Any) -> bool:
+        """Hand something over; False if nobody wants it any more."""
+        while not self._stop.is_set():
+            try:
+                self._queue.put((kind, value), timeout=SECONDS_BETWEEN_LOOKS)
+                return True
+            except queue.Full:
+                continue
+        return False
