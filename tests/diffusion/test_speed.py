@@ -38,6 +38,13 @@ def test_any_number_of_steps_is_drawn_and_within_range(count, options):
     assert speed.p.sum().item() == pytest.approx(1.0, abs=1e-5)
 
 
+def test_the_mirror_image_stays_within_range_where_only_the_last_step_is_flat():
+    speed = SpeeDiffusion(num_sampling_steps=20)
+    assert speed.meaningful_steps == speed.num_timesteps == 20
+    steps = speed.draw_timesteps(1000, torch.Generator().manual_seed(0))
+    assert 0 in steps[:501] and steps.max() == 19
+
+
 def test_training_ignores_t_and_weighs_the_squared_error():
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 3, 4, 2, 3, 3, generator=generator)
