@@ -1,6 +1,7 @@
 """Settings of the whole test run."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,3 +18,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter() -> Iterator[None]:
+    """Makes Triton's interpreter about three times as fast, with the same results.
+
+    It patches `triton.language` again for each call of a helper function inside a kernel; once a launch is enough.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    original_patch, original_launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[frozenset[int]] = set()
+
+    def patch_once(function):
+        languages = (interpreter.tl, interpreter.tl.core)
+        key = frozenset(id(value) for value in function.__globals__.values() if any(value is tl for tl in languages))
+        if key in patched:
+            return interpreter._LangPatchScope()
+        patched.add(key)
+        return original_patch(function)
+
+    def launch(executor, *arguments, **keywords):
+        patched.clear()
+        return original_launch(executor, *arguments, **keywords)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch
+    yield
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = original_patch, original_launch

@@ -29,6 +29,11 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(autouse=True, scope="session")
+def use_quick_interpreter(quick_interpreter: None) -> None:
+    pass
+
+
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills uninitialized memory with NaN (or the largest integer), so that an element nobody writes shows."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from opensora_fast.kernels import PackLayout
 from opensora_fast.kernels.layout import FRAME_TILE_SIZES
 
