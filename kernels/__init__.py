@@ -5,7 +5,8 @@ This package imports torch and triton only and knows nothing of configurations, 
 
 from .cross_attention import cross_attention
 from .dispatch import BACKENDS, calls
-from .gate_residual import gate_residual, gate_residual_modulated_norm
+from .gate_residual import gate_residual
+from .gate_residual_modulated_norm import gate_residual_modulated_norm
 from .gelu_tanh import gelu_tanh
 from .layout import PackLayout, TextLayout
 from .modulated_norm import modulated_norm

@@ -1,24 +1,26 @@
-"""Gate and residual, alone or followed by the next modulated norm in the same pass.
+"""Gate and residual: the gated output of a branch is added to the residual stream.
 
-    residual = x + gate[row] · (branch + bias)
-    normed   = LN(residual) · (1 + scale[row]) + shift[row]
+    y = x + gate[row] · (branch + bias)
 
 `gate=None` stands for a gate of one (cross-attention). The bias belongs to the Linear that made `branch`; it is added
 here because its gradient is then a by-product of this op's backward.
 
-Replaces in ST-DiT-2: the gate, frame-mask selection and residual after each branch, and the modulated norm behind it.
+Replaces in ST-DiT-2: the gate, frame-mask selection and residual after each branch.
+
+Kernels: residual_norm_forward.py and residual_norm_backward.py. Limits: float32, float16, bfloat16; C at least 2.
 
 Letters: N tokens, C channels, F frames, R rows of the modulation table.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .checks import check_modulation, check_tensor, check_tokens
-from .dispatch import choose
 from .layout import PackLayout
-from .modulated_norm import modulated_norm_reference
+from .registration import choose_backend, empty_if, promote
+from .row_tiles import choose_tiles
 
 
 def gate_residual_reference(
@@ -31,7 +33,15 @@ def gate_residual_reference(
     return x + branch
 
 
-def _check(op: str, x: Tensor, branch: Tensor, frame_rows: Tensor, layout: PackLayout, bias: Tensor | None, **tables):
+def check_branch(
+    op: str,
+    x: Tensor,
+    branch: Tensor,
+    frame_rows: Tensor,
+    layout: PackLayout,
+    bias: Tensor | None,
+    **tables: Tensor | None,
+) -> None:
     check_modulation(op, x, layout, frame_rows, **tables)
     check_tokens(op, "branch", branch, layout, x.shape[1])
     if bias is not None:
@@ -57,48 +67,138 @@ def gate_residual(
         frame_rows: int32 [F], from `layout.modulation_rows`.
         layout: the pack's layout.
         bias: [C] or None.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.
 
     Returns:
-        [N, C], the new residual stream.
+        [N, C], the new residual stream, in the dtype that x, branch, gate and bias promote to.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
     """
-    _check("gate_residual", x, branch, frame_rows, layout, bias, gate=gate)
-    choose("gate_residual", backend, x, has_triton=False)
-    return gate_residual_reference(x, branch, gate, frame_rows, layout, bias)
+    check_branch("gate_residual", x, branch, frame_rows, layout, bias, gate=gate)
+    if choose_backend("gate_residual", backend, x, branch, gate, bias) == "reference":
+        return gate_residual_reference(x, branch, gate, frame_rows, layout, bias)
+    tile, backward_tile = choose_tiles("gate_residual", layout)
+    tables = layout.frame_tiles(tile), layout.frame_tiles(backward_tile), layout.video_tiles(backward_tile)
+    return _gate_residual(x, branch, gate, bias, frame_rows, *tables)
 
 
-def gate_residual_modulated_norm(
+# ---- registration: tensors and numbers only; the layout's tables come one by one ----
+
+
+@torch.library.custom_op("opensora_fast::gate_residual", mutates_args=())
+def _gate_residual(
     x: Tensor,
     branch: Tensor,
     gate: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
+    bias: Tensor | None,
     frame_rows: Tensor,
-    layout: PackLayout,
-    *,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Adds a gated branch to the residual stream and makes the input of the next branch.
+    tiles: Tensor,
+    backward_tiles: Tensor,
+    backward_video_tiles: Tensor,
+) -> Tensor:
+    from .residual_norm_forward import launch_forward
 
-    Args:
-        x, branch, gate, frame_rows, layout, bias: as in `gate_residual`.
-        shift, scale: [R, C] of the next modulated norm.
-        eps: added to the variance.
-        backend: "auto", "reference" or "triton".
+    residual = torch.empty(x.shape, dtype=promote(x, branch, gate, bias), device=x.device)
+    launch_forward(
+        "gate_residual",
+        x=x,
+        branch=branch,
+        gate=gate,
+        bias=bias,
+        shift=None,
+        scale=None,
+        residual=residual,
+        normed=None,
+        mean=None,
+        rstd=None,
+        frame_rows=frame_rows,
+        tiles=tiles,
+        eps=0.0,
+    )
+    return residual
 
-    Returns:
-        (residual [N, C], normed [N, C]).
 
-    Raises:
-        ValueError: a shape, dtype or device that does not fit, naming the argument.
-    """
-    op = "gate_residual_modulated_norm"
-    _check(op, x, branch, frame_rows, layout, bias, gate=gate, shift=shift, scale=scale)
-    choose(op, backend, x, has_triton=False)
-    residual = gate_residual_reference(x, branch, gate, frame_rows, layout, bias)
-    return residual, modulated_norm_reference(residual, shift, scale, frame_rows, layout, eps)
+@_gate_residual.register_fake
+def _(x, branch, gate, bias, frame_rows, tiles, backward_tiles, backward_video_tiles):
+    return torch.empty(x.shape, dtype=promote(x, branch, gate, bias), device=x.device)
+
+
+@torch.library.custom_op("opensora_fast::gate_residual_backward", mutates_args=())
+def _gate_residual_backward(
+    d_residual: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    frame_rows: Tensor,
+    tiles: Tensor,
+    video_tiles: Tensor,
+    wants_branch: bool,
+    wants_gate: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (d_branch [N, C], d_gate [R, C], d_bias [C]); those that are not wanted are empty."""
+    from .residual_norm_backward import launch_backward
+
+    outputs = _allocate_gradients(branch, gate, bias, wants_branch, wants_gate, wants_bias)
+    launch_backward(
+        "gate_residual",
+        d_residual=d_residual,
+        d_normed=None,
+        residual=None,
+        mean=None,
+        rstd=None,
+        scale=None,
+        branch=branch,
+        gate=gate,
+        bias=bias,
+        d_x=None,
+        d_branch=outputs[0] if wants_branch else None,
+        d_shift=None,
+        d_scale=None,
+        d_gate=outputs[1] if wants_gate else None,
+        d_bias=outputs[2] if wants_bias else None,
+        frame_rows=frame_rows,
+        tiles=tiles,
+        video_tiles=video_tiles,
+    )
+    return outputs
+
+
+@_gate_residual_backward.register_fake
+def _(d_residual, branch, gate, bias, frame_rows, tiles, video_tiles, wants_branch, wants_gate, wants_bias):
+    return _allocate_gradients(branch, gate, bias, wants_branch, wants_gate, wants_bias)
+
+
+def _allocate_gradients(
+    branch: Tensor, gate: Tensor | None, bias: Tensor | None, wants_branch: bool, wants_gate: bool, wants_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        empty_if(wants_branch, branch),
+        empty_if(wants_gate, branch if gate is None else gate),
+        empty_if(wants_bias, branch if bias is None else bias),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, branch, gate, bias, frame_rows, _, backward_tiles, backward_video_tiles = inputs
+    ctx.save_for_backward(branch, gate, bias, frame_rows, backward_tiles, backward_video_tiles)
+    ctx.x_dtype = x.dtype
+
+
+def _backward(ctx, d_residual):
+    branch, gate, bias, *tables = ctx.saved_tensors
+    wants_x, wants_branch, wants_gate, wants_bias, *_ = ctx.needs_input_grad
+    gradients = [None] * 8
+    gradients[0] = d_residual.to(ctx.x_dtype) if wants_x else None
+    scaled = wants_branch and gate is not None  # without a gate d_branch is d_residual itself
+    if scaled or wants_gate or wants_bias:
+        outputs = _gate_residual_backward(d_residual, branch, gate, bias, *tables, scaled, wants_gate, wants_bias)
+        for index, (wanted, output) in enumerate(zip((scaled, wants_gate, wants_bias), outputs, strict=True)):
+            gradients[1 + index] = output if wanted else None
+    if wants_branch and gate is None:
+        gradients[1] = d_residual.to(branch.dtype)
+    return tuple(gradients)
+
+
+_gate_residual.register_autograd(_backward, setup_context=_setup_context)

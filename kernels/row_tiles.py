@@ -1,0 +1,97 @@
+"""The kernels that walk the rows of x [N, C], seen from the host: their configurations, tiles and column blocks.
+
+A row of C columns is two blocks: WIDE, the largest power of two below C, and TAIL, the rest rounded up to a power of
+two: 1024 + 128 at C = 1152. A single block of 2048 would leave 44 % of the lanes idle. Compiled for sm_90 in bf16 at
+C = 1152 with 4 warps and no pipelining (registers a thread; warp instructions a row in the loop), beside what may issue
+while the row's bytes move at 4.3 TB/s (an H200 multiprocessor at 1.755 GHz: 496 instructions for each 2304 bytes):
+
+    kernel                                      one block     two blocks    may issue
+    modulated_norm forward                       64;   788      48;  592          993
+    modulated_norm backward                     128;  1164      72;  800         1490
+    gate_residual_modulated_norm forward        124;  1208      79;  852         1986
+    gate_residual_modulated_norm backward       216;  1724     151; 1148         2979
+
+Fewer warps share less work across threads and issue fewer instructions a row, but hold more registers; the backward
+needs all of a row's columns spread over the program, since its sums over tokens live in registers. Pipelining (STAGES)
+adds a pass through shared memory (1148 → 1424) and takes the loads' latency out of the loop, which otherwise meets it
+twice a row with room for only three programs on a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .configurations import Configuration, select
+from .layout import PackLayout
+
+FEW_TOKENS = 16384  # up to here a tile of 64 tokens would leave multiprocessors without work
+
+_FORWARD = {
+    "few": (
+        Configuration(TILE_TOKENS=16, STAGES=3, num_warps=2),
+        Configuration(TILE_TOKENS=16, STAGES=1, num_warps=4),
+        Configuration(TILE_TOKENS=32, STAGES=3, num_warps=4),
+    ),
+    "many": (
+        Configuration(TILE_TOKENS=16, STAGES=1, num_warps=2),
+        Configuration(TILE_TOKENS=16, STAGES=1, num_warps=1),
+        Configuration(TILE_TOKENS=16, STAGES=1, num_warps=4),
+        Configuration(TILE_TOKENS=32, STAGES=3, num_warps=2),
+        Configuration(TILE_TOKENS=64, STAGES=3, num_warps=4),
+    ),
+}
+_BACKWARD = {
+    "few": (
+        Configuration(TILE_TOKENS=32, STAGES=3, num_warps=4),
+        Configuration(TILE_TOKENS=16, STAGES=3, num_warps=4),
+        Configuration(TILE_TOKENS=32, STAGES=1, num_warps=4),
+    ),
+    "many": (
+        Configuration(TILE_TOKENS=64, STAGES=3, num_warps=4),
+        Configuration(TILE_TOKENS=64, STAGES=1, num_warps=4),
+        Configuration(TILE_TOKENS=64, STAGES=2, num_warps=4),
+        Configuration(TILE_TOKENS=128, STAGES=3, num_warps=4),
+        Configuration(TILE_TOKENS=64, STAGES=3, num_warps=8),
+    ),
+}
+OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
+CONFIGURATIONS = {f"{op}_forward": _FORWARD for op in OPS} | {f"{op}_backward": _BACKWARD for op in OPS}
+
+# What the model builds at hidden size 1152: (op, parts that are present, shape class, dtype).
+COMPILED = tuple(
+    (op, parts, size, dtype)
+    for op, parts in (
+        ("modulated_norm", "norm"),
+        ("gate_residual", "branch gate bias"),
+        ("gate_residual_modulated_norm", "branch bias norm"),
+        ("gate_residual_modulated_norm", "branch gate bias norm"),
+    )
+    for size, dtype in (("few", "bf16"), ("many", "bf16"), ("many", "fp16"), ("many", "fp32"))
+    if dtype == "bf16" or parts == "branch gate bias norm"
+)
+
+
+def shape_class(num_tokens: int) -> str:
+    return "few" if num_tokens <= FEW_TOKENS else "many"
+
+
+def select_row_configuration(kernel: str, num_tokens: int, device: torch.device) -> Configuration:
+    return select(CONFIGURATIONS, kernel, shape_class(num_tokens), device)
+
+
+def choose_tiles(op: str, layout: PackLayout) -> tuple[int, int]:
+    """Returns TILE_TOKENS of the op's forward and backward; the layout's tables of these sizes go to the op."""
+    arguments = layout.num_tokens, layout.device.type, layout.device.index
+    return _choose_tile(f"{op}_forward", *arguments), _choose_tile(f"{op}_backward", *arguments)
+
+
+# The choice reads a file and asks for the GPU's name, which a compiler cannot trace: it is a constant to it.
+@torch.compiler.assume_constant_result
+def _choose_tile(kernel: str, num_tokens: int, device_type: str, device_index: int | None) -> int:
+    return select_row_configuration(kernel, num_tokens, torch.device(device_type, device_index))["TILE_TOKENS"]
+
+
+def split_columns(channels: int) -> dict[str, int]:
+    """Returns the constexprs WIDE and TAIL for rows of `channels` columns, 2 or more."""
+    wide = 1 << ((channels - 1).bit_length() - 1)
+    return {"C": channels, "WIDE": wide, "TAIL": 1 << (channels - wide - 1).bit_length()}

@@ -1,0 +1,123 @@
+"""Second step of the sums over tokens: adds up what the programs of a backward kernel left, in fixed order.
+
+    by_row[s][r] = Σ partials[s, tile]   over the tiles whose frame reads row r of the modulation tables
+    total        = Σ partials[last, tile]   over all tiles
+
+Sums are float32; no atomics, so two runs give equal bits. Bytes: the partials once, which the first step wrote a moment
+ago and the L2 cache mostly still holds.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configurations import CompileCase, Configuration
+from .registration import on_device
+
+# 32 columns of float32 are one cache line; many programs, each with few tiles in flight.
+CONFIGURATION = Configuration(BLOCK_TILES=64, BLOCK_COLUMNS=32, num_warps=4, num_stages=1)
+
+
+@triton.jit
+def sum_tiles(
+    partials,  # float32 [sums, tiles, C]
+    tiles,  # int32 [tiles, 3] or None: their third column is the frame
+    frame_rows,  # int32 [F] or None
+    video_tiles,  # int32 [B+1] or None: first tile of each video
+    first_sum,  # [R, C] out, or None
+    second_sum,  # [R, C] out, or None
+    third_sum,  # [R, C] out, or None
+    total,  # [C] out, or None
+    num_tiles,
+    num_videos,
+    C: tl.constexpr,
+    ROW_SUMS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Grid (blocks of columns, R, sums). Row r of the tables belongs to video r mod B."""
+    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row, index = tl.program_id(1), tl.program_id(2)
+    within = columns < C
+    is_total = index == ROW_SUMS
+    start, stop = 0, num_tiles
+    if video_tiles is not None:
+        video = row % num_videos
+        start = tl.where(is_total, 0, tl.load(video_tiles + video))
+        stop = tl.where(is_total, num_tiles, tl.load(video_tiles + video + 1))
+    # One program adds up the total; those of the other rows have nothing to do.
+    stop = tl.where(is_total & (row > 0), start, stop)
+    sums = tl.zeros([BLOCK_TILES, BLOCK_COLUMNS], tl.float32)
+    for block in tl.range(start, stop, BLOCK_TILES):
+        tile = block + tl.arange(0, BLOCK_TILES)
+        wanted = tile < stop
+        if tiles is not None:
+            frame = tl.load(tiles + 3 * tile + 2, mask=wanted, other=0)
+            wanted = wanted & (is_total | (tl.load(frame_rows + frame, mask=wanted, other=-1) == row))
+        offsets = (index * num_tiles + tile).to(tl.int64) * C
+        mask = wanted[:, None] & within[None, :]
+        sums += tl.load(partials + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+    result = tl.sum(sums, axis=0)  # [columns]
+    place = row.to(tl.int64) * C + columns
+    if first_sum is not None:
+        tl.store(first_sum + place, result, mask=within & (index == 0))
+    if second_sum is not None:
+        tl.store(second_sum + place, result, mask=within & (index == 1))
+    if third_sum is not None:
+        tl.store(third_sum + place, result, mask=within & (index == 2))
+    if total is not None:
+        tl.store(total + columns, result, mask=within & is_total & (row == 0))
+
+
+def launch_sum_tiles(
+    partials: Tensor,
+    by_row: list[Tensor],
+    total: Tensor | None,
+    tiles: Tensor | None = None,
+    frame_rows: Tensor | None = None,
+    video_tiles: Tensor | None = None,
+) -> None:
+    """Adds up `partials` float32 [len(by_row) (+ 1), tiles, C] into `by_row`, each [R, C], and `total` [C]."""
+    sums, num_tiles, channels = partials.shape
+    rows = by_row[0].shape[0] if by_row else 1
+    outputs = [*by_row, None, None, None][:3]
+    grid = (triton.cdiv(channels, CONFIGURATION["BLOCK_COLUMNS"]), rows, sums)
+    with on_device(partials):
+        sum_tiles[grid](
+            partials,
+            tiles,
+            frame_rows,
+            video_tiles,
+            *outputs,
+            total,
+            num_tiles,
+            1 if video_tiles is None else video_tiles.shape[0] - 1,
+            C=channels,
+            ROW_SUMS=len(by_row),
+            **CONFIGURATION.launch,
+        )
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    """The sums of the fused norm's backward (three tables and a bias) and of tanh-GELU's (a bias of 4 · 1152)."""
+    types = {"partials": "*fp32", "num_tiles": "i32", "num_videos": "i32", "total": "*bf16"}
+    tables = {"tiles": "*i32", "frame_rows": "*i32", "video_tiles": "*i32"}
+    outputs = {"first_sum": "*bf16", "second_sum": "*bf16", "third_sum": "*bf16"}
+
+    def case(signature: dict[str, str], constants: dict, note: str) -> CompileCase:
+        return CompileCase(
+            name="sum_tiles",
+            kernel=sum_tiles,
+            signature=signature,
+            constants=constants,
+            configuration=CONFIGURATION,
+            dtype="bf16",
+            note=note,
+        )
+
+    return [
+        case({**types, **tables, **outputs}, {"C": 1152, "ROW_SUMS": 3}, "shift, scale, gate and bias"),
+        case(types, dict.fromkeys((*tables, *outputs)) | {"C": 4608, "ROW_SUMS": 0}, "bias"),
+    ]
