@@ -21,6 +21,7 @@ def check_head_size(op: str, head_size: int) -> None:
         raise ValueError(f"{op}: head size {head_size} has no Triton kernel; it must be a multiple of 8 up to 128")
 
 
+@triton.constexpr_function
 def split_head(head_size: int) -> tuple[int, int]:
     """(wide, tail): two powers of two of at least 16 that together hold the head: 72 → (64, 16), 128 → (64, 64)."""
     wide = max(SMALLEST_TILE, triton.next_power_of_2(head_size) // 2)
@@ -39,7 +40,7 @@ def tail_of(head_size):
 
 @triton.constexpr_function
 def has_padding(head_size):
-    """True where the tail holds a padding column, the first of them at column D of the head."""
+    """True where the last column of the tail is padding."""
     return sum(split_head(head_size)) > head_size
 
 
@@ -93,12 +94,28 @@ def load_weight(pointer, HEAD_SIZE: tl.constexpr):
 
 
 @triton.jit
-def store_weight(pointer, weight, HEAD_SIZE: tl.constexpr):
+def load_weight_product(left, right, HEAD_SIZE: tl.constexpr):
+    """left · right of two vectors [D], as `load_weight` gives one.
+
+    Read anew at each call (volatile), so that a kernel that needs it before and after its loop does not keep it in
+    registers meanwhile.
+    """
+    wide = tl.arange(0, wide_of(HEAD_SIZE))
+    tail = wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE))
+    product_wide = tl.load(left + wide, mask=wide < HEAD_SIZE, other=0.0, volatile=True).to(tl.float32)
+    product_tail = tl.load(left + tail, mask=tail < HEAD_SIZE, other=0.0, volatile=True).to(tl.float32)
+    product_wide *= tl.load(right + wide, mask=wide < HEAD_SIZE, other=0.0, volatile=True).to(tl.float32)
+    product_tail *= tl.load(right + tail, mask=tail < HEAD_SIZE, other=0.0, volatile=True).to(tl.float32)
+    return product_wide[None, :], product_tail[None, :]
+
+
+@triton.jit
+def store_vector(pointer, vector, HEAD_SIZE: tl.constexpr):
     """Writes a pair of vectors [wide], [tail] to `pointer` [D]."""
     wide = tl.arange(0, wide_of(HEAD_SIZE))
     tail = wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE))
-    tl.store(pointer + wide, weight[0], mask=wide < HEAD_SIZE)
-    tl.store(pointer + tail, weight[1], mask=tail < HEAD_SIZE)
+    tl.store(pointer + wide, vector[0], mask=wide < HEAD_SIZE)
+    tl.store(pointer + tail, vector[1], mask=tail < HEAD_SIZE)
 
 
 @triton.jit
@@ -130,6 +147,13 @@ def multiply(left, right):
 def scale_rows(head, factors):
     """Row i of a head tile times factors[i]."""
     return head[0] * factors[:, None], head[1] * factors[:, None]
+
+
+@triton.jit
+def fold_query(q, factors, weight):
+    """q · factors (rows [m]) · weight (columns [1, D]), rounded once to q's dtype; the same bits in every kernel."""
+    dtype: tl.constexpr = q[0].dtype
+    return to_dtype(multiply(scale_rows(to_float32(q), factors), weight), dtype)
 
 
 @triton.jit

@@ -1,0 +1,199 @@
+"""The inner loops of attention over one head: forward, gradient of the queries, gradient of keys and values.
+
+Scores are in base 2: a score is log2(e) · logit, so that exp2 makes the probability. Streamed tiles go to the matrix
+units as they lie in memory. Without QK-norm the scale is a factor in the exponent. With it, all factors of a query are
+folded into the query, rounded once, and the reciprocal RMS of a key is a factor on its scores: all three loops then
+multiply the very same operands, so that probabilities of the backward pass sum to one however large the logits are.
+The rows beyond a whole number of steps come first, masked, in steps of REMAINDER; whole steps of STEP need no mask.
+
+Letters: m rows that stay, n rows of one step, D head size. A head tile [m, D] is a pair, see attention_tiles.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_tiles import (
+    add_product,
+    dot_rows,
+    has_padding,
+    load_head,
+    reciprocal_rms,
+    tail_of,
+    zero_head,
+)
+
+# Where the reciprocal RMS of streamed rows comes from.
+NO_NORM = tl.constexpr(0)
+NORM_COMPUTED = tl.constexpr(1)  # from the tile at hand; kept where `keep_factors` is true
+NORM_LOADED = tl.constexpr(2)  # from memory
+
+
+@triton.jit
+def attend(
+    q,
+    keys,
+    values,
+    key_factors,
+    keep_factors,
+    length,
+    eps,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """softmax of SCALE · q · (normed) kᵀ in base 2, times v, for ROWS queries over `length` keys.
+
+    BOUNDED promises that exp2(score) neither overflows nor vanishes, so that no maximum is subtracted.
+
+    Returns:
+        (output float32 head tile [m, D], log2 of the sum of exp2(scores) [m]); zeros where length is 0.
+    """
+    sums = zero_head(ROWS, HEAD_SIZE)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    row_max = tl.full([ROWS], 0.0 if BOUNDED else -1e30, tl.float32)  # finite: exp2(-inf - row_max) is then zero
+    ones_column = (tl.arange(0, tail_of(HEAD_SIZE)) == tail_of(HEAD_SIZE) - 1)[None, :]
+    whole = length // STEP * STEP
+    for masked in tl.static_range(1, -1, -1):
+        begin = whole if masked else 0
+        end = length if masked else whole
+        for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
+            rows = start + tl.arange(0, REMAINDER if masked else STEP)
+            inside = rows < end
+            k = load_head(keys, rows, inside, ROW_STRIDE, HEAD_SIZE)  # [n, D]
+            v = load_head(values, rows, inside, ROW_STRIDE, HEAD_SIZE)  # [n, D]
+            scores = dot_rows(q, k)  # [m, n]
+            if NORM == NORM_COMPUTED:
+                factors = reciprocal_rms(k, eps, HEAD_SIZE)  # [n]
+                tl.store(key_factors + rows, factors, mask=inside & keep_factors)
+                scores *= factors[None, :]
+            elif NORM == NORM_LOADED:
+                scores *= tl.load(key_factors + rows, mask=inside, other=0.0)[None, :]
+            if masked and (not BOUNDED or not has_padding(HEAD_SIZE)):
+                scores = tl.where(inside[None, :], scores, float("-inf"))
+            if BOUNDED:
+                probabilities = tl.exp2(scores * SCALE)
+            else:
+                new_max = tl.maximum(row_max, tl.max(scores, axis=1) * SCALE)
+                rescale = tl.exp2(row_max - new_max)
+                probabilities = tl.exp2(scores * SCALE - new_max[:, None])
+                row_max = new_max
+                row_sum *= rescale
+                sums = sums[0] * rescale[:, None], sums[1] * rescale[:, None]
+            if has_padding(HEAD_SIZE):
+                # Ones in the padding of V: the matrix units sum the probabilities, rounded as the output sees them.
+                # Rows beyond the end have zeros there as well, so bounded scores need no mask.
+                v = v[0], tl.where(ones_column & inside[:, None], 1.0, v[1]).to(v[1].dtype)
+            else:
+                row_sum += tl.sum(probabilities, axis=1)
+            sums = add_product(sums, probabilities.to(v[0].dtype), v)
+    if has_padding(HEAD_SIZE):
+        row_sum = tl.sum(tl.where(ones_column, sums[1], 0.0), axis=1)
+    some = row_sum > 0
+    row_sum = tl.where(some, row_sum, 1.0)  # without keys the sums are zero, and so is the output
+    factor = 1.0 / row_sum[:, None]
+    return (sums[0] * factor, sums[1] * factor), tl.where(some, row_max, 0.0) + tl.log2(row_sum)
+
+
+@triton.jit
+def query_gradient(
+    q,
+    gradient,
+    log_sum,
+    delta,
+    keys,
+    values,
+    key_factors,
+    length,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """Σ over `length` keys of logit gradient · (normed) key: float32 head tile [m, D] for ROWS queries.
+
+    `gradient` is that of the output, `delta` [m] its product with the output. `log_sum` [m] must be +inf for rows
+    outside the sequence: their probabilities are then zero.
+    """
+    sums = zero_head(ROWS, HEAD_SIZE)
+    whole = length // STEP * STEP
+    for masked in tl.static_range(1, -1, -1):
+        begin = whole if masked else 0
+        end = length if masked else whole
+        for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
+            rows = start + tl.arange(0, REMAINDER if masked else STEP)
+            inside = rows < end
+            k = load_head(keys, rows, inside, ROW_STRIDE, HEAD_SIZE)  # [n, D]
+            v = load_head(values, rows, inside, ROW_STRIDE, HEAD_SIZE)  # [n, D]
+            scores = dot_rows(q, k)  # [m, n]
+            score_gradient = dot_rows(gradient, v)  # [m, n]
+            if NORM == NORM_LOADED:
+                factors = tl.load(key_factors + rows, mask=inside, other=0.0)[None, :]
+                scores *= factors
+            scores = scores * SCALE - log_sum[:, None]
+            if masked:
+                scores = tl.where(inside[None, :], scores, float("-inf"))
+            score_gradient = (score_gradient - delta[:, None]) * tl.exp2(scores)
+            if NORM == NORM_LOADED:
+                score_gradient *= factors
+            sums = add_product(sums, score_gradient.to(k[0].dtype), k)
+    return sums
+
+
+@triton.jit
+def key_gradient(
+    k,
+    v,
+    key_factors,
+    queries,
+    gradients,
+    log_sums,
+    deltas,
+    first,
+    length,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
+    QUERY_STRIDE: tl.constexpr,
+    GRADIENT_STRIDE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """Sums over the queries `first` … `length` for ROWS keys, whose reciprocal RMS is `key_factors` [m] under NORM.
+
+    Returns:
+        (Σ logit gradient · query, Σ probability · output gradient), float32 head tiles [m, D]; the queries as given.
+    """
+    key_sums = zero_head(ROWS, HEAD_SIZE)
+    value_sums = zero_head(ROWS, HEAD_SIZE)
+    whole = first + (length - first) // STEP * STEP
+    for masked in tl.static_range(1, -1, -1):
+        begin = whole if masked else first
+        end = length if masked else whole
+        for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
+            rows = start + tl.arange(0, REMAINDER if masked else STEP)
+            inside = rows < end
+            q = load_head(queries, rows, inside, QUERY_STRIDE, HEAD_SIZE)  # [n, D]
+            gradient = load_head(gradients, rows, inside, GRADIENT_STRIDE, HEAD_SIZE)  # [n, D]
+            log_sum = tl.load(log_sums + rows, mask=inside, other=float("inf"))[None, :]  # beyond the end: p = 0
+            delta = tl.load(deltas + rows, mask=inside, other=0.0)[None, :]
+            scores = dot_rows(k, q)  # [m, n]: transposed, keys are the rows
+            if NORM == NO_NORM:
+                scores = scores * SCALE - log_sum
+            else:
+                scores = scores * key_factors[:, None] - log_sum
+            probabilities = tl.exp2(scores)
+            value_sums = add_product(value_sums, probabilities.to(gradient[0].dtype), gradient)
+            score_gradient = (dot_rows(v, gradient) - delta) * probabilities
+            key_sums = add_product(key_sums, score_gradient.to(q[0].dtype), q)
+    return key_sums, value_sums

@@ -1,0 +1,49 @@
+"""Host tables that tell attention programs which rows are theirs, built from sequence lengths and cached by them.
+
+A pack's sequences (the frames of spatial attention, the videos of cross-attention) are described by runs: a flat list
+count, length, count, length, … of consecutive sequences of equal length. Runs are host numbers, so a registered op can
+take them as plain integers, and a table costs one small copy to the device the first time its shapes occur.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+ENTRIES = 4  # columns of a table
+NO_LIMIT = 2**31
+
+
+def lengths_of(runs: Sequence[int], shortest: int = 0, longest: int = NO_LIMIT) -> list[int]:
+    """The distinct lengths among the runs that lie in [shortest, longest]."""
+    return sorted({length for length in runs[1::2] if shortest <= length <= longest})
+
+
+def remainder_step(lengths: Sequence[int], step: int) -> int:
+    """The smallest power of two from 16 to `step` that holds what is left of every length after whole steps."""
+    left = max(length % step for length in lengths)
+    return min(step, max(16, 1 << (left - 1).bit_length() if left else 0))
+
+
+@lru_cache(maxsize=1024)
+def row_tiles(
+    runs: tuple[int, ...], rows: int, device: torch.device, shortest: int = 0, longest: int = NO_LIMIT
+) -> Tensor:
+    """Tiles of at most `rows` rows that cover the sequences whose length lies in [shortest, longest].
+
+    Returns:
+        int32 [tiles, 4] on `device`: first token of the sequence, its length, first row of the tile within it, and the
+        sequence's number in the pack. Long sequences come first, so that the last programs to start are short ones.
+    """
+    lengths = torch.tensor(runs[1::2]).repeat_interleave(torch.tensor(runs[0::2]))
+    first_tokens = lengths.cumsum(0) - lengths
+    chosen = ((lengths >= shortest) & (lengths <= longest)).nonzero().squeeze(1)
+    chosen = chosen[torch.argsort(lengths[chosen], descending=True, stable=True)]
+    tiles = (lengths[chosen] + rows - 1) // rows
+    sequence = chosen.repeat_interleave(tiles)
+    first_row = (torch.arange(len(sequence)) - (tiles.cumsum(0) - tiles).repeat_interleave(tiles)) * rows
+    table = torch.stack([first_tokens[sequence], lengths[sequence], first_row, sequence], dim=1).to(torch.int32)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

@@ -1,0 +1,265 @@
+"""Triton kernels of spatial attention, backward. The formulas and the public function are in spatial_attention.
+
+Two kernels, no atomics. With g the output's gradient, P the probabilities, δ = rowsum(g · output), W = q_weight ·
+k_weight, q̂ = q · r_q and k̂ = k · r_k (r the reciprocal RMS),
+
+    dS = P · (g · Vᵀ - δ)            gradient of the logits
+    queries (first): δ and dQ        one program per tile of queries and head, looping over the frame's keys
+    keys (second):   dK and dV       one program per tile of keys and head, looping over the frame's queries
+    d q̂ = W · (dS · k̂) / sqrt(D)     d k̂ = W · (dSᵀ · q̂) / sqrt(D), then the gradient of the RMS norm
+
+The first kernel leaves the queries as the forward pass scaled and rounded them, q' = q̂ · W · log2(e) / sqrt(D), for
+the second, which then needs no weights: d k̂ = dSᵀ · q' / log2(e). Both weights' gradients come from the one sum
+G = Σ (dS · k̂) · q̂ / sqrt(D) over all rows: dq_weight = k_weight · G, dk_weight = q_weight · G. Each program of the
+first kernel writes its part of G to a row of its own; the rows are summed afterwards.
+
+Per call: 14·S·H·D FLOPs (10 useful) and 28·H·D bytes (half precision) for each token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_loops import NO_NORM, NORM_LOADED, key_gradient, query_gradient
+from .attention_tables import lengths_of, remainder_step, row_tiles
+from .attention_tiles import (
+    fold_query,
+    load_head,
+    load_weight_product,
+    multiply,
+    rms_norm_gradient,
+    scale_rows,
+    store_head,
+    store_vector,
+    to_float32,
+)
+from .configurations import Configuration, select
+from .spatial_attention_forward import SHAPE_CLASSES
+
+CONFIGURATIONS = {
+    "spatial_attention_queries": {
+        "small": (Configuration(ROWS=64, STEP=64, num_warps=4, num_stages=2),),
+        "large": (Configuration(ROWS=128, STEP=64, num_warps=8, num_stages=2),),
+    },
+    "spatial_attention_keys": {
+        "small": (Configuration(ROWS=64, STEP=64, num_warps=4, num_stages=2),),
+        "large": (Configuration(ROWS=128, STEP=64, num_warps=8, num_stages=2),),
+    },
+}
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _queries(
+    qkv,
+    q_weight,
+    k_weight,
+    output,
+    output_gradient,
+    statistics,
+    deltas,
+    scaled_queries,
+    qkv_gradient,
+    weight_partials,
+    tiles,
+    num_tokens,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
+    OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
+    program = tl.program_id(0).to(tl.int64)
+    head = program % HEADS
+    tile = tiles + program // HEADS * 4
+    first_token = tl.load(tile).to(tl.int64)
+    length = tl.load(tile + 1)
+    rows = tl.load(tile + 2) + tl.arange(0, ROWS)
+    inside = rows < length
+
+    frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
+    in_output = first_token * OUTPUT_STRIDE + head * HEAD_SIZE
+    in_statistics = head * num_tokens + first_token
+    g = load_head(output_gradient + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)  # [ROWS, D]
+    o = to_float32(load_head(output + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE))
+    o = multiply(o, to_float32(g))
+    delta = tl.sum(o[0], axis=1) + tl.sum(o[1], axis=1)
+    tl.store(deltas + in_statistics + rows, delta, mask=inside)
+    log_sum = tl.load(statistics + in_statistics + rows, mask=inside, other=float("inf"))
+
+    q = load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if NORM != NO_NORM:
+        query_factors = statistics + HEADS * num_tokens + in_statistics + rows
+        factors = tl.load(query_factors, mask=inside, other=0.0)
+        q = fold_query(q, factors * (SCALE * LOG2_E), load_weight_product(q_weight, k_weight, HEAD_SIZE))
+        store_head(scaled_queries + in_output, q, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
+    sums = query_gradient(
+        q,
+        g,
+        log_sum,
+        delta,
+        frame + HEADS * HEAD_SIZE,
+        frame + 2 * HEADS * HEAD_SIZE,
+        statistics + 2 * HEADS * num_tokens + in_statistics,
+        length,
+        ROWS=ROWS,
+        STEP=STEP,
+        REMAINDER=REMAINDER,
+        NORM=NORM,
+        SCALE=SCALE * LOG2_E if NORM == NO_NORM else 1.0,
+        ROW_STRIDE=TOKEN_STRIDE,
+        HEAD_SIZE=HEAD_SIZE,
+    )
+    sums = sums[0] * SCALE, sums[1] * SCALE  # dS · k̂ / sqrt(D)
+    if NORM != NO_NORM:
+        # Read again what the loop did not need, so that it does not occupy registers there.
+        factors = tl.load(query_factors, mask=inside, other=0.0, volatile=True)
+        normed = scale_rows(to_float32(load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), factors)  # q̂
+        partial = multiply(sums, normed)  # rows outside the frame are zero
+        partial = tl.sum(partial[0], axis=0), tl.sum(partial[1], axis=0)
+        store_vector(weight_partials + program * HEAD_SIZE, partial, HEAD_SIZE)
+        sums = multiply(sums, load_weight_product(q_weight, k_weight, HEAD_SIZE))
+        sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
+    gradient = qkv_gradient + first_token * TOKEN_STRIDE + head * HEAD_SIZE
+    store_head(gradient, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _keys(
+    qkv,
+    queries,
+    output_gradient,
+    statistics,
+    deltas,
+    qkv_gradient,
+    tiles,
+    num_tokens,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """`queries` are those of qkv without QK-norm, else the scaled ones [N, H, D]."""
+    TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
+    OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
+    QUERY_STRIDE: tl.constexpr = TOKEN_STRIDE if NORM == NO_NORM else OUTPUT_STRIDE
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
+    program = tl.program_id(0).to(tl.int64)
+    head = program % HEADS
+    tile = tiles + program // HEADS * 4
+    first_token = tl.load(tile).to(tl.int64)
+    length = tl.load(tile + 1)
+    rows = tl.load(tile + 2) + tl.arange(0, ROWS)
+    inside = rows < length
+
+    keys = qkv + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
+    in_statistics = head * num_tokens + first_token
+    k = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
+    v = load_head(keys + HEADS * HEAD_SIZE, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+    factors = tl.zeros([ROWS], tl.float32)
+    if NORM != NO_NORM:
+        factors = tl.load(statistics + 2 * HEADS * num_tokens + in_statistics + rows, mask=inside, other=0.0)
+    key_sums, value_sums = key_gradient(
+        k,
+        v,
+        factors,
+        queries + first_token * QUERY_STRIDE + head * HEAD_SIZE,
+        output_gradient + first_token * OUTPUT_STRIDE + head * HEAD_SIZE,
+        statistics + in_statistics,
+        deltas + in_statistics,
+        0,
+        length,
+        ROWS=ROWS,
+        STEP=STEP,
+        REMAINDER=REMAINDER,
+        NORM=NORM,
+        SCALE=SCALE * LOG2_E,
+        QUERY_STRIDE=QUERY_STRIDE,
+        GRADIENT_STRIDE=OUTPUT_STRIDE,
+        HEAD_SIZE=HEAD_SIZE,
+    )
+    gradient = qkv_gradient + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
+    store_head(gradient + HEADS * HEAD_SIZE, value_sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if NORM == NO_NORM:
+        sums = key_sums[0] * SCALE, key_sums[1] * SCALE
+    else:
+        sums = key_sums[0] / LOG2_E, key_sums[1] / LOG2_E
+        normed = scale_rows(to_float32(load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), factors)  # k̂
+        sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
+    store_head(gradient, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+
+
+def launch_backward(
+    output_gradient: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    output: Tensor,
+    statistics: Tensor,
+    runs: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradient of qkv, and G [D] float32 of the module's docstring (empty without QK-norm)."""
+    num_tokens, _, heads, head_size = qkv.shape
+    device = qkv.device
+    qkv_gradient = torch.empty_like(qkv)
+    deltas = torch.empty(heads, num_tokens, dtype=torch.float32, device=device)
+    norm = NO_NORM if q_weight is None else NORM_LOADED
+    queries = qkv if q_weight is None else torch.empty_like(output)
+    partials = []
+    classes = [
+        (name, bounds, lengths) for name, bounds in SHAPE_CLASSES.items() if (lengths := lengths_of(runs, *bounds))
+    ]
+    for shape_class, bounds, lengths in classes:
+        configuration = select(CONFIGURATIONS, "spatial_attention_queries", shape_class, device)
+        tiles = row_tiles(tuple(runs), configuration["ROWS"], device, *bounds)
+        programs = tiles.shape[0] * heads
+        partials.append(torch.empty(0 if q_weight is None else programs, head_size, dtype=torch.float32, device=device))
+        _queries[(programs,)](
+            qkv,
+            q_weight,
+            k_weight,
+            output,
+            output_gradient,
+            statistics,
+            deltas,
+            queries,
+            qkv_gradient,
+            partials[-1],
+            tiles,
+            num_tokens,
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            REMAINDER=remainder_step(lengths, configuration["STEP"]),
+            NORM=norm.value,
+            **configuration.launch,
+        )
+    for shape_class, bounds, lengths in classes:
+        configuration = select(CONFIGURATIONS, "spatial_attention_keys", shape_class, device)
+        tiles = row_tiles(tuple(runs), configuration["ROWS"], device, *bounds)
+        _keys[(tiles.shape[0] * heads,)](
+            qkv,
+            queries,
+            output_gradient,
+            statistics,
+            deltas,
+            qkv_gradient,
+            tiles,
+            num_tokens,
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            REMAINDER=remainder_step(lengths, configuration["STEP"]),
+            NORM=norm.value,
+            **configuration.launch,
+        )
+    partials = partials[0] if len(partials) == 1 else torch.cat(partials)
+    return qkv_gradient, partials.sum(dim=0)

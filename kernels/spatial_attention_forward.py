@@ -1,0 +1,210 @@
+"""Triton kernel of spatial attention, forward. The formulas and the public function are in spatial_attention.
+
+One program computes ROWS queries of one head of one frame. With W = q_weight · k_weight, r = reciprocal RMS and
+c = log2(e) / sqrt(D), the score of base 2 is
+
+    score[i, j] = Σ_d (q[i, d] · r_q[i] · W[d] · c) · k[j, d] · r_k[j]
+
+where the bracket is one tile rounded once to the input's dtype, k goes to the matrix units unchanged, and r_k[j] is a
+factor on a column. As |score| ≤ c · D · max|W|, a small enough bound, known from the weights alone, allows exp2 without
+a running maximum; all programs of a launch take the same branch.
+
+Per call: 4·S·H·D FLOPs and 8·H·D bytes (half precision) for each token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_loops import NO_NORM, NORM_COMPUTED, NORM_LOADED, attend
+from .attention_tables import lengths_of, remainder_step, row_tiles
+from .attention_tiles import (
+    fold_query,
+    load_head,
+    load_weight_product,
+    reciprocal_rms,
+    store_head,
+)
+from .configurations import Configuration, select
+
+# Frames up to this many tokens take 64-row tiles (128 rows would waste two thirds at 144 tokens) and find the norm of
+# the keys on their way; longer frames pass over the keys so often that reading it from memory is cheaper.
+LONGEST_SMALL_FRAME = 405
+SHAPE_CLASSES = {"small": (0, LONGEST_SMALL_FRAME), "large": (LONGEST_SMALL_FRAME + 1, 2**31)}
+
+# Bounded softmax is used up to this |score|. Its largest probability 2^limit must fit the dtype (float16 ends at 2^16),
+# its smallest keep full precision (float16: 2^-14), and probability · V summed over a frame must fit float32: with 60,
+# |V| up to 2^50 in frames of 2^17 tokens.
+BOUNDED_UP_TO = {torch.float32: 60.0, torch.bfloat16: 60.0, torch.float16: 14.0}
+
+CONFIGURATIONS = {
+    "spatial_attention_forward": {
+        "small": (
+            Configuration(ROWS=64, STEP=64, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=32, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=64, num_warps=4, num_stages=3),
+        ),
+        "large": (
+            Configuration(ROWS=128, STEP=64, num_warps=8, num_stages=3),
+            Configuration(ROWS=128, STEP=64, num_warps=4, num_stages=2),
+            Configuration(ROWS=128, STEP=128, num_warps=8, num_stages=2),
+            Configuration(ROWS=64, STEP=64, num_warps=4, num_stages=3),
+        ),
+    },
+    "spatial_attention_key_norm": {
+        "any": (Configuration(ROWS=64, num_warps=4, num_stages=1), Configuration(ROWS=128, num_warps=4, num_stages=1)),
+    },
+}
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _key_norm(qkv, statistics, num_tokens, eps, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """Reciprocal RMS of the keys into statistics[2]."""
+    TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
+    program = tl.program_id(0).to(tl.int64)
+    head = program % HEADS
+    token = program // HEADS * ROWS
+    rows = tl.arange(0, ROWS)
+    inside = rows < num_tokens - token
+    keys = qkv + token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
+    k = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
+    factors = reciprocal_rms(k, eps, HEAD_SIZE)
+    tl.store(statistics + (2 * HEADS + head) * num_tokens + token + rows, factors, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _forward(
+    qkv,
+    q_weight,
+    k_weight,
+    output,
+    statistics,
+    tiles,
+    num_tokens,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    NORM: tl.constexpr,
+    BOUNDED_LIMIT: tl.constexpr,
+):
+    TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
+    OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
+    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_SIZE**0.5
+    program = tl.program_id(0).to(tl.int64)
+    head = program % HEADS
+    tile = tiles + program // HEADS * 4
+    first_token = tl.load(tile).to(tl.int64)
+    length = tl.load(tile + 1)
+    rows = tl.load(tile + 2) + tl.arange(0, ROWS)
+    inside = rows < length
+    keep_factors = tl.load(tile + 2) == 0  # the first tile of a frame writes down the norm of its keys
+
+    frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
+    keys = frame + HEADS * HEAD_SIZE
+    values = frame + 2 * HEADS * HEAD_SIZE
+    log_sums = statistics + head * num_tokens + first_token
+    query_factors = statistics + (HEADS + head) * num_tokens + first_token
+    key_factors = statistics + (2 * HEADS + head) * num_tokens + first_token
+
+    q = load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
+    bound = float("inf")
+    if NORM != NO_NORM:
+        factors = reciprocal_rms(q, eps, HEAD_SIZE)
+        tl.store(query_factors + rows, factors, mask=inside)
+        weight = load_weight_product(q_weight, k_weight, HEAD_SIZE)
+        q = fold_query(q, factors * SCALE, weight)
+        bound = tl.maximum(tl.max(tl.abs(weight[0])), tl.max(tl.abs(weight[1]))) * (HEAD_SIZE * SCALE)
+
+    if NORM != NO_NORM and bound <= BOUNDED_LIMIT:
+        result, log_sum = attend(
+            q,
+            keys,
+            values,
+            key_factors,
+            keep_factors,
+            length,
+            eps,
+            ROWS=ROWS,
+            STEP=STEP,
+            REMAINDER=REMAINDER,
+            NORM=NORM,
+            SCALE=SCALE if NORM == NO_NORM else 1.0,
+            BOUNDED=True,
+            ROW_STRIDE=TOKEN_STRIDE,
+            HEAD_SIZE=HEAD_SIZE,
+        )
+    else:
+        result, log_sum = attend(
+            q,
+            keys,
+            values,
+            key_factors,
+            keep_factors,
+            length,
+            eps,
+            ROWS=ROWS,
+            STEP=STEP,
+            REMAINDER=REMAINDER,
+            NORM=NORM,
+            SCALE=SCALE if NORM == NO_NORM else 1.0,
+            BOUNDED=False,
+            ROW_STRIDE=TOKEN_STRIDE,
+            HEAD_SIZE=HEAD_SIZE,
+        )
+    tl.store(log_sums + rows, log_sum, mask=inside)
+    frame_output = output + first_token * OUTPUT_STRIDE + head * HEAD_SIZE
+    store_head(frame_output, result, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
+
+
+def launch_forward(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, runs: list[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    """Returns the output [N, H, D] and statistics float32 [1 or 3, H, N] for the backward pass.
+
+    statistics[0] is log2 of the sum of exp2(scores); with QK-norm, [1] and [2] are the reciprocal RMS of q and k.
+    """
+    num_tokens, _, heads, head_size = qkv.shape
+    output = torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format)
+    statistics = torch.empty(1 if q_weight is None else 3, heads, num_tokens, dtype=torch.float32, device=qkv.device)
+    norm = NO_NORM if q_weight is None else NORM_COMPUTED
+    if q_weight is not None and lengths_of(runs, *SHAPE_CLASSES["large"]):
+        norm = NORM_LOADED
+        configuration = select(CONFIGURATIONS, "spatial_attention_key_norm", "any", qkv.device)
+        _key_norm[(triton.cdiv(num_tokens, configuration["ROWS"]) * heads,)](
+            qkv,
+            statistics,
+            num_tokens,
+            eps,
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            **configuration.launch,
+        )
+    for shape_class, bounds in SHAPE_CLASSES.items():
+        lengths = lengths_of(runs, *bounds)
+        if not lengths:
+            continue
+        configuration = select(CONFIGURATIONS, "spatial_attention_forward", shape_class, qkv.device)
+        tiles = row_tiles(tuple(runs), configuration["ROWS"], qkv.device, *bounds)
+        _forward[(tiles.shape[0] * heads,)](
+            qkv,
+            q_weight,
+            k_weight,
+            output,
+            statistics,
+            tiles,
+            num_tokens,
+            eps,
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            REMAINDER=remainder_step(lengths, configuration["STEP"]),
+            NORM=norm.value,
+            BOUNDED_LIMIT=BOUNDED_UP_TO[qkv.dtype],
+            **configuration.launch,
+        )
+    return output, statistics
