@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from opensora_fast.encoders import TextEncoder, VideoEncoder
     from opensora_fast.model import STDiT2
 
-IMAGE_FPS = 120  # the fps condition of images, in training and sampling
-
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -276,6 +274,8 @@ class VideoGenerator:
 
 def make_conditions(count: int, settings: SampleSettings) -> dict[str, Tensor]:
     """What the model is told of `count` equal videos: float32 [count] each, on the CPU."""
+    from opensora_fast.data.manifest import IMAGE_FPS
+
     height, width = settings.image_size
     values = {
         "num_frames": settings.num_frames,
