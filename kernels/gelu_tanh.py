@@ -3,6 +3,8 @@
     y = 0.5 · z · (1 + tanh(sqrt(2/π) · (z + 0.044715 · z³))),   z = x + bias
 
 Replaces in ST-DiT-2: the bias of `mlp.fc1` and the activation behind it.
+
+Kernels: gelu_tanh_kernels.py. Limits: float32, float16, bfloat16.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_tensor
-from .dispatch import choose
+from .registration import choose_backend, empty_if, output_dtype
 
 
 def gelu_tanh_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,10 +28,11 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
     Args:
         x: [N, K], output of a matrix product.
         bias: [K] or None.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.
 
     Returns:
-        [N, K].
+        [N, K] in the dtype that x and bias promote to; under autocast in autocast's, which the Linear behind it would
+        cast it to.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
@@ -37,5 +40,59 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
     check_tensor("gelu_tanh", "x", x, (None, None), x.device)
     if bias is not None:
         check_tensor("gelu_tanh", "bias", bias, (x.shape[1],), x.device)
-    choose("gelu_tanh", backend, x, has_triton=False)
-    return gelu_tanh_reference(x, bias)
+    dtype = output_dtype(x, bias)
+    if choose_backend("gelu_tanh", backend, x, bias) == "reference":
+        return gelu_tanh_reference(x, bias).to(dtype)
+    return _gelu_tanh(x, bias, dtype)
+
+
+# ---- registration ----
+
+
+@torch.library.custom_op("opensora_fast::gelu_tanh", mutates_args=())
+def _gelu_tanh(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    from .gelu_tanh_kernels import launch_forward
+
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    launch_forward(x, bias, y)
+    return y
+
+
+@_gelu_tanh.register_fake
+def _(x, bias, dtype):
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@torch.library.custom_op("opensora_fast::gelu_tanh_backward", mutates_args=())
+def _gelu_tanh_backward(
+    d_y: Tensor, x: Tensor, bias: Tensor | None, wants_x: bool, wants_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns (d_x [N, K], d_bias [K]); those that are not wanted are empty."""
+    from .gelu_tanh_kernels import launch_backward
+
+    d_x, d_bias = _allocate_gradients(x, bias, wants_x, wants_bias)
+    launch_backward(d_y, x, bias, d_x if wants_x else None, d_bias if wants_bias else None)
+    return d_x, d_bias
+
+
+@_gelu_tanh_backward.register_fake
+def _(d_y, x, bias, wants_x, wants_bias):
+    return _allocate_gradients(x, bias, wants_x, wants_bias)
+
+
+def _allocate_gradients(x: Tensor, bias: Tensor | None, wants_x: bool, wants_bias: bool) -> tuple[Tensor, Tensor]:
+    return empty_if(wants_x, x), empty_if(wants_bias, x if bias is None else bias)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, bias, _ = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _backward(ctx, d_y):
+    wants_x, wants_bias, _ = ctx.needs_input_grad
+    d_x, d_bias = _gelu_tanh_backward(d_y, *ctx.saved_tensors, wants_x, wants_bias)
+    return d_x if wants_x else None, d_bias if wants_bias else None, None
+
+
+_gelu_tanh.register_autograd(_backward, setup_context=_setup_context)
