@@ -19,6 +19,8 @@ from torch import Tensor
 # Every layout holds the tile tables of these sizes, so that using one neither builds nor copies anything; a kernel
 # configuration chooses among them.
 FRAME_TILE_SIZES = (16, 32, 64, 128)
+# Rows of the tiles of temporal attention; videos of more frames are cut into blocks of so many.
+PLACE_TILE_ROWS = 64
 # Tiles of a frame are equally long up to this many tokens.
 _TILE_STEP = 8
 
@@ -59,6 +61,11 @@ class PackLayout:
         frame_video [F]: video of each frame.
         token_frame [N]: frame of each token, counted over the whole pack.
         tile_tables: for each size of FRAME_TILE_SIZES what `frame_tiles` and `video_tiles` return.
+        frame_position [F]: number of each frame within its video; the position of the rotary embedding.
+        place_tiles [tiles, 4]: for videos of at most PLACE_TILE_ROWS frames, tiles of as many whole places as fit into
+            PLACE_TILE_ROWS rows: token of the first frame at the first place, T, S and number of places.
+        place_blocks [blocks, 4]: for longer videos, blocks of PLACE_TILE_ROWS frames of one place: token of the first
+            frame at the place, T, S and first frame of the block.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
@@ -69,6 +76,9 @@ class PackLayout:
     frame_video: Tensor
     token_frame: Tensor
     tile_tables: dict[int, tuple[Tensor, Tensor]]
+    frame_position: Tensor
+    place_tiles: Tensor
+    place_blocks: Tensor
 
     @staticmethod
     def of(shapes: Sequence[Sequence[int]], device: torch.device | str) -> PackLayout:
@@ -225,6 +235,9 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
             size: tuple(place(table) for table in _tile_frames(tokens_of_frame, frames, size))
             for size in FRAME_TILE_SIZES
         },
+        frame_position=place(torch.cat([torch.arange(shape[0]) for shape in shapes])),
+        place_tiles=place(_tile_places(shapes, PLACE_TILE_ROWS)),
+        place_blocks=place(_block_places(shapes, PLACE_TILE_ROWS)),
     )
 
 
@@ -242,6 +255,42 @@ def _tile_frames(tokens_of_frame: Tensor, frames: Tensor, size: int) -> tuple[Te
     first = _starts(tokens_of_frame)[frame] + offset
     tiles = torch.stack([first, count, frame], dim=1).contiguous()
     return tiles, _starts(tiles_of_frame)[_starts(frames)]
+
+
+def _tile_places(shapes: tuple[tuple[int, ...], ...], rows: int) -> Tensor:
+    """Tiles of whole places of the videos of at most `rows` frames, in the order of the tokens: [tiles, 4]."""
+    tiles, token = [torch.empty(0, 4, dtype=torch.int64)], 0
+    for frames, height, width in shapes:
+        places = height * width
+        if frames <= rows:
+            first = torch.arange(0, places, rows // frames)
+            count = torch.clamp(places - first, max=rows // frames)
+            tiles.append(
+                torch.stack([token + first, torch.full_like(first, frames), torch.full_like(first, places), count], 1)
+            )
+        token += frames * places
+    return torch.cat(tiles)
+
+
+def _block_places(shapes: tuple[tuple[int, ...], ...], rows: int) -> Tensor:
+    """Blocks of `rows` frames of each place of the videos of more than `rows` frames: [blocks, 4].
+
+    The blocks of one place come one after another, so that they find its keys and values in the cache.
+    """
+    blocks, token = [torch.empty(0, 4, dtype=torch.int64)], 0
+    for frames, height, width in shapes:
+        places = height * width
+        if frames > rows:
+            first_frame = torch.arange(0, frames, rows)
+            place = torch.arange(places).repeat_interleave(len(first_frame))
+            first_frame = first_frame.repeat(places)
+            blocks.append(
+                torch.stack(
+                    [token + place, torch.full_like(place, frames), torch.full_like(place, places), first_frame], 1
+                )
+            )
+        token += frames * places
+    return torch.cat(blocks)
 
 
 def _starts(lengths: Tensor) -> Tensor:
