@@ -122,27 +122,30 @@ def make_contact_sheet(
     Returns:
         A PNG file.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     if not clips:
         raise ValueError("a contact sheet needs at least one clip")
     if labels is not None and len(labels) != len(clips):
         raise ValueError(f"{len(clips)} clips but {len(labels)} labels")
-    label_height = 0 if labels is None else 14
     rows = []
     for clip in clips:
         shown = min(columns, clip.shape[1])
         width = max(1, round(clip.shape[3] * frame_height / clip.shape[2]))
         numbers = np.linspace(0, clip.shape[1] - 1, shown).round().astype(int).tolist()
         rows.append([_to_pillow(clip[:, number]).resize((width, frame_height)) for number in numbers])
-    sheet_width = max(sum(frame.width + margin for frame in row) for row in rows) + margin
+    font = ImageFont.load_default()
+    label_height = 0 if labels is None else 14
     row_height = frame_height + margin + label_height
+    widths = [sum(frame.width + margin for frame in row) for row in rows]
+    widths += [math.ceil(font.getlength(label)) + margin for label in labels or ()]
+    sheet_width = max(widths) + margin
     sheet = Image.new("RGB", (sheet_width, row_height * len(rows) + margin), "white")
     draw = ImageDraw.Draw(sheet)
     for index, row in enumerate(rows):
         left, top = margin, margin + index * row_height
         if labels is not None:
-            draw.text((left, top), labels[index], fill="black")
+            draw.text((left, top), labels[index], fill="black", font=font)
         for frame in row:
             sheet.paste(frame, (left, top + label_height))
             left += frame.width + margin
