@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "reference", "triton")
 
-# (op, backend) → how often it was called in this process; a run prints it.
+# (op, backend) → how often it was called in this process; a run prints it. Calls from a graph of torch.compile are not
+# counted: the graph would depend on the count and be compiled anew for every call.
 calls: Counter[tuple[str, str]] = Counter()
 
 
@@ -41,5 +43,6 @@ def choose(op: str, backend: str, tensor: Tensor, has_triton: bool = True) -> st
                 f"{op}: Triton kernels need CUDA tensors, got {tensor.device}; use backend='reference', "
                 "or set TRITON_INTERPRET=1 before Python starts to run them slowly on the CPU"
             )
-    calls[op, backend] += 1
+    if not torch.compiler.is_compiling():
+        calls[op, backend] += 1
     return backend
