@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from opensora_fast.config import TrainConfig
+from opensora_fast.data.batch import Batch
 from opensora_fast.data.bucket import Bucket
 from opensora_fast.data.clips import Decoder
 from opensora_fast.data.explain import Explanation
-from opensora_fast.data.loader import Batch, ClipLoader
+from opensora_fast.data.loader import ClipLoader
 from opensora_fast.data.manifest import Manifest
 from opensora_fast.data.sampler import BucketSampler
 
@@ -73,24 +73,13 @@ def read_data(config: TrainConfig, rank: int = 0, world_size: int = 1) -> Traini
     return data
 
 
-def build_decoder(name: str, threads: int, device: torch.device) -> Decoder:
-    """The decoder that `decoder` of a configuration names.
-
-    "auto" is DALI on the GPU where training runs on one and DALI is installed, else PyAV. `threads` 0 means one for
-    each processor.
-    """
-    from opensora_fast.data.dali_decoder import DaliDecoder, is_dali_installed
-    from opensora_fast.data.pyav_decoder import PyAVDecoder
-
-    if name == "auto":
-        name = "dali-gpu" if device.type == "cuda" and is_dali_installed() else "pyav"
-    if name == "pyav":
-        return PyAVDecoder(threads=threads or None)
-    return DaliDecoder(name.removeprefix("dali-"), threads=threads or None)
-
-
 def make_batches(
-    config: TrainConfig, data: TrainingData, decoder: Decoder, bad_clips_path: Path
+    config: TrainConfig,
+    data: TrainingData,
+    decoder: Decoder,
+    bad_clips_path: Path,
+    pin_memory: bool,
+    report: Callable[[str], None],
 ) -> Callable[[int, int], Iterator[Batch]]:
     """batches(epoch, consumed): the batches of one epoch from the position where `consumed` are used up."""
     loader = ClipLoader(
@@ -101,6 +90,9 @@ def make_batches(
         seed=config.seed,
         prefetch=config.prefetch,
         bad_clips_path=bad_clips_path,
+        fps_after_interval=config.dataset.fps_after_interval,
+        pin_memory=pin_memory,
+        report=report,
     )
 
     def batches(epoch: int, consumed: int) -> Iterator[Batch]:

@@ -6,9 +6,11 @@ a step whose gradient is not finite is skipped on the device itself (see `Master
 follows a step only after its norm is known. Either way the run stops with the weights of the step before.
 """
 
+import contextlib
 import json
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,10 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opensora_fast.data.loader import Batch
+from opensora_fast.data.batch import Batch
+from opensora_fast.data.explain import count_tokens
+from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.model import STDiT2
 from opensora_fast.progress import Progress
 from opensora_fast.train.checkpoint import write_checkpoint
@@ -29,20 +32,15 @@ from opensora_fast.train.metrics import MetricsWriter
 from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.optimizer import MasterAdamW
 from opensora_fast.train.randomness import seed_step
+from opensora_fast.train.state import Position, write_state
 from opensora_fast.train.stop import StopSignals
+
+# With keep probabilities below 1 every clip of a tiny table may lose its draw; that many times in a row is a mistake.
+EMPTY_EPOCHS = 100
 
 
 class NonFiniteError(ValueError):
     """The loss or the gradient of a step is not finite. Nothing was changed by that step."""
-
-
-@dataclass
-class Position:
-    """Where a run stands: steps taken, and the micro-batches of the current epoch that have been used on all ranks."""
-
-    step: int = 0
-    epoch: int = 0
-    consumed: int = 0
 
 
 @dataclass
@@ -62,7 +60,6 @@ class Taken:
 
     step: int
     batch: Batch
-    losses: list[float]
     norm: HostValues
     row: dict[str, Any]
 
@@ -76,19 +73,23 @@ class Trainer:
         optimizer: owns the weights.
         ema: average of the weights.
         diffusion: IDDPM or SpeeDiffusion.
-        masks: MaskGenerator, or None for no masks.
+        masks: None for no masks.
         inputs: turns a batch into latents and conditioning.
         batches: batches(epoch, consumed) yields the batches of one epoch from that position on.
         extra_files: writes further files into a checkpoint folder (configuration, encoders).
         folder: output folder of the run.
         replay: replay(checkpoint, step) is the command that runs the step again.
+        limits: when to stop, log and save.
+        seed: of the run.
+        data_fingerprint: says whether a checkpoint's order of batches is that of this run.
+        rank, world_size: of this process.
     """
 
     model: STDiT2
     optimizer: MasterAdamW
     ema: EMA
-    diffusion: Any
-    masks: Any
+    diffusion: IDDPM
+    masks: MaskGenerator | None
     inputs: ModelInputs
     batches: Callable[[int, int], Iterator[Batch]]
     extra_files: Callable[[Path], None]
@@ -96,117 +97,140 @@ class Trainer:
     replay: Callable[[Path, int], str]
     limits: Limits
     seed: int
-    state_note: dict[str, Any]
+    data_fingerprint: str
     rank: int = 0
     world_size: int = 1
     position: Position = field(default_factory=Position)
     last_checkpoint: Path | None = None
-    _recent: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._progress: Progress | None = None
+        self._metrics: MetricsWriter | None = None
+        self._recent_losses: list[float] = []
 
     def run(self) -> int | None:
         """Train to the end. Returns the number of the signal that stopped the run before it, or None.
 
         Raises:
             NonFiniteError: after a checkpoint of the step before and `nonfinite.json` have been written.
-            ValueError: an epoch has no batch.
+            ValueError: there are no batches, or a batch does not fit into memory.
         """
-        first_step = self.position.step
-        metrics = MetricsWriter(self.folder / "metrics.jsonl", first_step)
-        total = None if self.limits.steps is None else self.limits.steps - first_step
+        first = self.position.step
+        total = None if self.limits.steps is None else max(0, self.limits.steps - first)
+        self._metrics = MetricsWriter(self.folder / "metrics.jsonl", last_step=first)
         try:
-            with StopSignals() as stop, Progress("train", total=total, unit="steps") as progress:
-                self._run_steps(stop, progress, metrics)
+            with StopSignals() as stop, Progress("train", total=total, unit="steps") as self._progress:
+                with contextlib.closing(self._iterate()) as batches:
+                    self._take_steps(batches, stop)
                 if self.last_checkpoint is None or self.last_checkpoint.name != f"step-{self.position.step:08d}":
                     self.save()
                 return stop.received
         finally:
-            metrics.close()
+            self._progress = None
+            self._metrics.close()
 
-    def _run_steps(self, stop: StopSignals, progress: Progress, metrics: MetricsWriter) -> None:
-        taken: Taken | None = None
-        iterator = self._iterate()
-        started = time.perf_counter()
-        while not stop.received and not self._is_last():
-            batch = next(iterator, None)
-            if batch is None:
-                break
-            data_wait = time.perf_counter() - started
-            taken = self._take_step(batch, taken, progress, metrics)
-            now = time.perf_counter()
-            taken.row |= self._measure(batch, now - started, data_wait)
-            started = now
-            self.position.consumed = batch.index - self.rank + self.world_size
-            self.position.step += 1
-            every = self.limits.checkpoint_every
-            if every and self.position.step % every == 0:
-                taken = self._finish(taken, progress, metrics)
-                self.save()
-                started = time.perf_counter()
-        self._finish(taken, progress, metrics)
-        iterator.close()
+    def note(self, text: str) -> None:
+        """Tell a person one line, without disturbing the progress bar."""
+        if self._progress is not None:
+            self._progress.note(text)
+        else:
+            print(text, file=sys.stderr)
 
-    def _is_last(self) -> bool:
-        return self.limits.steps is not None and self.position.step >= self.limits.steps
+    def save(self) -> None:
+        """Write a checkpoint of the present position; every step taken must have been finished."""
 
-    def _iterate(self) -> Iterator[Batch]:
-        while self.position.epoch < self.limits.epochs:
-            found = self.position.consumed > 0
-            for batch in self.batches(self.position.epoch, self.position.consumed):
-                found = True
-                yield batch
-            if not found:
-                raise ValueError(f"epoch {self.position.epoch} has no batch: every clip was dropped by bucket_config")
-            self.position.epoch += 1
-            self.position.consumed = 0
+        def fill(folder: Path) -> None:
+            write_state(self, folder)
+            self.extra_files(folder)
 
-    def _take_step(self, batch: Batch, before: Taken | None, progress: Progress, metrics: MetricsWriter) -> Taken:
-        step = self.position.step + 1
-        losses = self.compute_losses(batch, step)
-        values = HostValues(*losses.values())
-        losses["loss"].backward()
-        numbers = values.get()
-        self._finish(before, progress, metrics)
-        row = {"step": step, **dict(zip(losses, numbers, strict=True))}
-        if not math.isfinite(numbers[0]):
-            self.optimizer.adam.zero_grad(set_to_none=True)
-            self._stop_not_finite("loss", numbers[0], step, batch)
-        norm = self.optimizer.step()
-        return Taken(step, batch, numbers, HostValues(norm), row)
+        self.last_checkpoint = write_checkpoint(
+            self.folder / "checkpoints", self.position.step, fill, self.limits.keep_checkpoints
+        )
 
     def compute_losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """`loss` and its parts, each [] on the device, for a batch at a step; draws all randomness of the step."""
         seed_step(self.seed, step, self.rank)
         latents, conditions = self.inputs.prepare(batch)
+        videos, _, frames = latents.shape[:3]
         mask = None
         if self.masks is not None:
-            drawn = torch.stack([self.masks.draw(latents.shape[2]) for _ in range(latents.shape[0])])
+            drawn = torch.stack([self.masks.draw(frames) for _ in range(videos)])
             if not drawn.all():  # a batch of noised frames only needs no mask: the model does half the modulation
                 mask = conditions["x_mask"] = drawn
-        timesteps = torch.randint(0, self.diffusion.num_timesteps, (latents.shape[0],))
+        timesteps = torch.randint(0, self.diffusion.num_timesteps, (videos,))
         losses = self.diffusion.training_losses(self.model, latents, timesteps, conditions, mask=mask)
         return {"loss": losses["loss"].mean(), **{key: losses[key].mean() for key in ("mse", "vb") if key in losses}}
 
-    def _finish(self, taken: Taken | None, progress: Progress, metrics: MetricsWriter) -> None:
+    def _take_steps(self, batches: Iterator[Batch], stop: StopSignals) -> None:
+        taken: Taken | None = None
+        started = time.perf_counter()
+        while not stop.received and (self.limits.steps is None or self.position.step < self.limits.steps):
+            batch = next(batches, None)
+            if batch is None:
+                break
+            data_wait = time.perf_counter() - started
+            taken = self._take_step(batch, taken)
+            now = time.perf_counter()
+            taken.row |= self._measure(batch, now - started, data_wait)
+            started = now
+            self.position.step += 1
+            self.position.consumed = batch.index - self.rank + self.world_size
+            if self.limits.checkpoint_every and self.position.step % self.limits.checkpoint_every == 0:
+                self._finish(taken)
+                taken = None
+                self.save()
+                started = time.perf_counter()
+        self._finish(taken)
+
+    def _iterate(self) -> Iterator[Batch]:
+        empty_epochs = 0
+        while self.position.epoch < self.limits.epochs:
+            empty_epochs += self.position.consumed == 0
+            for batch in self.batches(self.position.epoch, self.position.consumed):
+                empty_epochs = 0
+                yield batch
+            if empty_epochs == EMPTY_EPOCHS:
+                raise ValueError(f"{EMPTY_EPOCHS} epochs in a row have no batch: raise the keep probabilities")
+            self.position.epoch += 1
+            self.position.consumed = 0
+
+    def _take_step(self, batch: Batch, before: Taken | None) -> Taken:
+        step = self.position.step + 1
+        try:
+            losses = self.compute_losses(batch, step)
+            values = HostValues(*losses.values())
+            losses["loss"].backward()
+        except torch.OutOfMemoryError as error:
+            raise ValueError(_describe_out_of_memory(batch, step, error)) from error
+        numbers = values.get()
+        self._finish(before)
+        if not math.isfinite(numbers[0]):
+            self._stop_not_finite("loss", numbers[0], step, batch)
+        row = {"step": step, **dict(zip(losses, numbers, strict=True))}
+        return Taken(step, batch, HostValues(self.optimizer.step()), row)
+
+    def _finish(self, taken: Taken | None) -> None:
         """Read the gradient norm of a step, let the average follow it and write its row."""
         if taken is None:
             return
         (norm,) = taken.norm.get()
-        taken.row["grad_norm"] = norm
         if not math.isfinite(norm):
             self._stop_not_finite("gradient norm", norm, taken.step, taken.batch)
         self.ema.update(self.optimizer.masters)
-        metrics.write(taken.row)
-        self._recent = [*self._recent, taken.losses[0]][-self.limits.log_every :]
+        row = taken.row | {"grad_norm": norm}
+        self._metrics.write(row)
+        self._recent_losses = [*self._recent_losses, row["loss"]][-self.limits.log_every :]
         shown = {
             "step": taken.step,
-            "loss": f"{sum(self._recent) / len(self._recent):.4f}",
-            "tokens/s": f"{taken.row['tokens_per_s']:.0f}",
-            "data wait": f"{100 * taken.row['data_wait'] / taken.row['step_time']:.0f} %",
+            "loss": f"{sum(self._recent_losses) / len(self._recent_losses):.4f}",
+            "tokens/s": f"{row['tokens_per_s']:.0f}",
+            "data wait": f"{100 * row['data_wait'] / row['step_time']:.0f} %",
         }
-        progress.advance(1, **shown)
+        self._progress.advance(1, **shown)
 
     def _measure(self, batch: Batch, step_time: float, data_wait: float) -> dict[str, Any]:
-        tokens = self.inputs.count_tokens(batch, self.model.patch)
+        size = (int(values[0]) for values in (batch.num_frames, batch.height, batch.width))
+        tokens = len(batch) * count_tokens(*size)
         return {
             "lr": self.optimizer.adam.param_groups[0]["lr"],
             "tokens": tokens,
@@ -214,7 +238,7 @@ class Trainer:
             "step_time": step_time,
             "data_wait": data_wait,
             "bucket": list(batch.bucket),
-            "batch_size": len(batch.rows),
+            "batch_size": len(batch),
             "epoch": batch.epoch,
             "micro_batch": batch.index,
             "memory": _peak_memory(self.model.device),
@@ -223,8 +247,8 @@ class Trainer:
     def _stop_not_finite(self, what: str, value: float, step: int, batch: Batch) -> NoReturn:
         # The state is that before the step: step back to its batch.
         self.position = Position(step - 1, batch.epoch, batch.index - self.rank)
-        checkpoint = self.save()
-        command = self.replay(checkpoint, step)
+        self.save()
+        command = self.replay(self.last_checkpoint, step)
         report = {
             "step": step,
             "what": what,
@@ -239,58 +263,18 @@ class Trainer:
         path = self.folder / "nonfinite.json"
         path.write_text(json.dumps(report, indent=2) + "\n")
         raise NonFiniteError(
-            f"step {step}: the {what} is {value}. The weights are those of step {step - 1} ({checkpoint}). "
+            f"step {step}: the {what} is {value}. The weights are those of step {step - 1} ({self.last_checkpoint}). "
             f"Batch: bucket {batch.bucket}, rows {', '.join(map(str, batch.rows))} of the table, micro-batch "
             f"{batch.index} of epoch {batch.epoch} (also in {path}). To run this step again:\n  {command}"
         )
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present position; every step taken must have been finished."""
-        self.last_checkpoint = write_checkpoint(
-            self.folder / "checkpoints", self.position.step, self._fill, self.limits.keep_checkpoints
-        )
-        return self.last_checkpoint
 
-    def _fill(self, folder: Path) -> None:
-        for name, trained in (("model", None), ("ema", self.ema.average)):
-            (folder / name).mkdir()
-            state = {key: value.cpu().contiguous() for key, value in self.optimizer.full_state(trained).items()}
-            save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
-            (folder / name / "config.json").write_text(self.model.config.model_dump_json(indent=2) + "\n")
-        moments = {key: value.cpu().contiguous() for key, value in self.optimizer.state_dict().items()}
-        save_file(moments, folder / "optimizer.safetensors")
-        state = {
-            "step": self.position.step,
-            "sampler": {"seed": self.seed, "epoch": self.position.epoch, "consumed": self.position.consumed},
-            "random": {"seed": self.seed, "rule": "every step draws from (seed, step, rank)"},
-            "world_size": self.world_size,
-            **self.state_note,
-        }
-        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        self.extra_files(folder)
-
-    def load_weights(self, checkpoint: Path) -> None:
-        """Take weights, average and optimizer state of a verified checkpoint, but not its position."""
-        self.optimizer.load_weights(load_file(checkpoint / "model" / "model.safetensors"))
-        self.ema.load(load_file(checkpoint / "ema" / "model.safetensors"))
-        self.optimizer.load_state_dict(load_file(checkpoint / "optimizer.safetensors"))
-
-    def resume(self, checkpoint: Path) -> None:
-        """Go on from a verified checkpoint. ValueError if it belongs to another run's data or seed."""
-        state = json.loads((checkpoint / "state.json").read_text())
-        for key, value in self.state_note.items():
-            if state.get(key) != value:
-                raise ValueError(
-                    f"{checkpoint} was written with another {key} ({state.get(key)!r}, now {value!r}), so its order of "
-                    "batches cannot be continued; to take its weights and optimizer state into a new order, use "
-                    f"load={checkpoint} start_from_scratch=True in place of --resume"
-                )
-        sampler = state["sampler"]
-        if sampler["seed"] != self.seed:
-            raise ValueError(f"{checkpoint} was written with seed={sampler['seed']}; the seed is now {self.seed}")
-        self.load_weights(checkpoint)
-        self.position = Position(state["step"], sampler["epoch"], sampler["consumed"])
-        self.last_checkpoint = checkpoint if checkpoint.parent == self.folder / "checkpoints" else None
+def _describe_out_of_memory(batch: Batch, step: int, error: BaseException) -> str:
+    resolution, frames, _ = batch.bucket
+    return (
+        f"step {step}: out of GPU memory with {len(batch)} clips of bucket {batch.bucket}: lower the batch size of "
+        f"bucket_config[{resolution!r}][{frames}], or recompute activations with grad_checkpoint=True. {error}"
+    )
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_fast.data.loader import Batch
+from opensora_fast.data.batch import Batch
 from opensora_fast.encoders import TextEncoder, VideoEncoder
 
 
@@ -36,8 +36,3 @@ class ModelInputs:
         conditions = {name: getattr(batch, name) for name in ("num_frames", "height", "width", "ar", "fps")}
         latents = latents.to(self.device, torch.float32, non_blocking=True)
         return latents, {"y": text["y"].to(self.device, non_blocking=True), "mask": text["mask"], **conditions}
-
-    def count_tokens(self, latents: Tensor, patch: int) -> int:
-        """Tokens of the model in latents [B, C, T, h, w]."""
-        videos, _, frames, height, width = latents.shape
-        return videos * frames * -(-height // patch) * -(-width // patch)

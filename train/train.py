@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from opensora_fast.config import LoadedConfig, TrainConfig, list_values, load_train_config, to_json
+from opensora_fast.data.decoders import build_decoder
 from opensora_fast.diffusion import MaskGenerator
 from opensora_fast.kernels import calls
 from opensora_fast.train.checkpoint import find_newest, list_checkpoints, locate_checkpoint
-from opensora_fast.train.data import build_decoder, make_batches, read_data
+from opensora_fast.train.data import make_batches, read_data
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.encoders import adopt_fitted, build_encoders, copy_fitted
 from opensora_fast.train.loop import Limits, Trainer
@@ -25,6 +26,8 @@ from opensora_fast.train.start import (
     make_model_config,
     resolve_weights,
 )
+from opensora_fast.train.state import load_weights
+from opensora_fast.train.state import resume as resume_state
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CHECKPOINT_CONFIG = "train_config.json"
@@ -79,7 +82,7 @@ def train(
     for source in (start.resume, start.state, start.weights):
         if source is not None:
             adopt_fitted(Path(source), out)
-    decoder = build_decoder(config.decoder, config.num_workers, torch_device)
+    decoder = build_decoder(config.decoder, device=torch_device.type, threads=config.num_workers or None, report=report)
     dtype = DTYPES[config.dtype]
     try:
         video_encoder, text_encoder = build_encoders(config, out, data, decoder, torch_device, dtype)
@@ -97,19 +100,26 @@ def train(
             diffusion=diffusion,
             masks=masks,
             inputs=ModelInputs(video_encoder, text_encoder, torch_device),
-            batches=make_batches(config, data, decoder, out / "bad_clips.jsonl"),
+            batches=make_batches(
+                config,
+                data,
+                decoder,
+                out / "bad_clips.jsonl",
+                pin_memory=torch_device.type == "cuda",
+                report=lambda text: trainer.note(text),
+            ),
             extra_files=lambda folder: write_extra_files(config, out, folder),
             folder=out,
             replay=lambda checkpoint, step: describe_replay(out, checkpoint, step, torch_device),
             limits=Limits(config.steps, config.epochs, config.log_every, config.ckpt_every, config.keep_checkpoints),
             seed=config.seed,
-            state_note={"data": data.get_fingerprint()},
+            data_fingerprint=data.get_fingerprint(),
         )
         if start.resume is not None:
-            trainer.resume(start.resume)
+            resume_state(trainer, start.resume)
             report_changes(start.resume, config, report)
         elif start.state is not None:
-            trainer.load_weights(start.state)
+            load_weights(trainer, start.state)
         (out / "config.json").write_text(to_json(config) + "\n")
         report(describe_run(trainer, data.explanation.steps, start))
         signal_number = trainer.run()

@@ -1,0 +1,124 @@
+"""A handful of small clips and images, a tiny model, and helpers to run `opensora-fast train` on them."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from opensora_fast import cli
+from opensora_fast.data.video_files import save_image, save_video
+from opensora_fast.train.metrics import read_metrics
+
+SIZE = (144, 256)
+CONFIG = """
+dataset = dict(type="VariableVideoTextDataset", frame_interval=1)
+bucket_config = {"144p": {1: (1.0, 2), 2: (1.0, 2), 4: (1.0, 1)}}
+mask_ratios = {"mask_no": 0.5, "mask_image_head": 0.25, "mask_quarter_random": 0.25}
+model = dict(
+    type="STDiT2", hidden_size=48, num_heads=2, depth=1, input_sq_size=512, qk_norm=True, class_dropout_prob=0.5,
+)
+vae = dict(type="linear")
+text_encoder = dict(type="bytes", model_max_length=16, output_dim=32)
+scheduler = dict(type="iddpm", timestep_respacing="")
+dtype = "fp32"
+lr = 1e-3
+ema_decay = 0.9
+seed = 42
+num_workers = 1
+log_every = 2
+ckpt_every = 0
+"""
+
+
+def make_clip(frames: int, number: int) -> torch.Tensor:
+    """[3, frames, H, W] in [-1, 1]: a gradient whose color and place belong to the number, moving."""
+    rows = torch.linspace(-1, 1, SIZE[0])[None, :, None]
+    columns = torch.linspace(-1, 1, SIZE[1])[None, None, :]
+    times = torch.arange(frames)[:, None, None] / 8 + number
+    channels = [torch.sin(3 * rows + 2 * columns + times * (channel + 1)) for channel in range(3)]
+    return torch.stack(channels) * (0.4 + 0.6 * math.cos(number) ** 2)
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory) -> Path:
+    """4 images, 4 clips of 3 frames and 2 of 6: an epoch of 6 batches."""
+    folder = tmp_path_factory.mktemp("clips")
+    rows = []
+    for number, frames in enumerate([1] * 4 + [3] * 4 + [6] * 2):
+        name = f"{number}.png" if frames == 1 else f"{number}.mp4"
+        if frames == 1:
+            save_image(folder / name, make_clip(1, number))
+        else:
+            save_video(folder / name, make_clip(frames, number), fps=8)
+        rows.append((name, f"pattern {number}", frames, *SIZE, 8.0))
+    path = folder / "meta.csv"
+    pd.DataFrame(rows, columns=["path", "text", "num_frames", "height", "width", "fps"]).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def train(config, table, capsys):
+    """train(out, *more) runs the command in this process and returns (exit code, standard output, standard error)."""
+
+    def run(out, *more, config=config):
+        capsys.readouterr()
+        arguments = ["train", str(config), "--data-path", str(table), "--out", str(out), "--device", "cpu"]
+        code = cli.run([*arguments, *map(str, more)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def train_process(config, table):
+    """The same in a process of its own: returns the Popen."""
+
+    def start(out, *more):
+        arguments = ["train", str(config), "--data-path", str(table), "--out", str(out), "--device", "cpu"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "opensora_fast", *arguments, *map(str, more)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    return start
+
+
+def read_losses(out: Path) -> list[tuple]:
+    """What must be equal bit for bit between two runs, one tuple a step."""
+    return [
+        (
+            row["step"],
+            row["loss"],
+            row["mse"],
+            row["vb"],
+            row["grad_norm"],
+            row["bucket"],
+            row["epoch"],
+            row["micro_batch"],
+        )
+        for row in read_metrics(out / "metrics.jsonl")
+    ]

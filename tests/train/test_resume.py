@@ -1,0 +1,212 @@
+"""Stopping and going on, at any step and by any means, gives the numbers of a run that was never stopped."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import read_losses
+from safetensors.torch import load_file
+
+from opensora_fast import cli
+from opensora_fast.train.loop import Trainer
+
+STEPS = 9  # an epoch has 6
+
+
+def assert_same_weights(first, second):
+    for name in ("model/model.safetensors", "ema/model.safetensors", "optimizer.safetensors"):
+        a, b = load_file(first / name), load_file(second / name)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]), (name, key)
+
+
+def last(out):
+    return out / "checkpoints" / f"step-{STEPS:08d}"
+
+
+@pytest.fixture
+def whole(train, tmp_path):
+    """A run that was never stopped."""
+    out = tmp_path / "whole"
+    code, _, error = train(out, "--steps", STEPS)
+    assert code == 0, error
+    assert len(read_losses(out)) == STEPS
+    return out
+
+
+def test_stop_at_any_step_and_resume(train, tmp_path, whole):
+    """Step 0, 1, in the middle of an epoch, at its edge, just after it, and the last."""
+    for stop in (0, 1, 4, 6, 7, STEPS):
+        out = tmp_path / f"stop{stop}"
+        assert train(out, "--steps", stop)[0] == 0
+        code, text, error = train(out, "--steps", STEPS, "--resume", "auto")
+        assert code == 0, error
+        assert stop == 0 or f"after step {stop}" in text
+        assert read_losses(out) == read_losses(whole), stop
+        assert_same_weights(last(out), last(whole))
+
+
+def test_stop_at_every_step_in_bf16(train, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert train(whole, "--steps", 7, "dtype=bf16")[0] == 0
+    for steps in range(8):
+        assert train(out, "--steps", steps, "--resume", "auto", "dtype=bf16")[0] == 0
+    assert read_losses(out) == read_losses(whole)
+
+
+def test_resume_into_another_folder_and_from_an_older_checkpoint(train, tmp_path, whole):
+    first = tmp_path / "first"
+    assert train(first, "--steps", 6, "ckpt_every=3")[0] == 0
+    out = tmp_path / "second"
+    assert train(out, "--steps", STEPS, "--resume", first / "checkpoints" / "step-00000003")[0] == 0
+    assert read_losses(out) == read_losses(whole)[3:]
+    assert_same_weights(last(out), last(whole))
+    code, _, error = train(first, "--steps", STEPS, "--resume", first / "checkpoints" / "step-00000003")
+    assert code == 1 and "holds later checkpoints" in error and "step-00000006" in error
+    # and through the configuration
+    assert train(tmp_path / "third", "--steps", STEPS, f"load={first}")[0] == 0
+    assert read_losses(tmp_path / "third") == read_losses(whole)[6:]
+
+
+def test_resume_from_the_configuration_that_the_run_wrote(train, tmp_path, whole):
+    out = tmp_path / "run"
+    assert train(out, "--steps", 4)[0] == 0
+    assert cli.run(["train", str(out / "config.json"), "--out", str(out), "--resume", "auto", "--steps", "9"]) == 0
+    assert read_losses(out) == read_losses(whole)
+
+
+def test_weights_and_optimizer_state_into_a_new_order(train, tmp_path, whole):
+    code, _, error = train(tmp_path / "run", "--steps", 2, f"load={whole}", "start_from_scratch=True", "seed=1")
+    assert code == 0, error
+    rows = read_losses(tmp_path / "run")
+    assert [row[0] for row in rows] == [1, 2] and rows[0][6:] == (0, 0)
+    moments = load_file(tmp_path / "run" / "checkpoints" / "step-00000002" / "optimizer.safetensors")
+    assert float(moments["step.final_layer.linear.weight"]) == STEPS + 2
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, whole):
+    out = tmp_path / "run"
+    assert train(out, "--steps", 6, "ckpt_every=3")[0] == 0
+    weights = out / "checkpoints" / "step-00000006" / "optimizer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    code, text, error = train(out, "--steps", STEPS, "--resume", "auto")
+    assert code == 0, error
+    assert "optimizer.safetensors is damaged" in text and "after step 3" in text
+    assert read_losses(out) == read_losses(whole)
+    shutil.rmtree(last(out) / "ema")
+    code, _, error = train(tmp_path / "other", "--resume", last(out), "--steps", STEPS)
+    assert code == 1 and "ema" in error and "is missing" in error
+
+
+def test_another_order_of_batches_is_refused_by_name(train, tmp_path, table, whole):
+    for override, message in (
+        ("seed=1", "seed=42"),
+        ("dataset.frame_interval=2", "another table of clips"),
+        ("bucket_config.144p.1=(1.0, 1)", "another table of clips"),
+    ):
+        code, _, error = train(tmp_path / "run", "--resume", whole, "--steps", STEPS, override, "drop_last=False")
+        assert code == 1 and re.search(message, error), error
+    code, _, error = train(tmp_path / "run", "--resume", whole, "--steps", STEPS, "model.depth=2")
+    assert code == 1 and "of another model" in error and "blocks.1" in error
+
+
+def test_changed_values_are_told(train, whole):
+    code, text, _ = train(whole, "--steps", STEPS, "--resume", "auto", "lr=5e-4")
+    assert code == 0 and "note: lr is now 0.0005, the checkpoint was trained with 0.001" in text
+
+
+def wait_for_steps(out, steps, process):
+    for _ in range(600):
+        path = out / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= steps:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("the run took too long")
+
+
+def test_kill_minus_9_costs_only_the_steps_since_the_checkpoint(train, train_process, tmp_path, whole):
+    out = tmp_path / "run"
+    process = train_process(out, "--steps", 500, "ckpt_every=2")
+    wait_for_steps(out, 5, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    code, text, error = train(out, "--steps", STEPS, "--resume", "auto")
+    stopped_at = int(re.search(r"after step (\d+)", text)[1])
+    assert stopped_at >= 4
+    if stopped_at <= STEPS:
+        assert code == 0, error
+        assert read_losses(out) == read_losses(whole)
+        assert_same_weights(last(out), last(whole))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(train, tmp_path, monkeypatch, whole, number):
+    out = tmp_path / "run"
+    real = Trainer.compute_losses
+
+    def interrupted(self, batch, step):
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return real(self, batch, step)
+
+    monkeypatch.setattr(Trainer, "compute_losses", interrupted)
+    code, text, error = train(out, "--steps", STEPS)
+    assert code == 128 + number, error
+    assert "--resume auto continues" in text
+    assert [row[0] for row in read_losses(out)] == [1, 2, 3]
+    monkeypatch.undo()
+    assert train(out, "--steps", STEPS, "--resume", "auto")[0] == 0
+    assert read_losses(out) == read_losses(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_can_be_replayed(train, tmp_path, capsys):
+    out = tmp_path / "run"
+    code, _, error = train(out, "--steps", 5, "lr=1e25", "grad_clip=None")
+    assert code == 1
+    report = json.loads((out / "nonfinite.json").read_text())
+    step = report["step"]
+    assert re.search(rf"step {step}: the (loss|gradient norm) is (nan|inf)", error), error
+    assert f"rows {', '.join(map(str, report['rows']))}" in error and "Traceback" not in error
+    assert len(read_losses(out)) == step - 1
+    checkpoint = out / "checkpoints" / f"step-{step - 1:08d}"
+    assert all(torch.isfinite(value).all() for value in load_file(checkpoint / "model" / "model.safetensors").values())
+    assert report["replay"] in error
+    capsys.readouterr()
+    assert cli.run(shlex.split(report["replay"])[1:]) == 1
+    replayed = json.loads((tmp_path / f"run-replay-{step}" / "nonfinite.json").read_text())
+    for key in ("step", "what", "value", "rows", "epoch", "micro_batch", "bucket"):
+        assert replayed[key] == report[key]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_leaves_the_state_before_it(train, tmp_path, monkeypatch, whole, where):
+    """The checkpoint is exactly that of the step before, so a resume without the fault is a run without the fault."""
+    out = tmp_path / "run"
+    real = Trainer.compute_losses
+
+    def faulty(self, batch, step):
+        losses = real(self, batch, step)
+        if step == 5:
+            # 0 * sqrt'(0) has the value 0 and the gradient nan
+            weight = self.model.final_layer.linear.bias.sum() * 0
+            fault = torch.sqrt(weight.abs()) * 0 if where == "gradient" else weight * float("nan")
+            losses["loss"] = losses["loss"] + fault
+        return losses
+
+    monkeypatch.setattr(Trainer, "compute_losses", faulty)
+    code, _, error = train(out, "--steps", STEPS)
+    assert code == 1 and f"step 5: the {'loss' if where == 'loss' else 'gradient norm'} is nan" in error
+    assert [row[0] for row in read_losses(out)] == [1, 2, 3, 4]
+    monkeypatch.undo()
+    assert train(out, "--steps", STEPS, "--resume", "auto")[0] == 0
+    assert read_losses(out) == read_losses(whole)
+    assert_same_weights(last(out), last(whole))

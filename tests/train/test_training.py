@@ -1,0 +1,212 @@
+"""A whole run of a tiny model: what it writes, what it learns, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import read_losses
+from safetensors.torch import load_file
+
+from opensora_fast.model import STDiT2
+from opensora_fast.train.metrics import read_metrics
+
+
+def test_a_run_writes_what_it_promises(train, tmp_path):
+    out = tmp_path / "run"
+    code, text, error = train(out, "--steps", 8, "ckpt_every=3")
+    assert code == 0, error
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    needed = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time", "data_wait", "bucket", "memory"}
+    for row in rows:
+        assert needed <= set(row)
+        assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["lr"] == 1e-3 and row["memory"] > 0
+        clips, frames = (1, 4) if row["bucket"][1] == 4 else (2, row["bucket"][1])
+        assert row["tokens"] == clips * frames * 9 * 16  # latents of 18 x 32 in patches of 2 x 2
+        assert 0 <= row["data_wait"] <= row["step_time"]
+    assert {row["bucket"][1] for row in rows} == {1, 2, 4}
+    assert [row["epoch"] for row in rows] == [0] * 6 + [1] * 2
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000006", "step-00000008"]
+    checkpoint = out / "checkpoints" / "step-00000008"
+    for name in ("model", "ema"):
+        model = STDiT2.from_pretrained(checkpoint / name)
+        assert model.config.hidden_size == 48 and model.config.model_max_length == 16
+    assert (checkpoint / "encoders" / "vae" / "config.json").is_file()
+    assert json.loads((checkpoint / "state.json").read_text())["sampler"] == {"seed": 42, "epoch": 1, "consumed": 2}
+    assert json.loads((out / "config.json").read_text())["model"]["depth"] == 1
+    ops = {row["op"]: row["backend"] for row in json.loads((out / "kernels.json").read_text())}
+    assert ops["spatial_attention"] == "reference" and "spatial_attention (reference" in text
+    assert "train" in error and "loss" in error  # progress
+    assert not (out / "bad_clips.jsonl").exists() or (out / "bad_clips.jsonl").read_text() == ""
+
+
+def test_average_follows_the_weights(train, tmp_path):
+    """The average in the checkpoint is that of Open-Sora's formula over the weights of every step."""
+    average = None
+    for step in range(4):
+        out = tmp_path / str(step)
+        assert train(out, "--steps", step)[0] == 0
+        folder = out / "checkpoints" / f"step-{step:08d}"
+        weights = load_file(folder / "model" / "model.safetensors")
+        if average is None:
+            average = {name: value.clone() for name, value in weights.items()}
+        else:
+            for name, value in average.items():
+                value.mul_(0.9).add_(weights[name], alpha=1 - 0.9)
+        stored = load_file(folder / "ema" / "model.safetensors")
+        for name, value in average.items():
+            if name in ("rope.freqs", "y_embedder.y_embedding"):  # not trained
+                assert torch.equal(stored[name], weights[name])
+            else:
+                assert torch.equal(stored[name], value), (step, name)
+
+
+def test_the_loss_falls(train, tmp_path):
+    out = tmp_path / "run"
+    more = ["bucket_config={'144p': {1: (1.0, 4)}}", "mask_ratios=None", "lr=3e-3", "model.hidden_size=144"]
+    assert train(out, "--steps", 60, *more)[0] == 0
+    losses = [row["loss"] for row in read_metrics(out / "metrics.jsonl")]
+    assert sum(losses[-15:]) < 0.8 * sum(losses[:15]), losses
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_same_seed_gives_the_same_losses(train, tmp_path, dtype):
+    for name, more in (("a", []), ("b", ["prefetch=3", "num_workers=2"]), ("c", ["seed=43"])):
+        assert train(tmp_path / name, "--steps", 7, f"dtype={dtype}", *more)[0] == 0
+    assert read_losses(tmp_path / "a") == read_losses(tmp_path / "b")
+    assert read_losses(tmp_path / "a") != read_losses(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["scheduler=dict(type='iddpm-speed')"],
+        ["mask_ratios=None"],
+        ["grad_checkpoint=True", "model.depth=2"],
+        ["grad_checkpoint=1", "model.depth=2"],
+        ["grad_clip=None"],
+        ["model.freeze=not_temporal"],
+        ["drop_last=False", "bucket_config.144p.2=(1.0, 3)"],
+        ["decoder=pyav", "dtype=bf16"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_options(train, tmp_path, overrides):
+    code, _, error = train(tmp_path / "run", "--steps", 3, *overrides)
+    assert code == 0, error
+    assert len(read_losses(tmp_path / "run")) == 3
+
+
+def test_recomputing_activations_changes_nothing(train, tmp_path):
+    for name, blocks in (("a", 0), ("b", 1), ("c", 2)):
+        assert train(tmp_path / name, "--steps", 4, "model.depth=2", f"grad_checkpoint={blocks}")[0] == 0
+    losses = [[row[1] for row in read_losses(tmp_path / name)] for name in "abc"]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_epochs_end_the_run_where_there_are_no_steps(train, tmp_path):
+    assert train(tmp_path / "run", "epochs=2")[0] == 0
+    assert [row[6] for row in read_losses(tmp_path / "run")] == [0] * 6 + [1] * 6
+
+
+def test_init_from_a_run_takes_weights_and_encoder_but_not_the_position(train, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train(first, "--steps", 4)[0] == 0
+    code, text, error = train(second, "--steps", 0, "--init-from", first, "seed=7")
+    assert code == 0, error
+    assert "step-00000004" in text
+    old = load_file(first / "checkpoints" / "step-00000004" / "model" / "model.safetensors")
+    new = load_file(second / "checkpoints" / "step-00000000" / "model" / "model.safetensors")
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    fitted = "encoders/vae/linear_autoencoder.safetensors"
+    assert (first / fitted).read_bytes() == (second / fitted).read_bytes()
+    # a model folder does as well
+    assert train(tmp_path / "third", "--steps", 0, "--init-from", first / "checkpoints/step-00000004/ema")[0] == 0
+    assert train(tmp_path / "fourth", "--steps", 0, "--init-from", first, "model.depth=2")[0] == 1
+
+
+def test_dry_run_prints_and_writes_nothing(train, tmp_path):
+    out = tmp_path / "run"
+    code, text, _ = train(out, "--steps", 5, "--dry-run", "lr=2e-3")
+    assert code == 0
+    assert "0.002  [command line]" in text and "[tiny.py:" in text and "steps" in text
+    assert "144p, 4 frame" in text and "6 steps for each of 1 process" in text
+    assert not out.exists()
+
+
+def test_dry_run_without_a_table_shows_the_configured_buckets(capsys):
+    from opensora_fast import cli
+
+    assert cli.run(["train", "stage3", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "720p, 32 frame" in text and "no table of clips is given" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["modle.depth=2"], r"modle: unknown key; did you mean 'model'\?"),
+        (["bucket_config.144q={1: (1.0, 2)}"], "144q"),
+        (["bucket_config.144p.1=(1.5, 2)"], "144p"),
+        (["bucket_config.144p.1=(1.0, None)"], "144p"),
+        (["bucket_config.144p.1=(1.0, (2, 4))"], "144p"),
+        (["bucket_config={'144p': {1: (1.0, 50)}}"], r"no micro-batch from 10 clips(.|\n)*144p, 1 frame"),
+        (["bucket_config.144p.1=(1.0, 50)"], r"zero batches(.|\n)*\['144p'\]\[1\]: 4 clips, batch size 50"),
+        (["bucket_config={'720p': {16: (1.0, 1)}}"], "no micro-batch from 10 clips"),
+        (["--data-path", "/nowhere/meta.csv"], "/nowhere/meta.csv"),
+        (["vae.from_pretrained=/nowhere/vae"], "/nowhere/vae"),
+        (["--init-from", "/nowhere/model"], "/nowhere/model"),
+        (["--resume", "/nowhere/run"], "/nowhere/run: no such folder"),
+        (["load=/nowhere/run"], "/nowhere/run: no such folder"),
+        (["model.hidden_size=100"], "hidden_size 100"),
+        (["model.drop_path=0.1"], "drop_path"),
+        (["grad_checkpoint=9"], "grad_checkpoint=9"),
+        (["scheduler.learn_sigma=False"], "learn_sigma"),
+        (["scheduler.noise_schedule=cosin"], "cosin"),
+        (["--device", "tpu"], "tpu"),
+        (["--resume", "/nowhere", "--init-from", "/nowhere"], "give one of them"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_mistakes_are_one_message_and_leave_no_folder(train, tmp_path, more, message):
+    import re
+
+    out = tmp_path / "run"
+    code, _, error = train(out, "--steps", 2, *more)
+    assert code == 1
+    assert re.search(message, error), error
+    assert "Traceback" not in error and "unexpected" not in error
+    assert not (out / "checkpoints").exists() and not (out / "metrics.jsonl").exists()
+
+
+def test_clips_too_few_for_a_batch_may_be_left_out_on_demand(train, tmp_path):
+    code, text, error = train(
+        tmp_path / "run", "--steps", 2, "bucket_config.144p.1=(1.0, 50)", "allow_empty_buckets=True"
+    )
+    assert code == 0, error
+    assert "warning: 144p, 1 frame: batch size 50 is more than the clips" in text
+
+
+def test_a_run_is_not_written_over(train, tmp_path):
+    assert train(tmp_path / "run", "--steps", 1)[0] == 0
+    code, _, error = train(tmp_path / "run", "--steps", 1)
+    assert code == 1 and "holds a run already: add --resume auto" in error
+
+
+def test_out_is_needed(config, capsys):
+    from opensora_fast import cli
+
+    assert cli.run(["train", str(config)]) == 1
+    assert "--out is missing" in capsys.readouterr().err
+    assert cli.run(["train", str(config), "--out", "/tmp/x"]) == 1
+    assert "dataset.data_path is missing: add --data-path META" in capsys.readouterr().err
+
+
+def test_a_configuration_is_never_executed(train, tmp_path):
+    marker = tmp_path / "marker"
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"import pathlib\nseed = pathlib.Path({str(marker)!r}).touch()\n")
+    code, _, error = train(tmp_path / "run", config=evil)
+    assert code == 1 and "evil.py, line 1" in error
+    assert not marker.exists() and not (tmp_path / "run").exists()

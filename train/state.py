@@ -1,0 +1,71 @@
+"""What a checkpoint of a run holds, and how a run takes it up again."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from opensora_fast.train.loop import Trainer
+
+WEIGHTS = "model.safetensors"
+FORMAT = 1
+
+
+@dataclass
+class Position:
+    """Where a run stands: steps taken, and the micro-batches of the current epoch that have been used on all ranks."""
+
+    step: int = 0
+    epoch: int = 0
+    consumed: int = 0
+
+
+def write_state(trainer: "Trainer", folder: Path) -> None:
+    """Fill a checkpoint folder: `model/` and `ema/` in float32 as `STDiT2.from_pretrained` reads them, the optimizer,
+    and the position of sampler and random numbers."""
+    for name, trained in (("model", None), ("ema", trainer.ema.average)):
+        (folder / name).mkdir()
+        state = {key: value.cpu().contiguous() for key, value in trainer.optimizer.full_state(trained).items()}
+        save_file(state, folder / name / WEIGHTS, metadata={"format": "pt"})
+        (folder / name / "config.json").write_text(trainer.model.config.model_dump_json(indent=2) + "\n")
+    moments = {key: value.cpu().contiguous() for key, value in trainer.optimizer.state_dict().items()}
+    save_file(moments, folder / "optimizer.safetensors")
+    position = trainer.position
+    state = {
+        "format": FORMAT,
+        "step": position.step,
+        "sampler": {"seed": trainer.seed, "epoch": position.epoch, "consumed": position.consumed},
+        "random": {"seed": trainer.seed, "rule": "every step draws from (seed, step, rank)"},
+        "world_size": trainer.world_size,
+        "data": trainer.data_fingerprint,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def load_weights(trainer: "Trainer", checkpoint: Path) -> None:
+    """Take weights, average and optimizer state of a verified checkpoint, but not its position."""
+    trainer.optimizer.load_weights(load_file(checkpoint / "model" / WEIGHTS))
+    trainer.ema.load(load_file(checkpoint / "ema" / WEIGHTS))
+    trainer.optimizer.load_state_dict(load_file(checkpoint / "optimizer.safetensors"))
+
+
+def resume(trainer: "Trainer", checkpoint: Path) -> None:
+    """Go on from a verified checkpoint. ValueError if it was written with other data or another seed."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{checkpoint} has format {state.get('format')}; this version reads {FORMAT}")
+    sampler = state["sampler"]
+    if sampler["seed"] != trainer.seed:
+        raise ValueError(f"{checkpoint} was written with seed={sampler['seed']}; the seed is now {trainer.seed}")
+    if state["data"] != trainer.data_fingerprint:
+        raise ValueError(
+            f"{checkpoint} was written with another table of clips, bucket_config, frame_interval or drop_last, so its "
+            "order of batches cannot be continued; to take its weights and optimizer state into a new order, use "
+            f"load={checkpoint} start_from_scratch=True in place of --resume"
+        )
+    load_weights(trainer, checkpoint)
+    trainer.position = Position(state["step"], sampler["epoch"], sampler["consumed"])
+    trainer.last_checkpoint = checkpoint if checkpoint.parent == trainer.folder / "checkpoints" else None
