@@ -139,6 +139,7 @@ class DatasetConfig(Section):
     num_frames: GivenByBuckets = None
     image_size: GivenByBuckets = None
     transform_name: Annotated[str, BeforeValidator(_check_transform)] = "resize_crop"
+    fps_after_interval: bool = False
 
 
 class ModelConfig(Section):
@@ -259,8 +260,8 @@ class TrainConfig(Section):
     # This project's own.
     steps: int | None = Field(None, ge=0)
     features: str | None = None
-    decoder: Literal["auto", "pyav", "dali-cpu", "dali-gpu"] = "auto"
-    prefetch: int = Field(2, ge=1)
+    decoder: Literal["auto", "pyav", "dali"] = "auto"
+    prefetch: int = Field(2, ge=0)
     drop_last: bool = True
     allow_empty_buckets: bool = False
     ema_decay: float = Field(0.9999, ge=0, lt=1)
