@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from opensora_fast.data.bucket import BucketId
+from opensora_fast.data.clips import is_image_path
+from opensora_fast.data.manifest import IMAGE_FPS, Clip
 
 
 @dataclass
@@ -65,9 +68,19 @@ class Batch:
         )
 
 
-def make_conditions(thw: tuple[int, int, int], fps: list[float]) -> dict[str, torch.Tensor]:
-    """The conditions of a micro-batch: `thw` are the bucket's frames, height and width, `fps` those of the clips."""
-    frames, height, width = (torch.full((len(fps),), float(value)) for value in thw)
+def make_conditions(thw: tuple[int, int, int], clips: Sequence[Clip], fps_divisor: int = 1) -> dict[str, torch.Tensor]:
+    """What the model is told about the clips of a micro-batch.
+
+    Args:
+        thw: frames, height and width of the bucket.
+        clips: their rows in the manifest.
+        fps_divisor: by which the frame rates of videos are divided; images have 120 in any case, as in Open-Sora.
+
+    Returns:
+        num_frames, height, width, ar, fps: float32 [B].
+    """
+    frames, height, width = (torch.full((len(clips),), float(value)) for value in thw)
+    fps = [IMAGE_FPS if is_image_path(clip.path) else clip.fps / fps_divisor for clip in clips]
     return {
         "num_frames": frames,
         "height": height,

@@ -11,8 +11,8 @@ import torch
 from opensora_fast.data.bad_clips import BadClipLog
 from opensora_fast.data.batch import Batch, make_conditions
 from opensora_fast.data.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
-from opensora_fast.data.manifest import IMAGE_FPS, Manifest
-from opensora_fast.data.prefetch import Prefetcher
+from opensora_fast.data.manifest import Manifest
+from opensora_fast.data.prefetch import EpochPrefetcher
 from opensora_fast.data.reporting import print_line
 from opensora_fast.data.sampler import BucketSampler, MicroBatch
 
@@ -70,23 +70,15 @@ class ClipLoader:
         self.decoder = decoder
         self.frame_interval = frame_interval
         self.seed = seed
-        self.prefetch = prefetch
         self.fps_after_interval = fps_after_interval
         self.pin_memory = pin_memory
         self._report = report
         self._log = BadClipLog(bad_clips_path)
-        self._running: Prefetcher[Batch] | None = None
-        self._waited_before = 0.0
+        self._epochs = EpochPrefetcher(self._make_batches, prefetch)
 
     def __iter__(self) -> Iterator[Batch]:
         """One epoch of the sampler. Starting another iteration ends the one before."""
-        self._stop()
-        running = self._running = Prefetcher(self._make_batches, self.prefetch)
-        try:
-            yield from running
-        finally:
-            if running is self._running:
-                self._stop()
+        return self._epochs.run()
 
     def __len__(self) -> int:
         """Batches of the next iteration."""
@@ -94,7 +86,7 @@ class ClipLoader:
 
     @property
     def data_wait(self) -> float:
-        return self._waited_before + (0.0 if self._running is None else self._running.waited)
+        return self._epochs.waited
 
     @property
     def bad_clips(self) -> int:
@@ -102,7 +94,7 @@ class ClipLoader:
 
     def close(self) -> None:
         """End the thread of the loader and the decoder."""
-        self._stop()
+        self._epochs.close()
         self.decoder.close()
 
     def load(self, micro_batch: MicroBatch) -> Batch:
@@ -132,12 +124,6 @@ class ClipLoader:
             f"one, {last_bad.path}, because: {last_bad.reason}. Look at the data (`opensora-fast data validate`)"
         )
 
-    def _stop(self) -> None:
-        if self._running is not None:
-            self._running.close()
-            self._waited_before += self._running.waited
-            self._running = None
-
     def _make_batches(self) -> Iterator[Batch]:
         for micro_batch in self.sampler:
             batch = self.load(micro_batch)
@@ -164,11 +150,10 @@ class ClipLoader:
     ) -> Batch:
         described = [self.manifest.clip(row) for row in rows]
         divisor = self.frame_interval if self.fps_after_interval else 1
-        fps = [IMAGE_FPS if is_image_path(clip.path) else clip.fps / divisor for clip in described]
         return Batch(
             video=torch.stack(clips),
             text=[clip.text for clip in described],
-            **make_conditions(thw, fps),
+            **make_conditions(thw, described, divisor),
             bucket=micro_batch.bucket,
             rows=tuple(rows),
             index=micro_batch.index,

@@ -87,3 +87,40 @@ class Prefetcher(Generic[Item]):
             except queue.Full:
                 continue
         return False
+
+
+class EpochPrefetcher(Generic[Item]):
+    """One `Prefetcher` after the other, for something that is iterated over once an epoch.
+
+    Args:
+        make_items: gives the iterator of an epoch.
+        depth: see `Prefetcher`.
+    """
+
+    def __init__(self, make_items: Callable[[], Iterator[Item]], depth: int) -> None:
+        self.depth = depth
+        self._make_items = make_items
+        self._running: Prefetcher[Item] | None = None
+        self._waited_before = 0.0
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the consumer has waited for items, over all epochs."""
+        return self._waited_before + (0.0 if self._running is None else self._running.waited)
+
+    def run(self) -> Iterator[Item]:
+        """The items of an epoch. The thread ends with the iterator, or when another epoch or `close` is called for."""
+        self.close()
+        running = self._running = Prefetcher(self._make_items, self.depth)
+        try:
+            yield from running
+        finally:
+            if running is self._running:
+                self.close()
+
+    def close(self) -> None:
+        """End the thread, if one runs."""
+        if self._running is not None:
+            self._running.close()
+            self._waited_before += self._running.waited
+            self._running = None
