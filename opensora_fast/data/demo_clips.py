@@ -32,9 +32,11 @@ VIDEOS = (CARTOON, STREET, CAR)
 
 
 ENCODERS = {
-    ".mp4": ("libx264", {"crf": "18", "preset": "veryfast"}),
-    ".webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0"}),
+    ".mp4": ("libx264", "yuv420p", {"crf": "18", "preset": "veryfast"}),
+    ".webm": ("libvpx-vp9", "yuv420p", {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0"}),
+    ".avi": ("mjpeg", "yuvj420p", {}),
 }
+"""Ending of a file -> encoder, pixel format, options."""
 FRAMES_BETWEEN_KEYFRAMES = 30
 
 
@@ -43,7 +45,8 @@ class Cut:
     """A clip to make.
 
     Attributes:
-        name: of the file; its ending says what is written: .mp4 (H.264), .webm (VP9), .png (the first frame).
+        name: of the file; its ending says what is written: .mp4 (H.264), .webm (VP9), .avi (MJPEG) or
+            .png (the first frame).
         source: the video it is taken from.
         text: its caption.
         frames: first frame and the one after the last.
@@ -103,7 +106,8 @@ CUTS = (
     Cut("rabbit_stands.png", CARTOON, f"{RABBIT} stands upright {MEADOW}", (110, 111), crop=(0, 220, 720, 404),
         size=(400, 224)),
     Cut("bus.png", STREET, BUS, (5, 6)),
-    Cut("cyclist.png", STREET, "A cyclist in black with a helmet stands beside a dark car in the evening light", (110, 111)),
+    Cut("cyclist.png", STREET, "A cyclist in black with a helmet stands beside a dark car in the evening light",
+        (110, 111)),
     Cut("crossing.png", STREET, CROSSING, (160, 161)),
     Cut("bicycle.png", STREET, BICYCLE, (235, 236)),
     Cut("bicycle_square.png", STREET, BICYCLE, (235, 236), crop=(0, 200, 272, 272)),
@@ -252,8 +256,8 @@ class _CutWriter:
     def _open(self, frame: VideoFrame) -> None:
         import av
 
-        codec, options = ENCODERS[self.path.suffix]
+        codec, pixel_format, options = ENCODERS[self.path.suffix]
         self._container = av.open(str(self.path), "w")
         stream = self._container.add_stream(codec, rate=self.rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = frame.height, frame.width, "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = frame.height, frame.width, pixel_format
         stream.gop_size = FRAMES_BETWEEN_KEYFRAMES
