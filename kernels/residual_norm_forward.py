@@ -73,13 +73,11 @@ def residual_norm_forward(
     C: tl.constexpr,
     WIDE: tl.constexpr,
     TAIL: tl.constexpr,
-    TILE_TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     tile = tl.program_id(0)
     first = tl.load(tiles + 3 * tile).to(tl.int64)
     count = tl.load(tiles + 3 * tile + 1)
-    tl.assume(count <= TILE_TOKENS)
     entry = tl.load(frame_rows + tl.load(tiles + 3 * tile + 2)).to(tl.int64)
     wide, tail = tl.arange(0, WIDE), WIDE + tl.arange(0, TAIL)
     in_wide, in_tail = wide < C, tail < C

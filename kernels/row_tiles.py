@@ -28,30 +28,30 @@ FEW_TOKENS = 16384  # up to here a tile of 64 tokens would leave multiprocessors
 
 _FORWARD = {
     "few": (
-        Configuration(TILE_TOKENS=16, STAGES=3, num_warps=2),
-        Configuration(TILE_TOKENS=16, STAGES=1, num_warps=4),
-        Configuration(TILE_TOKENS=32, STAGES=3, num_warps=4),
+        Configuration(tile_tokens=16, STAGES=3, num_warps=2),
+        Configuration(tile_tokens=16, STAGES=1, num_warps=4),
+        Configuration(tile_tokens=32, STAGES=3, num_warps=4),
     ),
     "many": (
-        Configuration(TILE_TOKENS=16, STAGES=1, num_warps=2),
-        Configuration(TILE_TOKENS=16, STAGES=1, num_warps=1),
-        Configuration(TILE_TOKENS=16, STAGES=1, num_warps=4),
-        Configuration(TILE_TOKENS=32, STAGES=3, num_warps=2),
-        Configuration(TILE_TOKENS=64, STAGES=3, num_warps=4),
+        Configuration(tile_tokens=16, STAGES=1, num_warps=2),
+        Configuration(tile_tokens=16, STAGES=1, num_warps=1),
+        Configuration(tile_tokens=16, STAGES=1, num_warps=4),
+        Configuration(tile_tokens=32, STAGES=3, num_warps=2),
+        Configuration(tile_tokens=64, STAGES=3, num_warps=4),
     ),
 }
 _BACKWARD = {
     "few": (
-        Configuration(TILE_TOKENS=32, STAGES=3, num_warps=4),
-        Configuration(TILE_TOKENS=16, STAGES=3, num_warps=4),
-        Configuration(TILE_TOKENS=32, STAGES=1, num_warps=4),
+        Configuration(tile_tokens=32, STAGES=3, num_warps=4),
+        Configuration(tile_tokens=16, STAGES=3, num_warps=4),
+        Configuration(tile_tokens=32, STAGES=1, num_warps=4),
     ),
     "many": (
-        Configuration(TILE_TOKENS=64, STAGES=3, num_warps=4),
-        Configuration(TILE_TOKENS=64, STAGES=1, num_warps=4),
-        Configuration(TILE_TOKENS=64, STAGES=2, num_warps=4),
-        Configuration(TILE_TOKENS=128, STAGES=3, num_warps=4),
-        Configuration(TILE_TOKENS=64, STAGES=3, num_warps=8),
+        Configuration(tile_tokens=64, STAGES=3, num_warps=4),
+        Configuration(tile_tokens=64, STAGES=1, num_warps=4),
+        Configuration(tile_tokens=64, STAGES=2, num_warps=4),
+        Configuration(tile_tokens=128, STAGES=3, num_warps=4),
+        Configuration(tile_tokens=64, STAGES=3, num_warps=8),
     ),
 }
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
@@ -80,7 +80,7 @@ def select_row_configuration(kernel: str, num_tokens: int, device: torch.device)
 
 
 def choose_tiles(op: str, layout: PackLayout) -> tuple[int, int]:
-    """Returns TILE_TOKENS of the op's forward and backward; the layout's tables of these sizes go to the op."""
+    """Returns tile_tokens of the op's forward and backward; the layout's tables of these sizes go to the op."""
     arguments = layout.num_tokens, layout.device.type, layout.device.index
     return _choose_tile(f"{op}_forward", *arguments), _choose_tile(f"{op}_backward", *arguments)
 
@@ -88,7 +88,7 @@ def choose_tiles(op: str, layout: PackLayout) -> tuple[int, int]:
 # The choice reads a file and asks for the GPU's name, which a compiler cannot trace: it is a constant to it.
 @torch.compiler.assume_constant_result
 def _choose_tile(kernel: str, num_tokens: int, device_type: str, device_index: int | None) -> int:
-    return select_row_configuration(kernel, num_tokens, torch.device(device_type, device_index))["TILE_TOKENS"]
+    return select_row_configuration(kernel, num_tokens, torch.device(device_type, device_index))["tile_tokens"]
 
 
 def split_columns(channels: int) -> dict[str, int]:

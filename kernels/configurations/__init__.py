@@ -6,10 +6,11 @@ Each op's module lists its candidates in one table at its top,
         "<kernel>": {"<shape class>": (Configuration(BLOCK_TOKENS=4, num_warps=4, num_stages=2), ...candidates)},
     }
 
-where the keyword arguments are the kernel's own constexpr names. A shape class may carry an architecture,
-"<shape class>@sm_80", which is then preferred there. The first candidate is the default: it is what runs under the
-interpreter and on a GPU that nobody measured. `opensora-fast kernels autotune` measures the candidates and writes the
-fastest to `kernels/configurations/<gpu>.json`, which `select` reads.
+where keyword arguments in capitals are the kernel's own constexpr names and those in small letters are read by its
+launcher only. A shape class may carry an architecture, "<shape class>@sm_80", which is then preferred there. The first
+candidate is the default: it is what runs under the interpreter and on a GPU that nobody measured. `opensora-fast
+kernels autotune` measures the candidates and writes the fastest to `kernels/configurations/<gpu>.json`, which `select`
+reads.
 
 Each op's module also has `compile_cases(arch)`, which yields a `CompileCase` for each build that the model at hidden
 size 1152 and head size 72 would use, so that registers, spills and shared memory are known without a GPU.
@@ -19,7 +20,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +36,7 @@ Table = Mapping[str, Mapping[str, Sequence["Configuration"]]]  # kernel → shap
 
 @dataclass(frozen=True, init=False)
 class Configuration:
-    """The constexprs of a kernel that a tuner may change, with its warps and pipeline stages."""
+    """What a tuner may change: constexprs of a kernel (NAMED_SO), choices of its launcher (named_so), warps, stages."""
 
     constants: tuple[tuple[str, int], ...]
     num_warps: int
@@ -49,12 +51,20 @@ class Configuration:
         return dict(self.constants)[name]
 
     @property
-    def launch(self) -> dict[str, int]:
-        """Keyword arguments of a launch: `kernel[grid](..., **configuration.launch)`."""
+    def choices(self) -> dict[str, int]:
         return {**dict(self.constants), "num_warps": self.num_warps, "num_stages": self.num_stages}
 
+    @property
+    def constexprs(self) -> dict[str, int]:
+        return {name: value for name, value in self.constants if name.isupper()}
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of a launch: `kernel[grid](..., **configuration.launch)`."""
+        return {**self.constexprs, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
     def __str__(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in self.launch.items())
+        return " ".join(f"{name}={value}" for name, value in self.choices.items())
 
 
 @dataclass(frozen=True)
@@ -91,26 +101,54 @@ def candidates_of(table: Table, kernel: str, shape_class: str, arch: str | None 
     return classes.get(f"{shape_class}@{arch}") or classes[shape_class]
 
 
+# What a tuner is doing at the moment; both are empty otherwise.
+_forced: dict[tuple[str, str], Configuration] = {}
+_recorders: list[dict[tuple[str, str], Sequence[Configuration]]] = []
+
+
 def select(table: Table, kernel: str, shape_class: str, device: torch.device) -> Configuration:
     """Returns the configuration to launch `kernel` with: the measured one of this GPU, else the default.
 
     Raises:
         ValueError: the measured file names a configuration that is no longer a candidate.
     """
-    if device.type != "cuda":
-        return table[kernel][shape_class][0]
-    arch, name = _describe_gpu(device)
+    arch, gpu = _describe_gpu(device) if device.type == "cuda" else (None, None)
     candidates = candidates_of(table, kernel, shape_class, arch)
-    measured = read_measured(name).get((kernel, shape_class))
+    for recorder in _recorders:
+        recorder[kernel, shape_class] = candidates
+    if (kernel, shape_class) in _forced:
+        return _forced[kernel, shape_class]
+    measured = read_measured(gpu).get((kernel, shape_class)) if gpu is not None else None
     if measured is None:
         return candidates[0]
     for candidate in candidates:
-        if candidate.launch == measured:
+        if candidate.choices == measured:
             return candidate
     raise ValueError(
-        f"{measured_path(name)}: {measured} is not a candidate of {kernel} / {shape_class}; "
+        f"{measured_path(gpu)}: {measured} is not a candidate of {kernel} / {shape_class}; "
         "run `opensora-fast kernels autotune` again or delete the entry"
     )
+
+
+@contextmanager
+def force(kernel: str, shape_class: str, configuration: Configuration) -> Iterator[None]:
+    """Within it `select` returns `configuration`: for tuners and tests. Not for more than one thread."""
+    _forced[kernel, shape_class] = configuration
+    try:
+        yield
+    finally:
+        del _forced[kernel, shape_class]
+
+
+@contextmanager
+def record_selections() -> Iterator[dict[tuple[str, str], Sequence[Configuration]]]:
+    """Yields a dict that is filled with what `select` is asked for within: (kernel, shape class) → candidates."""
+    recorder: dict[tuple[str, str], Sequence[Configuration]] = {}
+    _recorders.append(recorder)
+    try:
+        yield recorder
+    finally:
+        _recorders.remove(recorder)
 
 
 @lru_cache(maxsize=64)
@@ -126,7 +164,7 @@ def measured_path(gpu: str) -> Path:
 
 @lru_cache(maxsize=16)
 def read_measured(gpu: str) -> dict[tuple[str, str], dict[str, int]]:
-    """(kernel, shape class) → launch arguments; empty where nobody measured."""
+    """(kernel, shape class) → `Configuration.choices`; empty where nobody measured."""
     path = measured_path(gpu)
     if not path.exists():
         return {}

@@ -1,0 +1,74 @@
+"""Choosing a configuration: default, by architecture, measured, forced."""
+
+import json
+
+import pytest
+import torch
+
+from opensora_fast.kernels import configurations
+from opensora_fast.kernels.compilation import kernel_modules
+from opensora_fast.kernels.configurations import Configuration, candidates_of, select
+
+SMALL, LARGE = Configuration(BLOCK=16, tile=4, num_warps=2), Configuration(BLOCK=64, tile=4, num_warps=8, num_stages=3)
+TABLE = {"kernel": {"any": (SMALL, LARGE), "any@sm_80": (LARGE,)}}
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU called "NVIDIA Test 1" of sm_90, and an empty folder of measured files."""
+    monkeypatch.setattr(configurations, "MEASURED_FOLDER", tmp_path)
+    monkeypatch.setattr(configurations, "_describe_gpu", lambda device: ("sm_90", "NVIDIA Test 1"))
+    configurations.read_measured.cache_clear()
+    yield tmp_path / "nvidia_test_1.json"
+    configurations.read_measured.cache_clear()
+
+
+def test_capitals_reach_the_kernel_and_small_letters_only_the_launcher() -> None:
+    assert SMALL.launch == {"BLOCK": 16, "num_warps": 2, "num_stages": 2}
+    assert SMALL.choices == {"BLOCK": 16, "tile": 4, "num_warps": 2, "num_stages": 2} and SMALL["tile"] == 4
+    assert SMALL == Configuration(BLOCK=16, tile=4, num_warps=2) != LARGE
+
+
+def test_the_first_candidate_is_the_default(gpu) -> None:
+    assert select(TABLE, "kernel", "any", CPU) == SMALL == select(TABLE, "kernel", "any", CUDA)
+
+
+def test_an_architecture_may_have_its_own() -> None:
+    assert candidates_of(TABLE, "kernel", "any", "sm_80") == (LARGE,)
+    assert candidates_of(TABLE, "kernel", "any", "sm_90") == (SMALL, LARGE)
+
+
+def test_a_measured_configuration_comes_first(gpu) -> None:
+    row = {"kernel": "kernel", "shape_class": "any", "configuration": LARGE.choices}
+    gpu.write_text(json.dumps({"rows": [row]}))
+    assert select(TABLE, "kernel", "any", CUDA) == LARGE
+    assert select(TABLE, "kernel", "any", CPU) == SMALL
+
+
+def test_a_measured_configuration_that_is_no_candidate_is_named(gpu) -> None:
+    row = {"kernel": "kernel", "shape_class": "any", "configuration": {"BLOCK": 7}}
+    gpu.write_text(json.dumps({"rows": [row]}))
+    with pytest.raises(ValueError, match="nvidia_test_1.json.*BLOCK.*not a candidate of kernel / any"):
+        select(TABLE, "kernel", "any", CUDA)
+
+
+def test_force_and_record() -> None:
+    with configurations.record_selections() as recorded, configurations.force("kernel", "any", LARGE):
+        assert select(TABLE, "kernel", "any", CPU) == LARGE
+    assert recorded == {("kernel", "any"): (SMALL, LARGE)}
+    assert select(TABLE, "kernel", "any", CPU) == SMALL
+
+
+def test_every_table_has_unlike_candidates_and_every_committed_choice_is_one() -> None:
+    tables = [module.CONFIGURATIONS for module in kernel_modules() if hasattr(module, "CONFIGURATIONS")]
+    assert tables
+    for table in tables:
+        for kernel, classes in table.items():
+            for shape_class, candidates in classes.items():
+                assert candidates and len(set(candidates)) == len(candidates), f"{kernel} / {shape_class}"
+    merged = {key: value for table in tables for key, value in table.items()}
+    for path in configurations.MEASURED_FOLDER.glob("*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            candidates = merged[row["kernel"]][row["shape_class"]]
+            assert row["configuration"] in [candidate.choices for candidate in candidates], path.name
