@@ -1,18 +1,13 @@
-"""From a configuration to batches: table, buckets, sampler, decoder and loader."""
+"""From a configuration to an order of batches: table, buckets and sampler."""
 
 import hashlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from opensora_fast.config import TrainConfig
-from opensora_fast.data.batch import Batch
 from opensora_fast.data.bucket import Bucket
-from opensora_fast.data.clips import Decoder
 from opensora_fast.data.explain import Explanation
-from opensora_fast.data.loader import ClipLoader
 from opensora_fast.data.manifest import Manifest
 from opensora_fast.data.sampler import BucketSampler
 
@@ -32,7 +27,8 @@ class TrainingData:
         for column in (self.manifest.num_frames, self.manifest.height, self.manifest.width):
             digest.update(np.ascontiguousarray(column, dtype="<i8").tobytes())
         sampler = self.sampler
-        digest.update(repr((self.bucket.config, sampler.frame_interval, sampler.drop_last)).encode())
+        order = (self.bucket.config, sampler.frame_interval, sampler.drop_last, sampler.seed, type(sampler).__name__)
+        digest.update(repr(order).encode())
         return digest.hexdigest()[:16]
 
 
@@ -71,32 +67,3 @@ def read_data(config: TrainConfig, rank: int = 0, world_size: int = 1) -> Traini
             "allow_empty_buckets=True to train without these clips"
         )
     return data
-
-
-def make_batches(
-    config: TrainConfig,
-    data: TrainingData,
-    decoder: Decoder,
-    bad_clips_path: Path,
-    pin_memory: bool,
-    report: Callable[[str], None],
-) -> Callable[[int, int], Iterator[Batch]]:
-    """batches(epoch, consumed): the batches of one epoch from the position where `consumed` are used up."""
-    loader = ClipLoader(
-        data.manifest,
-        data.sampler,
-        decoder,
-        frame_interval=config.dataset.frame_interval,
-        seed=config.seed,
-        prefetch=config.prefetch,
-        bad_clips_path=bad_clips_path,
-        fps_after_interval=config.dataset.fps_after_interval,
-        pin_memory=pin_memory,
-        report=report,
-    )
-
-    def batches(epoch: int, consumed: int) -> Iterator[Batch]:
-        data.sampler.load_state_dict({"seed": config.seed, "epoch": epoch, "consumed": consumed})
-        yield from loader
-
-    return batches

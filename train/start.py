@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from opensora_fast.config import TrainConfig
 from opensora_fast.diffusion import IDDPM, SpeeDiffusion
 from opensora_fast.model import STDiT2, STDiT2Config
-from opensora_fast.model.weights import load_pretrained, load_strictly
+from opensora_fast.model.pixart import initialize_from
+from opensora_fast.model.weights import load_strictly
 from opensora_fast.train.checkpoint import COMPLETE, locate_checkpoint
 
 
@@ -62,10 +63,14 @@ def resolve_weights(source: str | None, report: Callable[[str], None]) -> str | 
 
 
 def load_initial_weights(model: STDiT2, source: str, report: Callable[[str], None]) -> None:
-    """Start from other weights: those of a checkpoint of this trainer (not averaged), or what the model can read."""
-    if (Path(source) / COMPLETE).is_file():
-        state = load_file(Path(source) / "model" / "model.safetensors")
-    else:
-        _, state = load_pretrained(source)
+    """Start from other weights, and report what was and was not loaded.
+
+    Those of a checkpoint of this trainer (not averaged; give its `ema` folder for the average) must fit entirely.
+    Others, such as PixArt-alpha's, may lack parts; see `initialize_from`.
+    """
+    if not (Path(source) / COMPLETE).is_file():
+        initialize_from(model, source, report)
+        return
+    state = load_file(Path(source) / "model" / "model.safetensors")
     load_strictly(model, state, source)
     report(f"weights: all {len(state)} tensors of {source}")

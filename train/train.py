@@ -9,16 +9,15 @@ from pathlib import Path
 import torch
 
 from opensora_fast.config import LoadedConfig, TrainConfig, list_values, load_train_config, to_json
-from opensora_fast.data.decoders import build_decoder
 from opensora_fast.diffusion import MaskGenerator
 from opensora_fast.kernels import calls
 from opensora_fast.train.checkpoint import find_newest, list_checkpoints, locate_checkpoint
-from opensora_fast.train.data import make_batches, read_data
+from opensora_fast.train.data import read_data
 from opensora_fast.train.ema import EMA
-from opensora_fast.train.encoders import adopt_fitted, build_encoders, copy_fitted
+from opensora_fast.train.encoders import adopt_fitted, copy_fitted
 from opensora_fast.train.loop import Limits, Trainer
-from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.optimizer import MasterAdamW
+from opensora_fast.train.sources import open_clips, open_features
 from opensora_fast.train.start import (
     build_diffusion,
     build_model,
@@ -79,16 +78,22 @@ def train(
     start = choose_start(config, out, resume, init_from, report)
 
     out.mkdir(parents=True, exist_ok=True)
-    for source in (start.resume, start.state, start.weights):
-        if source is not None:
-            adopt_fitted(Path(source), out)
-    decoder = build_decoder(config.decoder, device=torch_device.type, threads=config.num_workers or None, report=report)
+    for origin in (start.resume, start.state, start.weights):
+        if origin is not None:
+            adopt_fitted(Path(origin), out)
     dtype = DTYPES[config.dtype]
+    trainer: Trainer | None = None
+
+    def tell(text: str) -> None:
+        if trainer is None:
+            report(text)
+        else:
+            trainer.note(text)
+
+    open_source = open_clips if config.features is None else open_features
+    source = open_source(config, data, out, torch_device, dtype, tell)
     try:
-        video_encoder, text_encoder = build_encoders(config, out, data, decoder, torch_device, dtype)
-        model_config = make_model_config(
-            config, video_encoder.out_channels, text_encoder.output_dim, text_encoder.model_max_length
-        )
+        model_config = make_model_config(config, source.in_channels, source.caption_channels, source.model_max_length)
         model = build_model(model_config, config.seed, config.grad_checkpoint)
         if start.weights is not None:
             load_initial_weights(model, start.weights, report)
@@ -99,21 +104,14 @@ def train(
             ema=EMA(optimizer.masters, config.ema_decay),
             diffusion=diffusion,
             masks=masks,
-            inputs=ModelInputs(video_encoder, text_encoder, torch_device),
-            batches=make_batches(
-                config,
-                data,
-                decoder,
-                out / "bad_clips.jsonl",
-                pin_memory=torch_device.type == "cuda",
-                report=lambda text: trainer.note(text),
-            ),
+            inputs=source.inputs,
+            batches=source.iterate,
             extra_files=lambda folder: write_extra_files(config, out, folder),
             folder=out,
             replay=lambda checkpoint, step: describe_replay(out, checkpoint, step, torch_device),
             limits=Limits(config.steps, config.epochs, config.log_every, config.ckpt_every, config.keep_checkpoints),
             seed=config.seed,
-            data_fingerprint=data.get_fingerprint(),
+            data_fingerprint=source.data.get_fingerprint(),
         )
         if start.resume is not None:
             resume_state(trainer, start.resume)
@@ -121,10 +119,10 @@ def train(
         elif start.state is not None:
             load_weights(trainer, start.state)
         (out / "config.json").write_text(to_json(config) + "\n")
-        report(describe_run(trainer, data.explanation.steps, start))
+        report(describe_run(trainer, source.data.explanation.steps, start))
         signal_number = trainer.run()
     finally:
-        decoder.close()
+        source.close()
     report_kernels(out, report)
     report(f"step {trainer.position.step}: {trainer.last_checkpoint or start.resume}")
     return signal_number

@@ -260,6 +260,7 @@ class TrainConfig(Section):
     # This project's own.
     steps: int | None = Field(None, ge=0)
     features: str | None = None
+    feature_draws: int = Field(1, ge=1)
     decoder: Literal["auto", "pyav", "dali"] = "auto"
     prefetch: int = Field(2, ge=0)
     drop_last: bool = True

@@ -31,14 +31,19 @@ def last(out):
     return out / "checkpoints" / f"step-{STEPS:08d}"
 
 
+@pytest.fixture(scope="module")
+def folder_of_whole(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole") / "run"
+
+
 @pytest.fixture
-def whole(train, tmp_path):
-    """A run that was never stopped."""
-    out = tmp_path / "whole"
-    code, _, error = train(out, "--steps", STEPS)
-    assert code == 0, error
-    assert len(read_losses(out)) == STEPS
-    return out
+def whole(train, folder_of_whole):
+    """A run that was never stopped; made once, and only read by the tests."""
+    if not folder_of_whole.exists():
+        code, _, error = train(folder_of_whole, "--steps", STEPS)
+        assert code == 0, error
+    assert len(read_losses(folder_of_whole)) == STEPS
+    return folder_of_whole
 
 
 def test_stop_at_any_step_and_resume(train, tmp_path, whole):
@@ -117,8 +122,8 @@ def test_another_order_of_batches_is_refused_by_name(train, tmp_path, table, who
     assert code == 1 and "of another model" in error and "blocks.1" in error
 
 
-def test_changed_values_are_told(train, whole):
-    code, text, _ = train(whole, "--steps", STEPS, "--resume", "auto", "lr=5e-4")
+def test_changed_values_are_told(train, tmp_path, whole):
+    code, text, _ = train(tmp_path / "run", "--steps", STEPS, "--resume", whole, "lr=5e-4")
     assert code == 0 and "note: lr is now 0.0005, the checkpoint was trained with 0.001" in text
 
 

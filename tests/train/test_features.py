@@ -1,0 +1,76 @@
+"""Training from cached features: the numbers of training from clips, without decoder and encoders."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import read_losses
+from safetensors.torch import load_file
+
+from opensora_fast.model import STDiT2
+from opensora_fast.train import sources
+
+
+def test_features_are_written_once_and_give_the_losses_of_the_clips(train, tmp_path, monkeypatch):
+    """In the first `feature_draws` epochs the same clips, frames, order and random numbers: equal bit for bit."""
+    clips, cached, again = tmp_path / "clips", tmp_path / "cached", tmp_path / "again"
+    folder = tmp_path / "features"
+    assert train(clips, "--steps", 12, "drop_last=False")[0] == 0
+    more = ["--steps", 14, "drop_last=False", f"features={folder}", "feature_draws=2"]
+    code, text, error = train(cached, *more)
+    assert code == 0, error
+    assert read_losses(cached)[:12] == read_losses(clips)
+    assert {row[6] for row in read_losses(cached)} == {0, 1, 2}
+    fitted = "encoders/vae/linear_autoencoder.safetensors"
+    assert (cached / fitted).read_bytes() == (clips / fitted).read_bytes() == (folder / fitted).read_bytes()
+
+    def forbidden(*arguments, **options):
+        raise AssertionError("nothing is decoded or encoded where the features are there")
+
+    monkeypatch.setattr(sources, "open_clips", forbidden)
+    code, text, error = train(again, *more)
+    assert code == 0, error
+    assert "features: 20 clips and 10 captions" in text
+    assert read_losses(again) == read_losses(cached)
+    # the autoencoder comes along, for sampling
+    assert (again / "checkpoints" / "step-00000014" / fitted).is_file()
+    assert STDiT2.from_pretrained(again / "checkpoints" / "step-00000014" / "ema").config.caption_channels == 32
+
+
+def test_resume_from_features_is_exact(train, tmp_path):
+    more = [f"features={tmp_path / 'features'}"]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert train(whole, "--steps", 8, *more)[0] == 0
+    for steps in (3, 6, 8):
+        assert train(out, "--steps", steps, "--resume", "auto", *more)[0] == 0
+    assert read_losses(out) == read_losses(whole)
+    a, b = (load_file(run / "checkpoints/step-00000008/ema/model.safetensors") for run in (out, whole))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["text_encoder.depth=1"], "were made with"),
+        (["dataset.frame_interval=2", "bucket_config.144p={1: (1.0, 2)}"], "other buckets|frame_interval=1, not 2"),
+        (["feature_draws=2"], "were made with draws=1, not 2"),
+        (["bucket_config.144p.4=(0.5, 1)"], "belong to other buckets"),
+    ],
+)
+def test_features_of_something_else_are_refused(train, tmp_path, more, message):
+    import re
+
+    folder = tmp_path / "features"
+    assert train(tmp_path / "first", "--steps", 0, f"features={folder}")[0] == 0
+    code, _, error = train(tmp_path / "second", "--steps", 1, f"features={folder}", *more)
+    assert code == 1 and re.search(message, error) and str(folder) in error, error
+
+
+def test_damaged_features_are_named(train, tmp_path):
+    folder = tmp_path / "features"
+    assert train(tmp_path / "first", "--steps", 0, f"features={folder}")[0] == 0
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-5])
+    code, _, error = train(tmp_path / "second", "--steps", 6, f"features={folder}")
+    assert code == 1 and shard.name in error and "Traceback" not in error
+    shutil.rmtree(folder)

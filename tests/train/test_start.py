@@ -1,0 +1,66 @@
+"""Clips that cannot be used, and weights that a run starts from."""
+
+import json
+import re
+import shutil
+
+import torch
+from conftest import read_losses
+from safetensors.torch import load_file
+
+from opensora_fast.data.bad_clips import read_bad_clips
+
+
+def test_a_corrupt_clip_costs_one_clip(train, tmp_path, table):
+    folder = tmp_path / "clips"
+    shutil.copytree(table.parent, folder)
+    (folder / "4.mp4").write_bytes((folder / "4.mp4").read_bytes()[:300])
+    (folder / "5.mp4").write_bytes(b"no video")
+    for name in ("a", "b"):
+        out = tmp_path / name
+        code, _, error = train(out, "--steps", 8, "--data-path", folder / "meta.csv")
+        assert code == 0, error
+        assert "4.mp4" in error and "5.mp4" in error
+        bad = read_bad_clips(out / "bad_clips.jsonl")
+        assert {clip["row"] for clip in bad} == {4, 5}
+        assert all(clip["path"].endswith(f"{clip['row']}.mp4") and clip["reason"] for clip in bad)
+    assert read_losses(tmp_path / "a") == read_losses(tmp_path / "b")
+
+
+def test_a_bucket_without_one_usable_clip_stops_with_its_name(train, tmp_path, table):
+    folder = tmp_path / "clips"
+    shutil.copytree(table.parent, folder)
+    for number in range(4, 8):
+        (folder / f"{number}.mp4").write_bytes(b"")
+    code, _, error = train(tmp_path / "run", "--steps", 8, "--data-path", folder / "meta.csv")
+    assert code == 1
+    assert re.search(r"144p.*2", error) and "mp4" in error and "Traceback" not in error and "unexpected" not in error
+
+
+def test_open_sora_weights_as_a_start_are_reported(train, tmp_path):
+    """A `.pth` file with an older model's keys: what fits is loaded, the rest listed; one that hardly fits is refused."""
+    first = tmp_path / "first"
+    assert train(first, "--steps", 2)[0] == 0
+    state = load_file(first / "checkpoints" / "step-00000002" / "model" / "model.safetensors")
+    old = {key: value for key, value in state.items() if "attn_temp" not in key} | {"pos_embed": torch.zeros(1)}
+    torch.save({"state_dict": old}, tmp_path / "old.pth")
+    code, text, error = train(tmp_path / "second", "--steps", 0, "--init-from", tmp_path / "old.pth")
+    assert code == 0, error
+    assert "start from" in text and "attn_temp" in text and "pos_embed left out" in text
+    new = load_file(tmp_path / "second" / "checkpoints" / "step-00000000" / "model" / "model.safetensors")
+    assert torch.equal(new["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
+    torch.save({"state_dict": {"other": torch.zeros(3)}}, tmp_path / "other.pth")
+    code, _, error = train(tmp_path / "third", "--steps", 0, "--init-from", tmp_path / "other.pth")
+    assert code == 1 and "other.pth" in error
+
+
+def test_from_pretrained_of_the_configuration_is_a_start(train, tmp_path):
+    first = tmp_path / "first"
+    assert train(first, "--steps", 1)[0] == 0
+    average = first / "checkpoints" / "step-00000001" / "ema"
+    assert train(tmp_path / "second", "--steps", 0, f"model.from_pretrained={average}")[0] == 0
+    a = load_file(average / "model.safetensors")
+    b = load_file(tmp_path / "second" / "checkpoints" / "step-00000000" / "model" / "model.safetensors")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    stored = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert stored["model"]["from_pretrained"] == str(average)

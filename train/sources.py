@@ -1,0 +1,179 @@
+"""Where batches come from: clips, decoded and encoded at every step, or features that were encoded once."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensora_fast.config import TrainConfig
+from opensora_fast.data.batch import Batch
+from opensora_fast.data.decoders import build_decoder
+from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader
+from opensora_fast.data.features import FeatureLoader, FeatureSampler, write_features
+from opensora_fast.data.loader import ClipLoader
+from opensora_fast.data.sampler import BucketSampler
+from opensora_fast.train.data import TrainingData
+from opensora_fast.train.encoders import FITTED, adopt_fitted, build_encoders
+from opensora_fast.train.model_inputs import ModelInputs
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class Source:
+    """Batches and what turns them into the model's inputs.
+
+    Attributes:
+        data: table, buckets and the sampler that gives the order.
+        inputs: encodes batches, or passes on their features.
+        in_channels, caption_channels, model_max_length: what the model has to fit.
+        loader: yields one epoch of batches from the sampler's position on.
+    """
+
+    data: TrainingData
+    inputs: ModelInputs
+    in_channels: int
+    caption_channels: int
+    model_max_length: int
+    loader: ClipLoader | FeatureLoader
+
+    def iterate(self, epoch: int, consumed: int) -> Iterator[Batch]:
+        """The batches of one epoch from the position where `consumed` micro-batches are used up."""
+        sampler = self.data.sampler
+        sampler.load_state_dict({"seed": sampler.seed, "epoch": epoch, "consumed": consumed})
+        try:
+            yield from self.loader
+        except RuntimeError as error:
+            # A bucket without one usable clip left; other errors of the loader keep their class.
+            raise ValueError(str(error)) from error
+
+    def close(self) -> None:
+        """End threads and processes of loader and decoder."""
+        self.loader.close()
+
+
+def open_clips(
+    config: TrainConfig, data: TrainingData, out: Path, device: torch.device, dtype: torch.dtype, report: Report
+) -> Source:
+    """Clips, decoded ahead of the step; fits the run's own autoencoder first if it has none yet."""
+    decoder = build_decoder(config.decoder, device=device.type, threads=config.num_workers or None, report=report)
+    try:
+        video_encoder, text_encoder = build_encoders(config, out, data, decoder, device, dtype)
+    except BaseException:
+        decoder.close()
+        raise
+    return Source(
+        data=data,
+        inputs=ModelInputs(video_encoder, text_encoder, device),
+        in_channels=video_encoder.out_channels,
+        caption_channels=text_encoder.output_dim,
+        model_max_length=text_encoder.model_max_length,
+        loader=ClipLoader(
+            data.manifest,
+            data.sampler,
+            decoder,
+            frame_interval=config.dataset.frame_interval,
+            seed=config.seed,
+            prefetch=config.prefetch,
+            bad_clips_path=out / "bad_clips.jsonl",
+            fps_after_interval=config.dataset.fps_after_interval,
+            pin_memory=device.type == "cuda",
+            report=report,
+        ),
+    )
+
+
+def open_features(
+    config: TrainConfig, data: TrainingData, out: Path, device: torch.device, dtype: torch.dtype, report: Report
+) -> Source:
+    """Features in the folder `features` of the configuration; they are written first if they are not all there.
+
+    Raises:
+        ValueError: the folder holds features of other clips, buckets or encoders.
+    """
+    folder = Path(config.features)
+    adopt_fitted(folder, out)
+    try:
+        complete = FeatureIndex.read(folder).complete
+    except FeatureError:
+        if folder.exists() and any(folder.glob("*.safetensors")):
+            raise
+        complete = False
+    if not complete:
+        _write(config, data, out, folder, device, dtype, report)
+    index = FeatureIndex.read(folder)
+    made_with = index.settings["encoders"]
+    if made_with != describe_encoders(config):
+        raise ValueError(
+            f"features={folder} were made with {made_with}, the configuration has {describe_encoders(config)}: use the "
+            "same encoders, or another folder"
+        )
+    for key, value in (("frame_interval", config.dataset.frame_interval), ("draws", config.feature_draws)):
+        if index.settings[key] != value:
+            raise ValueError(f"features={folder} were made with {key}={index.settings[key]}, not {value}")
+    reader = FeatureReader(index)
+    sampler = FeatureSampler(
+        data.manifest,
+        data.bucket,
+        reader,
+        rank=data.sampler.rank,
+        world_size=data.sampler.world_size,
+        drop_last=config.drop_last,
+    )
+    latents = reader.get_latents(*next(iter(reader.latent_places)))
+    report(f"features: {len(reader.latent_places)} clips and {len(reader.text_places)} captions in {folder}")
+    return Source(
+        data=replace(data, sampler=sampler, explanation=sampler.explain()),
+        inputs=ModelInputs(None, None, device),
+        in_channels=latents.shape[0],
+        caption_channels=index.settings["text_channels"],
+        model_max_length=index.settings["text_length"],
+        loader=FeatureLoader(
+            data.manifest,
+            sampler,
+            prefetch=config.prefetch,
+            fps_after_interval=config.dataset.fps_after_interval,
+            pin_memory=device.type == "cuda",
+        ),
+    )
+
+
+def describe_encoders(config: TrainConfig) -> dict[str, Any]:
+    """What features depend on in the encoders: their types and weights, not how they are run."""
+    vae = {key: value for key, value in config.vae.get_keys().items() if key in ("type", "from_pretrained", "latents")}
+    ignored = ("cache_dir", "local_files_only", "shardformer")
+    text = {key: value for key, value in config.text_encoder.get_keys().items() if key not in ignored}
+    return {"vae": vae, "text_encoder": text, "dtype": config.dtype}
+
+
+def _write(
+    config: TrainConfig,
+    data: TrainingData,
+    out: Path,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Report,
+) -> None:
+    report(f"features: encoding {len(data.manifest)} clips into {folder}, {config.feature_draws} times each")
+    sampler = BucketSampler(
+        data.manifest, data.bucket, frame_interval=config.dataset.frame_interval, seed=config.seed, drop_last=False
+    )
+    clips = open_clips(config, replace(data, sampler=sampler), out, device, dtype, report)
+    try:
+        write_features(
+            clips.loader,
+            clips.inputs.video_encoder,
+            clips.inputs.text_encoder,
+            folder,
+            draws=config.feature_draws,
+            encoders=describe_encoders(config),
+            device=device,
+        )
+    finally:
+        clips.close()
+    if (out / FITTED).is_dir() and not (folder / FITTED).is_dir():
+        shutil.copytree(out / FITTED, folder / FITTED)
