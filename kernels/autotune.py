@@ -1,0 +1,270 @@
+"""Measures the candidate configurations of every kernel on this GPU and writes the fastest of each shape class.
+
+A workload calls one op at a shape of the model. The kernels that it launches, and their shape classes, are those that
+ask `configurations.select` meanwhile; each candidate is then forced in turn, its results are compared with those of the
+present choice, and it is timed: kernels named `…_backward` over the backward alone, others over the forward. The
+candidate with the least time over all workloads of its shape class wins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .configurations import Configuration, force, measured_path, read_measured, record_selections
+from .cross_attention import cross_attention
+from .gate_residual import gate_residual
+from .gate_residual_modulated_norm import gate_residual_modulated_norm
+from .gelu_tanh import gelu_tanh
+from .layout import PackLayout, TextLayout
+from .modulated_norm import modulated_norm
+from .spatial_attention import spatial_attention
+from .temporal_attention import temporal_attention
+
+CHANNELS, HEADS, HEAD_SIZE, TEXT_TOKENS = 1152, 16, 72, 120
+# Videos of one pack as (T, H, W) in tokens: 144p, 240p, 360p, 480p and 720p videos of 16 frames, longer ones, images.
+PACKS = {
+    "144p": [(16, 9, 16)] * 4,
+    "144p large": [(16, 9, 16)] * 20,
+    "240p": [(16, 15, 27)] * 6,
+    "360p": [(16, 23, 40)] * 3,
+    "480p": [(16, 30, 53)] * 2,
+    "720p": [(16, 45, 80)],
+    "240p, 64 frames": [(64, 15, 27)] * 2,
+    "144p, 128 frames": [(128, 9, 16)] * 2,
+    "480p images": [(1, 30, 53)] * 24,
+}
+# Relative to the largest value; a candidate only orders the same sums otherwise.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One op on one pack. `call` maps `inputs`, which require gradients, to the op's outputs."""
+
+    op: str
+    pack: str
+    inputs: tuple[Tensor, ...]
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
+
+    def forward(self) -> list[Tensor]:
+        with torch.no_grad():
+            return _as_list(self.call(*self.inputs))
+
+    def prepare_backward(self) -> Callable[[], list[Tensor]]:
+        outputs = _as_list(self.call(*self.inputs))
+        gradients = [torch.ones_like(output) / 64 for output in outputs]
+        return lambda: list(torch.autograd.grad(outputs, self.inputs, gradients, retain_graph=True))
+
+
+def _as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def make_workload(
+    op: str, pack: str, shapes: Sequence[tuple[int, int, int]], device: torch.device, dtype: torch.dtype
+) -> Workload:
+    """Random inputs of the model's sizes for one op; each video has its own modulation row."""
+    layout = PackLayout.of(shapes, device)
+    tokens, rows = layout.num_tokens, layout.modulation_rows(None)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=device, dtype=dtype).requires_grad_()
+
+    def table() -> Tensor:
+        return draw(layout.num_videos, CHANNELS)
+
+    def stream() -> Tensor:
+        return draw(tokens, CHANNELS)
+
+    def qkv() -> tuple[Tensor, Tensor, Tensor]:
+        return draw(tokens, 3, HEADS, HEAD_SIZE), draw(HEAD_SIZE), draw(HEAD_SIZE)
+
+    if op == "modulated_norm":
+        inputs = stream(), table(), table()
+        return Workload(
+            op, pack, inputs, lambda x, shift, scale: modulated_norm(x, shift, scale, rows, layout, backend="triton")
+        )
+    if op == "gate_residual":
+        inputs = stream(), stream(), table(), draw(CHANNELS)
+        return Workload(
+            op,
+            pack,
+            inputs,
+            lambda x, branch, gate, bias: gate_residual(x, branch, gate, rows, layout, bias=bias, backend="triton"),
+        )
+    if op == "gate_residual_modulated_norm":
+        inputs = stream(), stream(), table(), table(), table(), draw(CHANNELS)
+        return Workload(
+            op,
+            pack,
+            inputs,
+            lambda x, branch, gate, shift, scale, bias: gate_residual_modulated_norm(
+                x, branch, gate, shift, scale, rows, layout, bias=bias, backend="triton"
+            ),
+        )
+    if op == "gelu_tanh":
+        return Workload(
+            op, pack, (draw(tokens, 4 * CHANNELS), draw(4 * CHANNELS)), partial(gelu_tanh, backend="triton")
+        )
+    if op == "spatial_attention":
+        return Workload(
+            op,
+            pack,
+            qkv(),
+            lambda x, q_weight, k_weight: spatial_attention(x, q_weight, k_weight, layout, backend="triton"),
+        )
+    if op == "temporal_attention":
+        angles = torch.outer(
+            torch.arange(layout.max_frames, device=device, dtype=torch.float32),
+            1e4 ** (-torch.arange(0, HEAD_SIZE, 2, device=device) / HEAD_SIZE),
+        )
+        cos, sin = angles.cos(), angles.sin()
+        return Workload(
+            op,
+            pack,
+            qkv(),
+            lambda x, q_weight, k_weight: temporal_attention(x, q_weight, k_weight, cos, sin, layout, backend="triton"),
+        )
+    if op == "cross_attention":
+        text, _ = TextLayout.from_mask(None, layout.num_videos, TEXT_TOKENS, device)
+        inputs = draw(tokens, HEADS, HEAD_SIZE), draw(text.num_tokens, 2, HEADS, HEAD_SIZE)
+        return Workload(op, pack, inputs, lambda q, kv: cross_attention(q, kv, layout, text, backend="triton"))
+    raise ValueError(f"no workload for op {op!r}; choose one of {', '.join(TUNED_OPS)}")
+
+
+TUNED_OPS = (
+    "modulated_norm",
+    "gate_residual",
+    "gate_residual_modulated_norm",
+    "gelu_tanh",
+    "spatial_attention",
+    "temporal_attention",
+    "cross_attention",
+)
+
+
+def time_on_gpu(function: Callable[[], object]) -> float:
+    """Median microseconds, the L2 cache flushed before each run."""
+    return 1e3 * triton.testing.do_bench(function, warmup=25, rep=100, return_mode="median")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One candidate on one workload; `microseconds` is None where the GPU cannot run it."""
+
+    op: str
+    pack: str
+    kernel: str
+    shape_class: str
+    configuration: Configuration
+    microseconds: float | None
+
+
+def measure_workload(workload: Workload, time: Callable[[Callable[[], object]], float] = time_on_gpu) -> list[Timing]:
+    """Times every candidate of every kernel that the workload launches.
+
+    Raises:
+        RuntimeError: a candidate's results are not those of the present choice.
+    """
+    with record_selections() as selections:
+        expected = workload.forward(), workload.prepare_backward()()
+    timings = []
+    for (kernel, shape_class), candidates in list(selections.items()):
+        backward = kernel.endswith("_backward")
+        for configuration in candidates if len(candidates) > 1 else ():
+            with force(kernel, shape_class, configuration):
+                try:
+                    run = workload.prepare_backward() if backward else workload.forward
+                    results = run()
+                    microseconds = time(run)
+                except triton.runtime.errors.OutOfResources:
+                    microseconds = None
+                else:
+                    _check_results(f"{kernel} ({configuration}) on {workload.pack}", results, expected[backward])
+            timings.append(Timing(workload.op, workload.pack, kernel, shape_class, configuration, microseconds))
+    return timings
+
+
+def _check_results(name: str, results: list[Tensor], expected: list[Tensor]) -> None:
+    for result, right in zip(results, expected, strict=True):
+        error = (result.double() - right.double()).abs().max().item()
+        limit = TOLERANCE[right.dtype] * right.double().abs().max().item()
+        if not error <= limit:
+            raise RuntimeError(
+                f"{name}: results differ by {error:.3g} from those of the present choice, allowed {limit:.3g}"
+            )
+
+
+def choose_fastest(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    """One row for each (kernel, shape class): the candidate with the least time over all of its workloads.
+
+    Raises:
+        RuntimeError: a kernel none of whose candidates runs on this GPU.
+    """
+    groups: dict[tuple[str, str], dict[Configuration, list[float | None]]] = defaultdict(lambda: defaultdict(list))
+    for timing in timings:
+        groups[timing.kernel, timing.shape_class][timing.configuration].append(timing.microseconds)
+    rows = []
+    for (kernel, shape_class), candidates in groups.items():
+        totals = {configuration: sum(times) for configuration, times in candidates.items() if None not in times}
+        if not totals:
+            raise RuntimeError(f"{kernel} / {shape_class}: no candidate runs on this GPU")
+        best, default = min(totals, key=totals.__getitem__), totals.get(next(iter(candidates)))
+        rows.append(
+            {
+                "kernel": kernel,
+                "shape_class": shape_class,
+                "configuration": best.choices,
+                "microseconds": round(totals[best], 2),
+                "default_microseconds": None if default is None else round(default, 2),
+                "workloads": len(candidates[best]),
+            }
+        )
+    return rows
+
+
+def tune(ops: Sequence[str], device: torch.device) -> tuple[int, Iterator[list[Timing]]]:
+    """Measures the ops on every pack in bf16.
+
+    Returns:
+        How many workloads there are, and an iterator over the timings of each.
+
+    Raises:
+        ValueError: an op that has no workload, or no CUDA GPU.
+    """
+    for op in ops:
+        if op not in TUNED_OPS:
+            raise ValueError(f"--op {op}: nothing to tune; choose among {', '.join(TUNED_OPS)}")
+    if not torch.cuda.is_available():
+        raise ValueError("autotune measures on a CUDA GPU, and torch sees none here")
+
+    def run() -> Iterator[list[Timing]]:
+        for op in ops:
+            for pack, shapes in PACKS.items():
+                yield measure_workload(make_workload(op, pack, shapes, device, torch.bfloat16))
+                torch.cuda.empty_cache()
+
+    return len(ops) * len(PACKS), run()
+
+
+def write_measured(rows: Sequence[dict[str, Any]], gpu: str, about: dict[str, str], path: Path | None = None) -> Path:
+    """Writes the rows to `path`, by default the file that `select` reads; rows of other kernels in it are kept."""
+    path = path or measured_path(gpu)
+    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    named = {(row["kernel"], row["shape_class"]): row for row in [*kept, *rows]}
+    lines = ",\n".join(json.dumps(row) for _, row in sorted(named.items()))
+    header = json.dumps({"gpu": gpu, **about})[1:-1]
+    path.write_text(f'{{{header}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    read_measured.cache_clear()
+    return path

@@ -1,0 +1,107 @@
+"""List the kernels, build them for any GPU without having one, or measure their configurations on this one."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def kernels() -> None:
+    """The Triton kernels."""
+
+
+@app.command("list")
+def list_kernels(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False) -> None:
+    """Print each op: its status, what it replaces in ST-DiT-2, its dtypes and its limits."""
+    from dataclasses import asdict
+
+    from opensora_fast.kernels.inventory import list_ops
+
+    ops = [asdict(op) for op in list_ops()]
+    if as_json:
+        print(json.dumps(ops, indent=2))
+        return
+    for op in ops:
+        print(f"{op['name']}: {op['status']}")
+        for field in ("replaces", "dtypes", "limits"):
+            if op[field]:
+                print(f"    {field + ':':<10}{op[field]}")
+
+
+@app.command("compile")
+def compile_all(
+    arch: Annotated[str, typer.Option(help="Architectures, with commas.")] = "sm_80,sm_90,sm_100",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Builds at a time; default: one on each CPU.")] = None,
+    write_budget: Annotated[bool, typer.Option(help="Make this the budget that the tests hold; sm_90 only.")] = False,
+) -> None:
+    """Build every kernel as the model of hidden size 1152 and head size 72 uses it, and print what each build needs.
+
+    No GPU is needed. Exits with 1 if a build fails.
+    """
+    from opensora_fast.kernels import compilation
+    from opensora_fast.progress import Progress
+
+    architectures = [name.strip() for name in arch.split(",") if name.strip()]
+    if write_budget and architectures != ["sm_90"]:
+        raise ValueError("--write-budget: the budget is of sm_90; add --arch sm_90")
+    total, builds = compilation.compile_kernels(architectures, processes)
+    rows = []
+    with Progress("build kernels", total=total, unit="builds") as progress:
+        for row in builds:
+            rows.append(row)
+            progress.advance(1, kernel=row["kernel"])
+    rows.sort(key=lambda row: (architectures.index(row["arch"]), *compilation.build_key(row)))
+    print(json.dumps(rows, indent=1) if as_json else format_builds(rows))
+    failed = [row for row in rows if "error" in row]
+    if failed:
+        names = "\n".join(f"  {row['kernel']} {row['arch']} {row['dtype']}: {row['error']}" for row in failed)
+        raise ValueError(f"{len(failed)} of {len(rows)} builds failed:\n{names}")
+    if write_budget:
+        compilation.write_budget(rows)
+
+
+def format_builds(rows: list[dict[str, Any]]) -> str:
+    """One line for each build, in columns."""
+    columns = ("kernel", "arch", "dtype", "registers", "spills", "shared", "hgmma", "config", "note")
+    table = [columns, *([str(row.get(name, "failed")) for name in columns] for row in rows)]
+    widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
+    lines = ("  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)) for line in table)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+@app.command()
+def autotune(
+    out: Annotated[Path | None, typer.Option(help="File to write; default: the one that the kernels read.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
+) -> None:
+    """Measure every candidate configuration on this GPU and write the fastest of each shape class.
+
+    The kernels read `kernels/configurations/<gpu>.json`. Needs a CUDA GPU.
+    """
+    import torch
+
+    from opensora_fast.benchmarks.environment import describe_environment
+    from opensora_fast.kernels.autotune import TUNED_OPS, choose_fastest, tune, write_measured
+    from opensora_fast.progress import Progress
+
+    total, measured = tune(op or TUNED_OPS, torch.device("cuda"))
+    timings = []
+    with Progress("measure configurations", total=total, unit="workloads") as progress:
+        for of_workload in measured:
+            timings += of_workload
+            progress.advance(1, op=of_workload[0].op if of_workload else "nothing to choose")
+    rows = choose_fastest(timings)
+    about = describe_environment("cuda")
+    versions = {"torch": about.torch, "triton": about.triton, "commit": about.commit, "date": about.date}
+    path = write_measured(rows, torch.cuda.get_device_name(), versions, out)
+    for row in rows:
+        choice = " ".join(f"{name}={value}" for name, value in row["configuration"].items())
+        default = row["default_microseconds"]
+        gain = "the default does not run" if default is None else f"{default / row['microseconds']:.2f} x the default"
+        print(f"{row['kernel']} / {row['shape_class']}: {choice}  ({gain})")
+    print(f"wrote {path}")

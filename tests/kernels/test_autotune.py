@@ -1,0 +1,91 @@
+"""The tuner's choice among candidates, with the clock replaced: it measures on a GPU only."""
+
+import json
+from itertools import count
+
+import pytest
+import torch
+
+from opensora_fast.kernels import autotune, gelu_tanh_kernels
+from opensora_fast.kernels.autotune import Timing, Workload, choose_fastest, make_workload, measure_workload
+from opensora_fast.kernels.configurations import Configuration, read_measured
+from opensora_fast.kernels.row_tiles import CONFIGURATIONS
+
+FIRST, SECOND = Configuration(BLOCK=1), Configuration(BLOCK=2)
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "CHANNELS", 8)
+
+
+@pytest.mark.parametrize("op", ["modulated_norm", "gate_residual", "gate_residual_modulated_norm", "gelu_tanh"])
+def test_every_candidate_of_every_kernel_runs_and_agrees(op, device) -> None:
+    workload = make_workload(op, "tiny", [(2, 1, 3), (1, 1, 2)], device, torch.float32)
+    ticks = count()
+    timings = measure_workload(workload, time=lambda run: float(next(ticks)))
+    kernels = {f"{op}_forward", f"{op}_backward"}
+    assert {timing.kernel for timing in timings} == kernels
+    table = CONFIGURATIONS | gelu_tanh_kernels.CONFIGURATIONS
+    for kernel in kernels:
+        shape_class = "any" if op == "gelu_tanh" else "few"
+        tried = [timing.configuration for timing in timings if timing.kernel == kernel]
+        assert tried == list(table[kernel][shape_class])
+
+
+def timing(configuration: Configuration, microseconds: float | None, pack: str = "a") -> Timing:
+    return Timing("op", pack, "op_forward", "any", configuration, microseconds)
+
+
+def test_the_least_total_time_wins() -> None:
+    rows = choose_fastest([timing(FIRST, 3), timing(SECOND, 4), timing(FIRST, 9, "b"), timing(SECOND, 1, "b")])
+    assert rows == [
+        {
+            "kernel": "op_forward",
+            "shape_class": "any",
+            "configuration": SECOND.choices,
+            "microseconds": 5,
+            "default_microseconds": 12,
+            "workloads": 2,
+        }
+    ]
+
+
+def test_a_candidate_that_does_not_run_everywhere_loses() -> None:
+    rows = choose_fastest([timing(FIRST, 1), timing(SECOND, 4), timing(FIRST, None, "b"), timing(SECOND, 4, "b")])
+    assert rows[0]["configuration"] == SECOND.choices and rows[0]["default_microseconds"] is None
+    with pytest.raises(RuntimeError, match="op_forward / any: no candidate runs"):
+        choose_fastest([timing(FIRST, None)])
+
+
+def test_wrong_results_are_an_error(device) -> None:
+    right = make_workload("gelu_tanh", "tiny", [(1, 1, 2)], device, torch.float32)
+    calls = count()
+    wrong = Workload("gelu_tanh", "tiny", right.inputs, lambda *inputs: right.call(*inputs) + next(calls))
+    with pytest.raises(RuntimeError, match="gelu_tanh_forward .* on tiny: results differ"):
+        measure_workload(wrong, time=lambda run: 1.0)
+
+
+def test_the_file_keeps_the_rows_of_other_kernels(tmp_path) -> None:
+    path = tmp_path / "gpu.json"
+    for kernel, configuration in (("a", FIRST), ("b", FIRST), ("a", SECOND)):
+        row = {"kernel": kernel, "shape_class": "any", "configuration": configuration.choices}
+        autotune.write_measured([row], "NVIDIA Test 1", {"triton": "3"}, path)
+    written = json.loads(path.read_text())
+    assert (written["gpu"], written["triton"]) == ("NVIDIA Test 1", "3")
+    assert [(row["kernel"], row["configuration"]) for row in written["rows"]] == [
+        ("a", SECOND.choices),
+        ("b", FIRST.choices),
+    ]
+    read_measured.cache_clear()
+
+
+def test_an_unknown_op_is_named() -> None:
+    with pytest.raises(ValueError, match="--op patchify: nothing to tune"):
+        autotune.tune(["patchify"], torch.device("cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(ValueError, match="autotune measures on a CUDA GPU"):
+        autotune.tune(["gelu_tanh"], torch.device("cuda"))
