@@ -15,12 +15,6 @@ import triton.language as tl
 SMALLEST_TILE = 16  # the matrix units take nothing narrower
 
 
-def check_head_size(op: str, head_size: int) -> None:
-    """Raises ValueError for a head that the kernels cannot hold."""
-    if head_size % 8 or not 8 <= head_size <= 128:
-        raise ValueError(f"{op}: head size {head_size} has no Triton kernel; it must be a multiple of 8 up to 128")
-
-
 @triton.constexpr_function
 def split_head(head_size: int) -> tuple[int, int]:
     """(wide, tail): two powers of two of at least 16 that together hold the head: 72 → (64, 16), 128 → (64, 64)."""
@@ -94,18 +88,19 @@ def load_weight(pointer, HEAD_SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_weight_product(left, right, HEAD_SIZE: tl.constexpr):
+def load_weight_product(left, right, HEAD_SIZE: tl.constexpr, AGAIN: tl.constexpr = False):
     """left · right of two vectors [D], as `load_weight` gives one.
 
-    Read anew at each call (volatile), so that a kernel that needs it before and after its loop does not keep it in
-    registers meanwhile.
+    A kernel that needs it before and after its loop reads it AGAIN: with another (equivalent) cache hint, so that the
+    compiler does not keep the first copy in registers meanwhile.
     """
+    HINT: tl.constexpr = ".ca" if AGAIN else ""
     wide = tl.arange(0, wide_of(HEAD_SIZE))
     tail = wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE))
-    product_wide = tl.load(left + wide, mask=wide < HEAD_SIZE, other=0.0, volatile=True).to(tl.float32)
-    product_tail = tl.load(left + tail, mask=tail < HEAD_SIZE, other=0.0, volatile=True).to(tl.float32)
-    product_wide *= tl.load(right + wide, mask=wide < HEAD_SIZE, other=0.0, volatile=True).to(tl.float32)
-    product_tail *= tl.load(right + tail, mask=tail < HEAD_SIZE, other=0.0, volatile=True).to(tl.float32)
+    product_wide = tl.load(left + wide, mask=wide < HEAD_SIZE, other=0.0, cache_modifier=HINT).to(tl.float32)
+    product_tail = tl.load(left + tail, mask=tail < HEAD_SIZE, other=0.0, cache_modifier=HINT).to(tl.float32)
+    product_wide *= tl.load(right + wide, mask=wide < HEAD_SIZE, other=0.0, cache_modifier=HINT).to(tl.float32)
+    product_tail *= tl.load(right + tail, mask=tail < HEAD_SIZE, other=0.0, cache_modifier=HINT).to(tl.float32)
     return product_wide[None, :], product_tail[None, :]
 
 

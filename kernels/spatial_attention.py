@@ -4,6 +4,9 @@
 
 Replaces in ST-DiT-2: everything between `attn.qkv` and `attn.proj`.
 
+Kernels: spatial_attention_forward.py and spatial_attention_backward.py; one launch of each serves the frames of all
+videos of a pack. Limits: float32, float16, bfloat16; D a multiple of 8 up to 128.
+
 Letters: N tokens, H heads, D head size, S tokens of a frame.
 """
 
@@ -13,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_tensor, check_tokens
-from .dispatch import choose
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference
+from .registration import choose_backend
 
 
 def spatial_attention_reference(
@@ -29,7 +32,8 @@ def spatial_attention_reference(
         q, k = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
         output = torch.nn.functional.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype))
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return output.to(qkv.dtype)
 
 
 def spatial_attention(
@@ -48,17 +52,21 @@ def spatial_attention(
         q_weight, k_weight: [D] weights of the QK-norm; both None for no norm.
         layout: the pack's layout.
         eps: of the RMS norm.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.
 
     Returns:
-        [N, H, D].
+        [N, H, D] in the dtype of qkv.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
     """
-    check_self_attention("spatial_attention", qkv, q_weight, k_weight, layout)
-    choose("spatial_attention", backend, qkv, has_triton=False)
-    return spatial_attention_reference(qkv, q_weight, k_weight, layout, eps)
+    op = "spatial_attention"
+    check_self_attention(op, qkv, q_weight, k_weight, layout)
+    if choose_backend(op, backend, qkv, q_weight, k_weight) == "reference":
+        return spatial_attention_reference(qkv, q_weight, k_weight, layout, eps)
+    check_head_size(op, qkv.shape[3])
+    runs = [number for run in layout.runs for number in (run.videos * run.frames, run.frame_tokens)]
+    return _spatial_attention(qkv, q_weight, k_weight, runs, eps)[0]
 
 
 def check_self_attention(op: str, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, layout: PackLayout):
@@ -68,3 +76,90 @@ def check_self_attention(op: str, qkv: Tensor, q_weight: Tensor | None, k_weight
     if q_weight is not None and k_weight is not None:
         check_tensor(op, "q_weight", q_weight, (qkv.shape[3],), layout.device)
         check_tensor(op, "k_weight", k_weight, (qkv.shape[3],), layout.device)
+
+
+def check_head_size(op: str, head_size: int) -> None:
+    if head_size % 8 or not 8 <= head_size <= 128:
+        raise ValueError(
+            f"{op}: head size {head_size} has no Triton kernel, a multiple of 8 up to 128 has; use backend='reference'"
+        )
+
+
+# ---- registration: tensors and numbers only; `runs` is what attention_tables calls by that name ----
+
+
+@torch.library.custom_op("opensora_fast::spatial_attention", mutates_args=())
+def _spatial_attention(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, runs: list[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    """Returns the output [N, H, D] and the statistics of `launch_forward`."""
+    from .spatial_attention_forward import launch_forward
+
+    output, statistics = _allocate_outputs(qkv, q_weight)
+    launch_forward(*_contiguous(qkv, q_weight, k_weight), output, statistics, runs, eps)
+    return output, statistics
+
+
+@_spatial_attention.register_fake
+def _(qkv, q_weight, k_weight, runs, eps):
+    return _allocate_outputs(qkv, q_weight)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _allocate_outputs(qkv: Tensor, q_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    num_tokens, _, heads, head_size = qkv.shape
+    rows = 1 if q_weight is None else 3
+    return (
+        torch.empty(num_tokens, heads, head_size, dtype=qkv.dtype, device=qkv.device),
+        torch.empty(rows, heads, num_tokens, dtype=torch.float32, device=qkv.device),
+    )
+
+
+@torch.library.custom_op("opensora_fast::spatial_attention_backward", mutates_args=())
+def _spatial_attention_backward(
+    output_gradient: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    output: Tensor,
+    statistics: Tensor,
+    runs: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of qkv, q_weight and k_weight; the last two are empty without QK-norm."""
+    from .spatial_attention_backward import launch_backward
+
+    qkv_gradient, q_weight_gradient, k_weight_gradient = _allocate_gradients(qkv, q_weight, k_weight)
+    tensors = _contiguous(output_gradient, qkv, q_weight, k_weight)
+    sums = launch_backward(*tensors, output, statistics, qkv_gradient, runs)
+    if q_weight is not None:
+        torch.mul(sums, k_weight, out=q_weight_gradient)
+        torch.mul(sums, q_weight, out=k_weight_gradient)
+    return qkv_gradient, q_weight_gradient, k_weight_gradient
+
+
+@_spatial_attention_backward.register_fake
+def _(output_gradient, qkv, q_weight, k_weight, output, statistics, runs):
+    return _allocate_gradients(qkv, q_weight, k_weight)
+
+
+def _allocate_gradients(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    weights = (qkv.new_empty(0) if weight is None else torch.empty_like(weight) for weight in (q_weight, k_weight))
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), *weights
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    qkv, q_weight, k_weight, runs, _ = inputs
+    ctx.save_for_backward(qkv, q_weight, k_weight, *output)
+    ctx.runs = runs
+
+
+def _backward(ctx, output_gradient, _):
+    gradients = _spatial_attention_backward(output_gradient, *ctx.saved_tensors, ctx.runs)
+    wanted = ctx.needs_input_grad
+    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=False)), None, None
+
+
+_spatial_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -117,15 +117,16 @@ def _queries(
         ROW_STRIDE=TOKEN_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
     )
-    sums = sums[0] * SCALE, sums[1] * SCALE  # dS · k̂ / sqrt(D)
+    scale = tl.where(length > 1, SCALE, 0.0)  # a lone key has probability one: nothing moves it
+    sums = sums[0] * scale, sums[1] * scale  # dS · k̂ / sqrt(D)
     if NORM != NO_NORM:
         # Read again what the loop did not need, so that it does not occupy registers there.
-        factors = tl.load(query_factors, mask=inside, other=0.0, volatile=True)
+        factors = tl.load(query_factors, mask=inside, other=0.0, cache_modifier=".ca")
         normed = scale_rows(to_float32(load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), factors)  # q̂
         partial = multiply(sums, normed)  # rows outside the frame are zero
         partial = tl.sum(partial[0], axis=0), tl.sum(partial[1], axis=0)
         store_vector(weight_partials + program * HEAD_SIZE, partial, HEAD_SIZE)
-        sums = multiply(sums, load_weight_product(q_weight, k_weight, HEAD_SIZE))
+        sums = multiply(sums, load_weight_product(q_weight, k_weight, HEAD_SIZE, AGAIN=True))
         sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
     gradient = qkv_gradient + first_token * TOKEN_STRIDE + head * HEAD_SIZE
     store_head(gradient, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
@@ -190,10 +191,9 @@ def _keys(
     )
     gradient = qkv_gradient + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
     store_head(gradient + HEADS * HEAD_SIZE, value_sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
-    if NORM == NO_NORM:
-        sums = key_sums[0] * SCALE, key_sums[1] * SCALE
-    else:
-        sums = key_sums[0] / LOG2_E, key_sums[1] / LOG2_E
+    scale = tl.where(length > 1, SCALE if NORM == NO_NORM else 1.0 / LOG2_E, 0.0)
+    sums = key_sums[0] * scale, key_sums[1] * scale
+    if NORM != NO_NORM:
         normed = scale_rows(to_float32(load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), factors)  # k̂
         sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
     store_head(gradient, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
@@ -206,12 +206,15 @@ def launch_backward(
     k_weight: Tensor | None,
     output: Tensor,
     statistics: Tensor,
+    qkv_gradient: Tensor,
     runs: list[int],
-) -> tuple[Tensor, Tensor]:
-    """Returns the gradient of qkv, and G [D] float32 of the module's docstring (empty without QK-norm)."""
+) -> Tensor:
+    """Fills the gradient of qkv; returns G [D] float32 of the module's docstring (empty without QK-norm).
+
+    All of [N, …] must be contiguous.
+    """
     num_tokens, _, heads, head_size = qkv.shape
     device = qkv.device
-    qkv_gradient = torch.empty_like(qkv)
     deltas = torch.empty(heads, num_tokens, dtype=torch.float32, device=device)
     norm = NO_NORM if q_weight is None else NORM_LOADED
     queries = qkv if q_weight is None else torch.empty_like(output)
@@ -261,5 +264,6 @@ def launch_backward(
             NORM=norm.value,
             **configuration.launch,
         )
-    partials = partials[0] if len(partials) == 1 else torch.cat(partials)
-    return qkv_gradient, partials.sum(dim=0)
+    if q_weight is None:
+        return partials[0]
+    return (partials[0] if len(partials) == 1 else torch.cat(partials)).sum(dim=0)

@@ -163,15 +163,20 @@ def _forward(
 
 
 def launch_forward(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, runs: list[int], eps: float
-) -> tuple[Tensor, Tensor]:
-    """Returns the output [N, H, D] and statistics float32 [1 or 3, H, N] for the backward pass.
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    output: Tensor,
+    statistics: Tensor,
+    runs: list[int],
+    eps: float,
+) -> None:
+    """Fills output [N, H, D] and statistics float32 [1 or 3, H, N], which the backward pass needs.
 
     statistics[0] is log2 of the sum of exp2(scores); with QK-norm, [1] and [2] are the reciprocal RMS of q and k.
+    `qkv` [N, 3, H, D] must be contiguous.
     """
     num_tokens, _, heads, head_size = qkv.shape
-    output = torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format)
-    statistics = torch.empty(1 if q_weight is None else 3, heads, num_tokens, dtype=torch.float32, device=qkv.device)
     norm = NO_NORM if q_weight is None else NORM_COMPUTED
     if q_weight is not None and lengths_of(runs, *SHAPE_CLASSES["large"]):
         norm = NORM_LOADED
@@ -207,4 +212,3 @@ def launch_forward(
             BOUNDED_LIMIT=BOUNDED_UP_TO[qkv.dtype],
             **configuration.launch,
         )
-    return output, statistics
