@@ -176,7 +176,7 @@ def report_changes(checkpoint: Path, config: TrainConfig, report: Callable[[str]
     """Say which values differ from those that the checkpoint was trained with."""
     before = dict(list_values(load_train_config(checkpoint / CHECKPOINT_CONFIG).config))
     for key, value in list_values(config):
-        if value != before[key] and key not in ("steps", "load", "dataset.data_path"):
+        if key in before and value != before[key] and key not in ("steps", "load", "dataset.data_path"):
             report(f"note: {key} is now {value!r}, the checkpoint was trained with {before[key]!r}")
 
 

@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from opensora_fast.config.overrides import apply_overrides
-from opensora_fast.config.schema import ALIASES, SampleConfig, TrainConfig, find_idle_keys, suggest
+from opensora_fast.config.schema import ALIASES, SampleConfig, TrainConfig, find_idle_keys
+from opensora_fast.config.sections import TypedSection, suggest
 from opensora_fast.config.upstream_file import ConfigFile, read_config_file
 
 ConfigT = TypeVar("ConfigT", TrainConfig, SampleConfig)
@@ -93,8 +94,11 @@ def load_config(
 
 
 def list_values(config: BaseModel) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a configuration, sections opened."""
+    """Dotted keys and values of a configuration, sections opened; without keys that a section's type does not take."""
+    used = config.get_keys_of_type() if isinstance(config, TypedSection) else type(config).model_fields
     for name in type(config).model_fields:
+        if name not in used:
+            continue
         value = getattr(config, name)
         if isinstance(value, BaseModel):
             yield from ((f"{name}.{key}", inner) for key, inner in list_values(value))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from opensora_fast.config import list_values, load_any_config, load_sample_config, load_train_config, to_json
-from opensora_fast.config.schema import MASK_NAMES, ModelConfig, SampleConfig, TrainConfig
+from opensora_fast.config.schema import SampleConfig, TrainConfig
+from opensora_fast.config.sections import MASK_NAMES, ModelConfig
 from opensora_fast.diffusion.masks import MASK_KINDS
 from opensora_fast.model.config import STDiT2Config
 

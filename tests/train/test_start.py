@@ -38,7 +38,7 @@ def test_a_bucket_without_one_usable_clip_stops_with_its_name(train, tmp_path, t
 
 
 def test_open_sora_weights_as_a_start_are_reported(train, tmp_path):
-    """A `.pth` file with an older model's keys: what fits is loaded, the rest listed; one that hardly fits is refused."""
+    """A `.pth` file of an older model: what fits is loaded and the rest listed; one that hardly fits is refused."""
     first = tmp_path / "first"
     assert train(first, "--steps", 2)[0] == 0
     state = load_file(first / "checkpoints" / "step-00000002" / "model" / "model.safetensors")
