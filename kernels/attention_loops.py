@@ -158,7 +158,6 @@ def key_gradient(
     gradients,
     log_sums,
     deltas,
-    first,
     length,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
@@ -169,16 +168,16 @@ def key_gradient(
     GRADIENT_STRIDE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
-    """Sums over the queries `first` … `length` for ROWS keys, whose reciprocal RMS is `key_factors` [m] under NORM.
+    """Sums over `length` queries for ROWS keys, whose reciprocal RMS is `key_factors` [m] under NORM.
 
     Returns:
         (Σ logit gradient · query, Σ probability · output gradient), float32 head tiles [m, D]; the queries as given.
     """
     key_sums = zero_head(ROWS, HEAD_SIZE)
     value_sums = zero_head(ROWS, HEAD_SIZE)
-    whole = first + (length - first) // STEP * STEP
+    whole = length // STEP * STEP
     for masked in tl.static_range(1, -1, -1):
-        begin = whole if masked else first
+        begin = whole if masked else 0
         end = length if masked else whole
         for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
             rows = start + tl.arange(0, REMAINDER if masked else STEP)

@@ -13,7 +13,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-ENTRIES = 4  # columns of a table
 NO_LIMIT = 2**31
 
 
@@ -38,12 +37,32 @@ def row_tiles(
         int32 [tiles, 4] on `device`: first token of the sequence, its length, first row of the tile within it, and the
         sequence's number in the pack. Long sequences come first, so that the last programs to start are short ones.
     """
+    lengths, first_tokens, chosen, tiles = _count_tiles(runs, rows, shortest, longest)
+    sequence = chosen.repeat_interleave(tiles)
+    first_row = (torch.arange(len(sequence)) - (tiles.cumsum(0) - tiles).repeat_interleave(tiles)) * rows
+    return _place(torch.stack([first_tokens[sequence], lengths[sequence], first_row, sequence], dim=1), device)
+
+
+@lru_cache(maxsize=1024)
+def tile_ranges(runs: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
+    """Where each sequence's tiles lie in `row_tiles(runs, rows, device)`: int32 [sequences, 2], first and number."""
+    lengths, _, chosen, tiles = _count_tiles(runs, rows, 0, NO_LIMIT)
+    ranges = torch.empty(len(lengths), 2, dtype=torch.int64)
+    ranges[chosen] = torch.stack([tiles.cumsum(0) - tiles, tiles], dim=1)
+    return _place(ranges, device)
+
+
+def _count_tiles(
+    runs: tuple[int, ...], rows: int, shortest: int, longest: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(lengths and first tokens of all sequences, those chosen in table order, the number of tiles of the chosen)."""
     lengths = torch.tensor(runs[1::2]).repeat_interleave(torch.tensor(runs[0::2]))
     first_tokens = lengths.cumsum(0) - lengths
     chosen = ((lengths >= shortest) & (lengths <= longest)).nonzero().squeeze(1)
     chosen = chosen[torch.argsort(lengths[chosen], descending=True, stable=True)]
-    tiles = (lengths[chosen] + rows - 1) // rows
-    sequence = chosen.repeat_interleave(tiles)
-    first_row = (torch.arange(len(sequence)) - (tiles.cumsum(0) - tiles).repeat_interleave(tiles)) * rows
-    table = torch.stack([first_tokens[sequence], lengths[sequence], first_row, sequence], dim=1).to(torch.int32)
+    return lengths, first_tokens, chosen, (lengths[chosen] + rows - 1) // rows
+
+
+def _place(table: Tensor, device: torch.device) -> Tensor:
+    table = table.to(torch.int32)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

@@ -4,6 +4,9 @@
 
 Replaces in ST-DiT-2: everything between `cross_attn.q_linear` / `kv_linear` and `cross_attn.proj`.
 
+Kernels: cross_attention_forward.py and cross_attention_backward.py. Limits: float32, float16, bfloat16; D a multiple
+of 8 up to 128; any number of text tokens.
+
 Letters: N video tokens, M text tokens, H heads, D head size, L the longest text.
 """
 
@@ -13,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_tensor, check_tokens
-from .dispatch import choose
 from .layout import PackLayout, TextLayout
+from .registration import choose_backend
+from .spatial_attention import check_head_size
 
 
 def cross_attention_reference(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout) -> Tensor:
@@ -47,10 +51,10 @@ def cross_attention(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout,
         kv: [M, 2, H, D], output of the key-value Linear.
         layout: the pack's layout.
         text: where each video's text tokens lie in kv.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.
 
     Returns:
-        [N, H, D]; zero for the tokens of a video without text.
+        [N, H, D] in the dtype of q; zero for the tokens of a video without text.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
@@ -60,5 +64,77 @@ def cross_attention(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout,
     check_tensor(op, "kv", kv, (text.num_tokens, 2, q.shape[1], q.shape[2]), layout.device)
     if text.lengths.shape != (layout.num_videos,):
         raise ValueError(f"{op}: text describes {text.lengths.shape[0]} videos, the layout {layout.num_videos}")
-    choose(op, backend, q, has_triton=False)
-    return cross_attention_reference(q, kv, layout, text)
+    for name, table in (("starts", text.starts), ("lengths", text.lengths)):
+        if table.device != layout.device:
+            raise ValueError(f"{op}: text.{name} is on {table.device}, but the layout is on {layout.device}")
+    if choose_backend(op, backend, q, kv) == "reference":
+        return cross_attention_reference(q, kv, layout, text)
+    check_head_size(op, q.shape[2])
+    runs = [number for run in layout.runs for number in (run.videos, run.frames * run.frame_tokens)]
+    return _cross_attention(q, kv.to(q.dtype), text.starts, text.lengths, text.max_length, runs)[0]
+
+
+# ---- registration: tensors and numbers only; `runs` is what attention_tables calls by that name ----
+
+
+@torch.library.custom_op("opensora_fast::cross_attention", mutates_args=())
+def _cross_attention(
+    q: Tensor, kv: Tensor, text_starts: Tensor, text_lengths: Tensor, max_length: int, runs: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Returns the output [N, H, D] and the log sums of `launch_forward`."""
+    from .cross_attention_forward import launch_forward
+
+    output, log_sums = _allocate_outputs(q)
+    launch_forward(q.contiguous(), kv.contiguous(), output, log_sums, text_starts, text_lengths, runs)
+    return output, log_sums
+
+
+@_cross_attention.register_fake
+def _(q, kv, text_starts, text_lengths, max_length, runs):
+    return _allocate_outputs(q)
+
+
+def _allocate_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return output, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+
+
+@torch.library.custom_op("opensora_fast::cross_attention_backward", mutates_args=())
+def _cross_attention_backward(
+    output_gradient: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    text_starts: Tensor,
+    text_lengths: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    max_length: int,
+    runs: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of q and kv."""
+    from .cross_attention_backward import launch_backward
+
+    tensors = [tensor.contiguous() for tensor in (output_gradient, q, kv, output)]
+    q_gradient = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    kv_gradient = torch.zeros(kv.shape, dtype=kv.dtype, device=kv.device)
+    launch_backward(*tensors, log_sums, q_gradient, kv_gradient, text_starts, text_lengths, max_length, runs)
+    return q_gradient, kv_gradient
+
+
+@_cross_attention_backward.register_fake
+def _(output_gradient, q, kv, text_starts, text_lengths, output, log_sums, max_length, runs):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.max_length, ctx.runs = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, output_gradient, _):
+    gradients = _cross_attention_backward(output_gradient, *ctx.saved_tensors, ctx.max_length, ctx.runs)
+    wanted = ctx.needs_input_grad
+    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=False)), *(None,) * 4
+
+
+_cross_attention.register_autograd(_backward, setup_context=_setup_context)

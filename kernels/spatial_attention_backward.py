@@ -178,7 +178,6 @@ def _keys(
         output_gradient + first_token * OUTPUT_STRIDE + head * HEAD_SIZE,
         statistics + in_statistics,
         deltas + in_statistics,
-        0,
         length,
         ROWS=ROWS,
         STEP=STEP,

@@ -1,0 +1,285 @@
+"""Triton kernels of cross-attention, backward. The formulas and the public function are in cross_attention.
+
+Three kernels, no atomics. With g the output's gradient, P the probabilities and δ = rowsum(g · output),
+
+    dS = P · (g · Vᵀ - δ)       gradient of the logits
+    queries (first): δ and dQ = dS · K / sqrt(D)    one program per tile of video tokens and head
+    text (second):   dK = dSᵀ · Q / sqrt(D) and dV = Pᵀ · g over a chunk of a video's tokens: one program per chunk,
+                     tile of text and head, writing float32 partial sums
+    chunks (third):  adds the partial sums of each text token in the order of the chunks
+
+A video has up to 10^5 tokens for at most a few hundred text tokens: chunks make enough programs to fill the GPU.
+
+Per call: 14·L·H·D FLOPs (10 useful) and 14·H·D bytes (half precision) for each video token, and 16·L·H·D bytes for
+each chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_loops import NO_NORM, key_gradient, query_gradient
+from .attention_tables import row_tiles, tile_ranges
+from .attention_tiles import load_head, multiply, store_head, to_float32
+from .configurations import Configuration, select
+
+CONFIGURATIONS = {
+    "cross_attention_queries": {
+        "any": (
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=2),
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
+        ),
+    },
+    "cross_attention_text": {
+        "any": (
+            Configuration(ROWS=64, STEP=64, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=32, num_warps=4, num_stages=2),
+            Configuration(ROWS=128, STEP=64, num_warps=8, num_stages=2),
+        ),
+    },
+    "cross_attention_chunks": {
+        "any": (Configuration(COLUMNS=256, num_warps=2, num_stages=2),),
+    },
+}
+SHORTEST_CHUNK, LONGEST_CHUNK = 256, 8192
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _queries(
+    q,
+    kv,
+    output,
+    output_gradient,
+    log_sums,
+    deltas,
+    q_gradient,
+    tiles,
+    text_starts,
+    text_lengths,
+    num_tokens,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    REMAINDER: tl.constexpr,
+):
+    TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
+    TEXT_STRIDE: tl.constexpr = 2 * HEADS * HEAD_SIZE
+    SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
+    program = tl.program_id(0).to(tl.int64)
+    head = program % HEADS
+    tile = tiles + program // HEADS * 4
+    first_token = tl.load(tile).to(tl.int64) + tl.load(tile + 2)
+    video = tl.load(tile + 3)
+    rows = tl.arange(0, ROWS)
+    inside = rows < tl.load(tile + 1) - tl.load(tile + 2)
+    text_start = tl.load(text_starts + video).to(tl.int64)
+    text_length = tl.load(text_lengths + video)
+
+    in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
+    in_statistics = head * num_tokens + first_token
+    g = load_head(output_gradient + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
+    product = multiply(to_float32(load_head(output + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), to_float32(g))
+    delta = tl.sum(product[0], axis=1) + tl.sum(product[1], axis=1)
+    tl.store(deltas + in_statistics + rows, delta, mask=inside)
+    keys = kv + text_start * TEXT_STRIDE + head * HEAD_SIZE
+    sums = query_gradient(
+        load_head(q + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE),
+        g,
+        tl.load(log_sums + in_statistics + rows, mask=inside, other=float("inf")),
+        delta,
+        keys,
+        keys + HEADS * HEAD_SIZE,
+        None,
+        text_length,
+        ROWS=ROWS,
+        STEP=STEP,
+        REMAINDER=REMAINDER,
+        NORM=NO_NORM,
+        SCALE=SCALE * 1.4426950408889634,
+        ROW_STRIDE=TEXT_STRIDE,
+        HEAD_SIZE=HEAD_SIZE,
+    )
+    scale = tl.where(text_length > 1, SCALE, 0.0)  # a lone key has probability one: nothing moves it
+    sums = sums[0] * scale, sums[1] * scale
+    store_head(q_gradient + in_tokens, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "chunk_tokens", "max_length"])
+def _text(
+    q,
+    kv,
+    output_gradient,
+    log_sums,
+    deltas,
+    partials,
+    chunks,
+    text_starts,
+    text_lengths,
+    num_tokens,
+    chunk_tokens,
+    max_length,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """partials float32 [chunks, max_length, 2, H, D]; rows beyond a video's text are not written."""
+    TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
+    TEXT_STRIDE: tl.constexpr = 2 * HEADS * HEAD_SIZE
+    SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
+    program = tl.program_id(0).to(tl.int64)
+    head = program % HEADS
+    chunk = program // HEADS
+    first_row = tl.program_id(1) * ROWS
+    first_token = tl.load(chunks + chunk * 4).to(tl.int64)
+    first = tl.load(chunks + chunk * 4 + 2)
+    end = tl.minimum(first + chunk_tokens, tl.load(chunks + chunk * 4 + 1))
+    video = tl.load(chunks + chunk * 4 + 3)
+    text_start = tl.load(text_starts + video).to(tl.int64)
+    text_length = tl.load(text_lengths + video)
+    if first_row >= text_length:
+        return
+
+    rows = first_row + tl.arange(0, ROWS)
+    inside = rows < text_length
+    keys = kv + text_start * TEXT_STRIDE + head * HEAD_SIZE
+    k = load_head(keys, rows, inside, TEXT_STRIDE, HEAD_SIZE)  # [ROWS, D]
+    v = load_head(keys + HEADS * HEAD_SIZE, rows, inside, TEXT_STRIDE, HEAD_SIZE)
+    # Offsets within a video may pass 2^31 elements, those within a chunk do not.
+    first_token += first
+    in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
+    in_statistics = head * num_tokens + first_token
+    key_sums, value_sums = key_gradient(
+        k,
+        v,
+        tl.zeros([ROWS], tl.float32),
+        q + in_tokens,
+        output_gradient + in_tokens,
+        log_sums + in_statistics,
+        deltas + in_statistics,
+        end - first,
+        ROWS=ROWS,
+        STEP=STEP,
+        REMAINDER=STEP,
+        NORM=NO_NORM,
+        SCALE=SCALE * 1.4426950408889634,
+        QUERY_STRIDE=TOKEN_STRIDE,
+        GRADIENT_STRIDE=TOKEN_STRIDE,
+        HEAD_SIZE=HEAD_SIZE,
+    )
+    scale = tl.where(text_length > 1, SCALE, 0.0)
+    key_sums = key_sums[0] * scale, key_sums[1] * scale
+    partial = partials + chunk * max_length * TEXT_STRIDE + head * HEAD_SIZE
+    store_head(partial, key_sums, rows, inside, TEXT_STRIDE, HEAD_SIZE)
+    store_head(partial + HEADS * HEAD_SIZE, value_sums, rows, inside, TEXT_STRIDE, HEAD_SIZE)
+
+
+@triton.jit(do_not_specialize=["max_length"])
+def _chunks(
+    partials,
+    kv_gradient,
+    chunk_ranges,
+    text_starts,
+    text_lengths,
+    max_length,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Adds up the chunks of one text token: WIDTH = 2·H·D numbers in blocks of COLUMNS."""
+    row = tl.program_id(0)
+    video = tl.program_id(2)
+    if row >= tl.load(text_lengths + video):
+        return
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < WIDTH
+    first_chunk = tl.load(chunk_ranges + video * 2).to(tl.int64)
+    pointers = partials + (first_chunk * max_length + row) * WIDTH + columns
+    chunk_stride = tl.full([], WIDTH, tl.int64) * max_length
+    sums = tl.zeros([COLUMNS], tl.float32)
+    for _ in range(tl.load(chunk_ranges + video * 2 + 1)):
+        sums += tl.load(pointers, mask=inside, other=0.0)
+        pointers += chunk_stride
+    token = tl.load(text_starts + video).to(tl.int64) + row
+    tl.store(kv_gradient + token * WIDTH + columns, sums.to(kv_gradient.dtype.element_ty), mask=inside)
+
+
+def chunk_length(num_tokens: int) -> int:
+    """Tokens of a chunk: a power of two that makes 16 to 32 chunks of the pack, so about a thousand programs."""
+    return min(max(1 << max(num_tokens // 16, 1).bit_length() - 1, SHORTEST_CHUNK), LONGEST_CHUNK)
+
+
+def launch_backward(
+    output_gradient: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    q_gradient: Tensor,
+    kv_gradient: Tensor,
+    text_starts: Tensor,
+    text_lengths: Tensor,
+    max_length: int,
+    runs: list[int],
+) -> None:
+    """Fills q_gradient [N, H, D], and in kv_gradient [M, 2, H, D], which holds zeros, the rows of real text.
+
+    All of [N, …] and [M, …] must be contiguous.
+    """
+    num_tokens, heads, head_size = q.shape
+    runs = tuple(runs)
+    deltas = torch.empty(heads, num_tokens, dtype=torch.float32, device=q.device)
+    configuration = select(CONFIGURATIONS, "cross_attention_queries", "any", q.device)
+    tiles = row_tiles(runs, configuration["ROWS"], q.device)
+    _queries[(tiles.shape[0] * heads,)](
+        q,
+        kv,
+        output,
+        output_gradient,
+        log_sums,
+        deltas,
+        q_gradient,
+        tiles,
+        text_starts,
+        text_lengths,
+        num_tokens,
+        HEADS=heads,
+        HEAD_SIZE=head_size,
+        **configuration.launch,
+    )
+    chunk_tokens = chunk_length(num_tokens)
+    chunks = row_tiles(runs, chunk_tokens, q.device)
+    width = 2 * heads * head_size
+    partials = torch.empty(chunks.shape[0], max_length, width, dtype=torch.float32, device=q.device)
+    configuration = select(CONFIGURATIONS, "cross_attention_text", "any", q.device)
+    _text[(chunks.shape[0] * heads, triton.cdiv(max_length, configuration["ROWS"]))](
+        q,
+        kv,
+        output_gradient,
+        log_sums,
+        deltas,
+        partials,
+        chunks,
+        text_starts,
+        text_lengths,
+        num_tokens,
+        chunk_tokens,
+        max_length,
+        HEADS=heads,
+        HEAD_SIZE=head_size,
+        **configuration.launch,
+    )
+    configuration = select(CONFIGURATIONS, "cross_attention_chunks", "any", q.device)
+    _chunks[(max_length, triton.cdiv(width, configuration["COLUMNS"]), text_lengths.shape[0])](
+        partials,
+        kv_gradient,
+        tile_ranges(runs, chunk_tokens, q.device),
+        text_starts,
+        text_lengths,
+        max_length,
+        WIDTH=width,
+        **configuration.launch,
+    )

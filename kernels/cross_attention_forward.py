@@ -1,0 +1,110 @@
+"""Triton kernel of cross-attention, forward. The formulas and the public function are in cross_attention.
+
+One program computes ROWS tokens of one head of one video, looping over the text of that video, whose length only the
+device knows. There is no QK-norm, so the softmax keeps a running maximum.
+
+Per call: 4·L·H·D FLOPs and 4·H·D bytes (half precision) for each video token; the text comes from the L2 cache.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_loops import NO_NORM, attend
+from .attention_tables import row_tiles
+from .attention_tiles import load_head, store_head
+from .configurations import Configuration, select
+
+CONFIGURATIONS = {
+    "cross_attention_forward": {
+        "any": (
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),
+        ),
+    },
+}
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _forward(
+    q,
+    kv,
+    output,
+    log_sums,
+    tiles,
+    text_starts,
+    text_lengths,
+    num_tokens,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    REMAINDER: tl.constexpr,
+):
+    TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
+    TEXT_STRIDE: tl.constexpr = 2 * HEADS * HEAD_SIZE
+    program = tl.program_id(0).to(tl.int64)
+    head = program % HEADS
+    tile = tiles + program // HEADS * 4
+    first_token = tl.load(tile).to(tl.int64) + tl.load(tile + 2)
+    video = tl.load(tile + 3)
+    rows = tl.arange(0, ROWS)
+    inside = rows < tl.load(tile + 1) - tl.load(tile + 2)
+    text_start = tl.load(text_starts + video).to(tl.int64)
+    text_length = tl.load(text_lengths + video)
+
+    in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
+    keys = kv + text_start * TEXT_STRIDE + head * HEAD_SIZE
+    result, log_sum = attend(
+        load_head(q + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE),  # [ROWS, D]
+        keys,
+        keys + HEADS * HEAD_SIZE,
+        None,
+        False,
+        text_length,
+        0.0,
+        ROWS=ROWS,
+        STEP=STEP,
+        REMAINDER=REMAINDER,
+        NORM=NO_NORM,
+        SCALE=1.4426950408889634 / HEAD_SIZE**0.5,
+        BOUNDED=False,
+        ROW_STRIDE=TEXT_STRIDE,
+        HEAD_SIZE=HEAD_SIZE,
+    )
+    tl.store(log_sums + head * num_tokens + first_token + rows, log_sum, mask=inside)
+    store_head(output + in_tokens, result, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+
+
+def launch_forward(
+    q: Tensor,
+    kv: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    text_starts: Tensor,
+    text_lengths: Tensor,
+    runs: list[int],
+) -> None:
+    """Fills output [N, H, D] and log_sums float32 [H, N]: log2 of the sum of exp2(scores), 0 without text.
+
+    q [N, H, D] and kv [M, 2, H, D] must be contiguous.
+    """
+    num_tokens, heads, head_size = q.shape
+    configuration = select(CONFIGURATIONS, "cross_attention_forward", "any", q.device)
+    tiles = row_tiles(tuple(runs), configuration["ROWS"], q.device)
+    _forward[(tiles.shape[0] * heads,)](
+        q,
+        kv,
+        output,
+        log_sums,
+        tiles,
+        text_starts,
+        text_lengths,
+        num_tokens,
+        HEADS=heads,
+        HEAD_SIZE=head_size,
+        **configuration.launch,
+    )

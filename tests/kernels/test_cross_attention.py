@@ -1,0 +1,200 @@
+"""`cross_attention`: Triton against float64 and against eager."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from opensora_fast.kernels import PackLayout, TextLayout, cross_attention
+from opensora_fast.kernels.attention_tables import row_tiles, tile_ranges
+from opensora_fast.kernels.cross_attention_backward import LONGEST_CHUNK, SHORTEST_CHUNK, chunk_length
+
+ours, reference = partial(cross_attention, backend="triton"), partial(cross_attention, backend="reference")
+
+CASES = {  # (shapes of the videos, text tokens of each)
+    "one of each": ([(1, 1, 1)], [1]),
+    "several tokens, one text": ([(2, 3, 5)], [1]),
+    "whole steps": ([(1, 8, 8)], [64]),
+    "ragged": ([(2, 3, 3), (1, 9, 9), (1, 1, 1)], [33, 70, 5]),
+    "some without text": ([(1, 3, 3), (2, 2, 2), (1, 3, 3)], [0, 17, 0]),
+    "long text": ([(1, 3, 3)], [200]),
+}
+
+
+def make_inputs(
+    shapes, lengths: list[int], dtype: torch.dtype, device: torch.device, heads: int = 1, head_size: int = 72
+) -> dict:
+    layout = PackLayout.of(shapes, device)
+    mask = torch.arange(max(max(lengths), 1)) < torch.tensor(lengths)[:, None]
+    text, index = TextLayout.from_mask(mask, len(lengths), mask.shape[1], device)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(layout.num_tokens, heads, head_size, generator=generator).to(device, dtype)
+    kv = torch.randn(len(index), 2, heads, head_size, generator=generator).to(device, dtype)
+    return {"q": q.requires_grad_(), "kv": kv.requires_grad_(), "layout": layout, "text": text}
+
+
+@pytest.fixture
+def compare(compare_with_eager):
+    def run(inputs: dict, **keywords) -> None:
+        tables = {name: inputs[name] for name in ("layout", "text")}
+        tensors = {name: inputs[name] for name in ("q", "kv")}
+        compare_with_eager(partial(ours, **tables), partial(reference, **tables), tensors, **keywords)
+
+    return run
+
+
+@pytest.mark.parametrize(("shapes", "lengths"), CASES.values(), ids=CASES.keys())
+def test_output_and_gradients(shapes, lengths, dtype, device, compare) -> None:
+    compare(make_inputs(shapes, lengths, dtype, device))
+
+
+def test_several_heads(dtype, device, compare) -> None:
+    compare(make_inputs([(2, 3, 3), (1, 2, 2)], [7, 20], dtype, device, heads=3))
+
+
+@pytest.mark.parametrize("head_size", [8, 16, 64, 104, 128])
+def test_other_head_sizes(head_size, device, compare) -> None:
+    compare(make_inputs([(1, 3, 7)], [19], torch.float32, device, head_size=head_size))
+
+
+def test_several_chunks(device, compare) -> None:
+    shapes = [(2, 11, 13), (1, 1, 1), (1, 16, 17)]
+    assert row_tiles((1, 286, 1, 1, 1, 272), chunk_length(559), device).shape[0] == 5
+    compare(make_inputs(shapes, [3, 9, 20], torch.float32, device, head_size=24))
+
+
+def test_no_text_at_all(dtype, device) -> None:
+    inputs = make_inputs([(1, 3, 3), (1, 2, 2)], [0, 0], dtype, device)
+    output = ours(**inputs)
+    assert (output == 0).all()
+    output.sum().backward()
+    assert (inputs["q"].grad == 0).all() and inputs["kv"].grad.shape == (0, 2, 1, 72)
+
+
+def test_text_padded_on_the_device(device) -> None:
+    """Text that the host cannot measure keeps its padding, which gets no gradient and has no influence."""
+    exact = make_inputs([(2, 3, 3), (1, 3, 3), (1, 2, 2)], [5, 0, 12], torch.float32, device)
+    lengths, starts = torch.tensor([5, 0, 12]), torch.tensor([0, 20, 40])
+    text = TextLayout(starts.int().to(device), lengths.int().to(device), 20, 60)
+    kv = torch.full((60, 2, 1, 72), float("nan"), device=device)
+    kv[:5], kv[40:52] = exact["kv"].detach()[:5], exact["kv"].detach()[5:]
+    outputs, gradients = [], []
+    for inputs in (exact, exact | {"kv": kv.requires_grad_(), "text": text}):
+        output = ours(**inputs)
+        output.square().sum().backward()
+        outputs.append(output)
+        gradients.append(inputs["kv"].grad)
+    assert torch.equal(*outputs)
+    assert torch.equal(gradients[1][:5], gradients[0][:5]) and torch.equal(gradients[1][40:52], gradients[0][5:])
+    assert (gradients[1][5:40] == 0).all() and (gradients[1][52:] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 10.0, 60.0])
+def test_equal_and_large_logits(scale, dtype, device, compare) -> None:
+    inputs = make_inputs([(1, 5, 8)], [70], dtype, device)
+    inputs["q"] = (inputs["q"].detach() * scale).requires_grad_()
+    compare(inputs)
+
+
+def test_strided_and_expanded_inputs(dtype, device, compare) -> None:
+    inputs = make_inputs([(2, 3, 3)], [13], dtype, device, heads=2)
+    kv = inputs["kv"].detach()
+    inputs["q"] = inputs["q"].detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    inputs["kv"] = torch.stack([kv, kv], dim=1)[:, 0].requires_grad_()
+    compare(inputs, expanded_gradient=True)
+    inputs["kv"] = kv[:1].expand(13, -1, -1, -1).requires_grad_()
+    inputs["q"] = inputs["q"].detach()[:1].expand(18, -1, -1).requires_grad_()
+    torch.testing.assert_close(ours(**inputs), reference(**inputs), rtol=1e-3, atol=1e-3)
+
+
+def test_text_of_another_dtype(device) -> None:
+    inputs = make_inputs([(2, 3, 5)], [6], torch.float16, device)
+    inputs["kv"] = inputs["kv"].detach().float().requires_grad_()
+    output = ours(**inputs)
+    assert output.dtype == torch.float16
+    torch.testing.assert_close(output, reference(**inputs), rtol=5e-3, atol=5e-3)
+    output.square().sum().backward()
+    assert inputs["kv"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wanted", ["q", "kv"])
+def test_only_the_wanted_gradient(wanted, device) -> None:
+    gradients = []
+    for function in (ours, reference):
+        inputs = make_inputs([(1, 3, 3)], [5], torch.float32, device, head_size=24)
+        leaves = {name: inputs[name].detach().requires_grad_(name == wanted) for name in ("q", "kv")}
+        function(**inputs | leaves).square().sum().backward()
+        gradients.append({name: leaf.grad for name, leaf in leaves.items()})
+    assert [name for name, gradient in gradients[0].items() if gradient is not None] == [wanted]
+    torch.testing.assert_close(gradients[0][wanted], gradients[1][wanted], rtol=1e-4, atol=1e-5)
+
+
+def test_two_runs_are_equal_bit_for_bit(dtype, device) -> None:
+    results: list[list[Tensor]] = []
+    for _ in range(2):
+        inputs = make_inputs(*CASES["ragged"], dtype, device)
+        output = ours(**inputs)
+        output.square().sum().backward()
+        results.append([output, inputs["q"].grad, inputs["kv"].grad])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+def test_activation_checkpointing_and_accumulation(device) -> None:
+    gradients = []
+    for checkpoint in (False, True):
+        inputs = make_inputs([(1, 3, 3)], [5], torch.float32, device, head_size=24)
+        for _ in range(2):
+            if checkpoint:
+                output = torch.utils.checkpoint.checkpoint(partial(ours, **inputs), use_reentrant=False)
+            else:
+                output = ours(**inputs)
+            output.square().sum().backward()
+        gradients.append([inputs[name].grad for name in ("q", "kv")])
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
+def test_registration_and_full_graph_compilation(device) -> None:
+    inputs = make_inputs([(2, 2, 3)], [5], torch.float32, device, head_size=24)
+    tensors = [inputs["q"], inputs["kv"], inputs["text"].starts, inputs["text"].lengths]
+    torch.library.opcheck(torch.ops.opensora_fast.cross_attention.default, (*tensors, 5, [1, 12]))
+    gradients = []
+    for function in (ours, torch.compile(ours, fullgraph=True, backend="aot_eager")):
+        inputs = make_inputs([(2, 2, 3)], [5], torch.float32, device, head_size=24)
+        function(**inputs).sin().sum().backward()
+        gradients.append([inputs[name].grad for name in ("q", "kv")])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
+def test_chunks_of_a_video_lie_together(device) -> None:
+    runs = (2, 300, 1, 900)
+    chunks, ranges = row_tiles(runs, 256, device).tolist(), tile_ranges(runs, 256, device).tolist()
+    for video, (first, number) in enumerate(ranges):
+        assert [chunk[2:] for chunk in chunks[first : first + number]] == [[256 * i, video] for i in range(number)]
+    assert sum(number for _, number in ranges) == len(chunks) == 8
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(1, SHORTEST_CHUNK), (4608, 256), (46_000, 2048), (10**6, LONGEST_CHUNK)]
+)
+def test_chunk_length(tokens, expected) -> None:
+    assert chunk_length(tokens) == expected
+
+
+def test_wrong_arguments_are_named(device) -> None:
+    inputs = make_inputs([(1, 3, 5)], [4], torch.float32, device)
+    with pytest.raises(ValueError, match="cross_attention: q has shape"):
+        ours(**inputs | {"q": inputs["q"][1:]})
+    with pytest.raises(ValueError, match="cross_attention: kv has shape"):
+        ours(**inputs | {"kv": inputs["kv"][1:]})
+    with pytest.raises(ValueError, match="cross_attention: kv is on meta"):
+        ours(**inputs | {"kv": torch.zeros(4, 2, 1, 72, device="meta")})
+    with pytest.raises(ValueError, match="text describes 1 videos, the layout 2"):
+        ours(**inputs | {"layout": PackLayout.of([(1, 1, 5), (1, 2, 5)], device)})
+    with pytest.raises(ValueError, match="q has dtype torch.int64"):
+        ours(**inputs | {"q": inputs["q"].detach().long()})
+    with pytest.raises(ValueError, match="got torch.float64"):
+        ours(**inputs | {"q": inputs["q"].double(), "kv": inputs["kv"].double()})
+    with pytest.raises(ValueError, match="head size 12 has no Triton kernel"):
+        ours(**inputs | {"q": torch.zeros(15, 1, 12, device=device), "kv": torch.zeros(4, 2, 1, 12, device=device)})
