@@ -10,7 +10,7 @@ MULTIPLE_VALUES = ("--prompt", "--reference-path", "--mask-strategy")
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="Configuration file (.py in Open-Sora's format, or .json).")],
+    config: Annotated[Path, typer.Argument(help="Configuration in Open-Sora's format, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]")] = None,
     ckpt_path: Annotated[
         str | None,
@@ -58,6 +58,7 @@ def command(
     """
     from opensora_fast.config import load_sample_config
     from opensora_fast.sampling.prompts import read_prompts
+    from opensora_fast.train.locate_config import locate_config
 
     if prompt_path is not None and prompt is None:
         prompt = read_prompts(prompt_path)  # goes before a prompt of the configuration
@@ -82,7 +83,7 @@ def command(
         "prompt_as_path": prompt_as_path or None,
         "save_dir": save_dir and str(save_dir),
     }
-    loaded = load_sample_config(config, overrides or [], options)
+    loaded = load_sample_config(locate_config(config), overrides or [], options)
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
 
@@ -93,10 +94,8 @@ def command(
 
 
 def _find_weights(path: str) -> str:
-    """The model folder that a person means: a checkpoint's average of the weights, else the path itself."""
-    from opensora_fast.train.checkpoint import locate_checkpoint
+    """The model folder that a person means: the average of the weights of a run or checkpoint, else the path itself."""
+    from opensora_fast.train.start import resolve_weights
 
-    folder = Path(path)
-    if not folder.is_dir() or (folder / "config.json").is_file():
-        return path
-    return str(locate_checkpoint(folder, lambda text: print(f"note: {text}", file=sys.stderr)) / "ema")
+    found = resolve_weights(path, lambda text: print(f"note: {text}", file=sys.stderr))
+    return found if found == path else str(Path(found) / "ema")
