@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,10 +15,15 @@ import torch
 
 from opensora_fast import kernels
 
+DIRTY_SUFFIX = "-dirty"
+
 
 @dataclass(frozen=True)
 class Environment:
-    """`device_name` is the folder of the results: the GPU's name, or "cpu" and its architecture."""
+    """`device_name` is the folder of the results: the GPU's name, or "cpu" and its architecture.
+
+    `commit` is "" where nobody knows it: a copy of the sources without its history. `dirty`: the sources differ from it.
+    """
 
     device_name: str
     driver: str
@@ -29,10 +35,18 @@ class Environment:
     date: str
 
 
-@lru_cache(maxsize=2)
-def describe_environment(device: str) -> Environment:
-    """Reads the environment once per process; `device` is "cuda" or "cpu"."""
-    commit, dirty = _source_state()
+@lru_cache(maxsize=8)
+def describe_environment(device: str, commit: str | None = None) -> Environment:
+    """Reads the environment once per process.
+
+    Args:
+        device: "cuda" or "cpu".
+        commit: of a copied tree, as `git describe --always --abbrev=40 --dirty` prints it where the copy was made.
+
+    Raises:
+        ValueError: a commit is given for a tree that knows its own, or it is no commit.
+    """
+    commit, dirty = find_source_state(commit)
     return Environment(
         device_name=_device_name(device),
         driver=query_gpu("driver_version") if device == "cuda" else "",
@@ -53,13 +67,36 @@ def installed_version(distribution: str) -> str:
         return ""
 
 
-def query_gpu(field: str) -> str:
-    """One field of the first GPU from nvidia-smi ("clocks.sm", "temperature.gpu", …), "" where it does not answer."""
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
+def query_gpu(*fields: str) -> str:
+    """Fields of the first GPU from nvidia-smi ("clocks.sm", …) with commas between, "" where it does not answer."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def find_source_state(commit: str | None = None, root: Path | None = None) -> tuple[str, bool]:
+    """(commit, whether the tree differs from it) of this package's source; see `describe_environment`.
+
+    Committed results may be written while measuring, so `benchmarks/results` does not make a tree dirty.
+    """
+    root = root or Path(kernels.__file__).parent.parent
+    found = _run_git(root, "rev-parse", "HEAD")
+    # A source tree copied into another project's checkout must not take that one's commit.
+    if found is not None and _run_git(root, "ls-files", "--error-unmatch", "benchmarks/environment.py") is not None:
+        if commit is not None:
+            raise ValueError(f"--commit {commit}: the sources are a checkout of {found[:12]}; leave --commit out")
+        changes = _run_git(root, "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+        return found, changes != ""
+    if commit is None:
+        return "", False
+    name = commit.removesuffix(DIRTY_SUFFIX)
+    if not re.fullmatch(r"[0-9a-f]{7,40}", name):
+        raise ValueError(
+            f"--commit {commit!r}: not a commit; give what `git describe --always --abbrev=40 --dirty` prints"
+        )
+    return name, commit.endswith(DIRTY_SUFFIX)
 
 
 def _device_name(device: str) -> str:
@@ -67,16 +104,10 @@ def _device_name(device: str) -> str:
     return name.lower().replace(" ", "-")
 
 
-def _source_state() -> tuple[str, bool]:
-    """(commit, whether the tree differs from it) of this package's source; ("", False) outside a checkout."""
-    root = Path(kernels.__file__).parent.parent
+def _run_git(root: Path, *arguments: str) -> str | None:
+    """Output of a git command in `root`; None where it fails."""
+    command = ["git", "-C", str(root), *arguments]
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain"], capture_output=True, text=True, timeout=30, check=True
-        ).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "", False
-    return commit, bool(status.strip())
+        return None

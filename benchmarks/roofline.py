@@ -65,7 +65,12 @@ class Count:
         return Count(self.flops + other.flops, self.bytes + other.bytes)
 
     def seconds(self, gpu: Gpu) -> float:
+        """Time of matrix products and passes over memory that wait for each other."""
         return self.flops / gpu.matrix_flops + self.bytes / gpu.bandwidth
+
+    def seconds_overlapped(self, gpu: Gpu) -> float:
+        """Time of one kernel that reads and computes at once."""
+        return max(self.flops / gpu.matrix_flops, self.bytes / gpu.bandwidth)
 
 
 def linear_flops_per_token(config: STDiT2Config) -> float:

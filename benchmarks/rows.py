@@ -1,18 +1,22 @@
 """A number is a row: what was measured, by whom, how right it was, and where.
 
-Rows are CSV files under `benchmarks/results/<device>/`. A provider whose error is over its limit gets no time: its row
-is refused here and reported by the caller. A provider that cannot run gets a row that says why.
+Rows are CSV files, one for each level, under `benchmarks/results/<device>/`. A provider whose error is over its limit
+gets no time: its row is refused here and reported by the caller. A provider that cannot run gets a row that says why.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from .environment import Environment
+
+LEVELS = ("copy", "gemm", "launch", "op", "block", "step", "sampling", "loader", "buckets")
+Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,11 @@ class Row:
     """One measurement, or the reason why there is none.
 
     Attributes:
-        level: "op", "block", "step", "sampling", "loader", "buckets", "gemm" or "copy".
+        level: one of LEVELS.
         workload: name of the shape, for example "240p×16".
-        op: name of the op, "" above op level.
-        direction: "forward", "backward" or "forward+backward".
+        op: name of the op, "" where the level says it.
+        direction: "forward", "forward+backward", "backward of input", "backward of weight" (matrix products) or
+            "training" (forward, backward, optimizer and average of the weights).
         provider: implementation, for example "sdpa-flash", "ours".
         provider_version: version of its library.
         shape: sizes as text, for example "B=4 T=16 S=405 H=16 D=72".
@@ -33,10 +38,13 @@ class Row:
         reason: why there is no time.
         samples: how many times were taken.
         p20_ms, p50_ms, p80_ms: percentiles of the time in milliseconds.
-        memory_bytes: peak of allocated memory during the call, beyond what was allocated before it.
+        memory_bytes: peak of allocated GPU memory during the call, beyond what was allocated before it; at the levels
+            "step" and "sampling" all of it, weights and optimizer included.
         flops: useful floating-point operations; bytes: least bytes to move.
-        roofline_share: floor time / p50, 0 … 1, nan where the device's ceilings are unknown.
+        roofline_share: floor time / p50 at the ceilings measured in the same run, nan where they are unknown.
         error: relative error against float64; error_limit: what it may be.
+        checked_on: the inputs of that comparison, where the timed ones are too large for float64.
+        sm_clock_mhz, memory_clock_mhz: of the GPU right after the samples were taken.
     """
 
     level: str
@@ -60,10 +68,14 @@ class Row:
     roofline_share: float = math.nan
     error: float = math.nan
     error_limit: float = math.nan
+    checked_on: str = ""
     sm_clock_mhz: str = ""
+    memory_clock_mhz: str = ""
     environment: Environment | None = field(default=None)
 
     def __post_init__(self):
+        if self.level not in LEVELS:
+            raise ValueError(f"row {self.name}: level {self.level!r}; use one of {', '.join(LEVELS)}")
         if self.status not in ("ok", "unavailable", "failed"):
             raise ValueError(f"row {self.name}: status {self.status!r}; use ok, unavailable or failed")
         if self.status != "ok" and not self.reason:
@@ -79,9 +91,13 @@ class Row:
         return " ".join(part for part in (self.level, self.op, self.direction, self.workload, self.provider) if part)
 
     @property
-    def key(self) -> tuple[str, ...]:
+    def key(self) -> Key:
         """What makes two rows measurements of the same thing."""
         return (self.level, self.workload, self.op, self.direction, self.provider, self.shape, self.dtype)
+
+    def without_time(self, status: str, reason: str) -> Row:
+        """The row of a provider that gave none."""
+        return replace(self, status=status, reason=reason or "no reason given")
 
     @property
     def tflops_per_s(self) -> float:
@@ -119,13 +135,14 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         strangers = {row.environment.device_name for row in rows if row.environment} - devices
         if devices and strangers:
             raise ValueError(f"{path}: holds rows of {', '.join(devices)}; rows of {', '.join(strangers)} go elsewhere")
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    if new:
+        writer.writeheader()
+    writer.writerows(_to_record(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(_to_record(row))
+    with path.open("ab", buffering=0) as file:  # one write: whoever stops the process leaves no half row
+        file.write(text.getvalue().encode())
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -142,6 +159,28 @@ def read_rows(path: Path) -> list[Row]:
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}:{line}: not a benchmark row: {error}") from error
     return rows
+
+
+def read_folder(folder: Path) -> list[Row]:
+    """All rows of a folder of results; [] where there is none yet.
+
+    Raises:
+        ValueError: a file of another version, or one that is broken.
+    """
+    return [row for level in LEVELS for row in _read_if_there(level_path(folder, level))]
+
+
+def level_path(folder: Path, level: str) -> Path:
+    return folder / f"{level}.csv"
+
+
+def latest(rows: Iterable[Row]) -> dict[Key, Row]:
+    """The last row of each key: what was measured again replaces what was there."""
+    return {row.key: row for row in rows}
+
+
+def _read_if_there(path: Path) -> list[Row]:
+    return read_rows(path) if path.exists() else []
 
 
 def _to_record(row: Row) -> dict[str, object]:

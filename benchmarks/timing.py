@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 # Written between samples; larger than the L2 of any GPU so far (B200: 126 MB).
 FLUSH_BYTES = 256 * 2**20
+FEWEST_ROUNDS = 3
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -25,24 +28,44 @@ class Times:
         return self.milliseconds[index]
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How samples are taken.
+
+    Attributes:
+        budget_s: rounds stop when it is used up, but not before FEWEST_ROUNDS.
+        min_samples: while the budget lasts, rounds go on at least to this many samples.
+        warm_up: calls of each implementation before its first sample.
+        samples_per_turn: samples of one implementation before it is the next one's turn.
+        large: implementations that each fill the GPU's memory: a turn begins by giving back what the one before held,
+            and with one call that is not counted.
+    """
+
+    budget_s: float
+    min_samples: int = 30
+    warm_up: int = 3
+    samples_per_turn: int = 1
+    large: bool = False
+
+
 def time_interleaved(
-    calls: dict[str, Callable[[], object]], device: str, budget_s: float, min_samples: int = 30, warm_up: int = 3
+    calls: Mapping[str, Call], device: str, sampling: Sampling, beat: Callable[[], None] = lambda: None
 ) -> dict[str, Times]:
-    """Times `calls` in turn, one sample of each per round, so that drifting clocks touch all alike.
+    """Times `calls` in turn, so that drifting clocks touch all alike.
 
     Args:
         calls: implementation → call; each already works.
         device: "cuda" (events, L2 flushed before each sample) or "cpu" (wall clock).
-        budget_s: rounds stop when it is used up, but not before three.
-        min_samples: rounds stop no earlier than this while the budget lasts.
-        warm_up: calls before the first sample.
+        sampling: how many samples, and when to stop.
+        beat: called between samples, to say that the process is alive.
 
     Returns:
         implementation → its times. Fewer than `min_samples` says that the budget was short.
     """
-    for call in calls.values():
-        for _ in range(warm_up):
-            call()
+    if not sampling.large:
+        for call in calls.values():
+            for _ in range(sampling.warm_up):
+                call()
     take = _cuda_sampler() if device == "cuda" else _cpu_sample
     samples: dict[str, list[float]] = {name: [] for name in calls}
     enabled = gc.isenabled()
@@ -50,11 +73,17 @@ def time_interleaved(
     try:
         start = time.perf_counter()
         rounds = 0
-        while rounds < 3 or time.perf_counter() - start < budget_s:
+        while rounds < FEWEST_ROUNDS or time.perf_counter() - start < sampling.budget_s:
             for name, call in calls.items():
-                samples[name].append(take(call))
+                if sampling.large:
+                    release_memory(device)
+                    call()
+                for _ in range(sampling.samples_per_turn):
+                    samples[name].append(take(call))
+                beat()
             rounds += 1
-            if rounds >= min_samples and time.perf_counter() - start > budget_s / 4:
+            enough = rounds * sampling.samples_per_turn >= sampling.min_samples
+            if enough and time.perf_counter() - start > sampling.budget_s / 4:
                 break
     finally:
         if enabled:
@@ -62,28 +91,41 @@ def time_interleaved(
     return {name: Times(tuple(sorted(values))) for name, values in samples.items()}
 
 
-def peak_memory(call: Callable[[], object], device: str) -> int:
-    """Bytes that `call` allocates at its peak beyond what was there before; 0 on the CPU, where nothing counts it."""
+def peak_memory(call: Call, device: str, total: bool = False) -> int:
+    """Bytes that `call` allocates at its peak beyond what was there before, or with it; 0 on the CPU, which counts none.
+
+    Args:
+        total: include what was there before.
+    """
     if device != "cuda":
+        call()
         return 0
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = 0 if total else torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
-def _cpu_sample(call: Callable[[], object]) -> float:
+def release_memory(device: str) -> None:
+    """Collects garbage and gives cached blocks back to the GPU."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def _cpu_sample(call: Call) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
 
 
-def _cuda_sampler() -> Callable[[Callable[[], object]], float]:
+def _cuda_sampler() -> Callable[[Call], float]:
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
-    def sample(call: Callable[[], object]) -> float:
+    def sample(call: Call) -> float:
         flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -1,133 +1,39 @@
 """Every implementation of ST-DiT-2's three attentions that this machine may have, on the same inputs.
 
-A provider takes what the op takes (packed qkv and the norm weights) and returns what the op returns, so each does the
-same work: rotary embedding and QK-norm in upstream's order, then attention. Libraries without a fused norm get it from
-eager PyTorch; the provider named "compile" lets torch.compile fuse what it can around PyTorch's own attention.
-
-Letters: N tokens of the pack, H heads, D head size, M text tokens.
+On a pack of different lengths, libraries with kernels for sequences of any lengths use them; the others are called once
+for each run of equal videos. FlexAttention gets one block mask for the pack.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from opensora_fast import kernels
-from opensora_fast.kernels import PackLayout, TextLayout
-from opensora_fast.kernels.qk_norm_rotary import rms_norm_reference, rotary_reference
 
-from ..environment import installed_version
+from .attention_work import Attend, AttentionWork, attend_run_by_run, sequence_lengths, to_sequences
+from .flex import flex_attention_of
+from .provider import (
+    Bound,
+    Provider,
+    compiled,
+    compiles_on_cuda,
+    needs_cuda,
+    needs_half,
+    needs_module,
+    of_function,
+    own_version,
+    version_of,
+)
 
-KINDS = ("spatial", "temporal", "cross")
-
-
-@dataclass(frozen=True)
-class AttentionWork:
-    """Inputs of one attention call. `leaves` are those that get a gradient."""
-
-    kind: str
-    layout: PackLayout
-    text: TextLayout | None
-    leaves: dict[str, Tensor]
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-
-    @property
-    def device(self) -> str:
-        return self.layout.device.type
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.leaves.values())).dtype
-
-    def to(self, dtype: torch.dtype) -> AttentionWork:
-        """The same values in another dtype, as fresh leaves."""
-        leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in self.leaves.items()}
-        return replace(self, leaves=leaves)
-
-
-def make_attention_work(
-    kind: str, length: int, device: str, dtype: torch.dtype, tokens: int, heads: int, head_size: int, seed: int = 0
-) -> AttentionWork:
-    """Random inputs of about `tokens` tokens whose attended length is `length`.
-
-    spatial: frames of `length` tokens; temporal: videos of `length` frames; cross: `length` text tokens for each of two
-    videos.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"attention kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(dtype).requires_grad_()
-
-    if kind == "cross":
-        layout = PackLayout.of([(1, 1, max(tokens // 2, 1))] * 2, device)
-        text = TextLayout.from_lengths([length] * 2, layout.device)
-        leaves = {"q": draw(layout.num_tokens, heads, head_size), "kv": draw(text.num_tokens, 2, heads, head_size)}
-        return AttentionWork(kind, layout, text, leaves)
-    count = max(tokens // length, 1)
-    shapes = [(count, 1, length)] if kind == "spatial" else [(length, 1, count)]
-    layout = PackLayout.of(shapes, device)
-    leaves = {"qkv": draw(layout.num_tokens, 3, heads, head_size)}
-    for name in ("q_weight", "k_weight"):
-        leaves[name] = (1 + 0.1 * draw(head_size).detach()).requires_grad_()
-    angles = torch.arange(layout.max_frames, device=device)[:, None] / 10000 ** (
-        torch.arange(0, head_size, 2, device=device) / head_size
-    )
-    return AttentionWork(kind, layout, None, leaves, angles.cos(), angles.sin())
-
-
-@dataclass(frozen=True)
-class AttentionProvider:
-    """A way to compute attention.
-
-    Attributes:
-        name: as in rows.
-        attend: (q, k, v each [sequences, H, length, D]) → [sequences, H, length, D]; None: `call` does everything.
-        missing: (work) → why it cannot run here, "" if it can.
-        version: of the library.
-        call: computes the whole op, for providers that do not go through `attend`.
-    """
-
-    name: str
-    missing: Callable[[AttentionWork], str]
-    version: Callable[[], str]
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    call: Callable[[AttentionWork], Tensor] | None = None
-
-    def __call__(self, work: AttentionWork) -> Tensor:
-        """Returns [N, H, D]."""
-        if self.call is not None:
-            return self.call(work)
-        assert self.attend is not None
-        return dense_attention(work, self.attend)
-
-
-def dense_attention(work: AttentionWork, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """The op for packs of equal shapes and texts of equal length, with `attend` as its core."""
-    run = work.layout.runs[0]
-    if work.kind == "cross":
-        assert work.text is not None
-        q = work.leaves["q"].unflatten(0, (run.videos, -1)).transpose(1, 2)
-        k, v = work.leaves["kv"].unflatten(0, (run.videos, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return attend(q, k, v).transpose(1, 2).flatten(0, 1)
-    qkv = work.leaves["qkv"].unflatten(0, (run.videos, run.frames, run.frame_tokens))
-    q_weight, k_weight = work.leaves["q_weight"], work.leaves["k_weight"]
-    if work.kind == "spatial":
-        q, k, v = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4).unbind(0)
-        output = attend(rms_norm_reference(q, q_weight), rms_norm_reference(k, k_weight), v)
-        return output.transpose(1, 2).flatten(0, 1)
-    q, k, v = (z.flatten(0, 1) for z in qkv.permute(3, 0, 2, 4, 1, 5).unbind(0))
-    q, k = (rotary_reference(z, work.cos, work.sin) for z in (q, k))
-    output = attend(rms_norm_reference(q, q_weight), rms_norm_reference(k, k_weight), v)
-    return output.unflatten(0, (run.videos, run.frame_tokens)).permute(0, 3, 1, 2, 4).flatten(0, 2)
+# (q, k, v [tokens, H, D], starts of the sequences of q and of k, int32, longest of each) → [tokens, H, D]
+AttendVarlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 
 def naive_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -137,130 +43,173 @@ def naive_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.to(wide).softmax(dim=-1).to(q.dtype) @ v
 
 
-def _sdpa(backend: str | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def own_call(work: AttentionWork, backend: str) -> Tensor:
+    """The op of `opensora_fast.kernels`."""
+    leaves = work.leaves
+    if work.kind == "cross":
+        assert work.text is not None
+        return kernels.cross_attention(leaves["q"], leaves["kv"], work.layout, work.text, backend=backend)
+    if work.kind == "spatial":
+        return kernels.spatial_attention(
+            leaves["qkv"], leaves["q_weight"], leaves["k_weight"], work.layout, backend=backend
+        )
+    return kernels.temporal_attention(
+        leaves["qkv"], leaves["q_weight"], leaves["k_weight"], work.cos, work.sin, work.layout, backend=backend
+    )
+
+
+def _run_by_run(attend: Attend) -> Callable[[AttentionWork], Bound]:
+    return of_function(lambda work: attend_run_by_run(work, attend))
+
+
+def _sdpa(backend: str) -> Callable[[AttentionWork], Bound]:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        with sdpa_kernel(getattr(SDPBackend, backend)) if backend else nullcontext():
+        with sdpa_kernel(getattr(SDPBackend, backend)):
             return scaled_dot_product_attention(q, k, v)
 
-    return attend
+    return _run_by_run(attend)
 
 
-def _library(module: str, function: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _dense_library(module: str, function: str) -> Attend:
     """flash-attn and xformers: functions of [sequences, length, H, D]."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         call = getattr(importlib.import_module(module), function)
-        output = call(*(z.transpose(1, 2) for z in (q, k, v)))
-        return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
+        return _first(call(*(z.transpose(1, 2) for z in (q, k, v)))).transpose(1, 2)
 
     return attend
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _compiled_flex()(q, k, v)
-
-
-def _compiled_flex() -> Callable[..., Tensor]:
-    if "flex" not in _compiled:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        _compiled["flex"] = torch.compile(flex_attention, dynamic=False)
-    return _compiled["flex"]
-
-
-_compiled: dict[str, Callable[..., Tensor]] = {}  # torch.compile keeps its own cache behind each
-
-
-def _compile_call(work: AttentionWork) -> Tensor:
-    if "dense" not in _compiled:
-        _compiled["dense"] = torch.compile(
-            lambda work: dense_attention(work, scaled_dot_product_attention), dynamic=False
+def _flash_varlen(module: str) -> AttendVarlen:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int
+    ) -> Tensor:
+        output = importlib.import_module(module).flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=q_starts,
+            cu_seqlens_k=k_starts,
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k,
         )
-    return _compiled["dense"](work)
+        return _first(output)
+
+    return attend
 
 
-def _own_call(backend: str) -> Callable[[AttentionWork], Tensor]:
-    def call(work: AttentionWork) -> Tensor:
-        leaves = work.leaves
-        if work.kind == "cross":
-            assert work.text is not None
-            return kernels.cross_attention(leaves["q"], leaves["kv"], work.layout, work.text, backend=backend)
-        if work.kind == "spatial":
-            return kernels.spatial_attention(
-                leaves["qkv"], leaves["q_weight"], leaves["k_weight"], work.layout, backend=backend
-            )
-        return kernels.temporal_attention(
-            leaves["qkv"], leaves["q_weight"], leaves["k_weight"], work.cos, work.sin, work.layout, backend=backend
+def _torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return _first(varlen_attn(q, k, v, q_starts, k_starts, longest_q, longest_k))
+
+
+def _prepare_varlen(attend: AttendVarlen, work: AttentionWork) -> Bound:
+    q_lengths, k_lengths = sequence_lengths(work)
+    starts = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (q_lengths, k_lengths)]
+    q_starts, k_starts = (tensor.to(work.layout.device) for tensor in starts)
+
+    def call() -> Tensor:
+        sequences = to_sequences(work)
+        output = attend(
+            sequences.q, sequences.k, sequences.v, q_starts, k_starts, max(q_lengths), max(k_lengths)
         )
+        return sequences.restore(output)
 
     return call
 
 
-def _always(work: AttentionWork) -> str:
-    return ""
+def _dense_or_varlen(dense: Attend, varlen: AttendVarlen) -> Callable[[AttentionWork], Bound]:
+    def prepare(work: AttentionWork) -> Bound:
+        return partial(attend_run_by_run, work, dense) if work.is_uniform else _prepare_varlen(varlen, work)
+
+    return prepare
 
 
-def _needs_cuda(work: AttentionWork) -> str:
-    return "" if work.device == "cuda" else "needs a CUDA GPU"
+def _prepare_xformers(work: AttentionWork) -> Bound:
+    if work.is_uniform:
+        return partial(attend_run_by_run, work, _dense_library("xformers.ops", "memory_efficient_attention"))
+    operations = importlib.import_module("xformers.ops")
+    mask = operations.fmha.BlockDiagonalMask.from_seqlens(*sequence_lengths(work))
+
+    def call() -> Tensor:
+        sequences = to_sequences(work)
+        inputs = (z[None] for z in (sequences.q, sequences.k, sequences.v))
+        return sequences.restore(operations.memory_efficient_attention(*inputs, attn_bias=mask)[0])
+
+    return call
 
 
-def _needs_half(work: AttentionWork) -> str:
-    if work.dtype not in (torch.float16, torch.bfloat16):
-        return f"takes float16 and bfloat16 only, not {work.dtype}".replace("torch.", "")
-    return _needs_cuda(work)
+def _prepare_flex(work: AttentionWork) -> Bound:
+    if work.is_uniform:
+        return partial(attend_run_by_run, work, flex_attention_of(None))
+    q_lengths, k_lengths = sequence_lengths(work)
+    attend = flex_attention_of((q_lengths, k_lengths, work.layout.device))
+
+    def call() -> Tensor:
+        sequences = to_sequences(work)
+        inputs = (z.transpose(0, 1)[None] for z in (sequences.q, sequences.k, sequences.v))
+        return sequences.restore(attend(*inputs)[0].transpose(0, 1))
+
+    return call
 
 
-def _needs_module(module: str, distribution: str) -> Callable[[AttentionWork], str]:
-    def missing(work: AttentionWork) -> str:
-        if not installed_version(distribution):
-            return f"{distribution} is not installed"
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # a broken extension module raises anything; the row says what
-            return f"{module} cannot be imported: {type(error).__name__}: {error}"
-        return _needs_half(work)
-
-    return missing
+def _prepare_compiled(work: AttentionWork) -> Bound:
+    function = compiled(lambda work: attend_run_by_run(work, scaled_dot_product_attention))
+    return lambda: function(work)
 
 
-def _torch_version() -> str:
-    return torch.__version__
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Some versions return the log-sum-exp as well."""
+    return output[0] if isinstance(output, tuple) else output
 
+
+def _has_varlen(work: AttentionWork) -> str:
+    try:
+        importlib.import_module("torch.nn.attention.varlen")
+    except ImportError:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    return needs_half(work)
+
+
+FLASH_2, FLASH_3, FLASH_4 = ("flash-attn",), ("flash-attn-3", "flash_attn_3"), ("flash-attn-4", "flash-attn-cute")
+XFORMERS = ("xformers",)
 
 ATTENTION_PROVIDERS = (
-    AttentionProvider("upstream", _always, _torch_version, attend=naive_attend),
-    AttentionProvider("sdpa-math", _always, _torch_version, attend=_sdpa("MATH")),
-    AttentionProvider("sdpa-flash", _needs_half, _torch_version, attend=_sdpa("FLASH_ATTENTION")),
-    AttentionProvider("sdpa-efficient", _needs_cuda, _torch_version, attend=_sdpa("EFFICIENT_ATTENTION")),
-    AttentionProvider("sdpa-cudnn", _needs_half, _torch_version, attend=_sdpa("CUDNN_ATTENTION")),
-    AttentionProvider("flex", _needs_cuda, _torch_version, attend=_flex),
-    AttentionProvider("compile", _needs_cuda, _torch_version, call=_compile_call),
-    AttentionProvider(
+    Provider("upstream", _run_by_run(naive_attend)),
+    Provider("eager", of_function(lambda work: own_call(work, "reference"))),
+    Provider("sdpa-math", _sdpa("MATH")),
+    Provider("sdpa-flash", _sdpa("FLASH_ATTENTION"), needs_half),
+    Provider("sdpa-efficient", _sdpa("EFFICIENT_ATTENTION"), needs_cuda),
+    Provider("sdpa-cudnn", _sdpa("CUDNN_ATTENTION"), needs_half),
+    Provider("torch-varlen", partial(_prepare_varlen, _torch_varlen), _has_varlen),
+    Provider("flex", _prepare_flex, compiles_on_cuda),
+    Provider("compile", _prepare_compiled, compiles_on_cuda),
+    Provider(
         "flash-attn-2",
-        _needs_module("flash_attn", "flash-attn"),
-        lambda: installed_version("flash-attn"),
-        attend=_library("flash_attn", "flash_attn_func"),
+        _dense_or_varlen(_dense_library("flash_attn", "flash_attn_func"), _flash_varlen("flash_attn")),
+        needs_module("flash_attn", FLASH_2, needs_half),
+        version_of(FLASH_2),
     ),
-    AttentionProvider(
+    Provider(
         "flash-attn-3",
-        _needs_module("flash_attn_interface", "flash-attn-3"),
-        lambda: installed_version("flash-attn-3"),
-        attend=_library("flash_attn_interface", "flash_attn_func"),
+        _dense_or_varlen(
+            _dense_library("flash_attn_interface", "flash_attn_func"), _flash_varlen("flash_attn_interface")
+        ),
+        needs_module("flash_attn_interface", FLASH_3, needs_half),
+        version_of(FLASH_3),
     ),
-    AttentionProvider(
+    Provider(
         "flash-attn-4",
-        _needs_module("flash_attn.cute", "flash-attn-4"),
-        lambda: installed_version("flash-attn-4"),
-        attend=_library("flash_attn.cute", "flash_attn_func"),
+        _dense_or_varlen(_dense_library("flash_attn.cute", "flash_attn_func"), _flash_varlen("flash_attn.cute")),
+        needs_module("flash_attn.cute", FLASH_4, needs_half),
+        version_of(FLASH_4),
     ),
-    AttentionProvider(
-        "xformers",
-        _needs_module("xformers.ops", "xformers"),
-        lambda: installed_version("xformers"),
-        attend=_library("xformers.ops", "memory_efficient_attention"),
-    ),
-    AttentionProvider("reference", _always, _torch_version, call=_own_call("reference")),
-    AttentionProvider("ours", _needs_cuda, lambda: installed_version("opensora_fast"), call=_own_call("triton")),
+    Provider("xformers", _prepare_xformers, needs_module("xformers.ops", XFORMERS, needs_half), version_of(XFORMERS)),
+    Provider("ours", of_function(lambda work: own_call(work, "triton")), needs_cuda, own_version),
 )
+ATTENTION_REFERENCE = ATTENTION_PROVIDERS[1]

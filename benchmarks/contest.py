@@ -1,0 +1,294 @@
+"""Providers of the same work, checked against float64, then timed against each other.
+
+A provider costs no more than its own rows: where it cannot run, crashes or runs out of memory, its rows say so; where
+its result is wrong it gets none, and is reported as `Refused`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .accuracy import OUTPUT, Judgement, Named, Yardstick, norm
+from .environment import query_gpu
+from .providers.provider import Bound, Outputs, Provider
+from .roofline import Count
+from .rows import Row
+from .session import DeviceLostError, Refused, Session
+from .timing import Call, Sampling, peak_memory, release_memory, time_interleaved
+
+FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What is to be computed, by whom, and how it is checked and timed.
+
+    Attributes:
+        template: the row without provider, direction and numbers.
+        work: the inputs that are timed.
+        providers: who takes part.
+        reference: eager PyTorch; in float64 it is exact, and its error in the dtype of the work sets the limits.
+        calls: direction → what is timed, made from a provider's bound call and the work.
+        counts: direction → operations and bytes.
+        results: results by name of a bound call, the outputs' names beginning with "output".
+        check_work: smaller inputs of the same kind for the comparison with float64; None: the timed ones. The timed
+            ones are then compared with eager's results.
+        check_name: of `check_work`, for the row.
+        full_results: as `results`, for the comparison of the timed inputs with eager's; None: `results`.
+        sampling: how samples are taken.
+        total_memory: report all allocated memory, not what a call adds.
+    """
+
+    template: Row
+    work: Any
+    providers: Sequence[Provider]
+    reference: Provider
+    calls: Mapping[str, Callable[[Bound, Any], Call]]
+    counts: Mapping[str, Count]
+    sampling: Sampling
+    results: Callable[[Bound, Any], tuple[Named, float]] = field(default=lambda bound, work: op_results(bound, work))
+    check_work: Any | None = None
+    check_name: str = ""
+    full_results: Callable[[Bound, Any], tuple[Named, float]] | None = None
+    total_memory: bool = False
+
+
+def run_contest(contest: Contest, session: Session) -> tuple[list[Row], list[Refused]]:
+    """Checks and times all providers.
+
+    Raises:
+        DeviceLostError: a provider left the GPU in a state in which nothing else can run; its row is in the error.
+    """
+    return _Run(contest, session).measure()
+
+
+class _Run:
+    def __init__(self, contest: Contest, session: Session):
+        self.contest = contest
+        self.session = session
+        self.rows: list[Row] = []
+        self.refused: list[Refused] = []
+
+    def measure(self) -> tuple[list[Row], list[Refused]]:
+        able = [provider for provider in self.contest.providers if self._is_present(provider)]
+        if not able:
+            return self.rows, self.refused
+        judgements = self._check(able)
+        for direction, make_call in self.contest.calls.items():
+            calls: dict[str, Call] = {}
+            memory: dict[str, int] = {}
+            for provider in able:
+                if provider.name not in judgements:
+                    continue
+                with self.session.watch([self._row(provider, direction)], "first calls"):
+                    call = self._try(provider, lambda p=provider, make=make_call: self._first_calls(p, make), direction)
+                if call is not None:
+                    calls[provider.name], memory[provider.name] = call
+            self._time(direction, calls, memory, judgements, {provider.name: provider for provider in able})
+        return self.rows, self.refused
+
+    # ---- whether a provider is right ----
+
+    def _is_present(self, provider: Provider) -> bool:
+        reason = provider.missing(self.contest.work)
+        for direction in self.contest.calls if reason else ():
+            self.rows.append(self._row(provider, direction).without_time("unavailable", reason))
+        return not reason
+
+    def _check(self, providers: Sequence[Provider]) -> dict[str, dict[bool, Judgement]]:
+        """Provider → its judgement by outputs alone (True) and with gradients (False); only those that are right."""
+        contest = self.contest
+        check_work = contest.work if contest.check_work is None else contest.check_work
+        with self.session.watch([], "the float64 reference"):
+            yardstick = make_yardstick(contest.reference, check_work, contest.results)
+            full = None
+            if contest.check_work is not None:
+                results = contest.full_results or contest.results
+                full = (results, *results(contest.reference.prepare(contest.work), contest.work))
+        release_memory(contest.work.device)
+        judged = {}
+        for provider in providers:
+            with self.session.watch([self._row(provider, direction) for direction in contest.calls], "check"):
+                judgements = self._try(provider, lambda p=provider: self._judge(p, check_work, yardstick, full), None)
+            if judgements is None:
+                continue
+            wrong = next((judgement for judgement in judgements.values() if not judgement.is_right), None)
+            if wrong is None:
+                judged[provider.name] = judgements
+            else:
+                for direction in contest.calls:
+                    self.refused.append(Refused(self._row(provider, direction), wrong.name, wrong.error, wrong.limit))
+        return judged
+
+    def _judge(
+        self, provider: Provider, check_work: Any, yardstick: Yardstick, full: tuple | None
+    ) -> dict[bool, Judgement]:
+        results, _ = self.contest.results(provider.prepare(check_work), check_work)
+        judgements = {outputs_only: yardstick.judge(results, outputs_only) for outputs_only in (True, False)}
+        del results
+        if full is not None and judgements[False].is_right:
+            function, eager, sent_back = full
+            results, _ = function(provider.prepare(self.contest.work), self.contest.work)
+            against_eager = yardstick.judge_against_eager(results, eager, sent_back)
+            if not against_eager.is_right:
+                return {False: replace(against_eager, name=f"{against_eager.name} of the timed inputs")}
+        return judgements
+
+    # ---- how fast it is ----
+
+    def _first_calls(self, provider: Provider, make_call: Callable[[Bound, Any], Call]) -> tuple[Call, int]:
+        """The call of one direction, warmed up, and its memory."""
+        contest = self.contest
+        call = make_call(provider.prepare(contest.work), contest.work)
+        call()
+        memory = peak_memory(call, contest.work.device, contest.total_memory)
+        if contest.sampling.large:
+            release_memory(contest.work.device)
+        return call, memory
+
+    def _time(
+        self,
+        direction: str,
+        calls: Mapping[str, Call],
+        memory: Mapping[str, int],
+        judgements: Mapping[str, Mapping[bool, Judgement]],
+        providers: Mapping[str, Provider],
+    ) -> None:
+        if not calls:
+            return
+        contest, device = self.contest, self.contest.work.device
+        alone = [self._row(providers[name], direction) for name in calls] if len(calls) == 1 else []
+        with self.session.watch(alone, "samples"):
+            times = time_interleaved(calls, device, contest.sampling, self.session.beat)
+        sm_clock, memory_clock = read_clocks(device)
+        count = contest.counts.get(direction, Count())
+        for name, measured in times.items():
+            judgement = judgements[name][direction == FORWARD]
+            row = replace(
+                self._row(providers[name], direction),
+                status="ok",
+                reason="",
+                samples=len(measured.milliseconds),
+                p20_ms=measured.percentile(20),
+                p50_ms=measured.percentile(50),
+                p80_ms=measured.percentile(80),
+                memory_bytes=memory[name],
+                flops=count.flops,
+                bytes=count.bytes,
+                error=judgement.error,
+                error_limit=judgement.limit,
+                checked_on=contest.check_name if contest.check_work is not None else "",
+                sm_clock_mhz=sm_clock,
+                memory_clock_mhz=memory_clock,
+            )
+            self.rows.append(self.session.with_roofline_share(row))
+
+    # ---- what a provider costs ----
+
+    def _row(self, provider: Provider, direction: str) -> Row:
+        return replace(
+            self.contest.template,
+            provider=provider.name,
+            provider_version=provider.version(),
+            direction=direction,
+            environment=self.session.environment,
+        )
+
+    def _try(self, provider: Provider, action: Callable[[], Any], direction: str | None) -> Any:
+        """The result of `action`; None, and failed rows, where the provider raises."""
+        try:
+            result = action()
+            if self.contest.work.device == "cuda":
+                torch.cuda.synchronize()
+            return result
+        except Exception as error:  # a provider that crashes costs its own rows, whatever it raises
+            reason = describe(error)
+            directions = [direction] if direction else list(self.contest.calls)
+            failed = [self._row(provider, name).without_time("failed", reason) for name in directions]
+        gc.collect()  # the traceback held the provider's tensors
+        try:
+            release_memory(self.contest.work.device)
+        except RuntimeError as error:
+            raise DeviceLostError(failed, reason) from error
+        self.rows += failed
+        return None
+
+
+def make_yardstick(
+    reference: Provider, work: Any, results: Callable[[Bound, Any], tuple[Named, float]]
+) -> Yardstick:
+    """Exact results and limits of `work`, whose dtype is that of the measurement."""
+    wide = work.to(torch.float64)
+    exact, sent_back = results(reference.prepare(wide), wide)
+    del wide
+    eager, _ = results(reference.prepare(work), work)
+    return Yardstick.measure(exact, eager, work.dtype, sent_back)
+
+
+def op_results(bound: Bound, work: Any) -> tuple[Named, float]:
+    """Outputs of a call and the gradients of `work.leaves` for random gradients sent back, and these gradients' norm."""
+    outputs = as_tuple(bound())
+    weights = weights_like(outputs)
+    gradients = torch.autograd.grad(outputs, list(work.leaves.values()), weights, allow_unused=True)
+    named: dict[str, Tensor | None] = {}
+    for index, output in enumerate(outputs):
+        named[OUTPUT if len(outputs) == 1 else f"{OUTPUT} {index}"] = output.detach()
+    named |= {f"gradient of {name}": gradient for name, gradient in zip(work.leaves, gradients, strict=True)}
+    return named, norm(weights)
+
+
+def weights_like(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """Random gradients to send back, the same numbers for every dtype."""
+    generator = torch.Generator(outputs[0].device).manual_seed(seed)
+    return [
+        torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32)
+        .to(torch.bfloat16)
+        .to(output.dtype)
+        for output in outputs
+    ]
+
+
+def forward_call(bound: Bound, work: Any) -> Call:
+    def forward() -> Outputs:
+        with torch.no_grad():
+            return bound()
+
+    return forward
+
+
+def forward_backward_call(bound: Bound, work: Any) -> Call:
+    with torch.no_grad():
+        weights = weights_like(as_tuple(bound()))
+    leaves = list(work.leaves.values())
+
+    def forward_backward() -> Sequence[Tensor | None]:
+        return torch.autograd.grad(as_tuple(bound()), leaves, weights, allow_unused=True)
+
+    return forward_backward
+
+
+OP_CALLS = {FORWARD: forward_call, FORWARD_BACKWARD: forward_backward_call}
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def read_clocks(device: str) -> tuple[str, str]:
+    """(multiprocessor, memory) clock in MHz, "" on the CPU."""
+    if device != "cuda":
+        return "", ""
+    fields = query_gpu("clocks.sm", "clocks.mem").split(", ")
+    return (fields[0], fields[1]) if len(fields) == 2 else ("", "")

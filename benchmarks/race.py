@@ -1,0 +1,114 @@
+"""Times calls that have their own check: copies, matrix products, launches, decoders, bucket assignment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .case import Outcome
+from .contest import describe, read_clocks
+from .roofline import Count
+from .rows import Row
+from .session import DeviceLostError, Refused, Session
+from .timing import Call, Sampling, peak_memory, release_memory, time_interleaved
+
+
+@dataclass(frozen=True)
+class Check:
+    """How wrong the result of a call is, and how wrong it may be."""
+
+    error: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row to be measured.
+
+    Attributes:
+        prepare: builds inputs and returns (call, check of what the call did last).
+        missing: why it cannot run here, "" if it can.
+        calls_per_sample: how often `call` does the thing that the row is about.
+    """
+
+    provider: str
+    version: str
+    direction: str
+    prepare: Callable[[], tuple[Call, Callable[[], Check]]]
+    missing: str = ""
+    count: Count = field(default=Count())
+    calls_per_sample: int = 1
+
+
+def run_race(template: Row, entries: Sequence[Entry], sampling: Sampling, session: Session) -> Outcome:
+    """Checks and times entries against each other; each costs no more than its own row."""
+    rows: list[Row] = []
+    refused: list[Refused] = []
+    calls: dict[str, Call] = {}
+    ready: dict[str, tuple[Row, Entry, Check, int]] = {}
+    for entry in entries:
+        row = replace(
+            template,
+            provider=entry.provider,
+            provider_version=entry.version,
+            direction=entry.direction,
+            environment=session.environment,
+        )
+        if entry.missing:
+            rows.append(row.without_time("unavailable", entry.missing))
+            continue
+        try:
+            with session.watch([row], "check"):
+                call, check = entry.prepare()
+                call()
+                memory = peak_memory(call, session.device)
+                found = check()
+        except Exception as error:  # an entry that crashes costs its own row, whatever it raises
+            failed = row.without_time("failed", describe(error))
+            try:
+                release_memory(session.device)
+            except RuntimeError as lost:
+                raise DeviceLostError([failed], failed.reason) from lost
+            rows.append(failed)
+            continue
+        if not found.error <= found.limit:
+            refused.append(Refused(row, "result", found.error, found.limit))
+            continue
+        name = f"{entry.provider} {entry.direction}"
+        calls[name], ready[name] = call, (row, entry, found, memory)
+    if not calls:
+        return rows, refused
+    with session.watch([ready[name][0] for name in calls] if len(calls) == 1 else [], "samples"):
+        times = time_interleaved(calls, session.device, sampling, session.beat)
+    sm_clock, memory_clock = read_clocks(session.device)
+    for name, measured in times.items():
+        row, entry, found, memory = ready[name]
+        row = replace(
+            row,
+            status="ok",
+            reason="",
+            samples=len(measured.milliseconds),
+            p20_ms=measured.percentile(20) / entry.calls_per_sample,
+            p50_ms=measured.percentile(50) / entry.calls_per_sample,
+            p80_ms=measured.percentile(80) / entry.calls_per_sample,
+            memory_bytes=memory,
+            flops=entry.count.flops,
+            bytes=entry.count.bytes,
+            error=found.error,
+            error_limit=found.limit,
+            sm_clock_mhz=sm_clock,
+            memory_clock_mhz=memory_clock,
+        )
+        session.learn([row])
+        rows.append(session.with_roofline_share(row))
+    return rows, refused
+
+
+def relative_check(actual: torch.Tensor, exact: torch.Tensor, limit: float) -> Check:
+    """‖actual - exact‖ / ‖exact‖ in float64."""
+    exact = exact.double()
+    error = (actual.double() - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    value = error.item()
+    return Check(value if value == value else float("inf"), limit)

@@ -1,0 +1,1 @@
+"""Suites: lists of cases, one module for each level."""

@@ -1,0 +1,220 @@
+"""What the device can do at all: copy bandwidth, matrix products at the exact shapes of ST-DiT-2, cost of a launch.
+
+The rows of the others are shares of these. Letters: N tokens, C channels, K, O the width of a Linear before and behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from opensora_fast import kernels
+
+from ..case import Case, Outcome, make_template
+from ..race import Check, Entry, relative_check, run_race
+from ..roofline import Count
+from ..session import Session
+from ..timing import Call, Sampling
+from .scale import Scale, scale_of
+
+VALUE = 1000.0
+GEMM_SECONDS = 0.5
+LAUNCHES = 1000
+GEMM_DIRECTIONS = ("forward", "backward of input", "backward of weight")
+CHECKED_ROWS = 64
+# Rounding of the result (bfloat16), or of a long sum (float32), relative to the norm.
+GEMM_LIMIT_IN_EPS = {torch.bfloat16: 1.0, torch.float16: 1.0, torch.float32: 32.0}
+
+
+def list_cases(scale: Scale) -> list[Case]:
+    """Copy and square product first, as everything else is compared with them."""
+    cases = [_copy_case(scale), _gemm_case(scale, "square", scale.square, scale.square, scale.square, VALUE + 8)]
+    channels = scale.config.hidden_size
+    hidden = int(channels * scale.config.mlp_ratio)
+    layers = {
+        "qkv": (channels, 3 * channels),
+        "proj": (channels, channels),
+        "fc1": (channels, hidden),
+        "fc2": (hidden, channels),
+    }
+    # The number of tokens nearest to a filled step comes first.
+    for index, tokens in enumerate(sorted(scale.gemm_tokens, key=lambda tokens: abs(tokens - scale.tokens))):
+        for name, (width_in, width_out) in layers.items():
+            cases.append(_gemm_case(scale, name, tokens, width_in, width_out, VALUE - 10 if index == 0 else 350))
+    return [*cases, _launch_case(scale)]
+
+
+def measure_ceilings(session: Session, dtype: torch.dtype) -> None:
+    """Copy bandwidth and matrix rate, for the shares of what the session measures next."""
+    scale = scale_of(session.device)
+    square = scale.square
+    for case in (_copy_case(scale), _gemm_case(scale, "square", square, square, square, VALUE, dtype)):
+        session.learn(case.measure(session, case.providers)[0])
+
+
+def _sampling(session: Session, seconds: float, scale: Scale) -> Sampling:
+    return Sampling(session.sampling_seconds(min(seconds, 2 * scale.seconds)))
+
+
+# ---- copy ----
+
+
+def _copy_case(scale: Scale) -> Case:
+    template = make_template("copy", f"{scale.copy_bytes / 2**20:g} MiB", dtype="uint8", shape=f"{scale.copy_bytes} B")
+    provider = f"torch-{scale.device}"
+
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        def prepare() -> tuple[Call, Callable[[], Check]]:
+            source = torch.randint(0, 256, (scale.copy_bytes,), dtype=torch.uint8, device=scale.device)
+            target = torch.empty_like(source)
+            return partial(target.copy_, source), lambda: Check(float((target != source).any()), 0.0)
+
+        entry = Entry(provider, torch.__version__, "copy", prepare, count=Count(0.0, 2.0 * scale.copy_bytes))
+        return run_race(template, [entry], _sampling(session, 1.0, scale), session)
+
+    return Case(template, ("copy",), (provider,), VALUE + 9, measure)
+
+
+# ---- matrix products ----
+
+
+def _gemm_case(
+    scale: Scale,
+    layer: str,
+    tokens: int,
+    width_in: int,
+    width_out: int,
+    value: float,
+    dtype: torch.dtype | None = None,
+) -> Case:
+    dtype = dtype or scale.dtype
+    template = make_template(
+        "gemm",
+        f"{tokens} tokens",
+        op=layer,
+        shape=f"N={tokens} K={width_in} O={width_out}",
+        tokens=tokens,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    provider, version = ("cublas", torch.version.cuda or "") if scale.device == "cuda" else ("torch-cpu", torch.__version__)
+    element = dtype.itemsize
+    moved = element * (tokens * width_in + width_in * width_out + tokens * width_out)
+    count = Count(2.0 * tokens * width_in * width_out, float(moved))
+    directions = GEMM_DIRECTIONS[:1] if layer == "square" else GEMM_DIRECTIONS
+
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        generator = torch.Generator(scale.device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=scale.device).to(dtype)
+
+        x, weight, gradient = draw(tokens, width_in), draw(width_out, width_in), draw(tokens, width_out)
+        pairs = {
+            "forward": (x, weight.T),
+            "backward of input": (gradient, weight),
+            "backward of weight": (gradient.T, x),
+        }
+        entries = [
+            Entry(provider, version, direction, partial(_prepare_product, *pairs[direction]), count=count)
+            for direction in directions
+        ]
+        return run_race(template, entries, _sampling(session, GEMM_SECONDS * len(directions), scale), session)
+
+    return Case(template, directions, (provider,), value, measure)
+
+
+def _prepare_product(left: Tensor, right: Tensor) -> tuple[Call, Callable[[], Check]]:
+    output = torch.empty(left.shape[0], right.shape[1], dtype=left.dtype, device=left.device)
+
+    def check() -> Check:
+        limit = GEMM_LIMIT_IN_EPS[left.dtype] * torch.finfo(left.dtype).eps
+        rows = slice(0, CHECKED_ROWS)
+        return relative_check(output[rows], left[rows].double() @ right.double(), limit)
+
+    return partial(torch.mm, left, right, out=output), check
+
+
+# ---- launches ----
+
+
+def _launch_case(scale: Scale) -> Case:
+    """What it costs the host to start one small thing, `LAUNCHES` of them in a row."""
+    template = make_template("launch", "empty", shape=f"{LAUNCHES} launches")
+    providers = ("torch-op", "triton-kernel", "cuda-graph", "ours-op")
+
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        missing = "" if scale.device == "cuda" else "needs a CUDA GPU"
+        preparations = {
+            "torch-op": (_prepare_torch_op, ""),
+            "triton-kernel": (_prepare_triton_kernel, missing),
+            "cuda-graph": (_prepare_cuda_graph, missing),
+            "ours-op": (_prepare_own_op, missing),
+        }
+        entries = [
+            Entry(
+                name,
+                torch.__version__,
+                "launch",
+                partial(preparations[name][0], scale.device),
+                missing=preparations[name][1],
+                calls_per_sample=LAUNCHES,
+            )
+            for name in names
+        ]
+        return run_race(template, entries, _sampling(session, 2.0, scale), session)
+
+    return Case(template, ("launch",), providers, VALUE - 5, measure)
+
+
+def _repeat(call: Call) -> Call:
+    def repeated() -> None:
+        for _ in range(LAUNCHES):
+            call()
+
+    return repeated
+
+
+def _prepare_torch_op(device: str) -> tuple[Call, Callable[[], Check]]:
+    counter = torch.zeros(1, device=device)
+    call = _repeat(lambda: counter.add_(1))
+    return call, partial(_check_count, counter, call)
+
+
+def _prepare_triton_kernel(device: str) -> tuple[Call, Callable[[], Check]]:
+    from .empty_kernel import count_launch
+
+    counter = torch.zeros(1, device=device)
+    call = _repeat(lambda: count_launch[(1,)](counter))
+    return call, partial(_check_count, counter, call)
+
+
+def _prepare_cuda_graph(device: str) -> tuple[Call, Callable[[], Check]]:
+    from .empty_kernel import count_launch
+
+    counter = torch.zeros(1, device=device)
+    count_launch[(1,)](counter)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(LAUNCHES):
+            count_launch[(1,)](counter)
+    return graph.replay, partial(_check_count, counter, graph.replay)
+
+
+def _prepare_own_op(device: str) -> tuple[Call, Callable[[], Check]]:
+    """One registered op of this project, arguments checked and all."""
+    x, bias = torch.randn(1, 64, device=device), torch.randn(64, device=device)
+
+    def call() -> Tensor:
+        return kernels.gelu_tanh(x, bias, backend="triton")
+
+    return _repeat(call), lambda: relative_check(call(), kernels.gelu_tanh(x.double(), bias.double()), 1e-5)
+
+
+def _check_count(counter: Tensor, call: Call) -> Check:
+    """Every launch must have happened."""
+    counter.zero_()
+    call()
+    return Check(abs(counter.item() - LAUNCHES), 0.0)

@@ -1,0 +1,109 @@
+"""Sizes of the benchmarks on a device: the model of Open-Sora 1.1 on a GPU, a small one that a CPU does in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from opensora_fast.model import STDiT2Config
+
+from ..shapes import VIDEO_SIZES, Pack, Workload, fill
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is measured on a device.
+
+    Attributes:
+        config: of the model.
+        tokens: of a filled step, about.
+        check_tokens: of the comparison with float64, about.
+        headline: a step of each resolution.
+        text: mean real tokens of a caption.
+        image_sizes, frame_counts: further workloads, those of an image and of the first resolution.
+        mixed: videos of several shapes in one step.
+        gemm_tokens: rows of the matrix products.
+        square: side of the matrix product that gives the device's matrix rate.
+        copy_bytes: of the copy that gives its bandwidth.
+        seconds: how long samples of ops are taken for each direction.
+        step_seconds: likewise of blocks and steps.
+    """
+
+    device: str
+    dtype: torch.dtype
+    config: STDiT2Config
+    tokens: int
+    check_tokens: int
+    headline: tuple[Workload, ...]
+    text: int
+    images: tuple[Workload, ...]
+    long_videos: tuple[Workload, ...]
+    mixed: Pack
+    gemm_tokens: tuple[int, ...]
+    square: int
+    copy_bytes: int
+    seconds: float
+    step_seconds: float
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+FILL_TOKENS = 32768  # eager PyTorch without recomputation needs about 110 KiB per token and layer: 100 GB
+
+
+def scale_of(device: str) -> Scale:
+    """The sizes for "cuda" or "cpu"."""
+    if device == "cuda":
+        return Scale(
+            device=device,
+            dtype=torch.bfloat16,
+            config=STDiT2Config.xl_2(),
+            tokens=FILL_TOKENS,
+            check_tokens=8192,
+            headline=tuple(fill(name, 16, FILL_TOKENS) for name in VIDEO_SIZES),
+            text=120,
+            images=tuple(fill(name, 1, FILL_TOKENS) for name in ("256", "512", "1024")),
+            long_videos=tuple(
+                fill(name, frames, FILL_TOKENS)
+                for name in VIDEO_SIZES
+                for frames in (1, 32, 64, 128)
+                if Workload(name, frames).tokens <= 2 * FILL_TOKENS
+            ),
+            mixed=Pack(
+                "mixed",
+                (
+                    Workload("144p", 16, 4),
+                    Workload("256", 1, 8),
+                    Workload("240p", 16, 1),
+                    Workload("480p", 1, 3),
+                    Workload("360p", 8, 1),
+                ),
+            ),
+            gemm_tokens=(9216, 16384, 32768, 65536),
+            square=8192,
+            copy_bytes=4 * 2**30,
+            seconds=2.0,
+            step_seconds=12.0,
+        )
+    if device != "cpu":
+        raise ValueError(f"device {device!r}: benchmarks run on cuda or cpu")
+    return Scale(
+        device=device,
+        dtype=torch.float32,
+        config=STDiT2Config.small(),
+        tokens=512,
+        check_tokens=400,
+        headline=(Workload("144p", 4, 1), Workload("240p", 1, 1)),
+        text=6,
+        images=(Workload("256", 1, 1),),
+        long_videos=(),
+        mixed=Pack("mixed", (Workload("144p", 2, 1), Workload("256", 1, 1))),
+        gemm_tokens=(512,),
+        square=256,
+        copy_bytes=2**22,
+        seconds=0.2,
+        step_seconds=0.6,
+    )
