@@ -3,7 +3,9 @@
     y = softmax(norm(rotate(q)) · norm(rotate(k))ᵀ / sqrt(D)) · v   at each place and head; position = frame index
 
 Replaces in ST-DiT-2: everything between `attn_temp.qkv` and `attn_temp.proj`, the transposes to and from
-[places, frames] included: qkv is read in place.
+[places, frames] included: qkv is read in place. Kernels: temporal_attention_forward and _backward for videos of at most
+64 frames, temporal_attention_long beyond; a pack may hold both. Limits: head size a multiple of 8 up to 128; float32,
+float16, bfloat16. No atomics: two runs give equal bits.
 
 Letters: N tokens, H heads, D head size, T frames of a video, S tokens of a frame.
 """
@@ -14,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .checks import check_tensor
-from .dispatch import choose
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
-from .spatial_attention import check_self_attention
+from .registration import choose_backend
+from .spatial_attention import check_head_size, check_self_attention
 
 
 def temporal_attention_reference(
@@ -40,7 +42,8 @@ def temporal_attention_reference(
         output = torch.nn.functional.scaled_dot_product_attention(q, k, v)  # [videos·S, H, T, D]
         output = output.unflatten(0, (run.videos, run.frame_tokens)).permute(0, 3, 1, 2, 4)
         outputs.append(output.flatten(0, 2))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return output.to(qkv.dtype)
 
 
 def temporal_attention(
@@ -62,19 +65,134 @@ def temporal_attention(
         cos, sin: float32 [at least the longest T, D/2], cosine and sine of frame index · frequency. No gradient.
         layout: the pack's layout.
         eps: of the RMS norm.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.
 
     Returns:
-        [N, H, D].
+        [N, H, D] in the dtype of qkv.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
     """
     op = "temporal_attention"
     check_self_attention(op, qkv, q_weight, k_weight, layout)
+    if qkv.shape[3] % 2:
+        raise ValueError(f"{op}: qkv has an odd head size, {qkv.shape[3]}; rotary embedding turns pairs")
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(op, name, table, (None, qkv.shape[3] // 2), layout.device)
         if table.shape[0] < layout.max_frames:
             raise ValueError(f"{op}: {name} has {table.shape[0]} rows, but a video has {layout.max_frames} frames")
-    choose(op, backend, qkv, has_triton=False)
-    return temporal_attention_reference(qkv, q_weight, k_weight, cos, sin, layout, eps)
+    if choose_backend(op, backend, qkv, q_weight, k_weight, cos, sin) == "reference":
+        return temporal_attention_reference(qkv, q_weight, k_weight, cos, sin, layout, eps)
+    check_head_size(op, qkv.shape[3])
+    cos, sin = cos.detach().float(), sin.detach().float()
+    return _temporal_attention(qkv, q_weight, k_weight, cos, sin, layout.place_tiles, layout.place_blocks, eps)[0]
+
+
+# ---- registration: tensors and numbers only; `tiles` and `blocks` are the layout's place_tiles and place_blocks ----
+
+
+@torch.library.custom_op("opensora_fast::temporal_attention", mutates_args=())
+def _temporal_attention(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    tiles: Tensor,
+    blocks: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns the output [N, H, D], and for long videos log2 of each row's sum of exp2 [N, H] (else empty)."""
+    from .temporal_attention_forward import launch_forward
+    from .temporal_attention_long import launch_long_forward
+
+    output, log_sums = _allocate_outputs(qkv, blocks)
+    inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
+    launch_forward(*inputs, tiles, output, eps)
+    launch_long_forward(*inputs, blocks, output, log_sums, eps)
+    return output, log_sums
+
+
+@_temporal_attention.register_fake
+def _(qkv, q_weight, k_weight, cos, sin, tiles, blocks, eps):
+    return _allocate_outputs(qkv, blocks)
+
+
+def _allocate_outputs(qkv: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    num_tokens, _, heads, head_size = qkv.shape
+    return (
+        torch.empty(num_tokens, heads, head_size, dtype=qkv.dtype, device=qkv.device),
+        torch.empty(num_tokens if blocks.shape[0] else 0, heads, dtype=torch.float32, device=qkv.device),
+    )
+
+
+@torch.library.custom_op("opensora_fast::temporal_attention_backward", mutates_args=())
+def _temporal_attention_backward(
+    output_gradient: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    tiles: Tensor,
+    blocks: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    eps: float,
+    wants_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of qkv, q_weight and k_weight; the last two are empty where they are not wanted."""
+    from .temporal_attention_backward import launch_backward
+    from .temporal_attention_long import launch_long_backward
+
+    qkv_gradient, q_weight_gradient, k_weight_gradient = _allocate_gradients(qkv, q_weight, k_weight, wants_weights)
+    heads, head_size = qkv.shape[2:]
+    short, long = (
+        torch.empty(table.shape[0] * heads, head_size, dtype=torch.float32, device=qkv.device)
+        if wants_weights
+        else None
+        for table in (tiles, blocks)
+    )
+    inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
+    output_gradient = output_gradient.contiguous()
+    launch_backward(output_gradient, *inputs, tiles, qkv_gradient, short, eps)
+    launch_long_backward(output_gradient, *inputs, blocks, output, log_sums, qkv_gradient, long, eps)
+    if wants_weights:
+        sums = short.sum(dim=0) + long.sum(dim=0)
+        torch.mul(sums, k_weight, out=q_weight_gradient)
+        torch.mul(sums, q_weight, out=k_weight_gradient)
+    return qkv_gradient, q_weight_gradient, k_weight_gradient
+
+
+@_temporal_attention_backward.register_fake
+def _(output_gradient, qkv, q_weight, k_weight, cos, sin, tiles, blocks, output, log_sums, eps, wants_weights):
+    return _allocate_gradients(qkv, q_weight, k_weight, wants_weights)
+
+
+def _allocate_gradients(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, wants_weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = (torch.empty_like(weight) if wants_weights else qkv.new_empty(0) for weight in (q_weight, k_weight))
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), *weights
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, eps = inputs
+    # Short videos recompute everything from qkv: without long ones the output need not be kept.
+    output, log_sums = output
+    ctx.save_for_backward(*tensors, output if log_sums.shape[0] else log_sums, log_sums)
+    ctx.eps = eps
+
+
+def _backward(ctx, output_gradient, _):
+    wants_qkv, wants_q_weight, wants_k_weight, *rest = ctx.needs_input_grad
+    gradients = _temporal_attention_backward(
+        output_gradient, *ctx.saved_tensors, ctx.eps, wants_q_weight or wants_k_weight
+    )
+    wanted = (wants_qkv, wants_q_weight, wants_k_weight)
+    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *(
+        None for _ in rest
+    )
+
+
+_temporal_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,100 @@
+"""Rotary embedding of head tiles, and the seam that keeps the two tiles of a head apart.
+
+A head tile is a pair (wide, tail), see attention_tiles. Rotation works on interleaved pairs of columns: a row of
+sixteen-byte pieces is split into its even and odd columns and joined again within the registers of one thread, so
+loads stay wide and nothing passes through shared memory [compiled].
+
+Letters: D head size, m rows, T frames.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_tiles import tail_of, wide_of
+
+
+@triton.jit
+def _load_angles(table, frames, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    PAIRS: tl.constexpr = HEAD_SIZE // 2
+    pairs = FIRST // 2 + tl.arange(0, WIDTH // 2)
+    pointers = table + frames[:, None] * PAIRS + pairs[None, :]
+    if FIRST + WIDTH <= HEAD_SIZE:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(pairs < PAIRS)[None, :], other=0.0)
+
+
+@triton.jit
+def load_angles(table, frames, HEAD_SIZE: tl.constexpr):
+    """Rows `frames` [m] of a float32 table [T, D/2]: a pair [m, wide/2], [m, tail/2]; padding is zero."""
+    return (
+        _load_angles(table, frames, 0, wide_of(HEAD_SIZE), HEAD_SIZE),
+        _load_angles(table, frames, wide_of(HEAD_SIZE), tail_of(HEAD_SIZE), HEAD_SIZE),
+    )
+
+
+@triton.jit
+def split_columns(tile):
+    """[m, n] → even columns, odd columns, each [m, n/2]."""
+    return tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1] // 2, 2]))
+
+
+@triton.jit
+def join_columns(even, odd):
+    """The opposite of `split_columns`."""
+    return tl.reshape(tl.join(even, odd), [even.shape[0], even.shape[1] * 2])
+
+
+@triton.jit
+def _rotate(tile, cos, sin):
+    even, odd = split_columns(tile)
+    return join_columns(even * cos - odd * sin, odd * cos + even * sin)
+
+
+@triton.jit
+def rotate(head, cos, sin):
+    """Rotary embedding of a float32 head tile [m, D] by the angles of `load_angles`."""
+    return _rotate(head[0], cos[0], sin[0]), _rotate(head[1], cos[1], sin[1])
+
+
+@triton.jit
+def _rotate_back(tile, cos, sin):
+    even, odd = split_columns(tile)
+    return join_columns(even * cos + odd * sin, odd * cos - even * sin)
+
+
+@triton.jit
+def rotate_back(head, cos, sin):
+    """The inverse of `rotate`, which is also its gradient."""
+    return _rotate_back(head[0], cos[0], sin[0]), _rotate_back(head[1], cos[1], sin[1])
+
+
+@triton.jit
+def hand_over(factors):
+    """The same numbers [m] as a value whose place in the threads the compiler chooses anew.
+
+    The rows of the wide tile lie in other threads than those of the tail. Numbers made from both tiles, such as a
+    norm, would tie them together, and the compiler would move a whole tile through shared memory to where the other
+    lies; handing over m numbers is all it takes [compiled: 250 registers without this, 162 with it].
+    """
+    return tl.gather(factors, tl.arange(0, factors.shape[0]), axis=0)
+
+
+@triton.jit
+def scale_rows_apart(head, factors):
+    """`attention_tiles.scale_rows` for factors [m] that were made from both tiles."""
+    return head[0] * hand_over(factors)[:, None], head[1] * factors[:, None]
+
+
+@triton.jit
+def subtract_along(gradient, head, reciprocal, HEAD_SIZE: tl.constexpr):
+    """g - z · mean(g · z) · reciprocal² of each row: the gradient of z from g = reciprocal · that of the normed z.
+
+    Both float32 head tiles [m, D]; `reciprocal` [m] is z's reciprocal RMS. Rotation keeps lengths and angles, so z may
+    be the raw row when g was rotated back.
+    """
+    wide = hand_over(tl.sum(gradient[0] * head[0], axis=1))
+    along = (wide + tl.sum(gradient[1] * head[1], axis=1)) * reciprocal * reciprocal / HEAD_SIZE
+    head = scale_rows_apart(head, along)
+    return gradient[0] - head[0], gradient[1] - head[1]

@@ -1,0 +1,112 @@
+"""Triton kernel of temporal attention, forward, for videos of at most 64 frames.
+
+One program computes one head of as many whole places as fit into 64 rows (T = 16: 4 places). Rows are read where qkv
+has them, a mask keeps the places of a tile apart, and all T keys are at hand, so the softmax is the ordinary one in one
+pass: the kernel is bound by memory, and leaving the maximum out (see temporal_attention_long) would gain nothing.
+Images (T = 1) read v only: their output is v, their probabilities are one. Heads are fastest in the grid: neighbours
+read neighbouring bytes of the same rows.
+
+Bytes for each token: 8·H·D (half precision; images 4·H·D), the least possible. FLOPs for each token: 4·T·H·D useful,
+256·H·D done.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_tiles import (
+    add_product,
+    dot_rows,
+    load_head,
+    multiply,
+    scale_rows,
+    store_head,
+    to_dtype,
+    zero_head,
+)
+from .configurations import Configuration, select
+from .layout import PLACE_TILE_ROWS
+from .registration import on_device
+from .rotary_tiles import load_angles
+from .temporal_tiles import normed_rows, place_rows, query_factors
+
+CONFIGURATIONS = {
+    "temporal_attention_forward": {
+        "any": (Configuration(num_warps=4, num_stages=1), Configuration(num_warps=8, num_stages=1)),
+    },
+}
+
+
+@triton.jit
+def _forward(
+    qkv,  # [N, 3, H, D]
+    q_weight,  # [D] or None
+    k_weight,
+    cos,  # float32 [T, D/2]
+    sin,
+    tiles,  # int32 [tiles, 4]
+    output,  # [N, H, D]
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
+    LOG2_SCALE: tl.constexpr = 1.4426950408889634 / HEAD_SIZE**0.5
+    NORM: tl.constexpr = q_weight is not None
+    program = tl.program_id(0).to(tl.int64)
+    tile = tiles + program // HEADS * 4
+    queries = qkv + program % HEADS * HEAD_SIZE
+    token, frame, place, inside, attends = place_rows(tile, ROWS)
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    cosines = load_angles(cos, frame, HEAD_SIZE)
+    sines = load_angles(sin, frame, HEAD_SIZE)
+
+    # One after the other, so that no two float32 tiles occupy registers at a time.
+    k = load_head(queries + HEADS * HEAD_SIZE, token, attends, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
+    k, _ = normed_rows(k, cosines, sines, eps, NORM, HEAD_SIZE)
+    k = to_dtype(k, dtype)
+    q = load_head(queries, token, attends, TOKEN_STRIDE, HEAD_SIZE)
+    q, _ = normed_rows(q, cosines, sines, eps, NORM, HEAD_SIZE)
+    q = to_dtype(multiply(q, query_factors(q_weight, k_weight, LOG2_SCALE, NORM, HEAD_SIZE)), dtype)
+    # Rows beyond the last place meet only their own kind, so that every row has a finite softmax.
+    scores = tl.where(place[:, None] == place[None, :], dot_rows(q, k), float("-inf"))  # [ROWS, ROWS]
+    probabilities = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
+    factors = 1.0 / tl.sum(probabilities, axis=1)
+    v = load_head(queries + 2 * HEADS * HEAD_SIZE, token, inside, TOKEN_STRIDE, HEAD_SIZE)
+    sums = add_product(zero_head(ROWS, HEAD_SIZE), probabilities.to(dtype), v)
+    result = output + program % HEADS * HEAD_SIZE
+    store_head(result, scale_rows(sums, factors), token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)
+
+
+def launch_forward(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    tiles: Tensor,
+    output: Tensor,
+    eps: float,
+) -> None:
+    """Writes `output` [N, H, D] of the short videos. All contiguous."""
+    heads, head_size = qkv.shape[2:]
+    if not tiles.shape[0]:
+        return
+    with on_device(qkv):
+        _forward[(tiles.shape[0] * heads,)](
+            qkv,
+            q_weight,
+            k_weight,
+            cos,
+            sin,
+            tiles,
+            output,
+            eps,
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            ROWS=PLACE_TILE_ROWS,
+            **select(CONFIGURATIONS, "temporal_attention_forward", "any", qkv.device).launch,
+        )

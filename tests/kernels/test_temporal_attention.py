@@ -1,0 +1,218 @@
+"""`temporal_attention`: Triton against float64 and against eager."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from opensora_fast.kernels import PackLayout, temporal_attention
+from opensora_fast.kernels.layout import PLACE_TILE_ROWS
+from opensora_fast.kernels.temporal_attention_long import BOUNDED_UP_TO
+
+ours, reference = partial(temporal_attention, backend="triton"), partial(temporal_attention, backend="reference")
+
+PACKS = {
+    "one token": [(1, 1, 1)],
+    "an image": [(1, 3, 23)],
+    "two frames": [(2, 1, 3)],
+    "two videos of 16 frames": [(16, 1, 5), (16, 1, 5)],
+    "three videos": [(16, 1, 3), (1, 1, 3), (17, 1, 3)],
+    "40 and a full tile": [(40, 1, 2), (64, 1, 1)],
+    "long": [(65, 1, 2)],
+    "long and short": [(3, 1, 3), (130, 1, 1), (1, 1, 1)],
+}
+
+
+def make_inputs(
+    shapes, dtype: torch.dtype, device: torch.device, heads: int = 1, head_size: int = 72, weight: float | None = 1.0
+) -> dict:
+    """`weight` scales the QK-norm weights; None leaves the norm out."""
+    layout = PackLayout.of(shapes, device)
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(layout.num_tokens, 3, heads, head_size, generator=generator).to(device, dtype)
+    weights = [torch.randn(head_size, generator=generator).to(device, dtype) for _ in range(2)]
+    if weight is None:
+        q_weight = k_weight = None
+    else:
+        q_weight, k_weight = (tensor.mul(weight).requires_grad_() for tensor in weights)
+    frequency = 10000.0 ** (-torch.arange(0, head_size, 2) / head_size)
+    angle = torch.arange(layout.max_frames + 1)[:, None] * frequency
+    fixed = {"layout": layout, "cos": angle.cos().to(device), "sin": angle.sin().to(device)}
+    return {"qkv": qkv.requires_grad_(), "q_weight": q_weight, "k_weight": k_weight, **fixed}
+
+
+def fixed_and_compared(inputs: dict) -> tuple[dict, dict]:
+    fixed = {name: inputs[name] for name in ("layout", "cos", "sin")}
+    return fixed, {name: value for name, value in inputs.items() if name not in fixed}
+
+
+@pytest.fixture
+def compare(compare_with_eager):
+    def run(inputs: dict, **keywords) -> None:
+        fixed, compared = fixed_and_compared(inputs)
+        compare_with_eager(partial(ours, **fixed), partial(reference, **fixed), compared, **keywords)
+
+    return run
+
+
+@pytest.mark.parametrize("shapes", PACKS.values(), ids=PACKS.keys())
+def test_output_and_gradients(shapes, dtype, device, compare) -> None:
+    compare(make_inputs(shapes, dtype, device))
+
+
+@pytest.mark.parametrize("shapes", [[(5, 1, 2), (1, 1, 2)], [(66, 1, 1)]], ids=["short", "long"])
+def test_without_norm(shapes, dtype, device, compare) -> None:
+    compare(make_inputs(shapes, dtype, device, weight=None))
+
+
+def test_several_heads(dtype, device, compare) -> None:
+    compare(make_inputs([(3, 1, 2), (65, 1, 1)], dtype, device, heads=3, head_size=16))
+
+
+@pytest.mark.parametrize("head_size", [8, 16, 40, 64, 104, 128])
+def test_other_head_sizes(head_size, device, compare) -> None:
+    compare(make_inputs([(3, 1, 5), (1, 1, 2)], torch.float32, device, head_size=head_size))
+
+
+@pytest.mark.parametrize("shapes", [[(16, 1, 3)], [(65, 1, 1)]], ids=["short", "long"])
+@pytest.mark.parametrize("weight", [0.0, 0.05, 3.0, 10.0])
+def test_on_both_sides_of_the_bound(weight, shapes, dtype, device, compare) -> None:
+    inputs = make_inputs(shapes, dtype, device, weight=weight)
+    product = (inputs["q_weight"].double() * inputs["k_weight"].double()).abs().max().item()
+    bound = product * 72**0.5 * 1.4426950408889634
+    assert (bound > BOUNDED_UP_TO[dtype]) == (weight >= 3.0)
+    compare(inputs)
+
+
+@pytest.mark.parametrize("frames", [7, 66])
+def test_equal_logits(frames, dtype, device) -> None:
+    """Without norm and with equal keys at angle 0 the output is the mean of V over the frames."""
+    inputs = make_inputs([(frames, 1, 2)], dtype, device, head_size=16, weight=None)
+    inputs["cos"], inputs["sin"] = torch.ones_like(inputs["cos"]), torch.zeros_like(inputs["sin"])
+    qkv = inputs["qkv"].detach()
+    qkv[:, 1] = qkv[:1, 1]
+    mean = qkv[:, 2].double().view(frames, 2, 1, 16).mean(dim=0).repeat(frames, 1, 1)
+    output = ours(**inputs)
+    torch.testing.assert_close(output.double(), mean, rtol=0, atol=2 * torch.finfo(dtype).eps)
+
+
+def test_images_return_their_values(dtype, device) -> None:
+    inputs = make_inputs([(1, 4, 5), (1, 1, 1)], dtype, device)
+    output = ours(**inputs)
+    assert torch.equal(output, inputs["qkv"][:, 2])
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    output.backward(gradient)
+    assert torch.equal(inputs["qkv"].grad[:, 2], gradient)
+    assert not inputs["qkv"].grad[:, :2].any() and not inputs["q_weight"].grad.any()
+
+
+def test_rows_of_zeros(device, compare) -> None:
+    """eps keeps the norm of a zero row finite."""
+    inputs = make_inputs([(5, 1, 2)], torch.float32, device)
+    qkv = inputs["qkv"].detach().clone()
+    qkv[3, :2] = 0
+    compare(inputs | {"qkv": qkv.requires_grad_()})
+
+
+@pytest.mark.parametrize("frames", [4, 65])
+def test_strided_and_expanded_inputs(frames, dtype, device, compare) -> None:
+    inputs = make_inputs([(frames, 1, 2)], dtype, device, heads=2, head_size=24)
+    inputs["qkv"] = inputs["qkv"].detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    inputs["q_weight"] = inputs["q_weight"].detach()[:1].expand(24).requires_grad_()
+    inputs["cos"] = inputs["cos"].t().contiguous().t()
+    compare(inputs, expanded_gradient=True)
+
+
+def test_weights_in_float32_beside_half_activations(device, compare) -> None:
+    inputs = make_inputs([(5, 1, 2), (65, 1, 1)], torch.float16, device, head_size=24)
+    for name in ("q_weight", "k_weight"):
+        inputs[name] = inputs[name].detach().float().requires_grad_()
+    compare(inputs)
+
+
+@pytest.mark.parametrize("wanted", ["qkv", "q_weight", "k_weight"])
+def test_only_the_wanted_gradient(wanted, device) -> None:
+    fixed, tensors = fixed_and_compared(make_inputs([(5, 1, 2), (65, 1, 1)], torch.float32, device, head_size=16))
+    gradients = []
+    for function in (ours, reference):
+        leaves = {name: tensor.detach().clone().requires_grad_(name == wanted) for name, tensor in tensors.items()}
+        function(**leaves, **fixed).square().sum().backward()
+        gradients.append({name: leaf.grad for name, leaf in leaves.items()})
+    assert [name for name, gradient in gradients[0].items() if gradient is not None] == [wanted]
+    torch.testing.assert_close(gradients[0][wanted], gradients[1][wanted], rtol=1e-4, atol=1e-5)
+
+
+def test_two_backwards_are_equal_bit_for_bit(dtype, device) -> None:
+    gradients: list[list[Tensor]] = []
+    for _ in range(2):
+        inputs = make_inputs([(16, 1, 5), (65, 1, 1)], dtype, device, heads=2, head_size=16)
+        ours(**inputs).square().sum().backward()
+        gradients.append([inputs[name].grad for name in ("qkv", "q_weight", "k_weight")])
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
+def test_checkpointing_gives_the_same_gradients(device) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        inputs = make_inputs([(5, 1, 2)], torch.float32, device, head_size=16)
+        call = partial(ours, **inputs)
+        output = torch.utils.checkpoint.checkpoint(call, use_reentrant=False) if checkpointed else call()
+        output.square().sum().backward()
+        gradients.append(inputs["qkv"].grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("shapes", [[(3, 1, 2)], [(65, 1, 1)]], ids=["short", "long"])
+def test_registration_and_full_graph_compilation(shapes, device) -> None:
+    inputs = make_inputs(shapes, torch.float32, device, head_size=16)
+    layout = inputs["layout"]
+    tensors = [inputs[name] for name in ("qkv", "q_weight", "k_weight", "cos", "sin")]
+    operator = torch.ops.opensora_fast.temporal_attention.default
+    torch.library.opcheck(operator, (*tensors, layout.place_tiles, layout.place_blocks, 1e-6))
+    gradients = []
+    for function in (ours, torch.compile(ours, fullgraph=True, backend="aot_eager")):
+        inputs = make_inputs(shapes, torch.float32, device, head_size=16)
+        function(**inputs).sin().sum().backward()
+        gradients.append([inputs[name].grad for name in ("qkv", "q_weight", "k_weight")])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
+def test_wrong_arguments_are_named(device) -> None:
+    good = make_inputs([(3, 1, 2)], torch.float32, device, head_size=16)
+    wrong = [
+        ("qkv has shape", {"qkv": good["qkv"][:-1]}),
+        ("qkv has dtype torch.int32", {"qkv": good["qkv"].int()}),
+        ("qkv is on meta", {"qkv": good["qkv"].to("meta")}),
+        ("q_weight has shape", {"q_weight": good["q_weight"][:-1]}),
+        ("give both q_weight and k_weight", {"q_weight": None}),
+        ("cos has shape", {"cos": good["cos"][:, 1:]}),
+        ("sin is on meta", {"sin": good["sin"].to("meta")}),
+        ("cos has 2 rows, but a video has 3 frames", {"cos": good["cos"][:2]}),
+        ("takes float32, float16 and bfloat16, got torch.float64", {"qkv": good["qkv"].double()}),
+    ]
+    for message, change in wrong:
+        with pytest.raises(ValueError, match=f"temporal_attention: .*{message}"):
+            ours(**good | change)
+    for head_size in (12, 136):
+        with pytest.raises(ValueError, match=f"head size {head_size} has no Triton kernel"):
+            ours(**make_inputs([(2, 1, 1)], torch.float32, device, head_size=head_size))
+    with pytest.raises(ValueError, match="odd head size, 9"):
+        reference(**good | {"qkv": torch.zeros(6, 3, 1, 9, device=device), "q_weight": None, "k_weight": None})
+
+
+@given(st.lists(st.tuples(st.integers(1, 150), st.integers(1, 3), st.integers(1, 50)), min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_tables_hold_every_token_once(shapes: list[tuple[int, int, int]]) -> None:
+    layout = PackLayout.of(shapes, "cpu")
+    tokens: list[int] = []
+    for first, frames, frame_tokens, places in layout.place_tiles.tolist():
+        assert frames * places <= PLACE_TILE_ROWS
+        tokens += [first + frame * frame_tokens + place for place in range(places) for frame in range(frames)]
+    for first, frames, frame_tokens, start in layout.place_blocks.tolist():
+        assert frames > PLACE_TILE_ROWS
+        tokens += [first + frame * frame_tokens for frame in range(start, min(start + PLACE_TILE_ROWS, frames))]
+    assert sorted(tokens) == list(range(layout.num_tokens))
