@@ -2,7 +2,7 @@
 
 DALI on the CPU needs this: it believes the sizes that a container states, and a file in which a few bits are wrong can
 make it read past the end of a picture. The clips come back through a pipe, which costs about a millisecond for each
-MiB; a new process takes some seconds to start, once per run and once per crash.
+MiB. The first process of a run takes some seconds to start, one after a crash less than a second.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ class IsolatedDecoder:
             self.restarts -= 1
 
     def _start(self) -> None:
-        # "spawn": a forked copy of a process with threads, or that has used CUDA, may hang.
-        context = torch.multiprocessing.get_context("spawn")
+        # A forked copy of this process, which has threads and may have used CUDA, could hang. The fork server is a
+        # bare process that has only imported these modules, so that a further child starts in no time.
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         self._connection, child_end = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(child_end, self._make_decoder), name="decode clips", daemon=True
