@@ -1,0 +1,42 @@
+"""Decoders that fail in all the ways a library can; they live in a module so that another process can make them."""
+
+import os
+import signal
+import time
+
+import torch
+
+from opensora_fast.data.clips import BadClip
+
+
+class FailingDecoder:
+    """The path of a request says what happens."""
+
+    def decode(self, requests):
+        results = []
+        for request in requests:
+            if request.path == "crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if request.path == "exit":
+                os._exit(3)
+            if request.path == "hang":
+                time.sleep(60)
+            if request.path == "error":
+                raise ZeroDivisionError("an error of the program")
+            if request.path == "bad":
+                results.append(BadClip(request.row, request.path, "it is bad"))
+            else:
+                shape = (3, len(request.frames), *request.size)
+                results.append(torch.full(shape, float(request.row)).transpose(2, 3).contiguous().transpose(2, 3))
+        return results
+
+    def close(self):
+        pass
+
+
+def make_nothing():
+    raise ValueError("no decoder here")
+
+
+def end_at_once():
+    os._exit(1)
