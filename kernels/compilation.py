@@ -29,15 +29,15 @@ BUDGET_PATH = Path(__file__).parent / "compile_budget.json"
 KEY = ("kernel", "arch", "config", "dtype", "note")
 
 
-def kernel_modules() -> list[ModuleType]:
-    """The modules of this package that have `compile_cases`, by name."""
+def modules_with(name: str) -> list[ModuleType]:
+    """The modules of this package that define `name`, in order of their names."""
     folder = Path(__file__).parent
     names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]) if not module.ispkg)
-    sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
+    defines = re.compile(rf"^(?:def )?{name}\b", flags=re.MULTILINE)
     return [
-        importlib.import_module(f"{__package__}.{name}")
-        for name, source in sources.items()
-        if "\ndef compile_cases(" in source
+        importlib.import_module(f"{__package__}.{module}")
+        for module in names
+        if defines.search((folder / f"{module}.py").read_text(encoding="utf-8"))
     ]
 
 
@@ -64,7 +64,7 @@ def compile_kernels(architectures: list[str], processes: int | None = None) -> t
     tasks = [
         (module.__name__, index, arch)
         for arch in architectures
-        for module in kernel_modules()
+        for module in modules_with("compile_cases")
         for index in range(len(list(module.compile_cases(arch))))
     ]
 

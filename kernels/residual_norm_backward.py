@@ -25,10 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configurations import CompileCase
+from .configurations import CompileCase, Configuration
 from .registration import on_device
 from .residual_norm_forward import dense_rows, load_row, row_stride, sum_row
-from .row_tiles import COMPILED, CONFIGURATIONS, select_row_configuration, split_columns
+from .row_tiles import (
+    COMPILED,
+    compiled_configurations,
+    select_row_configuration,
+    split_columns,
+)
 from .tile_sums import launch_sum_tiles
 
 
@@ -196,10 +201,14 @@ def launch_backward(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    return [_compile_case(*build) for build in COMPILED]
+    return [
+        _compile_case(op, parts, dtype, size, configuration)
+        for op, parts, dtype in COMPILED
+        for size, configuration in compiled_configurations(f"{op}_backward", arch).items()
+    ]
 
 
-def _compile_case(op: str, parts: str, size: str, dtype: str) -> CompileCase:
+def _compile_case(op: str, parts: str, dtype: str, size: str, configuration: Configuration) -> CompileCase:
     given = parts.split()
     needs = {
         "d_residual": "branch",
@@ -226,7 +235,7 @@ def _compile_case(op: str, parts: str, size: str, dtype: str) -> CompileCase:
         constants=dict.fromkeys(absent)
         | split_columns(1152)
         | {"WANTS_TABLES": "norm" in given, "WANTS_GATE": "gate" in given, "WANTS_BIAS": "bias" in given},
-        configuration=CONFIGURATIONS[f"{op}_backward"][size][0],
+        configuration=configuration,
         dtype=dtype,
         divisible_by_16=strides,
         note=f"{parts}; {size} tokens",

@@ -18,9 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configurations import CompileCase
+from .configurations import CompileCase, Configuration
 from .registration import on_device
-from .row_tiles import COMPILED, CONFIGURATIONS, select_row_configuration, split_columns
+from .row_tiles import (
+    COMPILED,
+    compiled_configurations,
+    select_row_configuration,
+    split_columns,
+)
 
 
 @triton.jit
@@ -166,10 +171,14 @@ def row_stride(table: Tensor | None) -> int:
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    return [_compile_case(*build) for build in COMPILED]
+    return [
+        _compile_case(op, parts, dtype, size, configuration)
+        for op, parts, dtype in COMPILED
+        for size, configuration in compiled_configurations(f"{op}_forward", arch).items()
+    ]
 
 
-def _compile_case(op: str, parts: str, size: str, dtype: str) -> CompileCase:
+def _compile_case(op: str, parts: str, dtype: str, size: str, configuration: Configuration) -> CompileCase:
     given = parts.split()
     tokens = {"x": "x", "branch": "branch", "gate": "gate", "bias": "bias", "shift": "norm", "scale": "norm"}
     outputs = {"residual": "branch", "normed": "norm", "mean": "norm", "rstd": "norm"}
@@ -183,7 +192,7 @@ def _compile_case(op: str, parts: str, size: str, dtype: str) -> CompileCase:
         | {"frame_rows": "*i32", "tiles": "*i32", "eps": "fp32"}
         | dict.fromkeys(strides, "i32"),
         constants=dict.fromkeys(absent) | split_columns(1152),
-        configuration=CONFIGURATIONS[f"{op}_forward"][size][0],
+        configuration=configuration,
         dtype=dtype,
         divisible_by_16=strides,
         note=f"{parts}; {size} tokens",

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from .configurations import Configuration, select
+from .configurations import Configuration, candidates_of, select
 from .layout import PackLayout
 
 FEW_TOKENS = 16384  # up to here a tile of 64 tokens would leave multiprocessors without work
@@ -37,6 +37,12 @@ _FORWARD = {
         Configuration(tile_tokens=16, STAGES=1, num_warps=1),
         Configuration(tile_tokens=16, STAGES=1, num_warps=4),
         Configuration(tile_tokens=32, STAGES=3, num_warps=2),
+        Configuration(tile_tokens=64, STAGES=3, num_warps=4),
+    ),
+    # The general default spills 8 bytes there in modulated_norm.
+    "many@sm_80": (
+        Configuration(tile_tokens=16, STAGES=1, num_warps=4),
+        Configuration(tile_tokens=16, STAGES=3, num_warps=2),
         Configuration(tile_tokens=64, STAGES=3, num_warps=4),
     ),
 }
@@ -57,18 +63,24 @@ _BACKWARD = {
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
 CONFIGURATIONS = {f"{op}_forward": _FORWARD for op in OPS} | {f"{op}_backward": _BACKWARD for op in OPS}
 
-# What the model builds at hidden size 1152: (op, parts that are present, shape class, dtype).
-COMPILED = tuple(
-    (op, parts, size, dtype)
-    for op, parts in (
-        ("modulated_norm", "norm"),
-        ("gate_residual", "branch gate bias"),
-        ("gate_residual_modulated_norm", "branch bias norm"),
-        ("gate_residual_modulated_norm", "branch gate bias norm"),
-    )
-    for size, dtype in (("few", "bf16"), ("many", "bf16"), ("many", "fp16"), ("many", "fp32"))
-    if dtype == "bf16" or parts == "branch gate bias norm"
+# What the model builds at hidden size 1152: (op, parts that are present, dtype).
+COMPILED = (
+    ("modulated_norm", "norm", "bf16"),
+    ("gate_residual", "branch gate bias", "bf16"),
+    ("gate_residual_modulated_norm", "branch bias norm", "bf16"),
+    ("gate_residual_modulated_norm", "branch gate bias norm", "bf16"),
+    ("gate_residual_modulated_norm", "branch gate bias norm", "fp16"),
+    ("gate_residual_modulated_norm", "branch gate bias norm", "fp32"),
 )
+
+
+def compiled_configurations(kernel: str, arch: str) -> dict[str, Configuration]:
+    """The defaults of a kernel that need a build of their own, by shape class; tiles are chosen by the launcher."""
+    builds: dict[tuple, tuple[str, Configuration]] = {}
+    for size in ("many", "few"):
+        configuration = candidates_of(CONFIGURATIONS, kernel, size, arch)[0]
+        builds.setdefault(tuple(configuration.launch.items()), (size, configuration))
+    return dict(builds.values())
 
 
 def shape_class(num_tokens: int) -> str:

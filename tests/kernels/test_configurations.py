@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opensora_fast.kernels import configurations
-from opensora_fast.kernels.compilation import kernel_modules
+from opensora_fast.kernels.compilation import modules_with
 from opensora_fast.kernels.configurations import Configuration, candidates_of, select
 
 SMALL, LARGE = Configuration(BLOCK=16, tile=4, num_warps=2), Configuration(BLOCK=64, tile=4, num_warps=8, num_stages=3)
@@ -61,7 +61,7 @@ def test_force_and_record() -> None:
 
 
 def test_every_table_has_unlike_candidates_and_every_committed_choice_is_one() -> None:
-    tables = [module.CONFIGURATIONS for module in kernel_modules() if hasattr(module, "CONFIGURATIONS")]
+    tables = [module.CONFIGURATIONS for module in modules_with("CONFIGURATIONS")]
     assert tables
     for table in tables:
         for kernel, classes in table.items():
