@@ -221,7 +221,6 @@ class Trainer:
         self._metrics.write(row)
         self._recent_losses = [*self._recent_losses, row["loss"]][-self.limits.log_every :]
         shown = {
-            "step": taken.step,
             "loss": f"{sum(self._recent_losses) / len(self._recent_losses):.4f}",
             "tokens/s": f"{row['tokens_per_s']:.0f}",
             "data wait": f"{100 * row['data_wait'] / row['step_time']:.0f} %",

@@ -1,6 +1,7 @@
 """Stopping between two steps when a person or a scheduler asks for it."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 
 
@@ -17,6 +18,8 @@ class StopSignals:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python gives signals to the main thread only; whoever runs it there handles them
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._receive)
         return self

@@ -1,6 +1,7 @@
 """Train from a configuration: put the parts together and run the loop."""
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def train(
             report_changes(start.resume, config, report)
         elif start.state is not None:
             load_weights(trainer, start.state)
-        (out / "config.json").write_text(to_json(config) + "\n")
+        write_config(config, out / "config.json")
         report(describe_run(trainer, source.data.explanation.steps, start))
         signal_number = trainer.run()
     finally:
@@ -176,14 +177,24 @@ def report_changes(checkpoint: Path, config: TrainConfig, report: Callable[[str]
     """Say which values differ from those that the checkpoint was trained with."""
     before = dict(list_values(load_train_config(checkpoint / CHECKPOINT_CONFIG).config))
     for key, value in list_values(config):
-        if key in before and value != before[key] and key not in ("steps", "load", "dataset.data_path"):
+        if key in before and value != before[key] and key not in ("steps", "load", "dataset.data_path", "features"):
             report(f"note: {key} is now {value!r}, the checkpoint was trained with {before[key]!r}")
 
 
 def write_extra_files(config: TrainConfig, out: Path, folder: Path) -> None:
     """Add to a checkpoint what is needed to use it without its run."""
-    (folder / CHECKPOINT_CONFIG).write_text(to_json(config) + "\n")
+    write_config(config, folder / CHECKPOINT_CONFIG)
     copy_fitted(out, folder)
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    """Write the effective configuration; paths of data are made absolute, so that it works from any folder."""
+    absolute = config.model_copy(deep=True)
+    if absolute.dataset.data_path is not None:
+        absolute.dataset.data_path = os.path.abspath(absolute.dataset.data_path)
+    if absolute.features is not None:
+        absolute.features = os.path.abspath(absolute.features)
+    path.write_text(to_json(absolute) + "\n")
 
 
 def describe_replay(out: Path, checkpoint: Path, step: int, device: torch.device) -> str:
