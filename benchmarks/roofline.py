@@ -79,31 +79,45 @@ def linear_flops_per_token(config: STDiT2Config) -> float:
     return 2.0 * multiply_adds * config.hidden_size**2 * config.depth
 
 
-def attention_flops_per_token(config: STDiT2Config, frame_tokens: int, frames: int, text: int) -> float:
+def attention_flops_per_token(config: STDiT2Config, frame_tokens: int, frames: int, text: float) -> float:
     """Forward FLOP per token of the three attentions of all blocks."""
     return 4.0 * config.hidden_size * (frame_tokens + frames + text) * config.depth
 
 
-def count_forward(config: STDiT2Config, workload: Workload, text: int, element: int = 2) -> Count:
-    """The whole model's forward on one workload.
+def count_block(config: STDiT2Config, workload: Workload, text: float, element: int = 2) -> tuple[Count, Count]:
+    """(forward, forward and backward) of one block.
 
     Args:
-        text: real text tokens of each video.
+        text: real text tokens of each video, on average.
         element: bytes of an activation.
     """
     tokens, channels = workload.tokens, config.hidden_size
+    per_token = linear_flops_per_token(config)
+    per_token += attention_flops_per_token(config, workload.frame_tokens, workload.frames, text)
+    flops = tokens * per_token / config.depth + workload.batch * text * 4.0 * channels**2
+    row = tokens * channels * element
+    forward = Count(flops, float(FUSED_ROWS_FORWARD * row))
+    return forward, forward + Count(2 * flops, float(FUSED_ROWS_BACKWARD * row))
+
+
+def count_forward(config: STDiT2Config, workload: Workload, text: float, element: int = 2) -> Count:
+    """The whole model's forward on one workload.
+
+    Args:
+        text: real text tokens of each video, on average.
+        element: bytes of an activation.
+    """
+    channels = config.hidden_size
     patch = config.patch_size[1] ** 2
-    flops = tokens * linear_flops_per_token(config)
-    flops += tokens * attention_flops_per_token(config, workload.frame_tokens, workload.frames, text)
-    flops += tokens * 2.0 * channels * patch * (config.in_channels + config.out_channels)
-    text_tokens = workload.batch * text
-    flops += text_tokens * (2.0 * channels * (config.caption_channels + channels) + 4.0 * channels**2 * config.depth)
-    moved = tokens * FUSED_ROWS_FORWARD * channels * element * config.depth
-    return Count(flops, moved)
+    block, _ = count_block(config, workload, text, element)
+    flops = block.flops * config.depth
+    flops += workload.tokens * 2.0 * channels * patch * (config.in_channels + config.out_channels)
+    flops += workload.batch * text * 2.0 * channels * (config.caption_channels + channels)
+    return Count(flops, block.bytes * config.depth)
 
 
 def count_training_step(
-    config: STDiT2Config, workload: Workload, text: int, parameters: float, element: int = 2
+    config: STDiT2Config, workload: Workload, text: float, parameters: float, element: int = 2
 ) -> Count:
     """Forward, backward, optimizer and EMA; latents and text embeddings are there already."""
     forward = count_forward(config, workload, text, element)
@@ -111,13 +125,13 @@ def count_training_step(
     return forward + Count(2 * forward.flops, moved) + Count(0.0, OPTIMIZER_BYTES * parameters)
 
 
-def floor_tokens_per_s(config: STDiT2Config, workload: Workload, text: int, parameters: float, gpu: Gpu) -> float:
+def floor_tokens_per_s(config: STDiT2Config, workload: Workload, text: float, parameters: float, gpu: Gpu) -> float:
     """Tokens per second that a training step cannot exceed."""
     return workload.tokens / count_training_step(config, workload, text, parameters).seconds(gpu)
 
 
 def model_flops_utilization(
-    config: STDiT2Config, workload: Workload, text: int, tokens_per_s: float, gpu: Gpu
+    config: STDiT2Config, workload: Workload, text: float, tokens_per_s: float, gpu: Gpu
 ) -> float:
     """3 × forward FLOP over the GPU's peak, as MFU is usually reported."""
     per_token = 3 * count_forward(config, workload, text).flops / workload.tokens

@@ -119,6 +119,8 @@ class Pack:
             batch = min(part.batch, 2, most)
             frames = max(min(part.frames, most // batch), min(part.frames, 2))
             parts.append(Workload(part.resolution, frames, batch))
+        if tuple(parts) == self.parts:
+            return self
         return Pack(" + ".join(f"{part.name} B={part.batch}" for part in parts), tuple(parts))
 
 

@@ -42,7 +42,7 @@ def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
     positions = torch.arange(x.shape[2], device=x.device, dtype=x.dtype).to(frequencies.dtype)
     angles = (positions[:, None] * frequencies).repeat_interleave(2, dim=-1)
     turned = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-    return x * angles.cos() + turned * angles.sin()
+    return x * angles.cos().to(x.dtype) + turned * angles.sin().to(x.dtype)
 
 
 def self_attention(module: nn.Module, x: Tensor, frequencies: Tensor | None, flash: bool) -> Tensor:
@@ -122,9 +122,12 @@ class UpstreamBlock(nn.Module):
 class UpstreamSTDiT2(nn.Module):
     """Same parameters, names and `forward` as `STDiT2`; the computation is upstream's."""
 
-    def __init__(self, config: STDiT2Config, flash: bool = False, checkpointing: bool = False):
+    def __init__(
+        self, config: STDiT2Config, flash: bool = False, checkpointing: bool = False, own: STDiT2 | None = None
+    ):
+        """`own`: a model whose modules and parameters are shared, so that several baselines fit beside it."""
         super().__init__()
-        own = STDiT2(config)
+        own = STDiT2(config) if own is None else own
         for name, module in own.named_children():
             if name != "blocks":
                 self.add_module(name, module)

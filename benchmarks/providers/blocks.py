@@ -1,0 +1,151 @@
+"""One block of ST-DiT-2, computed in every way of `variants.py`, with the gradients of its parameters."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opensora_fast.kernels import PackLayout, TextLayout
+from opensora_fast.model import STDiT2Config
+from opensora_fast.model.block import PackContext, STDiT2Block, compute_block
+from opensora_fast.model.embedders import RotaryFrequencies
+
+from ..shapes import Pack, text_lengths
+from .provider import Bound, Provider, compiled, compiles_on_cuda, needs_cuda, own_version, torch_version
+from .upstream import UpstreamBlock
+from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant
+
+ONE_SHAPE = "takes videos of one shape only"
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """A block, its inputs and what the layers around it made.
+
+    Attributes:
+        inputs: x [N, C], text [M, C], space [B, 6, C] and time [B, 3, C], the outputs of the modulation's Linears.
+        frequencies: float32 [D/2], of the rotary embedding.
+    """
+
+    block: STDiT2Block
+    layout: PackLayout
+    text_lengths: tuple[int, ...]
+    inputs: dict[str, Tensor]
+    frequencies: Tensor
+
+    @property
+    def device(self) -> str:
+        return self.layout.device.type
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inputs["x"].dtype
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return self.inputs | dict(self.block.named_parameters())
+
+    @property
+    def is_uniform(self) -> bool:
+        return len(self.layout.runs) == 1
+
+    def to(self, dtype: torch.dtype) -> BlockWork:
+        """The same values in another dtype, as fresh leaves."""
+        inputs = {name: value.detach().to(dtype).requires_grad_() for name, value in self.inputs.items()}
+        return replace(self, block=copy.deepcopy(self.block).to(dtype), inputs=inputs)
+
+
+def make_block_work(
+    config: STDiT2Config, pack: Pack, text: int, device: str, dtype: torch.dtype, seed: int = 0
+) -> BlockWork:
+    """A block with random weights and random inputs; `text`: mean tokens of a caption."""
+    torch.manual_seed(seed)
+    channels = config.hidden_size
+    with torch.device(device):
+        block = STDiT2Block(channels, config.num_heads, config.mlp_ratio, config.qk_norm).to(dtype)
+        layout = PackLayout.of(pack.shapes, device)
+        lengths = text_lengths(layout.num_videos, text)
+        sizes = {
+            "x": (layout.num_tokens, channels),
+            "text": (sum(lengths), channels),
+            "space": (layout.num_videos, 6, channels),
+            "time": (layout.num_videos, 3, channels),
+        }
+        inputs = {name: torch.randn(size).to(dtype).requires_grad_() for name, size in sizes.items()}
+        frequencies = RotaryFrequencies(config.head_size, rounding=False).freqs.detach()
+    return BlockWork(block, layout, tuple(lengths), inputs, frequencies)
+
+
+def _prepare_own(variant: Variant, work: BlockWork) -> Bound:
+    angles = torch.arange(work.layout.max_frames, device=work.layout.device)[:, None] * work.frequencies
+    inputs = work.inputs
+    context = PackContext(
+        layout=work.layout,
+        frame_rows=work.layout.frame_video,
+        text=inputs["text"],
+        text_layout=TextLayout.from_lengths(work.text_lengths, work.layout.device),
+        space_and_mlp=inputs["space"],
+        time=inputs["time"],
+        cos=angles.cos(),
+        sin=angles.sin(),
+        backends=variant.backends or REFERENCE,
+    )
+    function = compiled(compute_block) if variant.compiled else compute_block
+
+    def call() -> Tensor:
+        with variant.attention():
+            return function(work.block, inputs["x"], None, context, None)[0]
+
+    return call
+
+
+def _prepare_upstream(variant: Variant, work: BlockWork) -> Bound:
+    block = UpstreamBlock(work.block, work.frequencies, variant.flash)
+    function = compiled(block.forward) if variant.compiled else block
+    inputs = work.inputs
+    run = work.layout.runs[0]
+
+    def call() -> Tensor:
+        output = function(
+            inputs["x"].unflatten(0, (run.videos, -1)),
+            inputs["text"][None],
+            inputs["space"].flatten(1),
+            inputs["time"].flatten(1),
+            list(work.text_lengths),
+            T=run.frames,
+            S=run.frame_tokens,
+        )
+        return output.flatten(0, 1)
+
+    return call
+
+
+def block_provider(variant: Variant) -> Provider:
+    """The provider of a variant; recomputation means nothing for a single block."""
+
+    def prepare(work: BlockWork) -> Bound:
+        return (_prepare_upstream if variant.is_upstream else _prepare_own)(variant, work)
+
+    def missing(work: BlockWork) -> str:
+        if variant.is_upstream and not work.is_uniform:
+            return ONE_SHAPE
+        return missing_on(variant, work)
+
+    return Provider(variant.name, prepare, missing, own_version if variant.uses_triton else torch_version)
+
+
+def missing_on(variant: Variant, work: BlockWork) -> str:
+    """Why a variant cannot run where the work is."""
+    if variant.compiled:
+        return compiles_on_cuda(work)
+    return needs_cuda(work) if variant.uses_triton or variant.cudnn else ""
+
+
+BLOCK_PROVIDERS = tuple(
+    block_provider(variant) for variant in VARIANTS if not variant.name.endswith(("-recompute", "-stored"))
+)
+# Both are eager PyTorch, in our order of operations and in upstream's.
+BLOCK_REFERENCES = tuple(block_provider(VARIANT_OF[name]) for name in ("eager", "upstream"))

@@ -1,0 +1,241 @@
+"""The whole ST-DiT-2 in every way of `variants.py`, over one set of weights: for training steps and for sampling steps.
+
+All variants are views of the same parameters, so that any number of them fits beside one optimizer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from opensora_fast.diffusion import IDDPM
+from opensora_fast.diffusion.guidance import GuidedModel
+from opensora_fast.model import STDiT2, STDiT2Config
+from opensora_fast.train.ema import EMA
+from opensora_fast.train.optimizer import MasterAdamW
+
+from ..accuracy import OUTPUT, Named, norm
+from ..contest import weights_like
+from ..shapes import Workload, text_lengths
+from ..timing import Call
+from .blocks import missing_on
+from .provider import Bound, Provider, own_version, torch_version
+from .upstream import UpstreamSTDiT2
+from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant
+
+SEED = 0
+LEARNING_RATE, EMA_DECAY, GRAD_CLIP = 2e-5, 0.9999, 1.0
+FPS = 24.0
+
+Model = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model with random weights and everything that trains it."""
+
+    model: STDiT2
+    optimizer: MasterAdamW
+    ema: EMA
+
+
+def make_training(config: STDiT2Config, device: str, dtype: torch.dtype) -> Training:
+    """Builds on the device. Weights that begin as zero get small random values: zeros would compute faster."""
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        model = STDiT2(config)
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.detach().any():
+                nn.init.normal_(parameter, std=0.02)
+        model.train()
+        optimizer = MasterAdamW(
+            model, dtype=dtype, device=torch.device(device), lr=LEARNING_RATE, grad_clip=GRAD_CLIP
+        )
+    return Training(model, optimizer, EMA(optimizer.masters, EMA_DECAY))
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """A model and one batch of latents.
+
+    Attributes:
+        latents: float32 [B, 4, T, h, w].
+        timestep: [B].
+        conditions: the model's other arguments, on the host but for the text.
+    """
+
+    model: STDiT2
+    latents: Tensor
+    timestep: Tensor
+    conditions: dict[str, Tensor]
+    training: Training | None = None
+    diffusion: IDDPM = field(default_factory=IDDPM)
+
+    @property
+    def device(self) -> str:
+        return self.latents.device.type
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def to(self, dtype: torch.dtype) -> ModelWork:
+        """The same model and batch in another dtype; activations are recomputed, so that float64 fits."""
+        with torch.device(self.device):
+            model = STDiT2(self.model.config).to(dtype)
+        model.load_state_dict(self.model.state_dict())
+        model.train(self.model.training)
+        model.set_checkpointing(True)
+        conditions = dict(self.conditions, y=self.conditions["y"].to(dtype))
+        return replace(self, model=model, latents=self.latents.to(dtype), conditions=conditions, training=None)
+
+
+def make_model_work(model: STDiT2, workload: Workload, text: int, training: Training | None = None) -> ModelWork:
+    """A random batch; `text`: mean tokens of a caption."""
+    config, device, videos = model.config, model.device, workload.batch
+    generator = torch.Generator(device).manual_seed(SEED)
+    frames, height, width = workload.latent
+    shape = (videos, config.in_channels, frames, height, width)
+    latents = torch.randn(shape, generator=generator, device=device)
+    length = config.model_max_length
+    text_shape = (videos, 1, length, config.caption_channels)
+    y = torch.randn(text_shape, generator=generator, device=device).to(model.dtype)
+    lengths = torch.tensor(text_lengths(videos, min(text, length)))
+    pixels = workload.pixels
+    conditions = {
+        "y": y,
+        "mask": (torch.arange(length) < lengths[:, None]).long(),
+        "num_frames": torch.full((videos,), float(frames)),
+        "height": torch.full((videos,), float(pixels[0])),
+        "width": torch.full((videos,), float(pixels[1])),
+        "ar": torch.full((videos,), pixels[1] / pixels[0]),
+        "fps": torch.full((videos,), FPS),
+    }
+    timestep = torch.randint(0, 1000, (videos,), generator=torch.Generator().manual_seed(SEED))
+    return ModelWork(model, latents, timestep, conditions, training)
+
+
+@dataclass(frozen=True)
+class BoundModel:
+    """A variant of the work's model; called, it computes the work's batch."""
+
+    model: Model
+    work: ModelWork
+
+    def __call__(self) -> Tensor:
+        return self.model(self.work.latents, self.work.timestep, **self.work.conditions)
+
+
+def model_provider(variant: Variant) -> Provider:
+    def prepare(work: ModelWork) -> Bound:
+        return BoundModel(view_of(work.model, variant), work)
+
+    def missing(work: ModelWork) -> str:
+        return missing_on(variant, work)
+
+    return Provider(variant.name, prepare, missing, own_version if variant.uses_triton else torch_version)
+
+
+MODEL_PROVIDERS = tuple(model_provider(variant) for variant in VARIANTS)
+# Both are eager PyTorch, in our order of operations and in upstream's; recomputed, as the check is not timed.
+MODEL_REFERENCES = tuple(model_provider(VARIANT_OF[name]) for name in ("eager-recompute", "upstream"))
+
+
+def view_of(model: STDiT2, variant: Variant) -> Model:
+    """The model computed as the variant does; parameters and modules are shared, `model` itself stays as it is."""
+    if variant.is_upstream:
+        view = UpstreamSTDiT2(model.config, flash=variant.flash, checkpointing=variant.recompute, own=model)
+        view.train(model.training)
+        if variant.compiled:
+            for block in view.blocks:
+                block.compile(dynamic=False)
+        return view
+    own = copy.copy(model)
+    own._modules = dict(model._modules)
+    own.backends = variant.backends or REFERENCE
+    own.checkpointed_blocks = len(model.blocks) if variant.recompute else 0
+    if variant.compiled:
+        _compile_blocks(own, variant.recompute)
+
+    def call(*arguments: Any, **conditions: Any) -> Tensor:
+        with variant.attention():
+            return own(*arguments, **conditions)
+
+    return call
+
+
+def _compile_blocks(own: STDiT2, recompute: bool) -> None:
+    """Gives a view compiled copies of its blocks; each is one graph, the same for all."""
+    blocks = [copy.copy(block) for block in own.blocks]
+    for block in blocks:
+        block.compile(dynamic=False)
+    own.blocks = nn.ModuleList(blocks)
+
+    def run_blocks(x: Tensor, context: Any) -> Tensor:
+        for block in own.blocks:
+            if recompute and torch.is_grad_enabled():
+                x, _ = checkpoint(block, x, None, context, None, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, _ = block(x, None, context, None)
+        return x
+
+    own._run_blocks = run_blocks
+
+
+def model_results(bound: Bound, work: ModelWork) -> tuple[Named, float]:
+    """The output and the gradient of all parameters as one vector; caption dropout draws the same for everyone."""
+    torch.manual_seed(SEED)
+    output = bound()
+    parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
+    weights = weights_like([output])
+    gradients = torch.autograd.grad(output, parameters, weights)
+    return {OUTPUT: output.detach(), "gradient of the parameters": gradients}, norm(weights)
+
+
+def model_output(bound: Bound, work: ModelWork) -> tuple[Named, float]:
+    """The output alone."""
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        return {OUTPUT: bound()}, 0.0
+
+
+def training_call(bound: Bound, work: ModelWork) -> Call:
+    """Forward, loss, backward, optimizer and average of the weights; nothing waits for the GPU."""
+    assert isinstance(bound, BoundModel)
+    return step_call(bound.model, work, lambda: (work.latents, work.conditions))
+
+
+def step_call(model: Model, work: ModelWork, encode: Callable[[], tuple[Tensor, Mapping[str, Any]]]) -> Call:
+    """A training step whose latents and conditions come from `encode`."""
+    training = work.training
+    assert training is not None
+
+    def step() -> None:
+        latents, conditions = encode()
+        losses = work.diffusion.training_losses(model, latents, work.timestep, dict(conditions))
+        losses["loss"].mean().backward()
+        training.optimizer.step()
+        training.ema.update(training.optimizer.masters)
+
+    return step
+
+
+def sampling_call(bound: Bound, work: ModelWork) -> Call:
+    """One step of guided sampling: the model on twice the videos, guidance, and the draw of the next latents."""
+    assert isinstance(bound, BoundModel)
+    guided = GuidedModel(bound.model, cfg_scale=7.0)
+    videos = work.latents.shape[0]
+    steps = torch.full((videos,), work.diffusion.num_timesteps // 2, device=work.latents.device)
+    conditions = dict(work.conditions, y=torch.cat([work.conditions["y"]] * 2))
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            return work.diffusion.p_sample(guided, work.latents, steps, conditions)
+
+    return step

@@ -1,0 +1,100 @@
+"""The ways to compute a block, a step or a sampling step of ST-DiT-2 that are compared, from upstream's to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from opensora_fast.model.backends import Backends
+
+REFERENCE, TRITON = Backends.all("reference"), Backends.all("triton")
+
+
+def _with(*ops: str) -> Backends:
+    return Backends(**{**vars(REFERENCE), **dict.fromkeys(ops, "triton")})
+
+
+NORMS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way.
+
+    Attributes:
+        name: of the provider.
+        backends: of this project's ops; None: upstream's own order of operations.
+        flash: upstream with flash attention on.
+        recompute: activations are computed again in backward.
+        compiled: every block goes through torch.compile.
+        cudnn: PyTorch's attention prefers cuDNN.
+    """
+
+    name: str
+    backends: Backends | None = None
+    flash: bool = False
+    recompute: bool = False
+    compiled: bool = False
+    cudnn: bool = False
+
+    @property
+    def is_upstream(self) -> bool:
+        return self.backends is None
+
+    @property
+    def uses_triton(self) -> bool:
+        return self.backends is not None and "triton" in vars(self.backends).values()
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Around a forward pass."""
+        if not self.cudnn:
+            yield
+            return
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        order = [
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ]
+        with sdpa_kernel(order, set_priority=True):
+            yield
+
+
+VARIANTS = (
+    Variant("upstream", recompute=True),  # as shipped: naive attention, activations recomputed
+    Variant("upstream-flash", flash=True, recompute=True),
+    Variant("upstream-flash-stored", flash=True),
+    Variant("compile-upstream", flash=True, compiled=True),
+    Variant("eager", REFERENCE),
+    Variant("eager-recompute", REFERENCE, recompute=True),
+    Variant("eager-cudnn", REFERENCE, cudnn=True),
+    Variant("compile", REFERENCE, compiled=True),
+    Variant("compile-recompute", REFERENCE, compiled=True, recompute=True),
+    Variant("ours-norms", _with(*NORMS)),
+    Variant("ours-norms-gelu", _with(*NORMS, "gelu_tanh")),
+    Variant("ours-norms-gelu-temporal", _with(*NORMS, "gelu_tanh", "temporal_attention")),
+    Variant("ours-norms-gelu-temporal-spatial", _with(*NORMS, "gelu_tanh", "temporal_attention", "spatial_attention")),
+    Variant("ours", TRITON),
+    Variant("ours-recompute", TRITON, recompute=True),
+)
+VARIANT_OF = {variant.name: variant for variant in VARIANTS}
+
+# Each technique on top of the one before.
+WATERFALL = (
+    "upstream",
+    "upstream-flash",
+    "upstream-flash-stored",
+    "eager",
+    "ours-norms",
+    "ours-norms-gelu",
+    "ours-norms-gelu-temporal",
+    "ours-norms-gelu-temporal-spatial",
+    "ours",
+)
+PEERS = ("upstream", "upstream-flash", "eager", "eager-cudnn", "compile", "compile-upstream", "ours")
+# Where the activations of 16 frames of 720p do not fit without.
+RECOMPUTING_PEERS = ("eager-recompute", "compile-recompute", "ours-recompute")

@@ -1,0 +1,153 @@
+"""Training steps that encode their clips and captions themselves: the SD VAE and T5 of the real sizes, random weights.
+
+Open-Sora's published speeds include both. Encoders of random weights take as long as trained ones.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from opensora_fast.encoders.t5 import T5Encoder
+from opensora_fast.encoders.vae import VideoAutoencoderKL
+
+from ..case import Case, Outcome
+from ..contest import run_contest
+from ..providers.models import BoundModel, ModelWork, step_call
+from ..providers.provider import Bound, Provider
+from ..roofline import Count, count_training_step
+from ..session import Session
+from ..shapes import Workload, text_lengths
+from ..timing import Call
+from .models import TRAINING, by_importance, mean_text, model_contest, model_sampling, model_template, shared_training
+from .scale import Scale
+
+VALUE = 560.0
+PROVIDERS = ("upstream", "upstream-flash", "eager", "ours")
+MICRO_BATCH = 4  # frames at a time, as Open-Sora's configurations say
+NEEDED = ("diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class EncoderSizes:
+    """Arguments of `AutoencoderKL` and `T5Config`."""
+
+    vae: Mapping[str, Any]
+    t5: Mapping[str, Any]
+
+
+def sizes_of(scale: Scale) -> EncoderSizes:
+    """The real sizes on a GPU (83.7 M and 4.76 G parameters), tiny ones on the CPU."""
+    is_gpu = scale.device == "cuda"
+    return EncoderSizes(
+        vae={
+            "block_out_channels": (128, 256, 512, 512) if is_gpu else (8, 8, 8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "layers_per_block": 2 if is_gpu else 1,
+            "norm_num_groups": 32 if is_gpu else 4,
+            "latent_channels": 4,
+        },
+        t5={
+            "vocab_size": 32128 if is_gpu else 384,
+            "d_model": scale.config.caption_channels,
+            "d_kv": 64 if is_gpu else 8,
+            "d_ff": 10240 if is_gpu else 32,
+            "num_layers": 24 if is_gpu else 1,
+            "num_heads": 64 if is_gpu else 2,
+            "feed_forward_proj": "gated-gelu",
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Encoders:
+    video: VideoAutoencoderKL
+    text: T5Encoder
+
+
+def build_encoders(scale: Scale) -> Encoders:
+    """Both encoders on the device; T5's tokenizer is that of bytes, which needs no file."""
+    from diffusers import AutoencoderKL
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    sizes = sizes_of(scale)
+    torch.manual_seed(0)
+    with torch.device(scale.device):
+        vae = AutoencoderKL(**sizes.vae).to(scale.dtype)
+        t5 = T5EncoderModel(T5Config(**sizes.t5)).to(scale.dtype)
+    text = T5Encoder(t5, ByT5Tokenizer(), scale.config.model_max_length, clean_captions=False)
+    return Encoders(VideoAutoencoderKL(vae, MICRO_BATCH), text)
+
+
+def list_cases(scale: Scale) -> list[Case]:
+    """The first headline workload."""
+    return [_case(scale, workload, VALUE) for workload in by_importance(scale)[:1]]
+
+
+def _case(scale: Scale, workload: Workload, value: float) -> Case:
+    template = model_template(scale, "step", workload, op="with encoders")
+
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+        training = shared_training(scale, session)
+        contest = model_contest(scale, template, workload, training, names, model_sampling(scale, session, 6.0))
+        if lacking:
+            reason = f"{lacking[0]} is not installed"
+            providers = [_without(provider, reason) for provider in contest.providers]
+            return run_contest(replace(contest, providers=providers), session)
+        encode = make_encode(scale, workload, session.shared("encoders", lambda: build_encoders(scale)))
+        parameters = float(sum(master.numel() for master in training.optimizer.masters.values()))
+        text = mean_text(workload.batch, scale.text)
+        count = count_training_step(scale.config, workload, text, parameters, scale.dtype.itemsize)
+        with FlopCounterMode(display=False) as counter:
+            encode()
+        count = count + Count(float(counter.get_total_flops()))
+
+        def make_call(bound: Bound, work: ModelWork) -> Call:
+            assert isinstance(bound, BoundModel)
+
+            def inputs() -> tuple[Tensor, dict[str, Any]]:
+                latents, encoded = encode()
+                return latents, work.conditions | encoded
+
+            return step_call(bound.model, work, inputs)
+
+        return run_contest(replace(contest, calls={TRAINING: make_call}, counts={TRAINING: count}), session)
+
+    return Case(template, (TRAINING,), PROVIDERS, value, measure)
+
+
+def _without(provider: Provider, reason: str) -> Provider:
+    return replace(provider, missing=lambda work: reason)
+
+
+def make_encode(
+    scale: Scale, workload: Workload, encoders: Encoders
+) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
+    """A call that encodes a batch of random clips, in host memory, and captions: (latents float32, text and mask)."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = workload.pixels
+    video = torch.rand(workload.batch, 3, workload.frames, height, width, generator=generator) * 2 - 1
+    if scale.device == "cuda":
+        video = video.pin_memory()
+    letters = string.ascii_lowercase + " "
+    captions = []
+    for length in text_lengths(workload.batch, scale.text):
+        # One token for each letter, and one for the end.
+        picked = torch.randint(len(letters), (max(length - 1, 1),), generator=generator)
+        captions.append("".join(letters[index] for index in picked.tolist()))
+
+    @torch.no_grad()
+    def encode() -> tuple[Tensor, dict[str, Tensor]]:
+        latents = encoders.video.encode(video.to(scale.device, non_blocking=True)).float()
+        return latents, dict(encoders.text.encode(captions))
+
+    return encode

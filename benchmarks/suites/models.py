@@ -1,0 +1,217 @@
+"""Blocks, whole training steps and sampling steps of ST-DiT-2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..case import Case, Outcome, make_template
+from ..contest import FORWARD, FORWARD_BACKWARD, OP_CALLS, Contest, run_contest
+from ..providers.blocks import BLOCK_PROVIDERS, BLOCK_REFERENCES, make_block_work
+from ..providers.models import (
+    MODEL_PROVIDERS,
+    MODEL_REFERENCES,
+    Training,
+    make_model_work,
+    make_training,
+    model_output,
+    model_results,
+    sampling_call,
+    training_call,
+)
+from ..providers.provider import choose_providers
+from ..providers.variants import PEERS, RECOMPUTING_PEERS, WATERFALL
+from ..roofline import Count, count_block, count_forward, count_training_step
+from ..rows import Row
+from ..session import Session
+from ..shapes import Pack, Workload, stage_buckets, text_lengths
+from ..timing import Sampling
+from .scale import Scale
+
+TRAINING = "training"
+BLOCK_VALUE, STEP_VALUE, SAMPLING_VALUE, STAGE_VALUE, OTHER_VALUE = 750.0, 900.0, 600.0, 300.0, 190.0
+RECOMPUTE_ABOVE = 40_000  # tokens of a step whose stored activations eager PyTorch cannot hold in 141 GB
+STAGES = ("stage1", "stage2", "stage3")
+SAMPLED_VIDEOS = 2
+
+
+def list_block_cases(scale: Scale) -> list[Case]:
+    """One block at every headline workload, and on a mixed pack."""
+    packs = [Pack.of(workload) for workload in by_importance(scale)] + [scale.mixed]
+    return [block_case(scale, pack, BLOCK_VALUE - 20 * index) for index, pack in enumerate(packs)]
+
+
+def list_step_cases(scale: Scale) -> list[Case]:
+    """Training steps: the headline with the waterfall at the first workload, then shipped buckets and other lengths."""
+    cases = []
+    headline = by_importance(scale)
+    for index, workload in enumerate(headline):
+        names = list(PEERS)
+        if index == 0:
+            names = list(dict.fromkeys([*PEERS, *WATERFALL]))
+        if workload.tokens > RECOMPUTE_ABOVE:
+            names += RECOMPUTING_PEERS
+        cases.append(step_case(scale, workload, tuple(names), STEP_VALUE - 10 * index))
+    if scale.device != "cuda":
+        return cases
+    seen = {(workload.name, workload.batch) for workload in headline}
+    for index, stage in enumerate(STAGES):
+        for workload in stage_buckets(stage):
+            if (workload.name, workload.batch) not in seen:
+                seen.add((workload.name, workload.batch))
+                names = ("upstream-flash", "ours", "ours-recompute")
+                cases.append(step_case(scale, workload, names, STAGE_VALUE - 10 * index))
+    for workload in (*scale.images, *scale.long_videos):
+        if (workload.name, workload.batch) not in seen:
+            seen.add((workload.name, workload.batch))
+            cases.append(step_case(scale, workload, ("upstream-flash", "eager", "ours"), OTHER_VALUE))
+    return cases
+
+
+def list_sampling_cases(scale: Scale) -> list[Case]:
+    """A guided sampling step of two videos at every headline resolution."""
+    cases = []
+    for index, workload in enumerate(by_importance(scale)):
+        videos = Workload(workload.resolution, workload.frames, min(workload.batch, SAMPLED_VIDEOS))
+        cases.append(sampling_case(scale, videos, SAMPLING_VALUE - 5 * index))
+    return cases
+
+
+def by_importance(scale: Scale) -> list[Workload]:
+    """The headline: 240p first, then the largest and the smallest resolution, then what lies between."""
+    order = {"240p": 0, "720p": 1, "144p": 2, "480p": 3, "360p": 4}
+    return sorted(scale.headline, key=lambda workload: order[workload.resolution])
+
+
+def mean_text(videos: int, text: int) -> float:
+    return sum(text_lengths(videos, text)) / videos
+
+
+def block_case(scale: Scale, pack: Pack, value: float) -> Case:
+    config, dtype = scale.config, scale.dtype
+    template = make_template(
+        "block",
+        pack.name,
+        shape=f"{pack.text} C={config.hidden_size} H={config.num_heads} L={scale.text}",
+        tokens=pack.tokens,
+        dtype=scale.dtype_name,
+    )
+    text = mean_text(len(pack.shapes), scale.text)
+    counts = [count_block(config, part, text, dtype.itemsize) for part in pack.parts]
+    totals = [sum((count[index] for count in counts), Count()) for index in range(2)]
+
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        short = pack.shortened(scale.check_tokens)
+        contest = Contest(
+            template=template,
+            work=make_block_work(config, pack, scale.text, scale.device, dtype),
+            providers=choose_providers(BLOCK_PROVIDERS, names),
+            references=BLOCK_REFERENCES,
+            calls=OP_CALLS,
+            counts=dict(zip(OP_CALLS, totals, strict=True)),
+            sampling=Sampling(session.sampling_seconds(scale.step_seconds / 2), warm_up=2),
+            check_work=None if short is pack else make_block_work(config, short, scale.text, scale.device, dtype),
+            check_name=short.name,
+        )
+        return run_contest(contest, session)
+
+    names = tuple(provider.name for provider in BLOCK_PROVIDERS)
+    return Case(template, (FORWARD, FORWARD_BACKWARD), names, value, measure)
+
+
+def step_case(scale: Scale, workload: Workload, providers: tuple[str, ...], value: float) -> Case:
+    """A training step from latents and text embeddings that are there already."""
+    config, dtype = scale.config, scale.dtype
+
+    def count(training: Training) -> Count:
+        parameters = float(sum(master.numel() for master in training.optimizer.masters.values()))
+        text = mean_text(workload.batch, scale.text)
+        return count_training_step(config, workload, text, parameters, dtype.itemsize)
+
+    return _model_case(
+        scale, "step", workload, providers, TRAINING, training_call, count, model_results, scale.step_seconds, value
+    )
+
+
+def sampling_case(scale: Scale, workload: Workload, value: float) -> Case:
+    doubled = Workload(workload.resolution, workload.frames, 2 * workload.batch)  # guidance: with text and without
+
+    def count(training: Training) -> Count:
+        text = mean_text(workload.batch, scale.text)
+        return count_forward(scale.config, doubled, text, scale.dtype.itemsize)
+
+    providers = tuple(dict.fromkeys(PEERS))
+    seconds = scale.step_seconds / 4
+    return _model_case(
+        scale, "sampling", workload, providers, FORWARD, sampling_call, count, model_output, seconds, value
+    )
+
+
+def shared_training(scale: Scale, session: Session) -> Training:
+    """The one model of a session, with its optimizer."""
+    return session.shared("training", lambda: make_training(scale.config, scale.device, scale.dtype))
+
+
+def _model_case(
+    scale: Scale,
+    level: str,
+    workload: Workload,
+    providers: tuple[str, ...],
+    direction: str,
+    make_call: Callable[[Any, Any], Callable[[], object]],
+    count: Callable[[Training], Count],
+    results: Callable[[Any, Any], tuple[Mapping[str, Any], float]],
+    seconds: float,
+    value: float,
+) -> Case:
+    template = model_template(scale, level, workload)
+
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        training = shared_training(scale, session)
+        sampling = model_sampling(scale, session, seconds)
+        contest = model_contest(scale, template, workload, training, names, sampling)
+        return run_contest(
+            replace(contest, calls={direction: make_call}, counts={direction: count(training)}, results=results),
+            session,
+        )
+
+    return Case(template, (direction,), providers, value, measure)
+
+
+def model_template(scale: Scale, level: str, workload: Workload, op: str = "") -> Row:
+    config = scale.config
+    return make_template(
+        level,
+        workload.name,
+        op=op,
+        shape=f"{Pack.of(workload).text} L={scale.text} C={config.hidden_size} layers={config.depth}",
+        tokens=workload.tokens,
+        dtype=scale.dtype_name,
+    )
+
+
+def model_sampling(scale: Scale, session: Session, seconds: float) -> Sampling:
+    turn = 2 if scale.device == "cuda" else 1
+    return Sampling(session.sampling_seconds(seconds), samples_per_turn=turn, large=True)
+
+
+def model_contest(
+    scale: Scale, template: Row, workload: Workload, training: Training, names: Sequence[str], sampling: Sampling
+) -> Contest:
+    """The contest of a training step; callers replace what is timed."""
+    short = Pack.of(workload).shortened(scale.check_tokens)
+    return Contest(
+        template=template,
+        work=make_model_work(training.model, workload, scale.text, training),
+        providers=choose_providers(MODEL_PROVIDERS, names),
+        references=MODEL_REFERENCES,
+        calls={TRAINING: training_call},
+        counts={},
+        sampling=sampling,
+        results=model_results,
+        check_work=make_model_work(training.model, short.parts[0], scale.text),
+        check_name=short.name,
+        full_results=model_output,
+        total_memory=True,
+    )

@@ -1,0 +1,156 @@
+"""The ops of ST-DiT-2, each against its peers: at the resolutions, with given frames, on mixed packs, over lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..attention_profile import DEFAULT_LENGTHS, attention_template, make_attention_contest
+from ..case import Case, Outcome, make_template
+from ..contest import OP_CALLS, Contest, run_contest
+from ..providers.attention import ATTENTION_PROVIDERS, ATTENTION_REFERENCE
+from ..providers.attention_work import KINDS, count_attention, make_pack_attention_work
+from ..providers.elementwise import (
+    ELEMENTWISE_PROVIDERS,
+    ELEMENTWISE_REFERENCE,
+    OPS,
+    count_elementwise,
+    make_elementwise_work,
+)
+from ..providers.provider import choose_providers
+from ..rows import Row
+from ..session import Session
+from ..shapes import Pack, text_lengths
+from ..timing import Sampling
+from .scale import Scale
+
+DIRECTIONS = tuple(OP_CALLS)
+GIVEN = "given frames"
+WIDE = "wide norm weights"
+# max|w_q · w_k| is far above the bound (4.9) under which a softmax needs no running maximum.
+WIDE_NORM_WEIGHT = 3.0
+HEADLINE_VALUE, MIXED_VALUE, OTHER_VALUE, LENGTHS_VALUE = 800.0, 650.0, 200.0, 500.0
+
+
+def list_cases(scale: Scale) -> list[Case]:
+    """All ops on all workloads, 240p before the other resolutions."""
+    cases = []
+    for index, pack in enumerate(_headline(scale)):
+        value = HEADLINE_VALUE - 20 * index
+        cases += [attention_case(scale, kind, pack, value) for kind in KINDS]
+        cases += [elementwise_case(scale, op, pack, value - 5) for op in OPS]
+    uniform = _headline(scale)[0]
+    cases += [elementwise_case(scale, op, uniform, MIXED_VALUE, given=True) for op in OPS if op != "gelu_tanh"]
+    cases.append(attention_case(scale, "spatial", uniform, MIXED_VALUE, norm_weight=WIDE_NORM_WEIGHT))
+    cases += [attention_case(scale, kind, scale.mixed, MIXED_VALUE - 10) for kind in KINDS]
+    cases += [elementwise_case(scale, op, scale.mixed, MIXED_VALUE - 15) for op in OPS if op != "gelu_tanh"]
+    for workload in (*scale.images, *scale.long_videos):
+        pack = Pack.of(workload)
+        cases += [attention_case(scale, kind, pack, OTHER_VALUE) for kind in KINDS]
+    return cases + list_length_cases(scale)
+
+
+def list_length_cases(scale: Scale) -> list[Case]:
+    """Attention over the attended length, as `opensora-fast profile attention` measures it."""
+    cases = []
+    for kind in KINDS:
+        for index, length in enumerate(DEFAULT_LENGTHS[kind, scale.device]):
+            cases.append(_length_case(scale, kind, length, LENGTHS_VALUE - index))
+    return cases
+
+
+def _headline(scale: Scale) -> list[Pack]:
+    return [Pack.of(workload) for workload in sorted(scale.headline, key=lambda item: item.resolution != "240p")]
+
+
+def elementwise_case(scale: Scale, op: str, pack: Pack, value: float, given: bool = False) -> Case:
+    """One of `elementwise.OPS`; `given`: a quarter of the frames has the modulation of given frames."""
+    config, dtype = scale.config, scale.dtype
+    template = make_template(
+        "op",
+        f"{pack.name} {GIVEN}" if given else pack.name,
+        op=op,
+        shape=f"{pack.text} C={config.hidden_size}",
+        tokens=pack.tokens,
+        dtype=scale.dtype_name,
+    )
+
+    def make(short: Pack) -> Any:
+        return make_elementwise_work(op, short, scale.device, dtype, config.hidden_size, given)
+
+    counts = count_elementwise(op, pack.tokens, config.hidden_size, dtype.itemsize)
+    return _op_case(scale, template, pack, make, ELEMENTWISE_PROVIDERS, ELEMENTWISE_REFERENCE, counts, value)
+
+
+def attention_case(scale: Scale, kind: str, pack: Pack, value: float, norm_weight: float = 1.0) -> Case:
+    """One of `attention_work.KINDS`; a large `norm_weight` makes scores that need the ordinary softmax."""
+    config, dtype = scale.config, scale.dtype
+    template = make_template(
+        "op",
+        pack.name if norm_weight == 1 else f"{pack.name} {WIDE}",
+        op=f"{kind}_attention",
+        shape=f"{pack.text} H={config.num_heads} D={config.head_size}" + (f" L={scale.text}" if kind == "cross" else ""),
+        tokens=pack.tokens,
+        dtype=scale.dtype_name,
+    )
+
+    def lengths(pack: Pack) -> list[int]:
+        if kind != "cross":
+            return []
+        # Every caption of a dense batch is as long, so that dense libraries can take part.
+        videos = len(pack.shapes)
+        return [scale.text] * videos if pack.is_uniform else text_lengths(videos, scale.text)
+
+    def make(short: Pack) -> Any:
+        return make_pack_attention_work(
+            kind,
+            short.shapes,
+            lengths(short),
+            scale.device,
+            dtype,
+            config.num_heads,
+            config.head_size,
+            norm_weight=norm_weight,
+        )
+
+    counts = count_attention(kind, pack.shapes, lengths(pack), config.hidden_size, dtype.itemsize)
+    return _op_case(scale, template, pack, make, ATTENTION_PROVIDERS, ATTENTION_REFERENCE, counts, value)
+
+
+def _op_case(
+    scale: Scale,
+    template: Row,
+    pack: Pack,
+    make: Callable[[Pack], Any],
+    providers: Sequence[Any],
+    reference: Any,
+    counts: Sequence[Any],
+    value: float,
+) -> Case:
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        short = pack.shortened(scale.check_tokens)
+        contest = Contest(
+            template=template,
+            work=make(pack),
+            providers=choose_providers(providers, names),
+            references=(reference,),
+            calls=OP_CALLS,
+            counts=dict(zip(DIRECTIONS, counts, strict=True)),
+            sampling=Sampling(session.sampling_seconds(scale.seconds)),
+            check_work=None if short is pack else make(short),
+            check_name=short.name,
+        )
+        return run_contest(contest, session)
+
+    return Case(template, DIRECTIONS, tuple(provider.name for provider in providers), value, measure)
+
+
+def _length_case(scale: Scale, kind: str, length: int, value: float) -> Case:
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        chosen = choose_providers(ATTENTION_PROVIDERS, names)
+        seconds = session.sampling_seconds(scale.seconds)
+        contest = make_attention_contest(kind, length, scale.device, scale.dtype, chosen, seconds)
+        return run_contest(contest, session)
+
+    template = attention_template(kind, length, scale.device, scale.dtype)
+    return Case(template, DIRECTIONS, tuple(provider.name for provider in ATTENTION_PROVIDERS), value, measure)
