@@ -15,7 +15,7 @@ PROFILED_KINDS = ("spatial", "temporal", "cross")
 
 def command(
     out: Annotated[Path, typer.Option(help="Folder for everything that the demo writes.")],
-    steps: Annotated[int, typer.Option(min=30, help="Training steps.")] = 240,
+    steps: Annotated[int, typer.Option(min=30, help="Training steps.")] = 500,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
 ) -> None:
     """The main job, small, on any machine: real clips, buckets, training, samples, a report.
