@@ -1,57 +1,60 @@
-"""The model of a run and the weights it starts from."""
+"""Where a run begins: afresh, with other weights, or with a checkpoint to continue."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
-from opensora_fast.config import TrainConfig
-from opensora_fast.diffusion import IDDPM, SpeeDiffusion
-from opensora_fast.model import STDiT2, STDiT2Config
+from opensora_fast.config import TrainConfig, list_values, load_train_config
+from opensora_fast.model import STDiT2
 from opensora_fast.model.pixart import initialize_from
 from opensora_fast.model.weights import load_strictly
-from opensora_fast.train.checkpoint import COMPLETE, locate_checkpoint
+from opensora_fast.train.checkpoint import COMPLETE, find_newest, list_checkpoints, locate_checkpoint
+
+CHECKPOINT_CONFIG = "train_config.json"
 
 
-def make_model_config(
-    config: TrainConfig, in_channels: int, caption_channels: int, model_max_length: int
-) -> STDiT2Config:
-    """The model's configuration; what the encoders decide is added. ValueError names a key that does not fit."""
-    try:
-        return STDiT2Config(
-            **config.model.get_shape_keys(),
-            in_channels=in_channels,
-            caption_channels=caption_channels,
-            model_max_length=model_max_length,
-        )
-    except ValueError as error:
-        details = getattr(error, "errors", None)
-        text = "; ".join(detail["msg"].removeprefix("Value error, ") for detail in details()) if details else str(error)
-        raise ValueError(f"model: {text}") from None
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: with a checkpoint to continue, or with other weights (and optimizer state), or afresh."""
+
+    resume: Path | None = None
+    state: Path | None = None
+    weights: str | None = None
 
 
-def build_model(config: STDiT2Config, seed: int, grad_checkpoint: bool | int) -> STDiT2:
-    """The model in float32 on the CPU, its initial weights drawn from the seed, in train mode."""
-    torch.manual_seed(seed)
-    model = STDiT2(config)
-    try:
-        model.set_checkpointing(grad_checkpoint)
-    except ValueError as error:
-        raise ValueError(f"grad_checkpoint={grad_checkpoint}: {error}") from None
-    return model.train()
+def choose_start(
+    config: TrainConfig, out: Path, resume: str | None, init_from: str | None, report: Callable[[str], None]
+) -> Start:
+    """Decide where a run begins, and refuse to write over another one.
 
-
-def build_diffusion(config: TrainConfig) -> IDDPM | SpeeDiffusion:
-    """The diffusion that `scheduler` of a configuration names."""
-    if config.scheduler.learn_sigma != config.model.pred_sigma:
-        raise ValueError(
-            f"scheduler.learn_sigma={config.scheduler.learn_sigma} and model.pred_sigma={config.model.pred_sigma} "
-            "must be equal: the model gives the variance that the loss learns"
-        )
-    keys = config.scheduler.get_keys()
-    kind = {"iddpm": IDDPM, "iddpm-speed": SpeeDiffusion}[keys.pop("type")]
-    return kind(**keys)
+    Raises:
+        ValueError: `out` holds a run that is not to be continued, or options contradict each other.
+    """
+    checkpoints = out / "checkpoints"
+    if resume is not None and resume != "auto":
+        if init_from is not None:
+            raise ValueError("--resume PATH continues a run, --init-from starts a new one: give one of them")
+        checkpoint = locate_checkpoint(Path(resume), report)
+        later = [path for path in list_checkpoints(checkpoints) if path.name > checkpoint.name]
+        if later:
+            raise ValueError(
+                f"{out} holds later checkpoints than {checkpoint} ({later[0].name}); remove them, or give another --out"
+            )
+        return Start(resume=checkpoint)
+    if resume == "auto":
+        newest = find_newest(checkpoints, report)
+        if newest is not None:
+            return Start(resume=newest)
+        if list_checkpoints(checkpoints):
+            raise ValueError(f"{checkpoints} holds no checkpoint that is whole; remove them to start anew")
+    elif (out / "metrics.jsonl").exists() or list_checkpoints(checkpoints):
+        raise ValueError(f"{out} holds a run already: add --resume auto to continue it, or give another --out")
+    if config.load is not None and init_from is None:
+        checkpoint = locate_checkpoint(Path(config.load), report)
+        return Start(state=checkpoint) if config.start_from_scratch else Start(resume=checkpoint)
+    return Start(weights=resolve_weights(init_from or config.model.from_pretrained, report))
 
 
 def resolve_weights(source: str | None, report: Callable[[str], None]) -> str | None:
@@ -74,3 +77,11 @@ def load_initial_weights(model: STDiT2, source: str, report: Callable[[str], Non
     state = load_file(Path(source) / "model" / "model.safetensors")
     load_strictly(model, state, source)
     report(f"weights: all {len(state)} tensors of {source}")
+
+
+def report_changes(checkpoint: Path, config: TrainConfig, report: Callable[[str], None]) -> None:
+    """Say which values differ from those that the checkpoint was trained with."""
+    before = dict(list_values(load_train_config(checkpoint / CHECKPOINT_CONFIG).config))
+    for key, value in list_values(config):
+        if key in before and value != before[key] and key not in ("steps", "load", "dataset.data_path", "features"):
+            report(f"note: {key} is now {value!r}, the checkpoint was trained with {before[key]!r}")

@@ -3,43 +3,27 @@
 import json
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from opensora_fast.config import LoadedConfig, TrainConfig, list_values, load_train_config, to_json
+from opensora_fast.config import LoadedConfig, TrainConfig, to_json
 from opensora_fast.diffusion import MaskGenerator
 from opensora_fast.kernels import calls
-from opensora_fast.train.checkpoint import find_newest, list_checkpoints, locate_checkpoint
 from opensora_fast.train.data import read_data
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.encoders import adopt_fitted, copy_fitted
 from opensora_fast.train.loop import Limits, Trainer
 from opensora_fast.train.optimizer import MasterAdamW
+from opensora_fast.train.parts import build_diffusion, build_model, make_model_config
 from opensora_fast.train.sources import open_clips, open_features
-from opensora_fast.train.start import (
-    build_diffusion,
-    build_model,
-    load_initial_weights,
-    make_model_config,
-    resolve_weights,
-)
+from opensora_fast.train.start import CHECKPOINT_CONFIG, Start, choose_start, load_initial_weights, report_changes
 from opensora_fast.train.state import load_weights
 from opensora_fast.train.state import resume as resume_state
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CHECKPOINT_CONFIG = "train_config.json"
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: with a checkpoint to continue, or with other weights (and optimizer state), or afresh."""
-
-    resume: Path | None = None
-    state: Path | None = None
-    weights: str | None = None
 
 
 def train(
@@ -121,10 +105,11 @@ def train(
             load_weights(trainer, start.state)
         write_config(config, out / "config.json")
         report(describe_run(trainer, source.data.explanation.steps, start))
+        calls_before = calls.copy()
         signal_number = trainer.run()
     finally:
         source.close()
-    report_kernels(out, report)
+    report_kernels(calls - calls_before, out, report)
     report(f"step {trainer.position.step}: {trainer.last_checkpoint or start.resume}")
     return signal_number
 
@@ -138,47 +123,6 @@ def choose_device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU; `opensora-fast doctor` says why, --device cpu works here")
     return torch.device(name)
-
-
-def choose_start(
-    config: TrainConfig, out: Path, resume: str | None, init_from: str | None, report: Callable[[str], None]
-) -> Start:
-    """Decide where a run begins, and refuse to write over another one.
-
-    Raises:
-        ValueError: `out` holds a run that is not to be continued, or options contradict each other.
-    """
-    checkpoints = out / "checkpoints"
-    if resume is not None and resume != "auto":
-        if init_from is not None:
-            raise ValueError("--resume PATH continues a run, --init-from starts a new one: give one of them")
-        checkpoint = locate_checkpoint(Path(resume), report)
-        later = [path for path in list_checkpoints(checkpoints) if path.name > checkpoint.name]
-        if later:
-            raise ValueError(
-                f"{out} holds later checkpoints than {checkpoint} ({later[0].name}); remove them, or give another --out"
-            )
-        return Start(resume=checkpoint)
-    if resume == "auto":
-        newest = find_newest(checkpoints, report)
-        if newest is not None:
-            return Start(resume=newest)
-        if list_checkpoints(checkpoints):
-            raise ValueError(f"{checkpoints} holds no checkpoint that is whole; remove them to start anew")
-    elif (out / "metrics.jsonl").exists() or list_checkpoints(checkpoints):
-        raise ValueError(f"{out} holds a run already: add --resume auto to continue it, or give another --out")
-    if config.load is not None and init_from is None:
-        checkpoint = locate_checkpoint(Path(config.load), report)
-        return Start(state=checkpoint) if config.start_from_scratch else Start(resume=checkpoint)
-    return Start(weights=resolve_weights(init_from or config.model.from_pretrained, report))
-
-
-def report_changes(checkpoint: Path, config: TrainConfig, report: Callable[[str], None]) -> None:
-    """Say which values differ from those that the checkpoint was trained with."""
-    before = dict(list_values(load_train_config(checkpoint / CHECKPOINT_CONFIG).config))
-    for key, value in list_values(config):
-        if key in before and value != before[key] and key not in ("steps", "load", "dataset.data_path", "features"):
-            report(f"note: {key} is now {value!r}, the checkpoint was trained with {before[key]!r}")
 
 
 def write_extra_files(config: TrainConfig, out: Path, folder: Path) -> None:
@@ -215,8 +159,10 @@ def describe_run(trainer: Trainer, steps_per_epoch: int, start: Start) -> str:
     )
 
 
-def report_kernels(out: Path, report: Callable[[str], None]) -> None:
+def report_kernels(called: Counter[tuple[str, str]], out: Path, report: Callable[[str], None]) -> None:
     """List the ops that ran and how often, for a person and in `DIR/kernels.json`."""
-    rows = [{"op": op, "backend": backend, "calls": count} for (op, backend), count in sorted(calls.items())]
+    rows = [{"op": op, "backend": backend, "calls": count} for (op, backend), count in sorted(called.items())]
     (out / "kernels.json").write_text(json.dumps(rows, indent=1) + "\n")
-    report("ops called: " + ", ".join(f"{row['op']} ({row['backend']}, {row['calls']} times)" for row in rows))
+    report(
+        "ops called: " + (", ".join(f"{row['op']} ({row['backend']}, {row['calls']} times)" for row in rows) or "none")
+    )
