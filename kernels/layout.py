@@ -203,6 +203,7 @@ class PackLayout:
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # so that a layout first made while sampling can be saved for backward in training
 def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> PackLayout:
     if not shapes:
         raise ValueError("PackLayout: no videos; give at least one (T, H, W)")

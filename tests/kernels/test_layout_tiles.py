@@ -43,3 +43,14 @@ def test_tiles_of_a_frame_are_equally_long() -> None:
 def test_an_unknown_tile_size_is_named() -> None:
     with pytest.raises(ValueError, match="size 48 is not one of"):
         PackLayout.of([(1, 2, 2)], "cpu").frame_tiles(48)
+
+
+def test_a_layout_first_made_in_inference_mode_serves_training_later() -> None:
+    with torch.inference_mode():
+        layout = PackLayout.of([(3, 1, 41), (2, 5, 7)], "cpu")  # shapes of this test alone: layouts are cached
+    weight = torch.ones(layout.num_videos, 1, requires_grad=True)
+    weight[layout.frame_video].sum().backward()  # saves the index
+    assert weight.grad.flatten().tolist() == [3.0, 2.0]
+    tables = [layout.token_offsets, layout.frame_offsets, layout.video_table, layout.token_frame]
+    tables += [table for size in FRAME_TILE_SIZES for table in (layout.frame_tiles(size), layout.video_tiles(size))]
+    assert not any(table.is_inference() for table in tables)
