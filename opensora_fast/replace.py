@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,8 @@ def _override_upstream_blocks(
             raise ValueError(f"use_kernels: {name} is replaced already; call undo() of that replacement first")
     backends = replace(Backends.all("reference"), **chosen)
     for block in blocks.values():
-        block.forward = _upstream_forward(block, rope, backends)
+        # Not a closure: copies and pickles of the model (its moving average, say) then hold their own parameters.
+        block.forward = partial(_compute_upstream_block, block, rope, backends)
 
     def undo() -> None:
         for block in blocks.values():
@@ -126,40 +128,39 @@ def _override_upstream_blocks(
     return Replacement({op: list(blocks) for op in chosen}, backend, undo)
 
 
-def _upstream_forward(block: nn.Module, rope: nn.Module, backends: Backends) -> Callable[..., Tensor]:
+def _compute_upstream_block(
+    block: nn.Module,
+    rope: nn.Module,
+    backends: Backends,
+    x: Tensor,
+    y: Tensor,
+    t: Tensor,
+    t_tmp: Tensor,
+    mask: list[int] | None = None,
+    x_mask: Tensor | None = None,
+    t0: Tensor | None = None,
+    t0_tmp: Tensor | None = None,
+    T: int | None = None,
+    S: int | None = None,
+) -> Tensor:
     """The forward of upstream's block, with its arguments: x [B, T·S, C], y [1, M, C], t [B, 6·C], t_tmp [B, 3·C]."""
-
-    def forward(
-        x: Tensor,
-        y: Tensor,
-        t: Tensor,
-        t_tmp: Tensor,
-        mask: list[int] | None = None,
-        x_mask: Tensor | None = None,
-        t0: Tensor | None = None,
-        t0_tmp: Tensor | None = None,
-        T: int | None = None,
-        S: int | None = None,
-    ) -> Tensor:
-        videos, tokens, channels = x.shape
-        layout = PackLayout.of([(T, 1, S)] * videos, x.device)
-        lengths = mask if mask is not None else [y.shape[1] // videos] * videos
-        if x_mask is not None:
-            t, t_tmp = torch.cat([t, t0]), torch.cat([t_tmp, t0_tmp])
-        index = torch.arange(T, device=x.device)
-        angles = (index.to(rope.freqs.dtype)[:, None] * rope.freqs).float()
-        context = PackContext(
-            layout=layout,
-            frame_rows=layout.modulation_rows(x_mask),
-            text=y.flatten(0, 1),
-            text_layout=TextLayout.from_lengths(lengths, x.device),
-            space_and_mlp=t.unflatten(1, (6, channels)),
-            time=t_tmp.unflatten(1, (3, channels)),
-            cos=angles.cos(),
-            sin=angles.sin(),
-            backends=backends,
-        )
-        output, _ = compute_block(block, x.reshape(videos * tokens, channels), None, context, None)
-        return output.view(videos, tokens, channels)
-
-    return forward
+    videos, tokens, channels = x.shape
+    layout = PackLayout.of([(T, 1, S)] * videos, x.device)
+    lengths = mask if mask is not None else [y.shape[1] // videos] * videos
+    if x_mask is not None:
+        t, t_tmp = torch.cat([t, t0]), torch.cat([t_tmp, t0_tmp])
+    index = torch.arange(T, device=x.device)
+    angles = (index.to(rope.freqs.dtype)[:, None] * rope.freqs).float()
+    context = PackContext(
+        layout=layout,
+        frame_rows=layout.modulation_rows(x_mask),
+        text=y.flatten(0, 1),
+        text_layout=TextLayout.from_lengths(lengths, x.device),
+        space_and_mlp=t.unflatten(1, (6, channels)),
+        time=t_tmp.unflatten(1, (3, channels)),
+        cos=angles.cos(),
+        sin=angles.sin(),
+        backends=backends,
+    )
+    output, _ = compute_block(block, x.reshape(videos * tokens, channels), None, context, None)
+    return output.view(videos, tokens, channels)

@@ -1,5 +1,6 @@
 """`use_kernels` changes how a model computes, not what, and only the model it is given."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,22 @@ def test_another_instance_is_not_touched():
     calls.clear()
     second(**golden_inputs("plain"))
     assert not calls
+
+
+@pytest.mark.parametrize("model_class", [STDiT2, UpstreamSTDiT2])
+def test_a_copy_of_a_changed_model_computes_with_its_own_parameters(model_class):
+    model, inputs = build(model_class), golden_inputs("frame_mask")
+    use_kernels(model, backend="reference")
+    expected = model(**inputs)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(**inputs), expected)
+    with torch.no_grad():
+        for parameter in copied.blocks.parameters():
+            parameter.zero_()
+    assert not torch.equal(copied(**inputs), expected)
 
 
 def test_mistakes_are_named():
