@@ -7,7 +7,6 @@ keeps its initial values, and a report says what was and was not loaded.
 from __future__ import annotations
 
 import fnmatch
-import json
 import pickle
 import re
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .weights import resolve_folder
+from .weights import read_shard_names, resolve_folder
 
 # What Open-Sora 1.1 added to PixArt-α: an image model cannot have it. Temporal attention starts as the identity (its
 # output projection is zero), so a fresh video model makes PixArt's images frame by frame.
@@ -209,12 +208,8 @@ def _load_folder(folder: Path) -> dict[str, Tensor]:
     """Weights of a folder: shards by their index, else its only file of weights, else those in `model/`."""
     indices = sorted(folder.glob("*.index.json"))
     if indices:
-        try:
-            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{indices[0]}: not an index of shards ({error}); copy it again") from error
         state: dict[str, Tensor] = {}
-        for name in names:
+        for name in read_shard_names(indices[0]):
             if (folder / name).parent != folder or not (folder / name).is_file():
                 raise ValueError(f"{folder / name}: missing; the folder is incomplete, copy it again")
             state.update(_unwrap(_load_file(folder / name), folder / name))

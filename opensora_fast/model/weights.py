@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -40,10 +40,9 @@ def load_pretrained(name: str | Path) -> tuple[STDiT2Config, dict[str, Tensor]]:
     """
     folder = resolve_folder(name)
     config_path = folder / CONFIG_NAME
-    try:
-        keys = json.loads(config_path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config_path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    keys = _read_json(config_path)
+    if not isinstance(keys, dict):
+        raise ValueError(f"{config_path}: must hold one JSON object, not {type(keys).__name__}")
     try:
         config = STDiT2Config(**keys)
     except ValueError as error:
@@ -59,7 +58,7 @@ def load_state_dict_folder(folder: Path) -> dict[str, Tensor]:
     """
     names = [WEIGHTS_NAME]
     if (folder / INDEX_NAME).is_file():
-        names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
+        names = read_shard_names(folder / INDEX_NAME)
     state: dict[str, Tensor] = {}
     for name in names:
         path = folder / name
@@ -70,6 +69,28 @@ def load_state_dict_folder(folder: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
     return state
+
+
+def read_shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names, sorted.
+
+    Raises:
+        ValueError: unreadable, or no index of shards.
+    """
+    content = _read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index}: not an index of shards, it has no table weight_map of file names; copy it again")
+    return sorted(set(shards.values()))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 
 def load_strictly(model: STDiT2, state: dict[str, Tensor], source: str | Path) -> None:

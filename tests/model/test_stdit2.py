@@ -252,6 +252,27 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         STDiT2.from_pretrained(tmp_path / "absent" / "model")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[]", "config.json: must hold one JSON object, not list"),
+        ("config.json", '{"depth": 2,\n}', "config.json:2: not valid JSON"),
+        ("config.json", "[" * 100_000, "config.json: not valid JSON"),
+        ("config.json", '{"mlp_ratio": Infinity}', "mlp_ratio inf"),
+        ("config.json", '{"mlp_ratio": -1}', "mlp_ratio -1"),
+        ("model.safetensors.index.json", "[]", "index.json: not an index of shards"),
+        ("model.safetensors.index.json", "{}", "index.json: not an index of shards"),
+        ("model.safetensors.index.json", '{"weight_map": {"rope.freqs": 3}}', "index.json: not an index of shards"),
+        ("model.safetensors.index.json", '{"weight_map": {"rope.freqs": "../x"}}', "missing"),
+    ],
+)
+def test_broken_files_of_a_model_folder_are_named(tmp_path, name, content, message):
+    random_model().save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        STDiT2.from_pretrained(tmp_path)
+
+
 def test_upstreams_rounding_is_an_option_that_only_matters_below_float32():
     videos, conditions, _ = random_pack([(4, 4, 4)], masked=False)
     conditions["timestep"] = torch.tensor([333.0])
