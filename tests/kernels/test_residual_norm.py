@@ -10,7 +10,7 @@ from opensora_fast import kernels
 from opensora_fast.kernels import PackLayout
 
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
-CHANNELS = 72  # two blocks, 64 + 8
+CHANNELS = 88  # two blocks, 64 and 24 of 32
 
 
 def make_layout(
