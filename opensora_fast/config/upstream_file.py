@@ -47,7 +47,10 @@ def read_config_file(path: str | Path) -> ConfigFile:
 
 def parse_literal(text: str) -> Any:
     """Value of one expression in the language of configuration files; ValueError where it is not a plain value."""
-    return _LiteralReader("value").read(ast.parse(text.strip(), mode="eval").body, "")
+    try:
+        return _LiteralReader("value").read(ast.parse(text.strip(), mode="eval").body, "")
+    except (RecursionError, MemoryError):
+        raise ValueError("value: nested too deeply") from None
 
 
 def _read_json(path: Path, text: str) -> ConfigFile:
@@ -72,14 +75,14 @@ def _read_python(path: Path, text: str) -> ConfigFile:
     for statement in tree.body:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # a docstring
-        name = _get_assigned_name(statement, path)
-        if name in values:
-            raise ValueError(f"{path}, line {statement.lineno}: {name} is already set on line {reader.lines[name]}")
-        reader.lines[name] = statement.lineno
         try:
+            name = _get_assigned_name(statement, path)
+            if name in values:
+                raise ValueError(f"{path}, line {statement.lineno}: {name} is already set on line {reader.lines[name]}")
+            reader.lines[name] = statement.lineno
             values[name] = reader.read(statement.value, name)
         except RecursionError:
-            raise ValueError(f"{path}, line {statement.lineno}: {name} is nested too deeply") from None
+            raise ValueError(f"{path}, line {statement.lineno}: nested too deeply") from None
     return ConfigFile(path, values, reader.lines)
 
 

@@ -94,6 +94,9 @@ def test_errors_name_line_and_key(tmp_path, text, message):
 def test_deep_nesting_is_an_error_and_no_crash(tmp_path, opening, closing):
     with pytest.raises(ValueError, match=r"config\.py"):
         read_config_file(write(tmp_path, "a = " + opening * 100_000 + "1" + closing * 100_000))
+    for text in ("-" * 2000 + "1", "a" + ".a" * 5000 + " = 1", "a = " + "-" * 2000 + "1"):
+        with pytest.raises(ValueError, match=r"config\.py"):
+            read_config_file(write(tmp_path, text))
 
 
 def test_files_that_are_no_configuration(tmp_path):
@@ -124,3 +127,6 @@ def test_parse_literal():
     assert parse_literal(" dict(a=(1, -2)) ") == {"a": (1, -2)}
     with pytest.raises(ValueError, match="not a plain value"):
         parse_literal("print(1)")
+    for depth in (2000, 100_000):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            parse_literal("-" * depth + "1")
