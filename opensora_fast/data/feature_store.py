@@ -212,7 +212,8 @@ class FeatureReader:
         from safetensors import SafetensorError
 
         try:
-            return self._open_shard(number).get_tensor(name)
+            # A copy: what is read is a view of the mapped file, and touching it is fatal once the file has been cut.
+            return self._open_shard(number).get_tensor(name).clone()
         except (OSError, SafetensorError) as error:
             raise self._unusable(number, str(error)) from None
 
