@@ -178,17 +178,20 @@ def count_decodable_frames(path: str) -> int:
     import av
     from PIL import Image
 
-    if is_image_path(path):
-        with Image.open(path) as image:
-            image.load()
-        return 1
     count = 0
-    with av.open(path) as container:
-        for packet in container.demux(video=0):
-            try:
-                count += len(packet.decode())
-            except av.FFmpegError:
-                continue
+    try:
+        if is_image_path(path):
+            with Image.open(path) as image:
+                image.load()
+            return 1
+        with av.open(path) as container:
+            for packet in container.demux(video=0):
+                try:
+                    count += len(packet.decode())
+                except av.FFmpegError:
+                    continue
+    except (av.FFmpegError, OSError, SyntaxError, ValueError, IndexError):
+        return count
     return count
 
 
