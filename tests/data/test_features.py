@@ -1,0 +1,315 @@
+"""Cached features: the same clips as training from videos, complete after a stop, and damage is named."""
+
+import json
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_loader import FakeDecoder, make_manifest
+
+from opensora_fast.data.bucket import Bucket
+from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, FeatureWriter
+from opensora_fast.data.features import FeatureLoader, FeatureSampler, write_features
+from opensora_fast.data.loader import ClipLoader
+from opensora_fast.data.manifest import Manifest
+from opensora_fast.data.sampler import BucketSampler
+
+INTERVAL, SEED = 2, 3
+CONFIG = {"144p": {1: (0.6, 2), 4: (0.7, 3), 8: (0.5, 2)}}
+BUCKETS = Bucket(CONFIG)
+
+
+class Encoder:
+    """Latents: the mean of 8 x 8 blocks in four channels, plus noise where there is a generator."""
+
+    out_channels, patch_size = 4, (1, 8, 8)
+
+    def __init__(self, noise=0.0, stop_after=None):
+        self.noise = noise
+        self.left = stop_after
+
+    def encode(self, video, generator=None):
+        if self.left is not None:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+        means = video[..., : video.shape[-2] // 8 * 8, : video.shape[-1] // 8 * 8]
+        means = means.unfold(-2, 8, 8).unfold(-2, 8, 8).mean((-1, -2))[:, :1].expand(-1, 4, -1, -1, -1)
+        return means + self.noise * torch.randn(means.shape, generator=generator)
+
+
+class Text:
+    """One token for each letter, its code in 6 channels."""
+
+    output_dim, model_max_length = 6, 12
+
+    def __init__(self):
+        self.texts = []
+
+    def encode(self, texts):
+        self.texts += texts
+        embeddings, mask = torch.zeros(len(texts), 1, 12, 6), torch.zeros(len(texts), 12, dtype=torch.int64)
+        for place, text in enumerate(texts):
+            codes = torch.tensor([ord(letter) for letter in text[:12]], dtype=torch.float32)
+            embeddings[place, 0, : len(codes)] = codes[:, None]
+            embeddings[place, 0, len(codes) :] = 99.0  # what an encoder gives for padding
+            mask[place, : len(codes)] = 1
+        return {"y": embeddings, "mask": mask}
+
+
+def make_loader(decoder=None, manifest=None, bucket=BUCKETS, **options):
+    manifest = manifest or make_manifest()
+    sampler = BucketSampler(manifest, bucket, frame_interval=INTERVAL, seed=SEED)
+    decoder = decoder or FakeDecoder()
+    options = {"frame_interval": INTERVAL, "seed": SEED, "report": lambda text: None, **options}
+    return ClipLoader(manifest, sampler, decoder, **options)
+
+
+def write(folder, encoder=None, text=None, loader=None, **options):
+    loader = loader or make_loader()
+    try:
+        return write_features(loader, encoder or Encoder(), text or Text(), folder, **options)
+    finally:
+        loader.close()
+
+
+def open_loader(folder, manifest=None, bucket=BUCKETS, verify=True, **options):
+    manifest = manifest or make_manifest()
+    reader = FeatureReader(FeatureIndex.read(folder), verify=verify)
+    return FeatureLoader(manifest, FeatureSampler(manifest, bucket, reader, **options))
+
+
+def take_epoch(loader, epoch):
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def contents(folder):
+    reader = FeatureReader(FeatureIndex.read(folder))
+    return (
+        {place: reader.get_latents(*place) for place in reader.latent_places},
+        {row: reader.get_text(row) for row in reader.text_places},
+    )
+
+
+def assert_same_contents(first, second):
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for place, tensor in one.items():
+            assert torch.equal(tensor, other[place]), place
+
+
+def test_first_epochs_are_those_of_training_from_clips(tmp_path):
+    write(tmp_path, draws=2)
+    features, clips = open_loader(tmp_path), make_loader()
+    encoder, text_encoder = Encoder(), Text()
+    for epoch in range(2):
+        expected = take_epoch(clips, epoch)
+        found = take_epoch(features, epoch)
+        assert len(found) == len(expected) > 3
+        for batch, clip_batch in zip(found, expected, strict=True):
+            names = ("text", "bucket", "rows", "index", "epoch")
+            assert [getattr(batch, name) for name in names] == [getattr(clip_batch, name) for name in names]
+            for name in ("num_frames", "height", "width", "ar", "fps"):
+                assert torch.equal(getattr(batch, name), getattr(clip_batch, name)), name
+            assert batch.video is None
+            assert torch.equal(batch.latents, encoder.encode(clip_batch.video))
+            encoding = text_encoder.encode(clip_batch.text)
+            assert torch.equal(batch.text_mask, encoding["mask"]) and batch.text_mask.dtype == torch.int64
+            real = encoding["mask"].bool()
+            assert batch.text_embeddings.shape == encoding["y"].shape
+            assert torch.equal(batch.text_embeddings[:, 0][real], encoding["y"][:, 0][real])
+            assert not batch.text_embeddings[:, 0][~real].any()
+    features.close()
+    clips.close()
+
+
+def test_later_epochs_use_the_draws_again_in_another_order(tmp_path):
+    write(tmp_path, draws=2)
+    loader = open_loader(tmp_path)
+    epochs = [take_epoch(loader, epoch) for epoch in range(6)]
+
+    def clips(batches):
+        return {(batch.bucket, row) for batch in batches for row in batch.rows}
+
+    for epoch in range(2, 6):
+        assert clips(epochs[epoch]) == clips(epochs[epoch % 2]), "the same clips in the same buckets"
+        assert [batch.epoch for batch in epochs[epoch]] == [epoch] * len(epochs[epoch])
+    orders = {tuple(batch.rows for batch in batches) for batches in epochs}
+    assert len(orders) == 6
+    again = open_loader(tmp_path)
+    assert [batch.rows for batch in take_epoch(again, 5)] == [batch.rows for batch in epochs[5]]
+
+
+def test_captions_are_encoded_once_and_clips_once_in_a_draw(tmp_path):
+    text = Text()
+    index = write(tmp_path, text=text, draws=3)
+    assert sorted(text.texts) == sorted(set(text.texts))
+    latents, texts = contents(tmp_path)
+    for draw in range(3):
+        sampler = BucketSampler(make_manifest(), BUCKETS, frame_interval=INTERVAL, seed=SEED)
+        sampler.set_epoch(draw)
+        expected = {row for micro_batch in sampler for row in micro_batch.rows}
+        assert {row for written, row in latents if written == draw} == expected
+    assert set(texts) == {row for _, row in latents} and len(texts) == len(text.texts)
+    assert index.complete and sum(shard.count for shard in index.shards) == len(latents) + len(texts)
+
+
+def test_other_batch_sizes(tmp_path):
+    write(tmp_path)
+    larger = Bucket({"144p": {frames: (keep, 5) for frames, (keep, _) in CONFIG["144p"].items()}})
+    loader = open_loader(tmp_path, bucket=larger)
+    assert {len(batch) for batch in loader} == {5}
+
+
+def test_processes_share_the_batches(tmp_path):
+    write(tmp_path)
+    whole = [batch.rows for batch in open_loader(tmp_path)]
+    parts = [[batch.rows for batch in open_loader(tmp_path, rank=rank, world_size=2)] for rank in range(2)]
+    merged = [rows for pair in zip(*parts, strict=True) for rows in pair]
+    assert merged[: len(whole)] == whole
+
+
+def test_resume_of_a_run(tmp_path):
+    write(tmp_path)
+    loader = open_loader(tmp_path)
+    rows = [batch.rows for batch in take_epoch(loader, 1)]
+    loader.sampler.set_epoch(1)
+    loader.sampler.load_state_dict({"seed": SEED, "epoch": 1, "consumed": 2})
+    assert [batch.rows for batch in loader] == rows[2:]
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4, 7])
+def test_stopped_and_started_again(tmp_path, stop_after):
+    """What was written stays, the rest is made, and the noise of the encoder is that of a run without a stop."""
+    write(tmp_path / "whole", Encoder(noise=1.0), draws=2, shard_bytes=200_000)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "parts", Encoder(noise=1.0, stop_after=stop_after), draws=2, shard_bytes=200_000)
+    assert not FeatureIndex.read(tmp_path / "parts").complete
+    with pytest.raises(FeatureError, match="not complete"):
+        open_loader(tmp_path / "parts")
+    text = Text()
+    index = write(tmp_path / "parts", Encoder(noise=1.0), text, draws=2, shard_bytes=200_000)
+    assert index.complete and len(index.shards) > 2
+    assert_same_contents(contents(tmp_path / "parts"), contents(tmp_path / "whole"))
+    nothing = Encoder(stop_after=0)
+    write(tmp_path / "parts", nothing, draws=2, shard_bytes=200_000)  # encodes nothing, or it would stop
+
+
+def test_a_lost_or_damaged_shard_is_made_anew(tmp_path):
+    write(tmp_path, Encoder(noise=1.0), draws=2, shard_bytes=200_000)
+    before = contents(tmp_path)
+    shards = FeatureIndex.read(tmp_path).shards
+    first, *others = [shard for shard in shards if shard.kind == "latents"]
+    text = next(shard for shard in shards if shard.kind == "text")
+    (tmp_path / first.file).unlink()
+    flip_byte(tmp_path / others[-1].file, -9)
+    (tmp_path / text.file).write_bytes(b"")
+    write(tmp_path, Encoder(noise=1.0), draws=2, shard_bytes=200_000)
+    assert_same_contents(contents(tmp_path), before)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+def test_damaged_shards_are_named(tmp_path, damage):
+    write(tmp_path)
+    shard = tmp_path / next(shard.file for shard in FeatureIndex.read(tmp_path).shards if shard.kind == "latents")
+    if damage == "flip":
+        flip_byte(shard, -9)
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-9])
+    else:
+        shard.unlink()
+    with pytest.raises(FeatureError, match=f"{shard.name} cannot be used.*Delete it and write the features again"):
+        list(open_loader(tmp_path))
+
+
+def flip_byte(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_bad_clips_are_left_out(tmp_path):
+    sampler = BucketSampler(make_manifest(), BUCKETS, frame_interval=INTERVAL, seed=SEED)
+    bad = {row for row in next(iter(sampler)).rows}
+    loader = make_loader(FakeDecoder(bad), bad_clips_path=tmp_path / "bad.jsonl")
+    write(tmp_path / "features", loader=loader, draws=2)
+    assert {json.loads(line)["row"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()} == bad
+    features = open_loader(tmp_path / "features")
+    rows = {row for epoch in range(4) for batch in take_epoch(features, epoch) for row in batch.rows}
+    assert rows and not rows & bad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"draws": 2}, "draws: 1 there, 2 here"),
+        ({"encoders": {"vae": "other"}}, "encoders: "),
+        ({"loader": lambda: make_loader(bucket=Bucket({"144p": {1: (1.0, 2)}}))}, "buckets: "),
+        ({"loader": lambda: make_loader(manifest=make_manifest(videos=11))}, "manifest: "),
+    ],
+)
+def test_folder_of_other_features(tmp_path, change, message):
+    write(tmp_path)
+    if "loader" in change:
+        change = {"loader": change["loader"]()}
+    with pytest.raises(FeatureError, match=f"made in another way.*{message}.*use another folder"):
+        write(tmp_path, **change)
+
+
+def test_other_table_or_buckets(tmp_path):
+    write(tmp_path)
+    renamed = make_manifest().table.assign(text="other")
+    with pytest.raises(FeatureError, match="belong to another table"):
+        open_loader(tmp_path, manifest=Manifest(pd.DataFrame(renamed)))
+    with pytest.raises(FeatureError, match="belong to other buckets"):
+        open_loader(tmp_path, bucket=Bucket({"144p": {1: (1.0, 2), 4: (0.7, 3), 8: (0.5, 2)}}))
+
+
+def test_no_or_broken_index(tmp_path):
+    with pytest.raises(FeatureError, match="does not exist"):
+        FeatureIndex.read(tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(FeatureError, match="is damaged"):
+        FeatureIndex.read(tmp_path)
+    (tmp_path / "index.json").write_text('{"version": 99}')
+    with pytest.raises(FeatureError, match="has version 99"):
+        FeatureIndex.read(tmp_path)
+
+
+def test_arguments(tmp_path):
+    with pytest.raises(ValueError, match="draws must be 1"):
+        write(tmp_path, draws=0)
+    manifest = make_manifest()
+    sampler = BucketSampler(manifest, BUCKETS, frame_interval=INTERVAL, seed=SEED, world_size=2)
+    loader = ClipLoader(manifest, sampler, FakeDecoder(), frame_interval=INTERVAL, seed=SEED)
+    with pytest.raises(ValueError, match="by one process"):
+        write_features(loader, Encoder(), Text(), tmp_path)
+
+
+def test_half_precision_and_no_padding_on_disk(tmp_path):
+    writer = FeatureWriter(tmp_path, {"a": 1})
+    latents, text = torch.randn(4, 2, 3, 5).bfloat16(), torch.randn(7, 6).bfloat16()
+    writer.add_latents(0, 5, latents)
+    writer.add_text(5, text)
+    writer.add_text(5, torch.zeros(1, 6))  # there already
+    writer.flush(complete=True)
+    reader = FeatureReader(FeatureIndex.read(tmp_path))
+    assert torch.equal(reader.get_latents(0, 5), latents) and torch.equal(reader.get_text(5), text)
+    assert not list(tmp_path.glob(".*.part"))
+    with pytest.raises(KeyError):
+        reader.get_latents(1, 5)
+
+
+def test_no_thread_is_left_and_waiting_is_counted(tmp_path):
+    write(tmp_path)
+    before = threading.active_count()
+    loader = open_loader(tmp_path)
+    for _ in loader:
+        break
+    assert loader.data_wait > 0
+    loader.close()
+    assert threading.active_count() == before
+    assert np.isfinite(loader.data_wait)

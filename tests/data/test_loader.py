@@ -1,0 +1,306 @@
+"""The clip loader: what is in a batch, bad clips, determinism, running ahead, and an end without leftovers."""
+
+import json
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from coded_clips import draw_frames, read_all, write_clip
+from PIL import Image
+
+from opensora_fast.data.bad_clips import read_bad_clips
+from opensora_fast.data.bucket import Bucket
+from opensora_fast.data.clips import BadClip, choose_frames
+from opensora_fast.data.loader import ClipLoader
+from opensora_fast.data.manifest import Manifest
+from opensora_fast.data.pyav_decoder import PyAVDecoder
+from opensora_fast.data.resize import resize_frame, resize_image
+from opensora_fast.data.sampler import BucketSampler
+
+BUCKETS = Bucket({"144p": {1: (1.0, 2), 4: (1.0, 2), 8: (1.0, 2)}})
+INTERVAL = 2
+
+
+class FakeDecoder:
+    """Clips that hold the numbers of their frames; rows in `bad` cannot be decoded."""
+
+    def __init__(self, bad=(), seconds=0.0):
+        self.bad = set(bad)
+        self.seconds = seconds
+        self.requests = []
+        self.closed = False
+
+    def decode(self, requests):
+        time.sleep(self.seconds)
+        self.requests += requests
+        return [
+            BadClip(request.row, request.path, "made bad")
+            if request.row in self.bad
+            else torch.tensor(request.frames).float().view(1, -1, 1, 1).expand(3, -1, *request.size).contiguous()
+            for request in requests
+        ]
+
+    def close(self):
+        self.closed = True
+
+
+def make_manifest(folder=".", videos=12, images=4):
+    rows = [
+        {"path": f"{n}.mp4", "text": f"video {n}", "num_frames": 20 + n, "height": 144, "width": 256, "fps": 10.0 + n}
+        for n in range(videos)
+    ]
+    rows += [
+        {"path": f"{n}.png", "text": f"image {n}", "num_frames": 1, "height": 160, "width": 240, "fps": 25.0}
+        for n in range(images)
+    ]
+    return Manifest(pd.DataFrame(rows), folder=folder)
+
+
+def make_loader(decoder, manifest=None, *, sampler_options=None, **options):
+    manifest = manifest or make_manifest()
+    sampler = BucketSampler(manifest, BUCKETS, frame_interval=INTERVAL, seed=3, **(sampler_options or {}))
+    options = {"frame_interval": INTERVAL, "seed": 3, "report": lambda text: None, **options}
+    return ClipLoader(manifest, sampler, decoder, **options)
+
+
+def take_epoch(loader, epoch=0):
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def summarize(batches):
+    return [(batch.index, batch.epoch, batch.bucket, batch.rows, batch.video.sum().item()) for batch in batches]
+
+
+def test_batches_hold_what_the_model_is_told():
+    decoder = FakeDecoder()
+    loader = make_loader(decoder)
+    batches = take_epoch(loader)
+    assert len(batches) == 8 and [batch.index for batch in batches] == list(range(8))
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(16))
+    for batch in batches:
+        frames, height, width = BUCKETS.get_thw(batch.bucket)
+        assert batch.video.shape == (2, 3, frames, height, width) and batch.video.dtype == torch.float32
+        for condition in (batch.num_frames, batch.height, batch.width, batch.ar, batch.fps):
+            assert condition.shape == (2,) and condition.dtype == torch.float32 and condition.device.type == "cpu"
+        assert batch.num_frames.tolist() == [frames] * 2
+        assert (batch.height.tolist(), batch.width.tolist()) == ([height] * 2, [width] * 2)
+        assert batch.ar.tolist() == pytest.approx([width / height] * 2)
+        clips = [loader.manifest.clip(row) for row in batch.rows]
+        assert batch.text == [clip.text for clip in clips]
+        # The rate of the file for a video, as Open-Sora has it; 120 for an image whatever the table says.
+        assert batch.fps.tolist() == [120.0 if clip.path.endswith("png") else clip.fps for clip in clips]
+        assert batch.latents is None and len(batch) == 2
+    loader.close()
+    assert decoder.closed
+
+
+def test_rate_after_the_interval_is_an_option():
+    loader = make_loader(FakeDecoder(), fps_after_interval=True)
+    for batch in take_epoch(loader):
+        clips = [loader.manifest.clip(row) for row in batch.rows]
+        assert batch.fps.tolist() == [120.0 if clip.path.endswith("png") else clip.fps / INTERVAL for clip in clips]
+    loader.close()
+
+
+def test_frames_depend_on_seed_epoch_and_row_alone():
+    decoder = FakeDecoder()
+    loader = make_loader(decoder)
+    take_epoch(loader, 5)
+    for request in decoder.requests:
+        clip = loader.manifest.clip(request.row)
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((3, 5, request.row))))
+        assert request.frames == choose_frames(clip.num_frames, len(request.frames), INTERVAL, rng)
+        assert request.is_image == request.path.endswith("png")
+    loader.close()
+    starts = {}
+    for epoch in range(8):
+        loader = make_loader(decoder := FakeDecoder())
+        take_epoch(loader, epoch)
+        for request in decoder.requests:
+            starts.setdefault(request.row, set()).add(request.frames[0])
+        loader.close()
+    assert all(len(seen) > 1 for row, seen in starts.items() if row < 12), "another start in another epoch"
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 5])
+def test_same_batches_whatever_runs_ahead_and_wherever_resumed(prefetch):
+    reference = make_loader(FakeDecoder(bad=[4]))
+    expected = [summarize(take_epoch(reference, epoch)) for epoch in range(2)]
+    reference.close()
+    loader = make_loader(FakeDecoder(bad=[4]), prefetch=prefetch)
+    assert [summarize(take_epoch(loader, epoch)) for epoch in range(2)] == expected
+    loader.close()
+    for stop in (0, 3, 7):
+        loader = make_loader(FakeDecoder(bad=[4]), prefetch=prefetch)
+        for batch in loader:
+            if batch.index == stop:
+                state = loader.sampler.state_dict(after=batch)
+                break
+        loader.close()
+        resumed = make_loader(FakeDecoder(bad=[4]), prefetch=prefetch)
+        resumed.sampler.load_state_dict(state)
+        assert summarize(resumed) == expected[0][stop + 1 :]
+        assert summarize(take_epoch(resumed, 1)) == expected[1]
+        resumed.close()
+
+
+def test_bad_clips_are_replaced_counted_and_listed(tmp_path):
+    bad = {1, 5, 13}
+    said = []
+    path = tmp_path / "new" / "bad_clips.jsonl"
+    loader = make_loader(FakeDecoder(bad), bad_clips_path=path, report=said.append)
+    batches = take_epoch(loader)
+    first = read_bad_clips(path)
+    assert {entry["row"] for entry in first} == bad and loader.bad_clips == len(first) == len(said)
+    good = make_loader(FakeDecoder())
+    for batch, without in zip(batches, take_epoch(good), strict=True):
+        assert batch.bucket == without.bucket and len(batch) == len(without)
+        for row, original in zip(batch.rows, without.rows, strict=True):
+            assert row not in bad and (row == original or original in bad)
+            assert (loader.manifest.num_frames[row] == 1) == (batch.num_frames[0] == 1)
+    for entry in first:
+        assert set(entry) == {"row", "path", "reason", "epoch", "micro_batch"}
+        batch = batches[entry["micro_batch"]]
+        assert (entry["epoch"], entry["reason"]) == (0, "made bad")
+        assert entry["path"].endswith(f"{entry['row'] % 12}.{'png' if entry['row'] > 11 else 'mp4'}")
+        assert entry["row"] not in batch.rows
+    loader.close()
+
+    replay = make_loader(FakeDecoder(bad), bad_clips_path=path)
+    assert summarize(take_epoch(replay)) == summarize(batches), "the same replacements on replay"
+    assert read_bad_clips(path) == first + first, "appended"
+    replay.close()
+    good.close()
+
+
+def test_bucket_without_a_good_clip_stops_the_run():
+    loader = make_loader(FakeDecoder(bad=range(12, 16)))
+    with pytest.raises(RuntimeError, match=r"\.png: made bad; and bucket 144p, 1, .* has no further clip"):
+        take_epoch(loader)
+    loader.close()
+
+
+def test_so_many_bad_clips_that_something_else_is_wrong():
+    manifest = make_manifest(videos=60)
+    loader = make_loader(FakeDecoder(bad=range(60)), manifest)
+    with pytest.raises(RuntimeError, match="20 replacements of a clip could not be decoded either.*made bad"):
+        take_epoch(loader)
+    loader.close()
+
+
+def test_runs_ahead_while_the_consumer_works():
+    decoder = FakeDecoder(seconds=0.05)
+    loader = make_loader(decoder, prefetch=2)
+    batches = iter(loader)
+    next(batches)
+    time.sleep(0.4)
+    assert len(decoder.requests) >= 2 * 3, "the next two batches are there, and one more is being made"
+    assert len(decoder.requests) <= 2 * 4, "no further ahead than asked for"
+    waited = loader.data_wait
+    started = time.perf_counter()
+    next(batches)
+    next(batches)
+    assert time.perf_counter() - started < 0.045 and loader.data_wait - waited < 0.045
+    assert waited >= 0.04, "for the first one there was nothing to do but wait"
+    batches.close()
+    loader.close()
+
+
+def test_wait_adds_up_over_epochs():
+    loader = make_loader(FakeDecoder(seconds=0.01), prefetch=0)
+    take_epoch(loader)
+    first = loader.data_wait
+    take_epoch(loader, 1)
+    assert first >= 0.08 and loader.data_wait >= first + 0.08
+    loader.close()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_errors_travel_to_the_consumer_after_the_good_batches(prefetch):
+    class Failing(FakeDecoder):
+        def decode(self, requests):
+            if len(self.requests) >= 4:
+                raise ZeroDivisionError("in the decoder")
+            return super().decode(requests)
+
+    before = threading.active_count()
+    loader = make_loader(Failing(), prefetch=prefetch)
+    seen = []
+    with pytest.raises(ZeroDivisionError, match="in the decoder"):
+        for batch in loader:
+            seen.append(batch.index)
+    assert seen == [0, 1]
+    assert threading.active_count() == before
+    loader.close()
+
+
+@pytest.mark.parametrize("how", ["break", "close", "epoch", "never started"])
+def test_no_thread_is_left(how):
+    before = threading.active_count()
+    loader = make_loader(FakeDecoder(), prefetch=1)
+    if how == "break":
+        for _ in loader:
+            break
+    elif how == "close":
+        batches = iter(loader)
+        next(batches)
+    elif how == "epoch":
+        first = iter(loader)
+        next(first)
+        assert [batch.index for batch in loader] == list(range(8)), "a new iteration starts anew"
+        with pytest.raises(StopIteration):
+            next(first)
+    loader.close()
+    assert threading.active_count() == before
+
+
+def test_arguments():
+    for wrong in ({"prefetch": -1}, {"seed": -1}, {"frame_interval": 0}):
+        with pytest.raises(ValueError, match="frame_interval must be 1 or more"):
+            make_loader(FakeDecoder(), **wrong)
+
+
+def test_real_files(tmp_path):
+    """From coded files to batches: the pixels are those of a full decode, and damaged files are replaced."""
+    sizes = [(144, 256), (160, 240)]
+    paths = [write_clip(tmp_path, coding, 24, sizes[n % 2], f"{n}") for n, coding in enumerate(
+        ["h264 b-frames", "vp9 webm", "mjpeg", "h264 mkv", "vp8", "h264 b-frames"]
+    )]  # fmt: skip
+    damaged = write_clip(tmp_path, "vp9 webm", 24, (144, 256), "damaged")
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    paths.append(damaged)
+    for number in range(2):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(draw_frames(1, (150, 250), number)[0]).save(paths[-1])
+    rows = []
+    for path in paths:
+        image = path.suffix == ".png"
+        height, width = (150, 250) if image else read_all(path).shape[1:3] if path != damaged else (144, 256)
+        frames = 1 if image else 24
+        rows.append(
+            {"path": path.name, "text": "", "num_frames": frames, "height": height, "width": width, "fps": 25.0}
+        )
+    manifest = Manifest(pd.DataFrame(rows), folder=tmp_path)
+    loader = make_loader(PyAVDecoder(threads=2), manifest, bad_clips_path=tmp_path / "bad.jsonl")
+    batches = take_epoch(loader)
+    assert {json.loads(line)["row"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()} == {6}
+    checked = 0
+    for batch in batches:
+        for row, video in zip(batch.rows, batch.video, strict=True):
+            if paths[row].suffix == ".png":
+                with Image.open(paths[row]) as image:
+                    assert torch.equal(video, resize_image(image, tuple(video.shape[2:])))
+                continue
+            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((3, 0, row))))
+            full = read_all(paths[row])
+            for place, number in enumerate(choose_frames(24, video.shape[1], INTERVAL, rng)):
+                expected = torch.empty(3, *video.shape[2:])
+                resize_frame(full[number], expected)
+                assert torch.equal(video[:, place], expected)
+                checked += 1
+    assert checked > 40
+    loader.close()
