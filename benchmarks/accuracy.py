@@ -85,9 +85,7 @@ class Yardstick:
         """Compares results of larger inputs, whose exact ones nobody knows, with eager's: both may err, so twice."""
         return self._judge(results, eager, sent_back, 2.0, False)
 
-    def _judge(
-        self, results: Named, expected: Named, sent_back: float, factor: float, outputs_only: bool
-    ) -> Judgement:
+    def _judge(self, results: Named, expected: Named, sent_back: float, factor: float, outputs_only: bool) -> Judgement:
         judgements = []
         for name, value in expected.items():
             if outputs_only and not name.startswith(OUTPUT):

@@ -51,9 +51,7 @@ class Case:
         return list(dict.fromkeys(row.provider for key, row in self.planned_rows().items() if key not in finished))
 
 
-def make_template(
-    level: str, workload: str, *, op: str = "", shape: str = "", tokens: int = 0, dtype: str = ""
-) -> Row:
+def make_template(level: str, workload: str, *, op: str = "", shape: str = "", tokens: int = 0, dtype: str = "") -> Row:
     """A row that says what is to be measured and has no numbers yet."""
     return Row(
         level=level,

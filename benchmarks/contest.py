@@ -241,7 +241,7 @@ def make_yardstick(
 
 
 def op_results(bound: Bound, work: Any) -> tuple[Named, float]:
-    """Outputs of a call and the gradients of `work.leaves` for random gradients sent back, and these gradients' norm."""
+    """(outputs of a call and the gradients of `work.leaves`, norm of the random gradients that were sent back)."""
     outputs = as_tuple(bound())
     weights = weights_like(outputs)
     gradients = torch.autograd.grad(outputs, list(work.leaves.values()), weights, allow_unused=True)

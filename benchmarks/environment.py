@@ -22,7 +22,8 @@ DIRTY_SUFFIX = "-dirty"
 class Environment:
     """`device_name` is the folder of the results: the GPU's name, or "cpu" and its architecture.
 
-    `commit` is "" where nobody knows it: a copy of the sources without its history. `dirty`: the sources differ from it.
+    `commit` is "" where nobody knows it: a copy of the sources without its history. `dirty`: the sources differ from
+    it.
     """
 
     device_name: str

@@ -42,8 +42,15 @@ class Entry:
     calls_per_sample: int = 1
 
 
-def run_race(template: Row, entries: Sequence[Entry], sampling: Sampling, session: Session) -> Outcome:
-    """Checks and times entries against each other; each costs no more than its own row."""
+def run_race(
+    template: Row, entries: Sequence[Entry], sampling: Sampling, session: Session, clock: str | None = None
+) -> Outcome:
+    """Checks and times entries against each other; each costs no more than its own row.
+
+    Args:
+        clock: "cpu" for work that the host does, whatever the session's device is; None: the device's.
+    """
+    clock = clock or session.device
     rows: list[Row] = []
     refused: list[Refused] = []
     calls: dict[str, Call] = {}
@@ -81,8 +88,8 @@ def run_race(template: Row, entries: Sequence[Entry], sampling: Sampling, sessio
     if not calls:
         return rows, refused
     with session.watch([ready[name][0] for name in calls] if len(calls) == 1 else [], "samples"):
-        times = time_interleaved(calls, session.device, sampling, session.beat)
-    sm_clock, memory_clock = read_clocks(session.device)
+        times = time_interleaved(calls, clock, sampling, session.beat)
+    sm_clock, memory_clock = read_clocks(clock)
     for name, measured in times.items():
         row, entry, found, memory = ready[name]
         row = replace(

@@ -170,13 +170,16 @@ def read_folder(folder: Path) -> list[Row]:
     return [row for level in LEVELS for row in _read_if_there(level_path(folder, level))]
 
 
+def check_device(rows: Iterable[Row], environment: Environment, folder: Path) -> None:
+    """Raises ValueError where a folder holds rows of another device than the environment's."""
+    name = environment.device_name
+    others = sorted({row.environment.device_name for row in rows if row.environment} - {name})
+    if others:
+        raise ValueError(f"{folder} holds rows of {', '.join(others)}; rows of {name} go into another folder")
+
+
 def level_path(folder: Path, level: str) -> Path:
     return folder / f"{level}.csv"
-
-
-def latest(rows: Iterable[Row]) -> dict[Key, Row]:
-    """The last row of each key: what was measured again replaces what was there."""
-    return {row.key: row for row in rows}
 
 
 def _read_if_there(path: Path) -> list[Row]:

@@ -92,7 +92,7 @@ def time_interleaved(
 
 
 def peak_memory(call: Call, device: str, total: bool = False) -> int:
-    """Bytes that `call` allocates at its peak beyond what was there before, or with it; 0 on the CPU, which counts none.
+    """Bytes that `call` allocates at its peak beyond what was there before; 0 on the CPU, which counts none.
 
     Args:
         total: include what was there before.

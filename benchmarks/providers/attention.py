@@ -115,9 +115,7 @@ def _prepare_varlen(attend: AttendVarlen, work: AttentionWork) -> Bound:
 
     def call() -> Tensor:
         sequences = to_sequences(work)
-        output = attend(
-            sequences.q, sequences.k, sequences.v, q_starts, k_starts, max(q_lengths), max(k_lengths)
-        )
+        output = attend(sequences.q, sequences.k, sequences.v, q_starts, k_starts, max(q_lengths), max(k_lengths))
         return sequences.restore(output)
 
     return call

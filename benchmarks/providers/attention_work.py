@@ -21,7 +21,8 @@ from opensora_fast.kernels.qk_norm_rotary import rms_norm_reference, rotary_refe
 from ..roofline import Count
 
 KINDS = ("spatial", "temporal", "cross")
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v each [sequences, H, length, D] → [sequences, H, length, D]
+# q, k, v each [sequences, H, length, D] → [sequences, H, length, D]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Every implementation of the four ops between the matrix products that this machine may have, on the same inputs.
 
-`modulated_norm`, `gate_residual`, `gate_residual_modulated_norm` and `gelu_tanh`. A library that only has a LayerNorm gets
-its modulation, gate and residual from eager PyTorch, as a user of that library would write it.
+`modulated_norm`, `gate_residual`, `gate_residual_modulated_norm` and `gelu_tanh`. A library that only has a LayerNorm
+gets its modulation, gate and residual from eager PyTorch, as a user of that library would write it.
 
 Letters: N tokens, C channels, K channels of the MLP, B videos, R rows of the modulation table, F frames.
 """
@@ -41,7 +41,7 @@ Norm = Callable[[Tensor], Tensor]  # [N, C] → [N, C], LayerNorm without affine
 ROWS_MOVED = {
     "modulated_norm": (2, 3),  # x → y; dy, x → dx
     "gate_residual": (3, 3),  # x, branch → y; dy, branch → d_branch (dx is dy)
-    "gate_residual_modulated_norm": (4, 6),  # x, branch → residual, normed; both gradients, residual, branch → dx, d_branch
+    "gate_residual_modulated_norm": (4, 6),  # x, branch → residual, normed; their gradients, residual, branch → two
     "gelu_tanh": (2, 3),  # x → y; dy, x → dx
 }
 

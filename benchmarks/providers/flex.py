@@ -34,11 +34,9 @@ def block_mask_of(q_lengths: Sequence[int], k_lengths: Sequence[int], device: to
         first, last = int(q_owner[row * BLOCK]), int(q_owner[last_query])
         begin, end = k_starts[first], k_starts[last + 1]
         blocks = range(begin // BLOCK, -(-end // BLOCK)) if end > begin else range(0)
-        inside = {
-            block
-            for block in blocks
-            if first == last and begin <= block * BLOCK and (block + 1) * BLOCK <= end and last_query % BLOCK == BLOCK - 1
-        }
+        # A block counts as full where all its queries and keys exist and belong to one sequence.
+        is_whole = first == last and last_query % BLOCK == BLOCK - 1
+        inside = {block for block in blocks if is_whole and begin <= block * BLOCK and (block + 1) * BLOCK <= end}
         full.append(sorted(inside))
         partial.append([block for block in blocks if block not in inside])
 
@@ -54,7 +52,11 @@ def block_mask_of(q_lengths: Sequence[int], k_lengths: Sequence[int], device: to
         return q_owner[query] == k_owner[key]
 
     return BlockMask.from_kv_blocks(
-        *tables(partial), *tables(full), BLOCK_SIZE=BLOCK, mask_mod=same_sequence, seq_lengths=(q_starts[-1], k_starts[-1])
+        *tables(partial),
+        *tables(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=same_sequence,
+        seq_lengths=(q_starts[-1], k_starts[-1]),
     )
 
 

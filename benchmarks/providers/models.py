@@ -54,9 +54,7 @@ def make_training(config: STDiT2Config, device: str, dtype: torch.dtype) -> Trai
             if parameter.requires_grad and not parameter.detach().any():
                 nn.init.normal_(parameter, std=0.02)
         model.train()
-        optimizer = MasterAdamW(
-            model, dtype=dtype, device=torch.device(device), lr=LEARNING_RATE, grad_clip=GRAD_CLIP
-        )
+        optimizer = MasterAdamW(model, dtype=dtype, device=torch.device(device), lr=LEARNING_RATE, grad_clip=GRAD_CLIP)
     return Training(model, optimizer, EMA(optimizer.masters, EMA_DECAY))
 
 

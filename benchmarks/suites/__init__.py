@@ -1,1 +1,65 @@
-"""Suites: lists of cases, one module for each level."""
+"""Suites: lists of cases, one module for each level.
+
+first: what the plan rests on; kernels: ops and blocks; step: training and sampling steps; loader: decoding and buckets;
+all. Each begins with the device's ceilings, which the others are shares of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..case import Case
+
+NAMES = ("all", "first", "kernels", "step", "loader")
+
+
+def list_cases(
+    suite: str, device: str, providers: Sequence[str] | None = None, words: Sequence[str] = ()
+) -> list[Case]:
+    """The planned cases, the most valuable first.
+
+    Args:
+        suite: one of NAMES.
+        device: "cuda" or "cpu".
+        providers: only these; the ceilings are measured whatever they are.
+        words: only cases whose name holds each of them, such as "spatial_attention" and "240p".
+
+    Raises:
+        ValueError: an unknown suite, device or provider, or words that no case holds.
+    """
+    from . import buckets, ceilings, encoders, first, loader, models, ops
+    from .scale import scale_of
+
+    if suite not in NAMES:
+        raise ValueError(f"suite {suite!r} is unknown; choose one of {', '.join(NAMES)}")
+    scale = scale_of(device)
+    always = ceilings.list_cases(scale)[:2]
+    parts = {
+        "kernels": [ceilings.list_cases, ops.list_cases, models.list_block_cases],
+        "step": [models.list_step_cases, encoders.list_cases, models.list_sampling_cases],
+        "loader": [loader.list_cases, buckets.list_cases],
+        "first": [first.list_cases],
+    }
+    chosen = ("kernels", "step", "loader") if suite == "all" else (suite,)
+    cases = [case for name in chosen for part in parts[name] for case in part(scale)]
+    cases = _filter_providers(cases, providers)
+    if words:
+        cases = [case for case in cases if all(word in f"{case.name} {case.template.shape}" for word in words)]
+        if not cases:
+            raise ValueError(f"no case of suite {suite} on {device} holds {' and '.join(words)}; --list shows them")
+    if suite != "loader":
+        cases = always + cases
+    unique = {case.identity: case for case in cases}
+    return sorted(unique.values(), key=lambda case: -case.value)
+
+
+def _filter_providers(cases: Sequence[Case], providers: Sequence[str] | None) -> list[Case]:
+    if not providers:
+        return list(cases)
+    known = dict.fromkeys(provider for case in cases for provider in case.providers)
+    for name in providers:
+        if name not in known:
+            raise ValueError(f"provider {name!r} is unknown in this suite; known: {', '.join(sorted(known))}")
+    kept = (replace(case, providers=tuple(name for name in case.providers if name in providers)) for case in cases)
+    return [case for case in kept if case.providers]

@@ -99,7 +99,9 @@ def _gemm_case(
         tokens=tokens,
         dtype=str(dtype).removeprefix("torch."),
     )
-    provider, version = ("cublas", torch.version.cuda or "") if scale.device == "cuda" else ("torch-cpu", torch.__version__)
+    provider, version = "torch-cpu", torch.__version__
+    if scale.device == "cuda":
+        provider, version = "cublas", f"CUDA {torch.version.cuda}"
     element = dtype.itemsize
     moved = element * (tokens * width_in + width_in * width_out + tokens * width_out)
     count = Count(2.0 * tokens * width_in * width_out, float(moved))

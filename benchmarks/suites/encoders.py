@@ -129,9 +129,7 @@ def _without(provider: Provider, reason: str) -> Provider:
     return replace(provider, missing=lambda work: reason)
 
 
-def make_encode(
-    scale: Scale, workload: Workload, encoders: Encoders
-) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
+def make_encode(scale: Scale, workload: Workload, encoders: Encoders) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
     """A call that encodes a batch of random clips, in host memory, and captions: (latents float32, text and mask)."""
     generator = torch.Generator().manual_seed(0)
     height, width = workload.pixels

@@ -89,7 +89,9 @@ def attention_case(scale: Scale, kind: str, pack: Pack, value: float, norm_weigh
         "op",
         pack.name if norm_weight == 1 else f"{pack.name} {WIDE}",
         op=f"{kind}_attention",
-        shape=f"{pack.text} H={config.num_heads} D={config.head_size}" + (f" L={scale.text}" if kind == "cross" else ""),
+        shape=" ".join(
+            [pack.text, f"H={config.num_heads} D={config.head_size}"] + [f"L={scale.text}"] * (kind == "cross")
+        ),
         tokens=pack.tokens,
         dtype=scale.dtype_name,
     )

@@ -1,0 +1,71 @@
+"""What was expected of one H200 before anything was measured. A prediction stands beside a row; it never is one.
+
+Targets for this project's kernels ("good" and "goal"), counted or estimated figures for the others.
+"""
+
+from __future__ import annotations
+
+from .contest import FORWARD, FORWARD_BACKWARD
+from .rows import Row
+
+PREDICTED_FOR = "h200"  # a part of the device's name
+
+RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p")
+# Useful TFLOP/s of spatial attention at head size 72, by tokens of a frame.
+FRAME_TOKENS = (144, 405, 920, 1590, 3600)
+SPATIAL_FORWARD = ((150, 260, 330, 370, 390), (230, 360, 430, 480, 510))
+SPATIAL_BACKWARD = ((150, 200, 240, 260, 270), (230, 290, 330, 350, 370))
+# Shares of the copy bandwidth.
+TEMPORAL = {FORWARD: (0.80, 0.90), FORWARD_BACKWARD: (12 / (4 / 0.80 + 8 / 0.75), 12 / (4 / 0.90 + 8 / 0.85))}
+NORMS = (0.85, 0.92)
+NORM_OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
+# TFLOP/s of cuBLAS.
+PRODUCTS = {"qkv": (650, 700), "fc1": (650, 700), "proj": (600, 660), "fc2": (690, 740), "square": (790, 790)}
+# Thousand tokens/s of a training step of 16 frames, by resolution.
+STEPS = {
+    "upstream": ((34, 33, 32, 31, 27),),
+    "compile": ((93, 84, 81, 75, 57),),
+    "ours": ((121, 115, 106, 96, 74), (141, 135, 125, 115, 92)),
+}
+LAUNCH = (5.0, 10.0)  # µs of a registered op
+
+
+def predict(row: Row) -> str:
+    """What was expected of a row, "" where nothing was."""
+    device = row.environment.device_name if row.environment else ""
+    if PREDICTED_FOR not in device:
+        return ""
+    if row.level == "op" and row.provider == "ours":
+        return _predict_op(row)
+    if row.level == "gemm" and row.op in PRODUCTS:
+        return _span(PRODUCTS[row.op], "TFLOP/s")
+    if row.level == "launch" and row.provider == "ours-op":
+        return _span(LAUNCH, "µs")
+    resolution, _, frames = row.workload.partition("×")
+    if row.level == "step" and not row.op and row.provider in STEPS and resolution in RESOLUTIONS and frames == "16":
+        index = RESOLUTIONS.index(resolution)
+        return _span([values[index] for values in STEPS[row.provider]], "k tokens/s")
+    return ""
+
+
+def _predict_op(row: Row) -> str:
+    if row.op in NORM_OPS:
+        return _span([100 * share for share in NORMS], "% of copy")
+    if row.op == "temporal_attention" and row.direction in TEMPORAL:
+        return _span([100 * share for share in TEMPORAL[row.direction]], "% of copy")
+    if row.op != "spatial_attention":
+        return ""
+    length = next((part.split("=")[1] for part in row.shape.split() if part.startswith(("S=", "length="))), "")
+    if not length.isdigit() or int(length) not in FRAME_TOKENS:
+        return ""
+    index = FRAME_TOKENS.index(int(length))
+    forward, backward = ([values[index] for values in table] for table in (SPATIAL_FORWARD, SPATIAL_BACKWARD))
+    if row.direction == FORWARD:
+        return _span(forward, "TFLOP/s")
+    # Backward has 2.5 times the operations of forward.
+    return _span([3.5 / (1 / f + 2.5 / b) for f, b in zip(forward, backward, strict=True)], "TFLOP/s")
+
+
+def _span(values, unit: str) -> str:
+    low, high = values[0], values[-1]
+    return f"{low:.0f} {unit}" if low == high else f"{low:.0f}–{high:.0f} {unit}"

@@ -1,0 +1,72 @@
+"""Putting a table of clips into buckets: this project's vectorised assignment beside Open-Sora's loop over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from opensora_fast.data.assignment import DROPPED, assign_buckets
+
+from ..bucket_assignment import CONFIGURATIONS, FRAME_INTERVAL, SEED, make_clip_sizes, read_bucket
+from ..case import Case, Outcome, make_template
+from ..providers.provider import own_version
+from ..race import Check, Entry, run_race
+from ..session import Session
+from ..timing import Call, Sampling
+from .scale import Scale
+
+VALUE = 380.0
+LOOPED_ROWS = 2000  # a loop over Python rows is timed on so many
+CHECKED_ROWS = 200
+
+
+def list_cases(scale: Scale) -> list[Case]:
+    """The shipped configurations, at a row count for each provider to manage in seconds."""
+    many = 1_000_000 if scale.device == "cuda" else 20_000
+    return [
+        _case(scale, configuration, rows, providers)
+        for configuration in CONFIGURATIONS
+        for rows, providers in ((LOOPED_ROWS, ("loop", "vectorised")), (many, ("vectorised",)))
+    ]
+
+
+def _case(scale: Scale, configuration: str, rows: int, providers: tuple[str, ...]) -> Case:
+    template = make_template("buckets", configuration, op="assignment", shape=f"{rows} clips")
+
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        entries = [Entry(name, own_version(), "assign", partial(_prepare, name, configuration, rows)) for name in names]
+        sampling = Sampling(session.sampling_seconds(min(2.0, 4 * scale.seconds)), 10, warm_up=1)
+        return run_race(template, entries, sampling, session, clock="cpu")
+
+    return Case(template, ("assign",), providers, VALUE, measure)
+
+
+def _prepare(provider: str, configuration: str, rows: int) -> tuple[Call, Callable[[], Check]]:
+    bucket = read_bucket(configuration)
+    clips = make_clip_sizes(rows)
+    assigned: list[list[int]] = []
+
+    def find(row: int) -> tuple[str, int, str] | None:
+        num_frames, height, width = (int(column[row]) for column in clips)
+        return bucket.get_bucket_id(num_frames, height, width, FRAME_INTERVAL, SEED + row * bucket.num_bucket)
+
+    def loop() -> None:
+        found = [find(row) for row in range(rows)]
+        index = {identity: number for number, identity in enumerate(bucket.ids)} | {None: DROPPED}
+        assigned[:] = [[index[identity] for identity in found]]
+
+    def vectorised() -> None:
+        assigned[:] = [assign_buckets(*clips, bucket, frame_interval=FRAME_INTERVAL, seed=SEED)]
+
+    def check() -> Check:
+        """The share of rows that Open-Sora's rule, row by row, puts elsewhere."""
+        wrong = 0
+        checked = np.linspace(0, rows - 1, min(rows, CHECKED_ROWS), dtype=int).tolist()
+        for row in checked:
+            found = int(assigned[0][row])
+            wrong += find(row) != (None if found == DROPPED else bucket.ids[found])
+        return Check(wrong / len(checked), 0.0)
+
+    return {"loop": loop, "vectorised": vectorised}[provider], check

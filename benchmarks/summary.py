@@ -1,0 +1,73 @@
+"""Rows as a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from .predictions import predict
+from .rows import Row
+
+# (title, value of a row); a column without any value is left out.
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("level", lambda row: row.level),
+    ("op", lambda row: row.op),
+    ("direction", lambda row: row.direction if row.direction != row.level else ""),
+    ("workload", lambda row: row.workload),
+    ("provider", lambda row: row.provider),
+    ("p50 ms", lambda row: f"{row.p50_ms:.4g}"),
+    ("TFLOP/s", lambda row: f"{row.tflops_per_s:.3g}" if row.flops else ""),
+    ("GB/s", lambda row: f"{row.gbytes_per_s:.4g}" if row.bytes else ""),
+    ("k tok/s", lambda row: f"{row.tokens_per_s / 1e3:.4g}" if row.tokens else ""),
+    ("of limit", lambda row: "" if math.isnan(row.roofline_share) else f"{row.roofline_share:.0%}"),
+    ("GiB", lambda row: f"{row.memory_bytes / 2**30:.3g}" if row.memory_bytes else ""),
+    ("error", lambda row: f"{row.error:.0e}"),
+    ("may be", lambda row: f"{row.error_limit:.0e}"),
+    ("n", lambda row: str(row.samples)),
+    ("predicted", predict),
+)
+TEXT_COLUMNS = 5  # aligned to the left
+
+
+def format_table(rows: Iterable[Row]) -> str:
+    """One line for each measurement, those of the same work together, the fastest first."""
+    measured = [row for row in rows if row.status == "ok"]
+    order: dict[tuple[str, ...], int] = {}
+    for row in measured:
+        order.setdefault(_work(row), len(order))
+    measured.sort(key=lambda row: (order[_work(row)], row.p50_ms))
+    if not measured:
+        return "no row with a time"
+    columns = [(title, [value(row) for row in measured]) for title, value in COLUMNS]
+    columns = [(title, values) for title, values in columns if any(values)]
+    widths = [max(len(title), *(len(value) for value in values)) for title, values in columns]
+    titles = [title for title, _ in COLUMNS[:TEXT_COLUMNS]]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [
+            cell.ljust(width) if title in titles else cell.rjust(width)
+            for cell, width, (title, _) in zip(cells, widths, columns, strict=True)
+        ]
+        return "  ".join(aligned).rstrip()
+
+    lines = [line([title for title, _ in columns])]
+    before = None
+    for index, row in enumerate(measured):
+        if before is not None and _work(row) != before:
+            lines.append("")
+        before = _work(row)
+        lines.append(line([values[index] for _, values in columns]))
+    return "\n".join(lines)
+
+
+def format_reasons(rows: Iterable[Row]) -> str:
+    """Why there is no time, once for each provider and reason."""
+    counts = Counter((row.provider, row.status, row.reason) for row in rows if row.status != "ok")
+    return "\n".join(
+        f"{provider}: {status} ({count} rows): {reason}" for (provider, status, reason), count in sorted(counts.items())
+    )
+
+
+def _work(row: Row) -> tuple[str, ...]:
+    return (row.level, row.op, row.direction, row.workload, row.shape, row.dtype)

@@ -1,0 +1,112 @@
+"""The process that measures. `supervise` starts it, and starts it again where a provider took it down.
+
+python -m opensora_fast.benchmarks.worker '<Plan as JSON>'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from .case import Case
+from .plan import DONE, ERROR, INTERRUPTED, RESTART, WRONG, Plan
+from .rows import check_device, read_folder
+from .runner import Report, run_cases
+from .session import REFUSED_FILE, RUNNING_FILE, DeviceLostError, Session
+from .suites import list_cases
+from .summary import format_reasons, format_table
+
+
+def main() -> None:
+    try:
+        code = run(Plan.from_json(sys.argv[1]))
+    except (ValueError, OSError) as error:  # a mistake of the user, as the command line prints them
+        print(f"opensora-fast: error: {error}", file=sys.stderr)
+        code = ERROR
+    sys.exit(code)
+
+
+def run(plan: Plan) -> int:
+    """Measures what the folder lacks; returns an exit code of `plan`."""
+    # Ctrl-C reaches the whole process group; the supervisor decides and asks by SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop)
+    folder = Path(plan.folder)
+    cases = list_cases(plan.suite, plan.device, plan.providers, plan.words)
+    session = Session(plan.device, folder, plan.commit, plan.deadline)
+    check_device(read_folder(folder), session.environment, folder)
+    _record_deaths(plan, cases, session)
+    existing = read_folder(folder)
+    refused_before = read_refused_keys(folder, session)
+    report = Report()
+    code = DONE
+    try:
+        run_cases(cases, session, existing, refused_before, plan.refresh, frozenset(plan.careful), report)
+    except DeviceLostError:
+        return RESTART
+    except KeyboardInterrupt:
+        code = DONE if session.seconds_left <= 0 else INTERRUPTED
+    (folder / RUNNING_FILE).unlink(missing_ok=True)
+    return print_report(report, cases, plan, session, folder) or code
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _record_deaths(plan: Plan, cases: list[Case], session: Session) -> None:
+    """Failed rows for what took a process down before this one."""
+    present = {row.key for row in read_folder(Path(plan.folder))}
+    for death in plan.deaths:
+        planned = next((case.planned_rows() for case in cases if case.identity == death.case), {})
+        for key in map(tuple, death.keys or list(planned)):
+            if key in planned and key not in present:
+                row = dataclasses.replace(planned[key], environment=session.environment)
+                session.record([row.without_time("failed", death.reason)])
+                present.add(key)
+
+
+def read_refused_keys(folder: Path, session: Session) -> frozenset[tuple[str, ...]]:
+    """Keys of rows that were refused at this commit; none where the sources differ from it."""
+    path, environment = folder / REFUSED_FILE, session.environment
+    if not path.exists() or environment.dirty or not environment.commit:
+        return frozenset()
+    items = [json.loads(line) for line in path.read_text().splitlines()]
+    return frozenset(tuple(item["key"]) for item in items if item["commit"] == environment.commit and not item["dirty"])
+
+
+def print_report(report: Report, cases: list[Case], plan: Plan, session: Session, folder: Path) -> int:
+    """The final table; returns WRONG where this project's own result was wrong, else DONE."""
+    planned = {key for case in cases for key in case.planned_rows()}
+    rows = [
+        row
+        for row in read_folder(folder)  # those of processes before this one belong to the run as well
+        if row.key in planned and row.environment and row.environment.date >= plan.started
+    ]
+    print(format_table(rows))
+    reasons = format_reasons(rows)
+    if reasons:
+        print(f"\n{reasons}")
+    if report.finished_before:
+        print(f"\n{report.finished_before} rows were in {folder} already and are kept; --refresh measures those of")
+        print("another state of the sources again")
+    if report.left:
+        print(f"\nnot reached within the budget: {len(report.left)} cases; run again with the same --out to go on")
+    for item in report.refused:
+        print(f"wrong, so no time: {item}")
+    environment = session.environment
+    commit = environment.commit[:12] or "unknown"
+    versions = f"torch {environment.torch}, triton {environment.triton}"
+    print(f"\n{environment.device_name}, {versions}, commit {commit}{' with changes' if environment.dirty else ''}")
+    print(f"rows: {folder}")
+    return WRONG if any(item.row.provider.startswith("ours") for item in report.refused) else DONE
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Benchmark every implementation on the same work: ops, blocks, training steps, sampling, decoding."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MULTIPLE_VALUES = ("--only",)
+
+
+def command(
+    out: Annotated[Path | None, typer.Option(help="Folder for the rows; finished rows in it are kept.")] = None,
+    suite: Annotated[str, typer.Option(help="all, first, kernels, step or loader.")] = "all",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Time for everything, such as 9m; the most valuable rows come first.")
+    ] = None,
+    providers: Annotated[str | None, typer.Option(help="Only these, for example eager,ours.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only cases that hold all these words, for example spatial 240p.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="Print the planned cases and measure nothing.")] = False,
+    refresh: Annotated[bool, typer.Option(help="Measure rows of another state of the sources again.")] = False,
+    commit: Annotated[
+        str | None,
+        typer.Option(help="Commit of a copied tree: what `git describe --always --abbrev=40 --dirty` prints."),
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Compare two result folders, before and after; measure nothing.")
+    ] = None,
+    relative: Annotated[float, typer.Option(help="With --compare: slower by more than this share …")] = 0.05,
+    absolute_ms: Annotated[float, typer.Option(help="… and by more than so many milliseconds is a regression.")] = 0.01,
+) -> None:
+    """Benchmark every implementation on the same work: ops, blocks, training steps, sampling, decoding.
+
+    Rows are written as they come, so a run may be stopped at any time and continued with the same --out. Exits with 1
+    if --compare finds a regression, with 3 if a kernel of this project computes something wrong, with 130 when stopped.
+    """
+    if compare is not None:
+        _compare(*compare, relative, absolute_ms)
+        return
+    device = _choose_device(device)
+    words = [word for text in only or () for word in text.split()]
+    names = providers.split(",") if providers else None
+    from opensora_fast.benchmarks.suites import list_cases
+
+    cases = list_cases(suite, device, names, words)
+    if show:
+        for case in cases:
+            typer.echo(f"{case.name}  [{case.template.shape}]  {', '.join(case.providers)}")
+        typer.echo(f"{len(cases)} cases, {sum(len(case.planned_rows()) for case in cases)} rows")
+        return
+    if out is None:
+        raise ValueError("--out is missing: give a folder for the rows, for example --out outputs/bench")
+    raise typer.Exit(_measure(out, suite, device, budget, names, words, commit, refresh))
+
+
+def _choose_device(device: str | None) -> str:
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device!r}: use cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA GPU; use --device cpu, or see `opensora-fast doctor`")
+    return device
+
+
+def _measure(
+    out: Path,
+    suite: str,
+    device: str,
+    budget: str | None,
+    providers: list[str] | None,
+    words: list[str],
+    commit: str | None,
+    refresh: bool,
+) -> int:
+    import datetime
+    import time
+
+    from opensora_fast.benchmarks.environment import find_source_state
+    from opensora_fast.benchmarks.plan import Plan, parse_budget
+    from opensora_fast.benchmarks.supervise import supervise
+
+    deadline = time.time() + parse_budget(budget) if budget else None
+    find_source_state(commit)  # a wrong --commit is told before anything starts
+    out.mkdir(parents=True, exist_ok=True)
+    plan = Plan(
+        suite=suite,
+        device=device,
+        folder=str(out.resolve()),
+        started=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        providers=providers,
+        words=words,
+        commit=commit,
+        refresh=refresh,
+        deadline=deadline,
+    )
+    return supervise(plan)
+
+
+def _compare(before: Path, after: Path, relative: float, absolute_ms: float) -> None:
+    from opensora_fast.benchmarks.compare import Thresholds, compare
+
+    comparison = compare(before, after, Thresholds(relative, absolute_ms))
+    typer.echo(str(comparison))
+    if comparison.regressions:
+        raise typer.Exit(1)

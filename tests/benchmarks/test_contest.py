@@ -1,0 +1,108 @@
+"""A wrong provider gets no time; one that crashes or is absent costs its own rows only."""
+
+import math
+
+import pytest
+import torch
+from bench_toys import toy_contest
+
+from opensora_fast.benchmarks.contest import run_contest
+from opensora_fast.benchmarks.providers.provider import choose_providers
+from opensora_fast.benchmarks.rows import Row
+from opensora_fast.benchmarks.session import DeviceLostError, Session
+
+
+def by_provider(rows: list[Row]) -> dict[str, list[Row]]:
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row.provider, []).append(row)
+    return grouped
+
+
+@pytest.fixture
+def session():
+    return Session("cpu")
+
+
+def test_every_provider_that_is_right_gets_a_row_for_each_direction(session):
+    rows, refused = run_contest(toy_contest(["eager", "other"]), session)
+    assert not refused
+    for provider in ("eager", "other"):
+        found = by_provider(rows)[provider]
+        assert [row.direction for row in found] == ["forward", "forward+backward"]
+        for row in found:
+            assert row.status == "ok" and row.samples >= 3
+            assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
+            assert row.error <= row.error_limit < 1e-5
+            assert row.environment.device_name.startswith("cpu-")
+    assert [row.flops for row in by_provider(rows)["other"]] == [64.0, 192.0]
+
+
+@pytest.mark.parametrize("wrong", ["slightly-wrong", "wrong-backward"])
+def test_a_wrong_result_gets_no_time(session, wrong):
+    rows, refused = run_contest(toy_contest(["eager", wrong]), session)
+    assert set(by_provider(rows)) == {"eager"}
+    assert [(item.row.provider, item.row.direction) for item in refused] == [
+        (wrong, "forward"),
+        (wrong, "forward+backward"),
+    ]
+    assert all(item.error > item.limit for item in refused)
+    expected = "output" if wrong == "slightly-wrong" else "gradient of b"
+    assert expected in str(refused[0]) and "over its limit" in str(refused[0])
+
+
+def test_a_result_that_is_wrong_on_the_timed_inputs_only_gets_no_time(session):
+    contest = toy_contest(["eager", "wrong-when-large"], size=64, check_size=16)
+    rows, refused = run_contest(contest, session)
+    assert set(by_provider(rows)) == {"eager"}
+    assert {item.row.provider for item in refused} == {"wrong-when-large"}
+    assert "timed inputs" in str(refused[0])
+    assert {row.checked_on for row in rows} == {"size 16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("crash", "RuntimeError: boom"), ("out-of-memory", "OutOfMemoryError: CUDA out of memory")]
+)
+def test_a_crash_costs_its_own_rows(session, name, reason):
+    rows, refused = run_contest(toy_contest([name, "eager", "other"]), session)
+    assert not refused
+    grouped = by_provider(rows)
+    assert {row.status for row in grouped["eager"] + grouped["other"]} == {"ok"}
+    assert [row.status for row in grouped[name]] == ["failed", "failed"]
+    assert all(row.reason.startswith(reason) and "\n" not in row.reason for row in grouped[name])
+    assert all(math.isnan(row.p50_ms) for row in grouped[name])
+
+
+def test_an_absent_provider_says_why(session):
+    rows, _ = run_contest(toy_contest(["eager", "absent"]), session)
+    assert {(row.status, row.reason) for row in by_provider(rows)["absent"]} == {
+        ("unavailable", "absent is not installed")
+    }
+
+
+def test_a_lost_device_stops_the_contest_with_the_rows_of_who_lost_it(session, monkeypatch):
+    """As after an illegal memory access: releasing memory fails too."""
+
+    def lost(device: str) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    contest = toy_contest(["crash", "eager"])
+    calls = iter([None])  # the first release, behind the check, still works
+    monkeypatch.setattr(
+        "opensora_fast.benchmarks.contest.release_memory", lambda device: next(calls, "lost") and lost(device)
+    )
+    with pytest.raises(DeviceLostError, match="boom") as caught:
+        run_contest(contest, session)
+    assert [(row.provider, row.status) for row in caught.value.rows] == [("crash", "failed"), ("crash", "failed")]
+
+
+def test_unknown_providers_are_named():
+    with pytest.raises(ValueError, match="provider 'flash-attn-9' is unknown; known: eager"):
+        choose_providers(toy_contest(["eager"]).providers, ["flash-attn-9"])
+
+
+def test_nothing_is_random_between_providers(session):
+    contest = toy_contest(["eager"])
+    first, _ = contest.results(contest.providers[0].prepare(contest.work), contest.work)
+    second, _ = contest.results(contest.providers[0].prepare(contest.work), contest.work)
+    assert all(torch.equal(first[name], second[name]) for name in first)

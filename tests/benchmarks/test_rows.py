@@ -1,0 +1,90 @@
+"""Rows as files: they come back as they were, say where they are from, and never mix devices."""
+
+import csv
+import math
+
+import pytest
+from bench_toys import make_row
+
+from opensora_fast.benchmarks.rows import COLUMNS, append_rows, check_device, level_path, read_folder, read_rows
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    rows = [
+        make_row(),
+        make_row(provider="flash-attn-3").without_time("unavailable", 'not installed, says "pip"'),
+        make_row(provider="eager", roofline_share=0.5, checked_on="240p×2", sm_clock_mhz="1980"),
+    ]
+    path = tmp_path / "op.csv"
+    append_rows(path, rows[:1])
+    append_rows(path, rows[1:])
+    found = read_rows(path)
+    assert [row.key for row in found] == [row.key for row in rows]
+    assert found[0].environment == rows[0].environment
+    assert found[1].reason == rows[1].reason
+    assert found[2].roofline_share == 0.5 and math.isnan(found[0].roofline_share)
+    assert (found[2].checked_on, found[2].sm_clock_mhz) == ("240p×2", "1980")
+
+
+def test_a_row_says_everything_a_reader_asks_for():
+    asked = {
+        "provider", "provider_version", "shape", "dtype", "p20_ms", "p50_ms", "p80_ms", "memory_bytes", "error",
+        "error_limit", "device_name", "driver", "torch", "triton", "commit", "dirty", "date", "roofline_share",
+        "tflops_per_s", "gbytes_per_s", "tokens_per_s", "samples", "sm_clock_mhz",
+    }  # fmt: skip
+    assert asked <= set(COLUMNS)
+
+
+def test_speeds_are_worked_out_from_the_median(tmp_path):
+    append_rows(tmp_path / "op.csv", [make_row(p50_ms=2.0, flops=4e9, bytes=6e9, tokens=1000)])
+    with (tmp_path / "op.csv").open() as file:
+        (record,) = csv.DictReader(file)
+    assert float(record["tflops_per_s"]) == 2.0
+    assert float(record["gbytes_per_s"]) == 3000.0
+    assert float(record["tokens_per_s"]) == 500_000.0
+
+
+@pytest.mark.parametrize("error", [0.1, math.nan, math.inf])
+def test_a_wrong_result_cannot_become_a_row(error):
+    with pytest.raises(ValueError, match="over its limit"):
+        make_row(error=error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"status": "fine"}, "status 'fine'"),
+        ({"status": "failed", "reason": ""}, "must give its reason"),
+        ({"level": "galaxy"}, "level 'galaxy'"),
+    ],
+)
+def test_broken_rows_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_row(**changes)
+
+
+def test_rows_of_another_device_go_elsewhere(tmp_path):
+    append_rows(tmp_path / "op.csv", [make_row()])
+    with pytest.raises(ValueError, match="holds rows of nvidia-h200; rows of cpu-x86_64 go elsewhere"):
+        append_rows(tmp_path / "op.csv", [make_row(device_name="cpu-x86_64")])
+    with pytest.raises(ValueError, match="holds rows of nvidia-h200"):
+        check_device(read_folder(tmp_path), make_row(device_name="cpu-x86_64").environment, tmp_path)
+
+
+def test_a_folder_holds_a_file_for_each_level(tmp_path):
+    assert read_folder(tmp_path) == []
+    for level in ("op", "gemm"):
+        append_rows(level_path(tmp_path, level), [make_row(level=level)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gemm.csv", "op.csv"]
+    assert {row.level for row in read_folder(tmp_path)} == {"op", "gemm"}
+
+
+def test_a_broken_file_is_named_with_its_line(tmp_path):
+    path = tmp_path / "op.csv"
+    append_rows(path, [make_row(), make_row()])
+    path.write_text(path.read_text().replace(",ok,", ",fine,").replace(",fine,", ",ok,", 1))
+    with pytest.raises(ValueError, match=r"op\.csv:3: not a benchmark row: .*status 'fine'"):
+        read_rows(path)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="columns are not those of this version"):
+        append_rows(path, [make_row()])
