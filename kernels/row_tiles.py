@@ -97,10 +97,13 @@ def choose_tiles(op: str, layout: PackLayout) -> tuple[int, int]:
     return _choose_tile(f"{op}_forward", *arguments), _choose_tile(f"{op}_backward", *arguments)
 
 
-# The choice reads a file and asks for the GPU's name, which a compiler cannot trace: it is a constant to it.
-@torch.compiler.assume_constant_result
 def _choose_tile(kernel: str, num_tokens: int, device_type: str, device_index: int | None) -> int:
     return select_row_configuration(kernel, num_tokens, torch.device(device_type, device_index))["tile_tokens"]
+
+
+# The choice reads a file and asks for the GPU's name, which a compiler cannot trace: it is a constant to it. This mark
+# is all that torch.compiler.assume_constant_result sets, but calling that imports the compiler, seconds at every start.
+_choose_tile._dynamo_marked_constant = True
 
 
 def split_columns(channels: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ import math
 import warnings
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 # Keys that the released config.json files hold and that say nothing about the computation.
 IGNORED_KEYS = {
@@ -90,7 +90,14 @@ class STDiT2Config(BaseModel):
                 nearest = difflib.get_close_matches(key, [*known, *IMPLEMENTATION_KEYS], n=1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known keys: {', '.join(known)}"
                 raise ValueError(f"STDiT2Config: unknown key {key!r}{hint}")
-        super().__init__(**keys)
+        try:
+            super().__init__(**keys)
+        except ValidationError as error:
+            mistakes = [
+                ": ".join([*map(str, item["loc"]), item["msg"].removeprefix("Value error, ")])
+                for item in error.errors()
+            ]
+            raise ValueError(f"STDiT2Config: {'; '.join(mistakes)}") from None
 
     @field_validator("patch_size")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from opensora_fast.config import SampleConfig
 from opensora_fast.diffusion import build_scheduler
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder
 from opensora_fast.model import STDiT2, STDiT2Config
+from opensora_fast.model.pixart import convert_upstream_state_dict, load_checkpoint_file
 from opensora_fast.model.weights import load_pretrained, load_strictly
 from opensora_fast.sampling.generate import SampleSettings, VideoGenerator
 
@@ -53,6 +55,8 @@ def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: 
     source = config.model.from_pretrained
     if source is None:
         raise ValueError("there are no weights to sample from; give --ckpt-path or model.from_pretrained")
+    if Path(source).is_file():
+        return load_model_file(config, video_encoder, text_encoder)
     saved, state = load_pretrained(source)
     given = config.model.model_dump(include=config.model.model_fields_set - NO_MODEL_KEYS)
     model_config = STDiT2Config(**(saved.model_dump() | given))
@@ -67,6 +71,22 @@ def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: 
                 f"gives {value}; use the {owner} that it was trained with"
             )
     model = STDiT2(model_config)
+    load_strictly(model, state, source)
+    return model
+
+
+def load_model_file(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: TextEncoder) -> STDiT2:
+    """The model of a file such as Open-Sora's `ema.pt`; it holds no configuration, so the model section gives it."""
+    source = config.model.from_pretrained
+    model = STDiT2(
+        STDiT2Config(
+            **config.model.get_shape_keys(),
+            in_channels=video_encoder.out_channels,
+            caption_channels=text_encoder.output_dim,
+            model_max_length=text_encoder.model_max_length,
+        )
+    )
+    state, _ = convert_upstream_state_dict(load_checkpoint_file(source), model)
     load_strictly(model, state, source)
     return model
 

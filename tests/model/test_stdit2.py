@@ -230,6 +230,11 @@ def test_released_configuration_files_load_and_unknown_keys_are_named(tmp_path):
     assert STDiT2Config(**released).hidden_size == 144
     with pytest.raises(ValueError, match="'hiden_size'.*'hidden_size'"):
         STDiT2Config(hiden_size=144)
+    with pytest.raises(ValueError, match="^STDiT2Config: hidden_size 100 must be divisible by 3") as mistake:
+        STDiT2Config(hidden_size=100)
+    assert "\n" not in str(mistake.value)
+    with pytest.raises(ValueError, match="^STDiT2Config: drop_path: drop_path 0.1 is not supported"):
+        STDiT2Config(drop_path=0.1)
     with pytest.warns(UserWarning, match="enable_flashattn"):
         STDiT2Config(enable_flashattn=True)
     random_model().save_pretrained(tmp_path)

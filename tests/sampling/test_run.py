@@ -154,3 +154,16 @@ def test_without_weights_nothing_is_sampled(folder):
 def test_files_are_named_by_number_or_prompt(settings, prompt, expected):
     config = SampleConfig(image_size=(16, 24), **settings)
     assert name_sample(Sample(prompt, 3, 1, torch.zeros(3, 1, 1, 1), 8.0), config) == expected
+
+
+def test_a_weights_file_without_a_configuration_takes_its_shape_from_the_model_section(folder, tmp_path, capsys):
+    state = STDiT2.from_pretrained(folder / "model").state_dict()
+    torch.save(state, tmp_path / "ema.pt")
+    shape = ["model.hidden_size=144", "model.num_heads=2", "model.depth=1", "model.qk_norm=True"]
+    common = [str(folder / "sample.json"), *shape, "model.input_sq_size=512", "--prompt", "a cat", "--seed", "3"]
+    assert run(["sample", *common, "--ckpt-path", str(tmp_path / "ema.pt"), "--save-dir", str(tmp_path / "file")]) == 0
+    assert sample(folder, "--prompt", "a cat", "--save-dir", str(tmp_path / "folder"), "--seed", "3") == 0
+    assert (tmp_path / "file/sample_0.mp4").read_bytes() == (tmp_path / "folder/sample_0.mp4").read_bytes()
+    deeper = [word.replace("depth=1", "depth=2") for word in common]
+    assert run(["sample", *deeper, "--ckpt-path", str(tmp_path / "ema.pt"), "--save-dir", str(tmp_path)]) == 1
+    assert "do not fit the model: missing blocks.1" in capsys.readouterr().err
