@@ -7,7 +7,11 @@
 from setuptools import find_packages, setup
 
 # A folder at the top of the repository and the package it becomes.
-TOP_LEVEL_FOLDERS = {"kernels": "opensora_fast.kernels", "train": "opensora_fast.train", "benchmarks": "opensora_fast.benchmarks"}
+TOP_LEVEL_FOLDERS = {
+    "kernels": "opensora_fast.kernels",
+    "train": "opensora_fast.train",
+    "benchmarks": "opensora_fast.benchmarks",
+}
 
 
 def list_packages() -> list[str]:
@@ -55,7 +59,15 @@ setup(
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.0"],
         "demo": ["scikit-video==1.1.11"],
-        "dev": ["pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "scikit-video==1.1.11"],
+        "dev": [
+            "pytest",
+            "pytest-benchmark",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "scikit-video==1.1.11",
+        ],
         "colossalai": ["colossalai==0.5.0"],
     },
     entry_points={"console_scripts": ["opensora-fast=opensora_fast.cli:main"]},
