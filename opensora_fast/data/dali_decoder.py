@@ -6,14 +6,16 @@ The list of frames and the sizes belong to each sample, so clips of any buckets 
 anew for another shape. DALI fails a whole batch for one bad sample: it is then halved until the bad one is alone.
 
 What DALI does not notice is checked before, by reading (not decoding) the file: it pads a file that is cut off with
-black, counts frames that an edit list or VP8 hides, and mistakes a frame of another size than the first. Damage that
-only shows in decoding is found by DALI's decoder, or, where that patches the picture up, not at all.
+black, counts frames that an edit list or VP8 hides, mistakes a frame of another size than the first, and crashes where
+a damaged index points 2 GiB beyond the end (its file reader subtracts positions in 32 bits). Damage that only shows in
+decoding is found by DALI's decoder, or, where that patches the picture up, not at all.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,7 @@ CODECS = {
 """What DALI 2.4 decodes on a device. Which of them a GPU can depends on its generation as well."""
 
 MAXIMUM_BATCH = 16
+MAXIMUM_BYTES = 1 << 31
 INSTALL_HINT = "install it with `pip install nvidia-dali-cuda130` (or nvidia-dali-cuda120), or use PyAV"
 
 
@@ -57,6 +60,20 @@ class _Sample:
     data: np.ndarray
     source_size: tuple[int, int]
     crop: CoverCrop
+
+
+class _WatchedFile(io.BytesIO):
+    """Remembers whether somebody went so far beyond its end that DALI's reader would crash there."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.size = len(content)
+        self.was_left = False
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_SET and position - self.size >= MAXIMUM_BYTES:
+            self.was_left = True
+        return super().seek(position, whence)
 
 
 class DaliDecoder:
@@ -131,6 +148,8 @@ class DaliDecoder:
             return decode_request(request)
         try:
             check_file(request.path)
+            if os.path.getsize(request.path) >= MAXIMUM_BYTES:
+                raise ClipError("a file of 2 GiB or more, which DALI cannot read: use PyAV")
             with open(request.path, "rb") as file:
                 content = file.read()
             size = self._inspect(content, max(request.frames))
@@ -143,7 +162,8 @@ class DaliDecoder:
 
     def _inspect(self, content: bytes, last_frame: int) -> tuple[int, int]:
         """Height and width of the frames. ClipError if DALI would refuse the file or not give the frames asked for."""
-        with open_video(io.BytesIO(content)) as (container, stream):
+        file = _WatchedFile(content)
+        with open_video(file) as (container, stream):
             codec = codec_name(stream)
             if codec not in self.codecs:
                 raise ClipError(
@@ -158,6 +178,8 @@ class DaliDecoder:
                 if count <= last_frame:
                     _check_packet(packet, codec, size, count)
                 count += 1
+        if file.was_left:
+            raise ClipError("damaged: it points to places far outside of it")
         if last_frame >= count:
             raise ClipError(f"has only {count} frames, frame {last_frame} is asked for")
         return size

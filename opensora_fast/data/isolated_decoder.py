@@ -1,8 +1,8 @@
 """A decoder in a process of its own: a crash or a hang inside a library costs one clip, not the run.
 
-DALI on the CPU needs this: it believes the sizes that a container states, and a file in which a few bits are wrong can
-make it read past the end of a picture. The clips come back through a pipe, which costs about a millisecond for each
-MiB. The first process of a run takes some seconds to start, one after a crash less than a second.
+DALI on the CPU gets one: among some thousand damaged clips there was one that crashed it. The clips come back through a
+pipe, which costs about a millisecond for each MiB. The first process of a run takes some seconds to start, one after a
+crash less than a second.
 """
 
 from __future__ import annotations

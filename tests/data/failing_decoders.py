@@ -7,6 +7,7 @@ import time
 import torch
 
 from opensora_fast.data.clips import BadClip
+from opensora_fast.data.dali_decoder import DaliDecoder
 
 
 class FailingDecoder:
@@ -40,3 +41,13 @@ def make_nothing():
 
 def end_at_once():
     os._exit(1)
+
+
+class CarelessDaliDecoder(DaliDecoder):
+    """DALI on the CPU without the checks made beforehand; all files have frames of 72 x 128."""
+
+    def __init__(self):
+        super().__init__("cpu", threads=1)
+
+    def _inspect(self, content, last_frame):
+        return 72, 128

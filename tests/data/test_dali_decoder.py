@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from coded_clips import CODINGS, Coding, draw_frames, read_all, write_clip
+from failing_decoders import CarelessDaliDecoder
 from PIL import Image
 from test_pyav_decoder import join, move_index_to_the_front
 
 from opensora_fast.data import dali_decoder
 from opensora_fast.data.clips import BadClip, ClipRequest
 from opensora_fast.data.dali_decoder import DaliDecoder, build_pipeline, find_cause
+from opensora_fast.data.isolated_decoder import IsolatedDecoder
 from opensora_fast.data.pyav_decoder import PyAVDecoder
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -212,6 +214,37 @@ def test_truncated_file_with_a_whole_index(tmp_path, dali):
     assert re.search("is asked for|cut off near", reason(late))
 
 
+def test_index_that_points_far_outside(tmp_path, dali, files):
+    """Eight bytes that make DALI itself crash: its reader subtracts positions in 32 bits and reads before its data."""
+    path = point_far_outside(write_clip(tmp_path, "mjpeg", 12))
+    requests = [
+        ClipRequest(0, str(path), (0, 5), (24, 32), False),
+        ClipRequest(1, str(files[0]), (0, 5), (24, 32), False),
+    ]
+    refused, clip = dali.decode(requests)
+    assert reason(refused) == "damaged: it points to places far outside of it"
+    assert isinstance(clip, torch.Tensor)
+
+
+def test_a_crash_of_dali_costs_one_clip(tmp_path, files):
+    """The same file past the check: the process of the decoder is lost, and nothing else."""
+    path = point_far_outside(write_clip(tmp_path, "mjpeg", 12))
+    decoder = IsolatedDecoder(CarelessDaliDecoder, time_limit=60)
+    requests = [ClipRequest(row, str(path if row == 1 else files[0]), (0, 5), (72, 128), False) for row in range(4)]
+    results = decoder.decode(requests)
+    decoder.close()
+    assert [isinstance(result, torch.Tensor) for result in results] == [True, False, True, True]
+    assert reason(results[1]) == "decoding crashed (SIGSEGV)"
+
+
+def test_files_of_two_gibibytes(tmp_path, dali):
+    path = tmp_path / "large.webm"
+    with open(path, "wb") as file:
+        file.truncate(2**31)
+    (result,) = dali.decode([ClipRequest(0, str(path), (0, 5), (24, 32), False)])
+    assert reason(result) == "a file of 2 GiB or more, which DALI cannot read: use PyAV"
+
+
 def test_hang_costs_one_clip(files, monkeypatch):
     import time
 
@@ -282,6 +315,15 @@ class DaliSession:
 
     def __exit__(self, *error):
         self.decoder.close()
+
+
+def point_far_outside(path):
+    """Replace the chunk after the frames of an AVI file, its index, by one that claims to be 3 GiB long."""
+    content = bytearray(path.read_bytes())
+    place = content.rfind(b"idx1")
+    content[place : place + 8] = b"XXXX" + (3 << 30).to_bytes(4, "little")
+    path.write_bytes(content)
+    return path
 
 
 def copy_packet(packet, data):
