@@ -113,11 +113,8 @@ def residual_norm_backward(
             tl.store(d_x + row + wide, d_wide, mask=in_wide)
             tl.store(d_x + row + tail, d_tail, mask=in_tail)
         if WANTS_GATE:
-            branch_wide = load_row(branch, row, wide, in_wide)
-            branch_tail = load_row(branch, row, tail, in_tail)
-            if bias is not None:
-                branch_wide += bias_wide
-                branch_tail += bias_tail
+            branch_wide = load_row(branch, row, wide, in_wide) + bias_wide
+            branch_tail = load_row(branch, row, tail, in_tail) + bias_tail
             gate_sum_wide += d_wide * branch_wide
             gate_sum_tail += d_tail * branch_tail
         if gate is not None:

@@ -30,9 +30,9 @@ from .row_tiles import (
 
 @triton.jit
 def load_row(pointer, row, columns, within):
-    """Some columns of one row in float32, or None where there is no tensor; `row` counts elements."""
+    """Some columns of one row in float32, or zeros where there is no tensor; `row` counts elements."""
     if pointer is None:
-        return None
+        return tl.zeros_like(columns).to(tl.float32)
     else:
         return tl.load(pointer + row + columns, mask=within, other=0.0).to(tl.float32)
 
@@ -44,15 +44,13 @@ def sum_row(wide, tail, WIDE: tl.constexpr, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _add_branch(x, branch, gate, bias, row, columns, within):
-    """x + gate · (branch + bias) in float32 [columns]; gate and bias [columns] or None."""
+def _add_branch(x, branch, gate, gate_row, bias_row, row, columns, within):
+    """x + gate · (branch + bias) in float32 [columns]; without a gate times one, without a branch x alone."""
     value = load_row(x, row, columns, within)
     if branch is not None:
-        added = load_row(branch, row, columns, within)
-        if bias is not None:
-            added += bias
+        added = load_row(branch, row, columns, within) + bias_row
         if gate is not None:
-            added *= gate
+            added *= gate_row
         value += added
     return value
 
@@ -96,8 +94,8 @@ def residual_norm_forward(
     for step in tl.range(0, count, num_stages=STAGES):
         token = first + step
         row = token * C
-        value_wide = _add_branch(x, branch, gate_wide, bias_wide, row, wide, in_wide)
-        value_tail = _add_branch(x, branch, gate_tail, bias_tail, row, tail, in_tail)
+        value_wide = _add_branch(x, branch, gate, gate_wide, bias_wide, row, wide, in_wide)
+        value_tail = _add_branch(x, branch, gate, gate_tail, bias_tail, row, tail, in_tail)
         if residual is not None:
             # The norm sees what is stored, so that the backward, which loads it, sees the same.
             stored_wide = value_wide.to(residual.dtype.element_ty)
