@@ -1,7 +1,8 @@
 """Packaging of opensora_fast.
 
 `kernels/`, `train/` and `benchmarks/` stand at the top of the repository, where a reader looks for them, and install as
-`opensora_fast.kernels`, `.train` and `.benchmarks`: a bare `kernels` in site-packages would collide with another project.
+`opensora_fast.kernels`, `.train` and `.benchmarks`: a bare `kernels` in site-packages would collide with another
+project.
 """
 
 from setuptools import find_packages, setup
