@@ -85,7 +85,7 @@ class _Run:
             calls: dict[str, Call] = {}
             memory: dict[str, int] = {}
             for provider in able:
-                if provider.name not in judgements:
+                if provider.name not in judgements or self._row(provider, direction).key in self.session.finished:
                     continue
                 with self.session.watch([self._row(provider, direction)], "first calls"):
                     call = self._try(provider, lambda p=provider, make=make_call: self._first_calls(p, make), direction)

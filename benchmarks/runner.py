@@ -59,6 +59,7 @@ def run_cases(
     report = report or Report()
     session.learn(existing)
     finished = {row.key for row in existing if not (refresh and _is_of_another_state(row, session))} | refused_before
+    session.finished = finished
     ordered = sorted(cases, key=lambda case: -case.value)
     report.finished_before = sum(key in finished for case in ordered for key in case.planned_rows())
     waiting = [case for case in ordered if case.unfinished(finished)]

@@ -70,6 +70,7 @@ class Session:
         self.deadline = deadline
         self.seconds_factor = seconds_factor
         self.case_name = ""
+        self.finished: set[Key] = set()  # rows that nobody needs to measure again
         self._bandwidth = 0.0
         self._matrix_flops: dict[str, float] = {}
         self._shared: dict[str, Any] = {}

@@ -22,6 +22,7 @@ from .plan import INTERRUPTED, RESTART, Death, Plan
 
 RUNNING_FILE = "running.json"
 STALL_SECONDS = 300.0  # compiling a whole model takes a minute or two, in which there is no sign of life
+START_SECONDS = 300.0  # until the first one
 GRACE_SECONDS = 30.0  # between asking a worker to stop and ending it
 MOST_RESTARTS = 100
 POLL_SECONDS = 0.1
@@ -37,9 +38,9 @@ def supervise(plan: Plan, stall_seconds: float = STALL_SECONDS, command: list[st
     """
     command = command or [sys.executable, "-m", "opensora_fast.benchmarks.worker"]
     running = Path(plan.folder) / RUNNING_FILE
-    running.unlink(missing_ok=True)  # of a run that was ended from outside
     before = None
     for _ in range(MOST_RESTARTS):
+        running.unlink(missing_ok=True)  # of the worker before, or of a run that was ended from outside
         code, silence = _run_worker([*command, plan.to_json()], plan.deadline, running, stall_seconds)
         if code == RESTART:
             plan = replace(plan, deaths=[])
@@ -49,9 +50,9 @@ def supervise(plan: Plan, stall_seconds: float = STALL_SECONDS, command: list[st
         if time.time() >= (plan.deadline or float("inf")):
             return INTERRUPTED
         state = _read_running(running)
-        if state is None or state == before:
-            return code if code > 0 else 128 - code  # it died before it did anything
-        before = state
+        if state is None or (state, plan.careful) == before:
+            return code if code > 0 else 128 - code  # it died before it did anything new
+        before = state, plan.careful
         reason = silence or f"its process was ended by {_name_signal(code)}"
         plan = _blame(replace(plan, deaths=[]), state, reason)
     return RESTART
@@ -69,7 +70,7 @@ def _run_worker(
     command: list[str], deadline: float | None, running: Path, stall_seconds: float
 ) -> tuple[int, str | None]:
     """(exit code, why it was ended for silence or None)."""
-    started = time.time()
+    start = time.time()
     process = subprocess.Popen(command)
     with _forward_signals(process) as asked:
         while process.poll() is None:
@@ -80,10 +81,12 @@ def _run_worker(
                 process.terminate()
             if asked and now - asked[0] > GRACE_SECONDS:
                 process.kill()
-            if now - max(started, _modified(running)) > stall_seconds:
+            last_sign = _modified(running)
+            limit = stall_seconds if last_sign else START_SECONDS
+            if now - (last_sign or start) > limit:
                 process.kill()
                 process.wait()
-                return process.returncode, f"it gave no sign of life for {stall_seconds:g} s"
+                return process.returncode, f"it gave no sign of life for {limit:g} s"
         return process.returncode, None
 
 

@@ -9,12 +9,13 @@ import dataclasses
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from .case import Case
-from .plan import DONE, ERROR, INTERRUPTED, RESTART, WRONG, Plan
+from .plan import DONE, ERROR, INTERRUPTED, RESTART, WRONG, Death, Plan
 from .rows import check_device, read_folder
 from .runner import Report, run_cases
 from .session import REFUSED_FILE, RUNNING_FILE, DeviceLostError, Session
@@ -36,11 +37,18 @@ def run(plan: Plan) -> int:
     # Ctrl-C reaches the whole process group; the supervisor decides and asks by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _run(plan)
+    except KeyboardInterrupt:  # before the first case
+        return INTERRUPTED
+
+
+def _run(plan: Plan) -> int:
     folder = Path(plan.folder)
     cases = list_cases(plan.suite, plan.device, plan.providers, plan.words)
     session = Session(plan.device, folder, plan.commit, plan.deadline)
     check_device(read_folder(folder), session.environment, folder)
-    _record_deaths(plan, cases, session)
+    record_deaths(plan.deaths, cases, session)
     existing = read_folder(folder)
     refused_before = read_refused_keys(folder, session)
     report = Report()
@@ -51,6 +59,7 @@ def run(plan: Plan) -> int:
         return RESTART
     except KeyboardInterrupt:
         code = DONE if session.seconds_left <= 0 else INTERRUPTED
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is measured: nothing to stop
     (folder / RUNNING_FILE).unlink(missing_ok=True)
     return print_report(report, cases, plan, session, folder) or code
 
@@ -60,10 +69,11 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _record_deaths(plan: Plan, cases: list[Case], session: Session) -> None:
-    """Failed rows for what took a process down before this one."""
-    present = {row.key for row in read_folder(Path(plan.folder))}
-    for death in plan.deaths:
+def record_deaths(deaths: Sequence[Death], cases: Sequence[Case], session: Session) -> None:
+    """Writes failed rows for what took a process down before this one."""
+    assert session.folder is not None
+    present = {row.key for row in read_folder(session.folder)}
+    for death in deaths:
         planned = next((case.planned_rows() for case in cases if case.identity == death.case), {})
         for key in map(tuple, death.keys or list(planned)):
             if key in planned and key not in present:
