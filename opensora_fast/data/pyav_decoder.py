@@ -33,6 +33,7 @@ from opensora_fast.data.worker_threads import Overdue, WorkerThreads
 if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.frame import VideoFrame
+    from av.video.reformatter import VideoReformatter
 
 FRAMES_NOT_WORTH_SEEKING = 8
 TIME_LIMIT = 60.0
@@ -207,6 +208,9 @@ def _collect(
     must_be_exact: bool = False,
 ) -> None:
     """Decode packets, of which the first shown frame is frame `number`, up to the last wanted frame."""
+    from av.video.reformatter import VideoReformatter
+
+    reformatter = VideoReformatter()
     last = max(wanted)
     size = None
     first_timestamp = previous = None
@@ -225,7 +229,7 @@ def _collect(
             if number in wanted:
                 if frame.is_corrupt:
                     raise ClipError(f"frame {number} is damaged")
-                take(number, to_rgb(frame))
+                take(number, to_rgb(frame, reformatter))
             number += 1
             if number > last:
                 return
@@ -239,17 +243,23 @@ def _follows(timestamp: int | None, previous: int | None, first: int | None) -> 
     return timestamp == first if previous is None else timestamp > previous
 
 
-def to_rgb(frame: VideoFrame) -> np.ndarray:
-    """Colors of a decoded frame: uint8 [H, W, 3]."""
-    from av.video.reformatter import Colorspace, Interpolation
+def to_rgb(frame: VideoFrame, reformatter: VideoReformatter | None = None) -> np.ndarray:
+    """Colors of a decoded frame: uint8 [H, W, 3].
 
-    return frame.to_ndarray(
+    A reformatter that is used for all frames of a clip keeps its tables; making them for each takes as long as the
+    conversion of a small frame.
+    """
+    from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+
+    converted = (reformatter or VideoReformatter()).reformat(
+        frame,
         format="rgb24",
         interpolation=Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
         src_colorspace=Colorspace.ITU601,
         dst_colorspace=Colorspace.ITU601,
         threads=1,
     )
+    return converted.to_ndarray()
 
 
 def iterate_frames(path: str, threads: int = 0) -> Iterator[np.ndarray]:
@@ -257,6 +267,9 @@ def iterate_frames(path: str, threads: int = 0) -> Iterator[np.ndarray]:
 
     `threads` is the number that the codec may use, 0 for its own choice.
     """
+    from av.video.reformatter import VideoReformatter
+
+    reformatter = VideoReformatter()
     with open_video(path, threads) as (container, stream):
         for frame in container.decode(stream):
-            yield to_rgb(frame)
+            yield to_rgb(frame, reformatter)

@@ -76,7 +76,9 @@ def test_first_key_picture_of_an_open_group_is_not_trusted(tmp_path, starts):
 def test_decodes_only_up_to_the_last_wanted_frame(tmp_path, monkeypatch):
     path = write_clip(tmp_path, "vp9 webm")
     converted = []
-    monkeypatch.setattr(pyav_decoder, "to_rgb", lambda frame: converted.append(frame) or np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setattr(
+        pyav_decoder, "to_rgb", lambda frame, _: converted.append(frame) or np.zeros((4, 4, 3), np.uint8)
+    )
     read_frames(str(path), frozenset([3, 5]), lambda number, pixels: None)
     assert len(converted) == 2
 
