@@ -193,19 +193,29 @@ def test_so_many_bad_clips_that_something_else_is_wrong():
 
 
 def test_runs_ahead_while_the_consumer_works():
-    decoder = FakeDecoder(seconds=0.05)
+    class Gated(FakeDecoder):
+        gate = threading.Event()
+
+        def decode(self, requests):
+            assert self.gate.wait(30)
+            return super().decode(requests)
+
+    decoder = Gated()
+    decoder.gate.set()
     loader = make_loader(decoder, prefetch=2)
     batches = iter(loader)
     next(batches)
-    time.sleep(0.4)
-    assert len(decoder.requests) >= 2 * 3, "the next two batches are there, and one more is being made"
-    assert len(decoder.requests) <= 2 * 4, "no further ahead than asked for"
+    deadline = time.monotonic() + 30
+    while len(decoder.requests) < 2 * 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(decoder.requests) == 2 * 4, "two batches wait, the next one is made, and no further"
+    decoder.gate.clear()
+    assert [next(batches).index for _ in range(3)] == [1, 2, 3], "without any decoding"
     waited = loader.data_wait
-    started = time.perf_counter()
-    next(batches)
-    next(batches)
-    assert time.perf_counter() - started < 0.045 and loader.data_wait - waited < 0.045
-    assert waited >= 0.04, "for the first one there was nothing to do but wait"
+    threading.Timer(0.3, decoder.gate.set).start()
+    assert next(batches).index == 4
+    assert 0.25 <= loader.data_wait - waited < 30
     batches.close()
     loader.close()
 

@@ -279,17 +279,17 @@ class TestBadFiles:
         monkeypatch.setattr(
             pyav_decoder,
             "decode_request",
-            lambda request, *rest: time.sleep(3) if request.row == 1 else real(request, *rest),
+            lambda request, *rest: time.sleep(12) if request.row == 1 else real(request, *rest),
         )
-        decoder = PyAVDecoder(threads=2, time_limit=0.2)
+        decoder = PyAVDecoder(threads=2, time_limit=1.0)
         requests = [ClipRequest(row, str(path), (0, 5), SIZE, False) for row in range(5)]
         started = time.monotonic()
         results = decoder.decode(requests)
-        assert time.monotonic() - started < 2.5
+        assert time.monotonic() - started < 10
         assert "hung" in bad(results[1])
         assert [isinstance(result, torch.Tensor) for result in results] == [True, False, True, True, True]
         decoder.close()
-        assert time.monotonic() - started < 2.5, "closing does not wait for the thread that is stuck"
+        assert time.monotonic() - started < 10, "closing does not wait for the thread that is stuck"
 
 
 def test_close_ends_all_threads():

@@ -19,7 +19,7 @@ def test_results_in_order_and_in_parallel():
 def test_overdue_jobs_are_left_behind_and_the_others_go_on():
     release = threading.Event()
     workers = WorkerThreads(1, "test")
-    results = workers.map(lambda item: release.wait(20) if item == 1 else item, [0, 1, 2], 0.2)
+    results = workers.map(lambda item: release.wait(20) if item == 1 else item, [0, 1, 2], 1.0)
     assert results[0] == 0 and isinstance(results[1], Overdue) and results[2] == 2
     assert workers.abandoned == 1
     assert workers.map(str, [5], 10) == ["5"]
@@ -29,7 +29,7 @@ def test_overdue_jobs_are_left_behind_and_the_others_go_on():
 
 def test_waiting_in_the_queue_is_not_overdue():
     workers = WorkerThreads(1, "test")
-    assert workers.map(lambda item: time.sleep(0.15) or item, [1, 2, 3], 0.3) == [1, 2, 3]
+    assert workers.map(lambda item: time.sleep(0.5) or item, [1, 2, 3], 1.3) == [1, 2, 3]
     assert workers.abandoned == 0
     workers.close()
 
