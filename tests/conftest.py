@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 
 import pytest
 import torch
@@ -34,12 +35,16 @@ def quick_interpreter() -> Iterator[None]:
     original_patch, original_launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[frozenset[int]] = set()
 
-    def patch_once(function):
+    @lru_cache(maxsize=None)
+    def visible_languages(function) -> frozenset[int]:
         languages = (interpreter.tl, interpreter.tl.core)
-        key = frozenset(id(value) for value in function.__globals__.values() if any(value is tl for tl in languages))
-        if key in patched:
+        return frozenset(id(value) for value in function.__globals__.values() if any(value is tl for tl in languages))
+
+    def patch_once(function):
+        languages = visible_languages(function)
+        if languages in patched:
             return interpreter._LangPatchScope()
-        patched.add(key)
+        patched.add(languages)
         return original_patch(function)
 
     def launch(executor, *arguments, **keywords):
