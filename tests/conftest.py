@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def quick_interpreter() -> Iterator[None]:
     original_patch, original_launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[frozenset[int]] = set()
 
-    @lru_cache(maxsize=None)
+    @cache
     def visible_languages(function) -> frozenset[int]:
         languages = (interpreter.tl, interpreter.tl.core)
         return frozenset(id(value) for value in function.__globals__.values() if any(value is tl for tl in languages))
