@@ -19,8 +19,9 @@ from torch import Tensor
 # Every layout holds the tile tables of these sizes, so that using one neither builds nor copies anything; a kernel
 # configuration chooses among them.
 FRAME_TILE_SIZES = (16, 32, 64, 128)
-# Rows of the tiles of temporal attention; videos of more frames are cut into blocks of so many.
-PLACE_TILE_ROWS = 64
+# Rows of the tiles of temporal attention, and of the blocks into which longer videos are cut.
+PLACE_TILE_ROWS = (64, 128)
+PLACE_BLOCK_ROWS = 64
 # Tiles of a frame are equally long up to this many tokens.
 _TILE_STEP = 8
 
@@ -62,10 +63,7 @@ class PackLayout:
         token_frame [N]: frame of each token, counted over the whole pack.
         tile_tables: for each size of FRAME_TILE_SIZES what `frame_tiles` and `video_tiles` return.
         frame_position [F]: number of each frame within its video; the position of the rotary embedding.
-        place_tiles [tiles, 4]: for videos of at most PLACE_TILE_ROWS frames, tiles of as many whole places as fit into
-            PLACE_TILE_ROWS rows: token of the first frame at the first place, T, S and number of places.
-        place_blocks [blocks, 4]: for longer videos, blocks of PLACE_TILE_ROWS frames of one place: token of the first
-            frame at the place, T, S and first frame of the block.
+        place_tables: for each size of PLACE_TILE_ROWS what `place_tiles` returns.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
@@ -77,8 +75,7 @@ class PackLayout:
     token_frame: Tensor
     tile_tables: dict[int, tuple[Tensor, Tensor]]
     frame_position: Tensor
-    place_tiles: Tensor
-    place_blocks: Tensor
+    place_tables: dict[int, tuple[Tensor, Tensor, Tensor]]
 
     @staticmethod
     def of(shapes: Sequence[Sequence[int]], device: torch.device | str) -> PackLayout:
@@ -163,6 +160,26 @@ class PackLayout:
             raise ValueError(f"frame_tiles: size {size} is not one of FRAME_TILE_SIZES = {FRAME_TILE_SIZES}")
         return self.tile_tables[size]
 
+    def place_tiles(self, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Cuts the places (all frames of one position) into tiles for temporal attention.
+
+        Args:
+            longest: videos of at most so many frames have whole places in a tile; one of PLACE_TILE_ROWS.
+
+        Returns:
+            tiles of 64 rows int32 [tiles, 4]: for videos of at most 64 frames, as many whole places as fit: token of
+                the first frame at the first place, T, S and the number of places;
+            tiles of 128 rows, the same for videos of 65 to 128 frames if `longest` is 128, else none;
+            blocks int32 [blocks, 4]: for longer videos, 64 frames of one place: token of the first frame at the place,
+                T, S and the first frame of the block.
+
+        Raises:
+            ValueError: `longest` is not one of PLACE_TILE_ROWS.
+        """
+        if longest not in self.place_tables:
+            raise ValueError(f"place_tiles: longest {longest} is not one of PLACE_TILE_ROWS = {PLACE_TILE_ROWS}")
+        return self.place_tables[longest]
+
     def modulation_rows(self, x_masks: Sequence[Tensor | None] | Tensor | None) -> Tensor:
         """Returns for each frame its row in a modulation table, int32 [F].
 
@@ -237,8 +254,9 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
             for size in FRAME_TILE_SIZES
         },
         frame_position=place(torch.cat([torch.arange(shape[0]) for shape in shapes])),
-        place_tiles=place(_tile_places(shapes, PLACE_TILE_ROWS)),
-        place_blocks=place(_block_places(shapes, PLACE_TILE_ROWS)),
+        place_tables={
+            longest: tuple(place(table) for table in _tile_places(shapes, longest)) for longest in PLACE_TILE_ROWS
+        },
     )
 
 
@@ -258,40 +276,28 @@ def _tile_frames(tokens_of_frame: Tensor, frames: Tensor, size: int) -> tuple[Te
     return tiles, _starts(tiles_of_frame)[_starts(frames)]
 
 
-def _tile_places(shapes: tuple[tuple[int, ...], ...], rows: int) -> Tensor:
-    """Tiles of whole places of the videos of at most `rows` frames, in the order of the tokens: [tiles, 4]."""
-    tiles, token = [torch.empty(0, 4, dtype=torch.int64)], 0
-    for frames, height, width in shapes:
-        places = height * width
-        if frames <= rows:
-            first = torch.arange(0, places, rows // frames)
-            count = torch.clamp(places - first, max=rows // frames)
-            tiles.append(
-                torch.stack([token + first, torch.full_like(first, frames), torch.full_like(first, places), count], 1)
-            )
-        token += frames * places
-    return torch.cat(tiles)
-
-
-def _block_places(shapes: tuple[tuple[int, ...], ...], rows: int) -> Tensor:
-    """Blocks of `rows` frames of each place of the videos of more than `rows` frames: [blocks, 4].
+def _tile_places(shapes: tuple[tuple[int, ...], ...], longest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `PackLayout.place_tiles`.
 
     The blocks of one place come one after another, so that they find its keys and values in the cache.
     """
-    blocks, token = [torch.empty(0, 4, dtype=torch.int64)], 0
+    small, large = PLACE_TILE_ROWS
+    tables, token = [[torch.empty(0, 4, dtype=torch.int64)] for _ in range(3)], 0
     for frames, height, width in shapes:
         places = height * width
-        if frames > rows:
-            first_frame = torch.arange(0, frames, rows)
-            place = torch.arange(places).repeat_interleave(len(first_frame))
-            first_frame = first_frame.repeat(places)
-            blocks.append(
-                torch.stack(
-                    [token + place, torch.full_like(place, frames), torch.full_like(place, places), first_frame], 1
-                )
-            )
+        if frames <= longest:
+            rows = small if frames <= small else large
+            first = torch.arange(0, places, rows // frames)
+            last = torch.clamp(places - first, max=rows // frames)
+        else:
+            rows = None
+            starts = torch.arange(0, frames, PLACE_BLOCK_ROWS)
+            first = torch.arange(places).repeat_interleave(len(starts))
+            last = starts.repeat(places)
+        columns = token + first, torch.full_like(first, frames), torch.full_like(first, places), last
+        tables[(small, large, None).index(rows)].append(torch.stack(columns, dim=1))
         token += frames * places
-    return torch.cat(blocks)
+    return tuple(torch.cat(table) for table in tables)
 
 
 def _starts(lengths: Tensor) -> Tensor:

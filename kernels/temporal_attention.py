@@ -3,20 +3,26 @@
     y = softmax(norm(rotate(q)) · norm(rotate(k))ᵀ / sqrt(D)) · v   at each place and head; position = frame index
 
 Replaces in ST-DiT-2: everything between `attn_temp.qkv` and `attn_temp.proj`, the transposes to and from
-[places, frames] included: qkv is read in place. Kernels: temporal_attention_forward and _backward for videos of at most
-64 frames, temporal_attention_long beyond; a pack may hold both. Limits: head size a multiple of 8 up to 128; float32,
-float16, bfloat16. No atomics: two runs give equal bits.
+[places, frames] included: qkv is read in place.
+
+Limits: head size a multiple of 8 up to 128; any number of frames, and packs of any mixture. No atomics: two runs give
+equal bits. No gradient of the angles.
+
+Kernels: temporal_attention_forward and _backward where a tile of 64 or 128 rows holds all frames of a place,
+temporal_attention_long_forward and _long_backward beyond.
 
 Letters: N tokens, H heads, D head size, T frames of a video, S tokens of a frame.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from .checks import check_tensor
-from .layout import PackLayout
+from .layout import PLACE_TILE_ROWS, PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
 from .registration import choose_backend
 from .spatial_attention import check_head_size, check_self_attention
@@ -85,10 +91,22 @@ def temporal_attention(
         return temporal_attention_reference(qkv, q_weight, k_weight, cos, sin, layout, eps)
     check_head_size(op, qkv.shape[3])
     cos, sin = cos.detach().float(), sin.detach().float()
-    return _temporal_attention(qkv, q_weight, k_weight, cos, sin, layout.place_tiles, layout.place_blocks, eps)[0]
+    return _temporal_attention(qkv, q_weight, k_weight, cos, sin, *layout.place_tiles(longest_tile(qkv.device)), eps)[0]
 
 
-# ---- registration: tensors and numbers only; `tiles` and `blocks` are the layout's place_tiles and place_blocks ----
+def longest_tile(device: torch.device) -> int:
+    """The longest video whose frames one tile holds. 128 rows need the shared memory of sm_90 and sm_100."""
+    if device.type == "cuda" and _shared_memory(device) < 200 * 1024:
+        return 64
+    return 128
+
+
+@lru_cache(maxsize=64)
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+# ---- registration: tensors and numbers only; the tables are those of `layout.place_tiles` ----
 
 
 @torch.library.custom_op("opensora_fast::temporal_attention", mutates_args=())
@@ -99,22 +117,24 @@ def _temporal_attention(
     cos: Tensor,
     sin: Tensor,
     tiles: Tensor,
+    large_tiles: Tensor,
     blocks: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [N, H, D], and for long videos log2 of each row's sum of exp2 [N, H] (else empty)."""
     from .temporal_attention_forward import launch_forward
-    from .temporal_attention_long import launch_long_forward
+    from .temporal_attention_long_forward import launch_long_forward
 
     output, log_sums = _allocate_outputs(qkv, blocks)
     inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
-    launch_forward(*inputs, tiles, output, eps)
+    for table, rows in zip((tiles, large_tiles), PLACE_TILE_ROWS, strict=True):
+        launch_forward(*inputs, table, rows, output, eps)
     launch_long_forward(*inputs, blocks, output, log_sums, eps)
     return output, log_sums
 
 
 @_temporal_attention.register_fake
-def _(qkv, q_weight, k_weight, cos, sin, tiles, blocks, eps):
+def _(qkv, q_weight, k_weight, cos, sin, tiles, large_tiles, blocks, eps):
     return _allocate_outputs(qkv, blocks)
 
 
@@ -135,6 +155,7 @@ def _temporal_attention_backward(
     cos: Tensor,
     sin: Tensor,
     tiles: Tensor,
+    large_tiles: Tensor,
     blocks: Tensor,
     output: Tensor,
     log_sums: Tensor,
@@ -143,29 +164,31 @@ def _temporal_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of qkv, q_weight and k_weight; the last two are empty where they are not wanted."""
     from .temporal_attention_backward import launch_backward
-    from .temporal_attention_long import launch_long_backward
+    from .temporal_attention_long_backward import launch_long_backward
 
     qkv_gradient, q_weight_gradient, k_weight_gradient = _allocate_gradients(qkv, q_weight, k_weight, wants_weights)
     heads, head_size = qkv.shape[2:]
-    short, long = (
-        torch.empty(table.shape[0] * heads, head_size, dtype=torch.float32, device=qkv.device)
-        if wants_weights
-        else None
-        for table in (tiles, blocks)
-    )
+    tables = (tiles, large_tiles, blocks)
+    programs = [table.shape[0] * heads for table in tables]
+    # Each program's part of G, see temporal_attention_backward.
+    sums = torch.empty(sum(programs), head_size, dtype=torch.float32, device=qkv.device) if wants_weights else None
+    parts = [None] * 3 if sums is None else sums.split(programs)
     inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
     output_gradient = output_gradient.contiguous()
-    launch_backward(output_gradient, *inputs, tiles, qkv_gradient, short, eps)
-    launch_long_backward(output_gradient, *inputs, blocks, output, log_sums, qkv_gradient, long, eps)
-    if wants_weights:
-        sums = short.sum(dim=0) + long.sum(dim=0)
+    for table, rows, part in zip(tables[:2], PLACE_TILE_ROWS, parts[:2], strict=True):
+        launch_backward(output_gradient, *inputs, table, rows, qkv_gradient, part, eps)
+    launch_long_backward(output_gradient, *inputs, blocks, output, log_sums, qkv_gradient, parts[2], eps)
+    if sums is not None:
+        sums = sums.sum(dim=0)
         torch.mul(sums, k_weight, out=q_weight_gradient)
         torch.mul(sums, q_weight, out=k_weight_gradient)
     return qkv_gradient, q_weight_gradient, k_weight_gradient
 
 
 @_temporal_attention_backward.register_fake
-def _(output_gradient, qkv, q_weight, k_weight, cos, sin, tiles, blocks, output, log_sums, eps, wants_weights):
+def _(
+    output_gradient, qkv, q_weight, k_weight, cos, sin, tiles, large_tiles, blocks, output, log_sums, eps, wants_weights
+):
     return _allocate_gradients(qkv, q_weight, k_weight, wants_weights)
 
 

@@ -1,8 +1,8 @@
-"""Triton kernel of temporal attention, backward, for videos of at most 64 frames: one pass, no atomics.
+"""Triton kernel of temporal attention, backward, for videos whose frames fit into one tile of 64 or 128 rows.
 
-A program holds all frames of its places, so it recomputes the softmax and needs neither the output nor its statistics.
-With g the output's gradient, P the probabilities, q̂ k̂ the rotated rows over their RMS, r the reciprocal RMS, R the
-rotation and W = q_weight · k_weight,
+One pass, no atomics: a program holds all frames of its places, so it recomputes the softmax and needs neither the
+output nor its statistics. With g the output's gradient, P the probabilities, q̂ k̂ the rotated rows over their RMS, r the
+reciprocal RMS, R the rotation and W = q_weight · k_weight,
 
     dV = Pᵀ · g        dS = P · (g · Vᵀ - rowsum(P · (g · Vᵀ)))
     d q̂ = W · (dS · k̂) / sqrt(D)        d k̂ = W · (dSᵀ · q̂) / sqrt(D)
@@ -12,7 +12,7 @@ Both weights' gradients come from the one sum G = Σ (dS · k̂) · q̂ / sqrt(D
 k_weight · G, dk_weight = q_weight · G. Each program writes its part of G to a row of its own; the rows are summed
 afterwards. Without QK-norm r = W = 1 and the mean is left out.
 
-Bytes for each token: 14·H·D (half precision) and 288·H / 64 for G; images read g only and write, 8·H·D.
+Bytes for each token: 14·H·D (half precision), and 4·H·D / ROWS for G; images read g only and write, 8·H·D.
 """
 
 from __future__ import annotations
@@ -32,15 +32,25 @@ from .attention_tiles import (
     to_float32,
     zero_head,
 )
-from .configurations import Configuration, select
-from .layout import PLACE_TILE_ROWS
+from .configurations import CompileCase, Configuration, candidates_of, select
 from .registration import on_device
 from .rotary_tiles import load_angles
 from .temporal_tiles import finish_keys, finish_queries, normed_rows, place_rows, query_factors
 
+# EARLY reads v and the output's gradient before the queries are normed, which hides the wait for them behind that work
+# and costs 40 registers.
 CONFIGURATIONS = {
     "temporal_attention_backward": {
-        "any": (Configuration(num_warps=4, num_stages=1), Configuration(num_warps=8, num_stages=1)),
+        "64 rows": (
+            Configuration(EARLY=1, num_warps=4, num_stages=1),
+            Configuration(EARLY=0, num_warps=4, num_stages=1),
+            Configuration(EARLY=1, num_warps=8, num_stages=1),
+        ),
+        "64 rows@sm_80": (
+            Configuration(EARLY=0, num_warps=4, num_stages=1),
+            Configuration(EARLY=0, num_warps=8, num_stages=1),
+        ),
+        "128 rows": (Configuration(EARLY=0, num_warps=8, num_stages=1),),
     },
 }
 
@@ -60,6 +70,7 @@ def _backward(
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     LOG2_E: tl.constexpr = 1.4426950408889634
@@ -81,6 +92,9 @@ def _backward(
     k, key_reciprocal = normed_rows(k, cosines, sines, eps, NORM, HEAD_SIZE)
     k = to_dtype(k, dtype)
     q = load_head(queries, token, attends, TOKEN_STRIDE, HEAD_SIZE)
+    if EARLY:
+        g = load_head(output_gradient + in_token, token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)
+        v = load_head(keys + HEADS * HEAD_SIZE, token, attends, TOKEN_STRIDE, HEAD_SIZE)
     q, query_reciprocal = normed_rows(q, cosines, sines, eps, NORM, HEAD_SIZE)
     q = to_dtype(multiply(q, factors), dtype)
     logits = tl.where(place[:, None] == place[None, :], dot_rows(q, k), float("-inf"))  # [ROWS, ROWS]
@@ -88,11 +102,12 @@ def _backward(
     probabilities = tl.exp2(logits * LOG2_E - row_max[:, None])
     probabilities *= (1.0 / tl.sum(probabilities, axis=1))[:, None]
 
-    g = load_head(output_gradient + in_token, token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)
-    g = to_dtype(g, dtype)
+    if not EARLY:
+        g = load_head(output_gradient + in_token, token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)
     v_gradient = add_product(zero_head(ROWS, HEAD_SIZE), tl.trans(probabilities.to(dtype)), g)
     store_head(gradients + 2 * HEADS * HEAD_SIZE, v_gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)
-    v = load_head(keys + HEADS * HEAD_SIZE, token, attends, TOKEN_STRIDE, HEAD_SIZE)
+    if not EARLY:
+        v = load_head(keys + HEADS * HEAD_SIZE, token, attends, TOKEN_STRIDE, HEAD_SIZE)
     logit_gradient = dot_rows(g, v)
     along = tl.sum(probabilities * logit_gradient, axis=1)
     logit_gradient = (probabilities * (logit_gradient - along[:, None])).to(dtype)
@@ -100,14 +115,14 @@ def _backward(
     # Rows and angles are read again, now from the cache, rather than kept in registers. Being read after the products
     # also lets them decide where tiles lie from here on: a thread holds sixteen bytes of a row.
     k_gradient = add_product(zero_head(ROWS, HEAD_SIZE), tl.trans(logit_gradient), q)
-    q_gradient = add_product(zero_head(ROWS, HEAD_SIZE), logit_gradient, k)
     cosines = load_angles(cos, frame, HEAD_SIZE)
     sines = load_angles(sin, frame, HEAD_SIZE)
-    k = to_float32(load_head(keys, token, attends, TOKEN_STRIDE, HEAD_SIZE))
-    k_gradient = finish_keys(k_gradient, k, cosines, sines, key_reciprocal, NORM, HEAD_SIZE)
+    raw = to_float32(load_head(keys, token, attends, TOKEN_STRIDE, HEAD_SIZE))
+    k_gradient = finish_keys(k_gradient, raw, cosines, sines, key_reciprocal, NORM, HEAD_SIZE)
     store_head(gradients + HEADS * HEAD_SIZE, k_gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)
-    q = to_float32(load_head(queries, token, attends, TOKEN_STRIDE, HEAD_SIZE))
-    sums, q_gradient = finish_queries(q_gradient, q, cosines, sines, factors, query_reciprocal, NORM, HEAD_SIZE)
+    q_gradient = add_product(zero_head(ROWS, HEAD_SIZE), logit_gradient, k)
+    raw = to_float32(load_head(queries, token, attends, TOKEN_STRIDE, HEAD_SIZE))
+    sums, q_gradient = finish_queries(q_gradient, raw, cosines, sines, factors, query_reciprocal, NORM, HEAD_SIZE)
     if partials is not None:
         store_vector(partials + program * HEAD_SIZE, (sums[0] * SCALE, sums[1] * SCALE), HEAD_SIZE)
     store_head(gradients, q_gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)
@@ -121,11 +136,15 @@ def launch_backward(
     cos: Tensor,
     sin: Tensor,
     tiles: Tensor,
+    rows: int,
     qkv_gradient: Tensor,
     partials: Tensor | None,
     eps: float,
 ) -> None:
-    """Writes `qkv_gradient` of the short videos and the parts of G, float32 [tiles · H, D]. All contiguous."""
+    """Writes `qkv_gradient` of the videos in `tiles` of so many rows and the parts of G, float32 [tiles · H, D].
+
+    All contiguous.
+    """
     heads, head_size = qkv.shape[2:]
     if not tiles.shape[0]:
         return
@@ -143,6 +162,28 @@ def launch_backward(
             eps,
             HEADS=heads,
             HEAD_SIZE=head_size,
-            ROWS=PLACE_TILE_ROWS,
-            **select(CONFIGURATIONS, "temporal_attention_backward", "any", qkv.device).launch,
+            ROWS=rows,
+            **select(CONFIGURATIONS, "temporal_attention_backward", f"{rows} rows", qkv.device).launch,
         )
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    builds = [(64, "bf16"), (64, "fp16")]
+    if arch != "sm_80":  # whose videos of more than 64 frames take the kernels for long videos
+        builds.append((128, "bf16"))
+    return [_compile_case(arch, *build) for build in builds]
+
+
+def _compile_case(arch: str, rows: int, dtype: str) -> CompileCase:
+    pointers = ("qkv", "q_weight", "k_weight", "output_gradient", "qkv_gradient")
+    return CompileCase(
+        name="temporal_attention_backward",
+        kernel=_backward,
+        signature={name: f"*{dtype}" for name in pointers}
+        | {"cos": "*fp32", "sin": "*fp32", "tiles": "*i32", "partials": "*fp32", "eps": "fp32"},
+        constants={"HEADS": 16, "HEAD_SIZE": 72, "ROWS": rows},
+        configuration=candidates_of(CONFIGURATIONS, "temporal_attention_backward", f"{rows} rows", arch)[0],
+        dtype=dtype,
+        attention=True,
+        note=f"{rows} rows",
+    )

@@ -1,13 +1,13 @@
-"""Triton kernel of temporal attention, forward, for videos of at most 64 frames.
+"""Triton kernel of temporal attention, forward, for videos whose frames fit into one tile of 64 or 128 rows.
 
-One program computes one head of as many whole places as fit into 64 rows (T = 16: 4 places). Rows are read where qkv
-has them, a mask keeps the places of a tile apart, and all T keys are at hand, so the softmax is the ordinary one in one
-pass: the kernel is bound by memory, and leaving the maximum out (see temporal_attention_long) would gain nothing.
-Images (T = 1) read v only: their output is v, their probabilities are one. Heads are fastest in the grid: neighbours
-read neighbouring bytes of the same rows.
+One program computes one head of as many whole places as fit into the tile (T = 16: 4 places in 64 rows). Rows are read
+where qkv has them, a mask keeps the places of a tile apart, and all T keys are at hand, so the softmax is the ordinary
+one in one pass: the kernel is bound by memory, and leaving the maximum out, as the kernel for long videos does, would
+gain nothing. Images (T = 1) read v only: their output is v, their probabilities are one. Heads are fastest in the grid:
+neighbours read neighbouring bytes of the same rows.
 
 Bytes for each token: 8·H·D (half precision; images 4·H·D), the least possible. FLOPs for each token: 4·T·H·D useful,
-256·H·D done.
+4·ROWS·H·D done.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .attention_tiles import (
     to_dtype,
     zero_head,
 )
-from .configurations import Configuration, select
-from .layout import PLACE_TILE_ROWS
+from .configurations import CompileCase, Configuration, candidates_of, select
 from .registration import on_device
 from .rotary_tiles import load_angles
 from .temporal_tiles import normed_rows, place_rows, query_factors
 
 CONFIGURATIONS = {
     "temporal_attention_forward": {
-        "any": (Configuration(num_warps=4, num_stages=1), Configuration(num_warps=8, num_stages=1)),
+        "64 rows": (Configuration(num_warps=4, num_stages=1), Configuration(num_warps=8, num_stages=1)),
+        "128 rows": (Configuration(num_warps=8, num_stages=1), Configuration(num_warps=4, num_stages=1)),
     },
 }
 
@@ -88,10 +88,11 @@ def launch_forward(
     cos: Tensor,
     sin: Tensor,
     tiles: Tensor,
+    rows: int,
     output: Tensor,
     eps: float,
 ) -> None:
-    """Writes `output` [N, H, D] of the short videos. All contiguous."""
+    """Writes `output` [N, H, D] of the videos in `tiles` of so many rows. All contiguous."""
     heads, head_size = qkv.shape[2:]
     if not tiles.shape[0]:
         return
@@ -107,6 +108,27 @@ def launch_forward(
             eps,
             HEADS=heads,
             HEAD_SIZE=head_size,
-            ROWS=PLACE_TILE_ROWS,
-            **select(CONFIGURATIONS, "temporal_attention_forward", "any", qkv.device).launch,
+            ROWS=rows,
+            **select(CONFIGURATIONS, "temporal_attention_forward", f"{rows} rows", qkv.device).launch,
         )
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    builds = [(64, "bf16"), (64, "fp16")]
+    if arch != "sm_80":  # whose videos of more than 64 frames take the kernels for long videos
+        builds.append((128, "bf16"))
+    return [_compile_case(arch, *build) for build in builds]
+
+
+def _compile_case(arch: str, rows: int, dtype: str) -> CompileCase:
+    return CompileCase(
+        name="temporal_attention_forward",
+        kernel=_forward,
+        signature={name: f"*{dtype}" for name in ("qkv", "q_weight", "k_weight", "output")}
+        | {"cos": "*fp32", "sin": "*fp32", "tiles": "*i32", "eps": "fp32"},
+        constants={"HEADS": 16, "HEAD_SIZE": 72, "ROWS": rows},
+        configuration=candidates_of(CONFIGURATIONS, "temporal_attention_forward", f"{rows} rows", arch)[0],
+        dtype=dtype,
+        attention=True,
+        note=f"{rows} rows",
+    )

@@ -61,12 +61,11 @@ def block_rows(first_token, frames, frame_tokens, start, ROWS: tl.constexpr):
 def normed_rows(head, cos, sin, eps, NORM: tl.constexpr, HEAD_SIZE: tl.constexpr):
     """Rotated and, with NORM, RMS-normed rows: float32 head tile [m, D], and the reciprocal RMS [m] (ones without)."""
     head = to_float32(head)
-    rotated = rotate(head, cos, sin)
     if NORM:
         reciprocal = reciprocal_rms(head, eps, HEAD_SIZE)  # rotation keeps lengths
-        return scale_rows_apart(rotated, reciprocal), reciprocal
+        return rotate(scale_rows_apart(head, reciprocal), cos, sin), reciprocal
     else:
-        return rotated, tl.full([head[0].shape[0]], 1.0, tl.float32)
+        return rotate(head, cos, sin), tl.full([head[0].shape[0]], 1.0, tl.float32)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """`temporal_attention`: Triton against float64 and against eager."""
 
+import importlib
 from functools import partial
 
 import pytest
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opensora_fast.kernels import PackLayout, temporal_attention
-from opensora_fast.kernels.layout import PLACE_TILE_ROWS
-from opensora_fast.kernels.temporal_attention_long import BOUNDED_UP_TO
+from opensora_fast.kernels.layout import PLACE_BLOCK_ROWS, PLACE_TILE_ROWS
+from opensora_fast.kernels.temporal_attention_long_forward import BOUNDED_UP_TO
 
 ours, reference = partial(temporal_attention, backend="triton"), partial(temporal_attention, backend="reference")
 
@@ -20,10 +21,18 @@ PACKS = {
     "two frames": [(2, 1, 3)],
     "two videos of 16 frames": [(16, 1, 5), (16, 1, 5)],
     "three videos": [(16, 1, 3), (1, 1, 3), (17, 1, 3)],
-    "40 and a full tile": [(40, 1, 2), (64, 1, 1)],
-    "long": [(65, 1, 2)],
-    "long and short": [(3, 1, 3), (130, 1, 1), (1, 1, 1)],
+    "40 and a full tile": [(40, 1, 1), (64, 1, 1)],
+    "a large tile": [(65, 1, 1)],
+    "short and long": [(3, 1, 3), (131, 1, 1), (1, 1, 1)],
 }
+
+
+@pytest.fixture(params=[64, 128])
+def longest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The longest video that has its frames in one tile: 64 makes videos of 65 to 128 frames long ones."""
+    module = importlib.import_module("opensora_fast.kernels.temporal_attention")
+    monkeypatch.setattr(module, "longest_tile", lambda device: request.param)
+    return request.param
 
 
 def make_inputs(
@@ -63,13 +72,12 @@ def test_output_and_gradients(shapes, dtype, device, compare) -> None:
     compare(make_inputs(shapes, dtype, device))
 
 
-@pytest.mark.parametrize("shapes", [[(5, 1, 2), (1, 1, 2)], [(66, 1, 1)]], ids=["short", "long"])
-def test_without_norm(shapes, dtype, device, compare) -> None:
-    compare(make_inputs(shapes, dtype, device, weight=None))
+def test_without_norm(longest, dtype, device, compare) -> None:
+    compare(make_inputs([(5, 1, 2), (66, 1, 1)], dtype, device, head_size=40, weight=None))
 
 
-def test_several_heads(dtype, device, compare) -> None:
-    compare(make_inputs([(3, 1, 2), (65, 1, 1)], dtype, device, heads=3, head_size=16))
+def test_several_heads_and_places(longest, dtype, device, compare) -> None:
+    compare(make_inputs([(3, 1, 2), (65, 1, 2)], dtype, device, heads=2, head_size=16))
 
 
 @pytest.mark.parametrize("head_size", [8, 16, 40, 64, 104, 128])
@@ -77,18 +85,17 @@ def test_other_head_sizes(head_size, device, compare) -> None:
     compare(make_inputs([(3, 1, 5), (1, 1, 2)], torch.float32, device, head_size=head_size))
 
 
-@pytest.mark.parametrize("shapes", [[(16, 1, 3)], [(65, 1, 1)]], ids=["short", "long"])
 @pytest.mark.parametrize("weight", [0.0, 0.05, 3.0, 10.0])
-def test_on_both_sides_of_the_bound(weight, shapes, dtype, device, compare) -> None:
-    inputs = make_inputs(shapes, dtype, device, weight=weight)
+def test_on_both_sides_of_the_bound(weight, longest, dtype, device, compare) -> None:
+    inputs = make_inputs([(65, 1, 1)], dtype, device, head_size=24, weight=weight)
     product = (inputs["q_weight"].double() * inputs["k_weight"].double()).abs().max().item()
-    bound = product * 72**0.5 * 1.4426950408889634
+    bound = product * 24**0.5 * 1.4426950408889634
     assert (bound > BOUNDED_UP_TO[dtype]) == (weight >= 3.0)
     compare(inputs)
 
 
 @pytest.mark.parametrize("frames", [7, 66])
-def test_equal_logits(frames, dtype, device) -> None:
+def test_equal_logits(frames, longest, dtype, device) -> None:
     """Without norm and with equal keys at angle 0 the output is the mean of V over the frames."""
     inputs = make_inputs([(frames, 1, 2)], dtype, device, head_size=16, weight=None)
     inputs["cos"], inputs["sin"] = torch.ones_like(inputs["cos"]), torch.zeros_like(inputs["sin"])
@@ -117,16 +124,15 @@ def test_rows_of_zeros(device, compare) -> None:
     compare(inputs | {"qkv": qkv.requires_grad_()})
 
 
-@pytest.mark.parametrize("frames", [4, 65])
-def test_strided_and_expanded_inputs(frames, dtype, device, compare) -> None:
-    inputs = make_inputs([(frames, 1, 2)], dtype, device, heads=2, head_size=24)
+def test_strided_and_expanded_inputs(longest, device, compare) -> None:
+    inputs = make_inputs([(4, 1, 2), (65, 1, 1)], torch.float32, device, heads=2, head_size=24)
     inputs["qkv"] = inputs["qkv"].detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
     inputs["q_weight"] = inputs["q_weight"].detach()[:1].expand(24).requires_grad_()
     inputs["cos"] = inputs["cos"].t().contiguous().t()
     compare(inputs, expanded_gradient=True)
 
 
-def test_weights_in_float32_beside_half_activations(device, compare) -> None:
+def test_weights_in_float32_beside_half_activations(longest, device, compare) -> None:
     inputs = make_inputs([(5, 1, 2), (65, 1, 1)], torch.float16, device, head_size=24)
     for name in ("q_weight", "k_weight"):
         inputs[name] = inputs[name].detach().float().requires_grad_()
@@ -134,7 +140,7 @@ def test_weights_in_float32_beside_half_activations(device, compare) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["qkv", "q_weight", "k_weight"])
-def test_only_the_wanted_gradient(wanted, device) -> None:
+def test_only_the_wanted_gradient(wanted, longest, device) -> None:
     fixed, tensors = fixed_and_compared(make_inputs([(5, 1, 2), (65, 1, 1)], torch.float32, device, head_size=16))
     gradients = []
     for function in (ours, reference):
@@ -145,10 +151,10 @@ def test_only_the_wanted_gradient(wanted, device) -> None:
     torch.testing.assert_close(gradients[0][wanted], gradients[1][wanted], rtol=1e-4, atol=1e-5)
 
 
-def test_two_backwards_are_equal_bit_for_bit(dtype, device) -> None:
+def test_two_backwards_are_equal_bit_for_bit(longest, device) -> None:
     gradients: list[list[Tensor]] = []
     for _ in range(2):
-        inputs = make_inputs([(16, 1, 5), (65, 1, 1)], dtype, device, heads=2, head_size=16)
+        inputs = make_inputs([(16, 1, 5), (65, 1, 1)], torch.float32, device, head_size=16)
         ours(**inputs).square().sum().backward()
         gradients.append([inputs[name].grad for name in ("qkv", "q_weight", "k_weight")])
     assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
@@ -165,16 +171,18 @@ def test_checkpointing_gives_the_same_gradients(device) -> None:
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("shapes", [[(3, 1, 2)], [(65, 1, 1)]], ids=["short", "long"])
-def test_registration_and_full_graph_compilation(shapes, device) -> None:
-    inputs = make_inputs(shapes, torch.float32, device, head_size=16)
-    layout = inputs["layout"]
+def test_registration(device) -> None:
+    inputs = make_inputs([(65, 1, 1)], torch.float32, device, head_size=8)
     tensors = [inputs[name] for name in ("qkv", "q_weight", "k_weight", "cos", "sin")]
     operator = torch.ops.opensora_fast.temporal_attention.default
-    torch.library.opcheck(operator, (*tensors, layout.place_tiles, layout.place_blocks, 1e-6))
+    torch.library.opcheck(operator, (*tensors, *inputs["layout"].place_tiles(64), 1e-6))
+
+
+@pytest.mark.parametrize("shapes", [[(3, 1, 1)], [(129, 1, 1)]], ids=["short", "long"])
+def test_full_graph_compilation(shapes, device) -> None:
     gradients = []
     for function in (ours, torch.compile(ours, fullgraph=True, backend="aot_eager")):
-        inputs = make_inputs(shapes, torch.float32, device, head_size=16)
+        inputs = make_inputs(shapes, torch.float32, device, head_size=8)
         function(**inputs).sin().sum().backward()
         gradients.append([inputs[name].grad for name in ("qkv", "q_weight", "k_weight")])
     for eager, compiled in zip(*gradients, strict=True):
@@ -204,15 +212,25 @@ def test_wrong_arguments_are_named(device) -> None:
         reference(**good | {"qkv": torch.zeros(6, 3, 1, 9, device=device), "q_weight": None, "k_weight": None})
 
 
-@given(st.lists(st.tuples(st.integers(1, 150), st.integers(1, 3), st.integers(1, 50)), min_size=1, max_size=4))
+@given(
+    st.lists(st.tuples(st.integers(1, 150), st.integers(1, 3), st.integers(1, 50)), min_size=1, max_size=4),
+    st.sampled_from(PLACE_TILE_ROWS),
+)
 @settings(max_examples=40, deadline=None)
-def test_tables_hold_every_token_once(shapes: list[tuple[int, int, int]]) -> None:
+def test_tables_hold_every_token_once(shapes: list[tuple[int, int, int]], longest: int) -> None:
     layout = PackLayout.of(shapes, "cpu")
+    *tables, blocks = layout.place_tiles(longest)
     tokens: list[int] = []
-    for first, frames, frame_tokens, places in layout.place_tiles.tolist():
-        assert frames * places <= PLACE_TILE_ROWS
-        tokens += [first + frame * frame_tokens + place for place in range(places) for frame in range(frames)]
-    for first, frames, frame_tokens, start in layout.place_blocks.tolist():
-        assert frames > PLACE_TILE_ROWS
-        tokens += [first + frame * frame_tokens for frame in range(start, min(start + PLACE_TILE_ROWS, frames))]
+    for table, least, rows in zip(tables, (0, 64), PLACE_TILE_ROWS, strict=True):
+        for first, frames, frame_tokens, places in table.tolist():
+            assert least < frames <= longest and frames * places <= rows
+            tokens += [first + frame * frame_tokens + place for place in range(places) for frame in range(frames)]
+    for first, frames, frame_tokens, start in blocks.tolist():
+        assert frames > longest
+        tokens += [first + frame * frame_tokens for frame in range(start, min(start + PLACE_BLOCK_ROWS, frames))]
     assert sorted(tokens) == list(range(layout.num_tokens))
+
+
+def test_unknown_tile_size_is_named() -> None:
+    with pytest.raises(ValueError, match="place_tiles: longest 32"):
+        PackLayout.of([(1, 1, 1)], "cpu").place_tiles(32)

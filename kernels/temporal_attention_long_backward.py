@@ -1,0 +1,257 @@
+"""Triton kernels of temporal attention, backward, for videos whose frames do not fit into one tile.
+
+The formulas are in temporal_attention_backward; here P comes from the forward pass's log_sums, and two kernels without
+atomics follow one another, each program looping over the frames of its place in steps of STEP:
+
+    queries (first): δ = rowsum(g · output), dq and the parts of G     one program per block of 64 queries
+    keys (second):   dk and dv                                         one program per block of 64 keys
+
+They round the same numbers to the same operands as the forward pass, so probabilities sum to one however large the
+logits are. FLOPs for each token: 14·T·H·D (10 useful).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_tiles import (
+    add_product,
+    dot_rows,
+    load_head,
+    multiply,
+    store_head,
+    store_vector,
+    to_dtype,
+    to_float32,
+    zero_head,
+)
+from .configurations import CompileCase, Configuration, candidates_of, select
+from .layout import PLACE_BLOCK_ROWS
+from .registration import on_device
+from .rotary_tiles import load_angles
+from .temporal_tiles import block_rows, finish_keys, finish_queries, load_block, load_normed, query_factors
+
+CONFIGURATIONS = {
+    "temporal_attention_long_queries_backward": {
+        "any": (
+            Configuration(STEP=32, num_warps=4, num_stages=2),
+            Configuration(STEP=64, num_warps=4, num_stages=2),
+            Configuration(STEP=32, num_warps=4, num_stages=1),
+        ),
+        "any@sm_80": (
+            Configuration(STEP=32, num_warps=4, num_stages=1),
+            Configuration(STEP=32, num_warps=8, num_stages=2),
+        ),
+    },
+    "temporal_attention_long_keys_backward": {
+        "any": (Configuration(STEP=32, num_warps=4, num_stages=2), Configuration(STEP=32, num_warps=8, num_stages=2)),
+        "any@sm_80": (
+            Configuration(STEP=16, num_warps=4, num_stages=2),
+            Configuration(STEP=32, num_warps=8, num_stages=2),
+        ),
+    },
+}
+
+
+@triton.jit
+def _queries(
+    qkv,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    blocks,
+    output,
+    output_gradient,
+    log_sums,
+    deltas,  # float32 [N, H] out
+    qkv_gradient,  # [N, 3, H, D] out
+    partials,  # float32 [blocks · H, D] out, or None
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
+    NORM: tl.constexpr = q_weight is not None
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    head = program % HEADS
+    queries = qkv + head * HEAD_SIZE
+    keys = queries + HEADS * HEAD_SIZE
+    first_token, frames, frame_tokens, start = load_block(blocks + program // HEADS * 4)
+    token, frame, inside = block_rows(first_token, frames, frame_tokens, start, ROWS)
+
+    g = load_head(output_gradient + head * HEAD_SIZE, token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)
+    o = load_head(output + head * HEAD_SIZE, token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)
+    o = multiply(to_float32(o), to_float32(g))
+    delta = tl.sum(o[0], axis=1) + tl.sum(o[1], axis=1)
+    log_sum = tl.load(log_sums + token * HEADS + head, mask=inside, other=float("inf"))  # makes P zero
+
+    q, reciprocal = load_normed(queries, cos, sin, token, frame, inside, eps, NORM, TOKEN_STRIDE, HEAD_SIZE)
+    q = to_dtype(multiply(q, query_factors(q_weight, k_weight, SCALE * LOG2_E, NORM, HEAD_SIZE)), dtype)
+    sums = zero_head(ROWS, HEAD_SIZE)  # dS · k̂
+    for key_start in range(0, frames, STEP):
+        key_token, key_frame, is_key = block_rows(first_token, frames, frame_tokens, key_start, STEP)
+        k, _ = load_normed(keys, cos, sin, key_token, key_frame, is_key, eps, NORM, TOKEN_STRIDE, HEAD_SIZE)
+        k = to_dtype(k, dtype)
+        probabilities = tl.where(is_key[None, :], tl.exp2(dot_rows(q, k) - log_sum[:, None]), 0.0)  # [ROWS, STEP]
+        v = load_head(keys + HEADS * HEAD_SIZE, key_token, is_key, TOKEN_STRIDE, HEAD_SIZE)
+        logit_gradient = probabilities * (dot_rows(g, v) - delta[:, None])
+        sums = add_product(sums, logit_gradient.to(dtype), k)
+
+    # What comes after a store is read again, rather than kept in registers throughout the loop.
+    tl.store(deltas + token * HEADS + head, delta, mask=inside)
+    q = to_float32(load_head(queries, token, inside, TOKEN_STRIDE, HEAD_SIZE))
+    factors = query_factors(q_weight, k_weight, SCALE, NORM, HEAD_SIZE)
+    cosines = load_angles(cos, frame, HEAD_SIZE)
+    sines = load_angles(sin, frame, HEAD_SIZE)
+    column_sums, gradient = finish_queries(sums, q, cosines, sines, factors, reciprocal, NORM, HEAD_SIZE)
+    if partials is not None:
+        store_vector(partials + program * HEAD_SIZE, (column_sums[0] * SCALE, column_sums[1] * SCALE), HEAD_SIZE)
+    store_head(qkv_gradient + head * HEAD_SIZE, gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)
+
+
+@triton.jit
+def _keys(
+    qkv,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    blocks,
+    output_gradient,
+    log_sums,
+    deltas,
+    qkv_gradient,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
+    NORM: tl.constexpr = q_weight is not None
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    head = program % HEADS
+    queries = qkv + head * HEAD_SIZE
+    keys = queries + HEADS * HEAD_SIZE
+    first_token, frames, frame_tokens, start = load_block(blocks + program // HEADS * 4)
+    token, frame, inside = block_rows(first_token, frames, frame_tokens, start, ROWS)
+
+    k, reciprocal = load_normed(keys, cos, sin, token, frame, inside, eps, NORM, TOKEN_STRIDE, HEAD_SIZE)
+    k = to_dtype(k, dtype)
+    v = load_head(keys + HEADS * HEAD_SIZE, token, inside, TOKEN_STRIDE, HEAD_SIZE)
+    factors = query_factors(q_weight, k_weight, SCALE * LOG2_E, NORM, HEAD_SIZE)
+    key_sums = zero_head(ROWS, HEAD_SIZE)
+    value_sums = zero_head(ROWS, HEAD_SIZE)
+    for query_start in range(0, frames, STEP):
+        query_token, query_frame, is_query = block_rows(first_token, frames, frame_tokens, query_start, STEP)
+        q, _ = load_normed(queries, cos, sin, query_token, query_frame, is_query, eps, NORM, TOKEN_STRIDE, HEAD_SIZE)
+        q = to_dtype(multiply(q, factors), dtype)
+        in_rows = query_token * HEADS + head
+        log_sum = tl.load(log_sums + in_rows, mask=is_query, other=float("inf"))  # makes P zero
+        probabilities = tl.exp2(dot_rows(k, q) - log_sum[None, :])  # [ROWS, STEP]: keys down, queries across
+        g = load_head(output_gradient + head * HEAD_SIZE, query_token, is_query, HEADS * HEAD_SIZE, HEAD_SIZE)
+        value_sums = add_product(value_sums, probabilities.to(dtype), g)
+        delta = tl.load(deltas + in_rows, mask=is_query, other=0.0)
+        logit_gradient = probabilities * (dot_rows(v, g) - delta[None, :])
+        key_sums = add_product(key_sums, logit_gradient.to(dtype), q)
+
+    gradients = qkv_gradient + (HEADS + head) * HEAD_SIZE
+    store_head(gradients + HEADS * HEAD_SIZE, value_sums, token, inside, TOKEN_STRIDE, HEAD_SIZE)
+    key_sums = key_sums[0] / LOG2_E, key_sums[1] / LOG2_E
+    k = to_float32(load_head(keys, token, inside, TOKEN_STRIDE, HEAD_SIZE))
+    cosines = load_angles(cos, frame, HEAD_SIZE)
+    sines = load_angles(sin, frame, HEAD_SIZE)
+    gradient = finish_keys(key_sums, k, cosines, sines, reciprocal, NORM, HEAD_SIZE)
+    store_head(gradients, gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)
+
+
+def launch_long_backward(
+    output_gradient: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    blocks: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    qkv_gradient: Tensor,
+    partials: Tensor | None,
+    eps: float,
+) -> None:
+    """Writes `qkv_gradient` of the long videos and the parts of G, float32 [blocks · H, D]. All contiguous."""
+    heads, head_size = qkv.shape[2:]
+    if not blocks.shape[0]:
+        return
+    deltas = torch.empty_like(log_sums)
+    with on_device(qkv):
+        _queries[(blocks.shape[0] * heads,)](
+            qkv,
+            q_weight,
+            k_weight,
+            cos,
+            sin,
+            blocks,
+            output,
+            output_gradient,
+            log_sums,
+            deltas,
+            qkv_gradient,
+            partials,
+            eps,
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            ROWS=PLACE_BLOCK_ROWS,
+            **select(CONFIGURATIONS, "temporal_attention_long_queries_backward", "any", qkv.device).launch,
+        )
+        _keys[(blocks.shape[0] * heads,)](
+            qkv,
+            q_weight,
+            k_weight,
+            cos,
+            sin,
+            blocks,
+            output_gradient,
+            log_sums,
+            deltas,
+            qkv_gradient,
+            eps,
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            ROWS=PLACE_BLOCK_ROWS,
+            **select(CONFIGURATIONS, "temporal_attention_long_keys_backward", "any", qkv.device).launch,
+        )
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    return [
+        _compile_case(arch, "queries", _queries, "output output_gradient qkv_gradient", "deltas partials"),
+        _compile_case(arch, "keys", _keys, "output_gradient qkv_gradient", "deltas"),
+    ]
+
+
+def _compile_case(arch: str, rows: str, kernel: object, tensors: str, sums: str) -> CompileCase:
+    name = f"temporal_attention_long_{rows}_backward"
+    types = dict.fromkeys(("qkv", "q_weight", "k_weight", *tensors.split()), "*bf16")
+    types |= dict.fromkeys(("cos", "sin", "log_sums", *sums.split()), "*fp32") | {"blocks": "*i32", "eps": "fp32"}
+    return CompileCase(
+        name=name,
+        kernel=kernel,
+        signature=types,
+        constants={"HEADS": 16, "HEAD_SIZE": 72, "ROWS": PLACE_BLOCK_ROWS},
+        configuration=candidates_of(CONFIGURATIONS, name, "any", arch)[0],
+        dtype="bf16",
+        attention=True,
+    )
