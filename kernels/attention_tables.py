@@ -7,24 +7,12 @@ take them as plain integers, and a table costs one small copy to the device the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 NO_LIMIT = 2**31
-
-
-def lengths_of(runs: Sequence[int], shortest: int = 0, longest: int = NO_LIMIT) -> list[int]:
-    """The distinct lengths among the runs that lie in [shortest, longest]."""
-    return sorted({length for length in runs[1::2] if shortest <= length <= longest})
-
-
-def remainder_step(lengths: Sequence[int], step: int) -> int:
-    """The smallest power of two from 16 to `step` that holds what is left of every length after whole steps."""
-    left = max(length % step for length in lengths)
-    return min(step, max(16, 1 << (left - 1).bit_length() if left else 0))
 
 
 @lru_cache(maxsize=1024)

@@ -24,23 +24,30 @@ from torch import Tensor
 from .attention_loops import NO_NORM, key_gradient, query_gradient
 from .attention_tables import row_tiles, tile_ranges
 from .attention_tiles import load_head, multiply, store_head, to_float32
-from .configurations import Configuration, select
+from .configurations import CompileCase, Configuration, candidates_of, select
+from .cross_attention_forward import shape_class
+from .registration import on_device
 
 CONFIGURATIONS = {
-    "cross_attention_queries": {
+    "cross_attention_queries_backward": {
         "any": (
             Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),
             Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
         ),
+        "any@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
+        "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, num_warps=8, num_stages=1),),
     },
-    "cross_attention_text": {
+    "cross_attention_text_backward": {
         "any": (
-            Configuration(ROWS=64, STEP=64, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=32, num_warps=4, num_stages=2),
-            Configuration(ROWS=128, STEP=64, num_warps=8, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=32, REMAINDER=32, num_warps=4, num_stages=3),
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
         ),
+        "any@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
+        "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, num_warps=8, num_stages=1),),
     },
-    "cross_attention_chunks": {
+    "cross_attention_chunks_backward": {
         "any": (Configuration(COLUMNS=256, num_warps=2, num_stages=2),),
     },
 }
@@ -126,6 +133,7 @@ def _text(
     HEAD_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
+    REMAINDER: tl.constexpr,
 ):
     """partials float32 [chunks, max_length, 2, H, D]; rows beyond a video's text are not written."""
     TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
@@ -164,7 +172,7 @@ def _text(
         end - first,
         ROWS=ROWS,
         STEP=STEP,
-        REMAINDER=STEP,
+        REMAINDER=REMAINDER,
         NORM=NO_NORM,
         SCALE=SCALE * 1.4426950408889634,
         QUERY_STRIDE=TOKEN_STRIDE,
@@ -232,54 +240,86 @@ def launch_backward(
     num_tokens, heads, head_size = q.shape
     runs = tuple(runs)
     deltas = torch.empty(heads, num_tokens, dtype=torch.float32, device=q.device)
-    configuration = select(CONFIGURATIONS, "cross_attention_queries", "any", q.device)
+    configuration = select(CONFIGURATIONS, "cross_attention_queries_backward", shape_class(q), q.device)
     tiles = row_tiles(runs, configuration["ROWS"], q.device)
-    _queries[(tiles.shape[0] * heads,)](
-        q,
-        kv,
-        output,
-        output_gradient,
-        log_sums,
-        deltas,
-        q_gradient,
-        tiles,
-        text_starts,
-        text_lengths,
-        num_tokens,
-        HEADS=heads,
-        HEAD_SIZE=head_size,
-        **configuration.launch,
-    )
+    with on_device(q):
+        _queries[(tiles.shape[0] * heads,)](
+            q,
+            kv,
+            output,
+            output_gradient,
+            log_sums,
+            deltas,
+            q_gradient,
+            tiles,
+            text_starts,
+            text_lengths,
+            num_tokens,
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            **configuration.launch,
+        )
     chunk_tokens = chunk_length(num_tokens)
     chunks = row_tiles(runs, chunk_tokens, q.device)
     width = 2 * heads * head_size
     partials = torch.empty(chunks.shape[0], max_length, width, dtype=torch.float32, device=q.device)
-    configuration = select(CONFIGURATIONS, "cross_attention_text", "any", q.device)
-    _text[(chunks.shape[0] * heads, triton.cdiv(max_length, configuration["ROWS"]))](
-        q,
-        kv,
-        output_gradient,
-        log_sums,
-        deltas,
-        partials,
-        chunks,
-        text_starts,
-        text_lengths,
-        num_tokens,
-        chunk_tokens,
-        max_length,
-        HEADS=heads,
-        HEAD_SIZE=head_size,
-        **configuration.launch,
-    )
-    configuration = select(CONFIGURATIONS, "cross_attention_chunks", "any", q.device)
-    _chunks[(max_length, triton.cdiv(width, configuration["COLUMNS"]), text_lengths.shape[0])](
-        partials,
-        kv_gradient,
-        tile_ranges(runs, chunk_tokens, q.device),
-        text_starts,
-        text_lengths,
-        max_length,
-        WIDTH=width,
-        **configuration.launch,
-    )
+    configuration = select(CONFIGURATIONS, "cross_attention_text_backward", shape_class(q), q.device)
+    with on_device(q):
+        _text[(chunks.shape[0] * heads, triton.cdiv(max_length, configuration["ROWS"]))](
+            q,
+            kv,
+            output_gradient,
+            log_sums,
+            deltas,
+            partials,
+            chunks,
+            text_starts,
+            text_lengths,
+            num_tokens,
+            chunk_tokens,
+            max_length,
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            **configuration.launch,
+        )
+    configuration = select(CONFIGURATIONS, "cross_attention_chunks_backward", "any", q.device)
+    with on_device(q):
+        _chunks[(max_length, triton.cdiv(width, configuration["COLUMNS"]), text_lengths.shape[0])](
+            partials,
+            kv_gradient,
+            tile_ranges(runs, chunk_tokens, q.device),
+            text_starts,
+            text_lengths,
+            max_length,
+            WIDTH=width,
+            **configuration.launch,
+        )
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    cases = []
+    float32 = dict.fromkeys(("log_sums", "deltas", "partials"), "*fp32")
+    int32 = dict.fromkeys(("tiles", "chunks", "chunk_ranges", "text_starts", "text_lengths"), "*i32")
+    numbers = dict.fromkeys(("num_tokens", "chunk_tokens", "max_length"), "i32")
+    for name, kernel in (
+        ("cross_attention_queries_backward", _queries),
+        ("cross_attention_text_backward", _text),
+        ("cross_attention_chunks_backward", _chunks),
+    ):
+        for dtype in ("bf16", "fp16", "fp32"):
+            attends = kernel is not _chunks
+            activations = ("q", "kv", "output", "output_gradient", "q_gradient", "kv_gradient")
+            signature = {argument: f"*{dtype}" for argument in activations} | float32 | int32 | numbers
+            size = "float32" if attends and dtype == "fp32" else "any"
+            cases.append(
+                CompileCase(
+                    name=name,
+                    kernel=kernel,
+                    signature={key: value for key, value in signature.items() if key in kernel.arg_names},
+                    constants={"HEADS": 16, "HEAD_SIZE": 72} if attends else {"WIDTH": 2 * 16 * 72},
+                    configuration=candidates_of(CONFIGURATIONS, name, size, arch)[0],
+                    dtype=dtype,
+                    attention=attends and dtype != "fp32",
+                )
+            )
+    return cases

@@ -8,6 +8,7 @@ Per call: 4·L·H·D FLOPs and 4·H·D bytes (half precision) for each video tok
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,15 +16,18 @@ from torch import Tensor
 from .attention_loops import NO_NORM, attend
 from .attention_tables import row_tiles
 from .attention_tiles import load_head, store_head
-from .configurations import Configuration, select
+from .configurations import CompileCase, Configuration, candidates_of, select
+from .registration import on_device
 
 CONFIGURATIONS = {
     "cross_attention_forward": {
         "any": (
             Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),
         ),
+        "float32": (Configuration(ROWS=32, STEP=32, REMAINDER=16, num_warps=8, num_stages=1),),
     },
 }
 
@@ -79,6 +83,11 @@ def _forward(
     store_head(output + in_tokens, result, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
 
 
+def shape_class(tensor: Tensor) -> str:
+    """float32 on a GPU multiplies outside the matrix units, with tiles to suit."""
+    return "float32" if tensor.is_cuda and tensor.dtype == torch.float32 else "any"
+
+
 def launch_forward(
     q: Tensor,
     kv: Tensor,
@@ -93,18 +102,36 @@ def launch_forward(
     q [N, H, D] and kv [M, 2, H, D] must be contiguous.
     """
     num_tokens, heads, head_size = q.shape
-    configuration = select(CONFIGURATIONS, "cross_attention_forward", "any", q.device)
+    configuration = select(CONFIGURATIONS, "cross_attention_forward", shape_class(q), q.device)
     tiles = row_tiles(tuple(runs), configuration["ROWS"], q.device)
-    _forward[(tiles.shape[0] * heads,)](
-        q,
-        kv,
-        output,
-        log_sums,
-        tiles,
-        text_starts,
-        text_lengths,
-        num_tokens,
-        HEADS=heads,
-        HEAD_SIZE=head_size,
-        **configuration.launch,
-    )
+    with on_device(q):
+        _forward[(tiles.shape[0] * heads,)](
+            q,
+            kv,
+            output,
+            log_sums,
+            tiles,
+            text_starts,
+            text_lengths,
+            num_tokens,
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            **configuration.launch,
+        )
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    return [
+        CompileCase(
+            name="cross_attention_forward",
+            kernel=_forward,
+            signature={name: f"*{dtype}" for name in ("q", "kv", "output")}
+            | {"log_sums": "*fp32", "num_tokens": "i32"}
+            | dict.fromkeys(("tiles", "text_starts", "text_lengths"), "*i32"),
+            constants={"HEADS": 16, "HEAD_SIZE": 72},
+            configuration=candidates_of(CONFIGURATIONS, "cross_attention_forward", size, arch)[0],
+            dtype=dtype,
+            attention=dtype != "fp32",
+        )
+        for dtype, size in (("bf16", "any"), ("fp16", "any"), ("fp32", "float32"))
+    ]

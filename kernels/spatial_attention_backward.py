@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_loops import NO_NORM, NORM_LOADED, key_gradient, query_gradient
-from .attention_tables import lengths_of, remainder_step, row_tiles
+from .attention_tables import row_tiles
 from .attention_tiles import (
     fold_query,
     load_head,
@@ -36,17 +36,38 @@ from .attention_tiles import (
     store_vector,
     to_float32,
 )
-from .configurations import Configuration, select
-from .spatial_attention_forward import SHAPE_CLASSES
+from .configurations import CompileCase, Configuration, candidates_of, select
+from .registration import on_device
+from .spatial_attention_forward import COMPILED, shape_classes
 
 CONFIGURATIONS = {
-    "spatial_attention_queries": {
-        "small": (Configuration(ROWS=64, STEP=64, num_warps=4, num_stages=2),),
-        "large": (Configuration(ROWS=128, STEP=64, num_warps=8, num_stages=2),),
+    "spatial_attention_queries_backward": {
+        "small": (
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),
+        ),
+        "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
+        "large": (
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=3),
+            Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
+        ),
+        "large@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
+        "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, num_warps=8, num_stages=1),),
     },
-    "spatial_attention_keys": {
-        "small": (Configuration(ROWS=64, STEP=64, num_warps=4, num_stages=2),),
-        "large": (Configuration(ROWS=128, STEP=64, num_warps=8, num_stages=2),),
+    "spatial_attention_keys_backward": {
+        "small": (
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),
+        ),
+        "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
+        "large": (
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=32, REMAINDER=32, num_warps=4, num_stages=3),
+        ),
+        "large@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
+        "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, num_warps=8, num_stages=1),),
     },
 }
 
@@ -218,51 +239,83 @@ def launch_backward(
     norm = NO_NORM if q_weight is None else NORM_LOADED
     queries = qkv if q_weight is None else torch.empty_like(output)
     partials = []
-    classes = [
-        (name, bounds, lengths) for name, bounds in SHAPE_CLASSES.items() if (lengths := lengths_of(runs, *bounds))
-    ]
-    for shape_class, bounds, lengths in classes:
-        configuration = select(CONFIGURATIONS, "spatial_attention_queries", shape_class, device)
+    classes = shape_classes(qkv, runs)
+    for shape_class, bounds in classes:
+        configuration = select(CONFIGURATIONS, "spatial_attention_queries_backward", shape_class, device)
         tiles = row_tiles(tuple(runs), configuration["ROWS"], device, *bounds)
         programs = tiles.shape[0] * heads
         partials.append(torch.empty(0 if q_weight is None else programs, head_size, dtype=torch.float32, device=device))
-        _queries[(programs,)](
-            qkv,
-            q_weight,
-            k_weight,
-            output,
-            output_gradient,
-            statistics,
-            deltas,
-            queries,
-            qkv_gradient,
-            partials[-1],
-            tiles,
-            num_tokens,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
-            REMAINDER=remainder_step(lengths, configuration["STEP"]),
-            NORM=norm.value,
-            **configuration.launch,
-        )
-    for shape_class, bounds, lengths in classes:
-        configuration = select(CONFIGURATIONS, "spatial_attention_keys", shape_class, device)
+        with on_device(qkv):
+            _queries[(programs,)](
+                qkv,
+                q_weight,
+                k_weight,
+                output,
+                output_gradient,
+                statistics,
+                deltas,
+                queries,
+                qkv_gradient,
+                partials[-1],
+                tiles,
+                num_tokens,
+                HEADS=heads,
+                HEAD_SIZE=head_size,
+                NORM=norm.value,
+                **configuration.launch,
+            )
+    for shape_class, bounds in classes:
+        configuration = select(CONFIGURATIONS, "spatial_attention_keys_backward", shape_class, device)
         tiles = row_tiles(tuple(runs), configuration["ROWS"], device, *bounds)
-        _keys[(tiles.shape[0] * heads,)](
-            qkv,
-            queries,
-            output_gradient,
-            statistics,
-            deltas,
-            qkv_gradient,
-            tiles,
-            num_tokens,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
-            REMAINDER=remainder_step(lengths, configuration["STEP"]),
-            NORM=norm.value,
-            **configuration.launch,
-        )
+        with on_device(qkv):
+            _keys[(tiles.shape[0] * heads,)](
+                qkv,
+                queries,
+                output_gradient,
+                statistics,
+                deltas,
+                qkv_gradient,
+                tiles,
+                num_tokens,
+                HEADS=heads,
+                HEAD_SIZE=head_size,
+                NORM=norm.value,
+                **configuration.launch,
+            )
     if q_weight is None:
         return partials[0]
     return (partials[0] if len(partials) == 1 else torch.cat(partials)).sum(dim=0)
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    cases = []
+    types = ("qkv", "q_weight", "k_weight", "output", "output_gradient", "scaled_queries", "queries", "qkv_gradient")
+    tables = {
+        "statistics": "*fp32",
+        "deltas": "*fp32",
+        "weight_partials": "*fp32",
+        "tiles": "*i32",
+        "num_tokens": "i32",
+    }
+    for name, kernel in (
+        ("spatial_attention_queries_backward", _queries),
+        ("spatial_attention_keys_backward", _keys),
+    ):
+        for dtype, with_norm, shape_class in COMPILED:
+            signature = {argument: f"*{dtype}" for argument in types} | tables
+            constants = {"q_weight": None, "k_weight": None} if not with_norm and kernel is _queries else {}
+            cases.append(
+                CompileCase(
+                    name=name,
+                    kernel=kernel,
+                    signature={key: value for key, value in signature.items() if key in kernel.arg_names},
+                    constants=constants
+                    | {"HEADS": 16, "HEAD_SIZE": 72}
+                    | {"NORM": (NORM_LOADED if with_norm else NO_NORM).value},
+                    configuration=candidates_of(CONFIGURATIONS, name, shape_class, arch)[0],
+                    dtype=dtype,
+                    attention=dtype != "fp32",
+                    note=f"{'QK-norm' if with_norm else 'no norm'}; {shape_class} frames",
+                )
+            )
+    return cases

@@ -14,13 +14,15 @@ Per call: 4·S·H·D FLOPs and 8·H·D bytes (half precision) for each token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .attention_loops import NO_NORM, NORM_COMPUTED, NORM_LOADED, attend
-from .attention_tables import lengths_of, remainder_step, row_tiles
+from .attention_tables import row_tiles
 from .attention_tiles import (
     fold_query,
     load_head,
@@ -28,12 +30,12 @@ from .attention_tiles import (
     reciprocal_rms,
     store_head,
 )
-from .configurations import Configuration, select
+from .configurations import CompileCase, Configuration, candidates_of, select
+from .registration import on_device
 
 # Frames up to this many tokens take 64-row tiles (128 rows would waste two thirds at 144 tokens) and find the norm of
 # the keys on their way; longer frames pass over the keys so often that reading it from memory is cheaper.
 LONGEST_SMALL_FRAME = 405
-SHAPE_CLASSES = {"small": (0, LONGEST_SMALL_FRAME), "large": (LONGEST_SMALL_FRAME + 1, 2**31)}
 
 # Bounded softmax is used up to this |score|. Its largest probability 2^limit must fit the dtype (float16 ends at 2^16),
 # its smallest keep full precision (float16: 2^-14), and probability · V summed over a frame must fit float32: with 60,
@@ -42,22 +44,45 @@ BOUNDED_UP_TO = {torch.float32: 60.0, torch.bfloat16: 60.0, torch.float16: 14.0}
 
 CONFIGURATIONS = {
     "spatial_attention_forward": {
-        "small": (
-            Configuration(ROWS=64, STEP=64, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=32, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=64, num_warps=4, num_stages=3),
+        "small": (  # 168 registers a thread: three programs of four warps fit on a multiprocessor
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=255, num_warps=4, num_stages=3),
+            Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=3),
+            Configuration(ROWS=64, STEP=128, REMAINDER=16, maxnreg=255, num_warps=4, num_stages=2),
         ),
-        "large": (
-            Configuration(ROWS=128, STEP=64, num_warps=8, num_stages=3),
-            Configuration(ROWS=128, STEP=64, num_warps=4, num_stages=2),
-            Configuration(ROWS=128, STEP=128, num_warps=8, num_stages=2),
-            Configuration(ROWS=64, STEP=64, num_warps=4, num_stages=3),
+        "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=255, num_warps=4, num_stages=2),),
+        "large": (  # 128 rows: 64 would read keys and values at the limit of the L2 cache
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=255, num_warps=4, num_stages=3),
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=255, num_warps=8, num_stages=3),
+            Configuration(ROWS=128, STEP=128, REMAINDER=32, maxnreg=255, num_warps=8, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=3),
         ),
+        "large@sm_80": (
+            Configuration(ROWS=128, STEP=64, REMAINDER=16, maxnreg=255, num_warps=8, num_stages=3),
+            Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=255, num_warps=4, num_stages=3),
+        ),
+        "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, maxnreg=255, num_warps=8, num_stages=1),),
+        "float32@sm_100": (Configuration(ROWS=16, STEP=16, REMAINDER=16, maxnreg=255, num_warps=8, num_stages=1),),
     },
     "spatial_attention_key_norm": {
         "any": (Configuration(ROWS=64, num_warps=4, num_stages=1), Configuration(ROWS=128, num_warps=4, num_stages=1)),
     },
 }
+
+
+def shape_classes(tensor: Tensor, runs: Sequence[int]) -> list[tuple[str, tuple[int, int]]]:
+    """The shape classes that occur in a pack, each with the shortest and the longest frame that belong to it.
+
+    float32 on a GPU is a class of its own: it multiplies outside the matrix units, with tiles to suit.
+    """
+    bounds = {"small": (0, LONGEST_SMALL_FRAME), "large": (LONGEST_SMALL_FRAME + 1, 2**31)}
+    if tensor.is_cuda and tensor.dtype == torch.float32:
+        bounds = {"float32": (0, 2**31)}
+    return [
+        (name, (shortest, longest))
+        for name, (shortest, longest) in bounds.items()
+        if any(shortest <= length <= longest for length in runs[1::2])
+    ]
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -177,38 +202,86 @@ def launch_forward(
     `qkv` [N, 3, H, D] must be contiguous.
     """
     num_tokens, _, heads, head_size = qkv.shape
+    classes = shape_classes(qkv, runs)
     norm = NO_NORM if q_weight is None else NORM_COMPUTED
-    if q_weight is not None and lengths_of(runs, *SHAPE_CLASSES["large"]):
+    if q_weight is not None and any(name == "large" for name, _ in classes):
         norm = NORM_LOADED
         configuration = select(CONFIGURATIONS, "spatial_attention_key_norm", "any", qkv.device)
-        _key_norm[(triton.cdiv(num_tokens, configuration["ROWS"]) * heads,)](
-            qkv,
-            statistics,
-            num_tokens,
-            eps,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
-            **configuration.launch,
-        )
-    for shape_class, bounds in SHAPE_CLASSES.items():
-        lengths = lengths_of(runs, *bounds)
-        if not lengths:
-            continue
+        with on_device(qkv):
+            _key_norm[(triton.cdiv(num_tokens, configuration["ROWS"]) * heads,)](
+                qkv,
+                statistics,
+                num_tokens,
+                eps,
+                HEADS=heads,
+                HEAD_SIZE=head_size,
+                **configuration.launch,
+            )
+    for shape_class, bounds in classes:
         configuration = select(CONFIGURATIONS, "spatial_attention_forward", shape_class, qkv.device)
         tiles = row_tiles(tuple(runs), configuration["ROWS"], qkv.device, *bounds)
-        _forward[(tiles.shape[0] * heads,)](
-            qkv,
-            q_weight,
-            k_weight,
-            output,
-            statistics,
-            tiles,
-            num_tokens,
-            eps,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
-            REMAINDER=remainder_step(lengths, configuration["STEP"]),
-            NORM=norm.value,
-            BOUNDED_LIMIT=BOUNDED_UP_TO[qkv.dtype],
-            **configuration.launch,
+        with on_device(qkv):
+            _forward[(tiles.shape[0] * heads,)](
+                qkv,
+                q_weight,
+                k_weight,
+                output,
+                statistics,
+                tiles,
+                num_tokens,
+                eps,
+                HEADS=heads,
+                HEAD_SIZE=head_size,
+                NORM=norm.value,
+                BOUNDED_LIMIT=BOUNDED_UP_TO[qkv.dtype],
+                maxnreg=configuration["maxnreg"],
+                **configuration.launch,
+            )
+
+
+COMPILED = (  # dtype, whether with QK-norm, shape class
+    ("bf16", True, "small"),
+    ("bf16", True, "large"),
+    ("bf16", False, "small"),
+    ("fp16", True, "small"),
+    ("fp32", True, "float32"),
+)
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    cases = []
+    for dtype, with_norm, shape_class in COMPILED:
+        configuration = candidates_of(CONFIGURATIONS, "spatial_attention_forward", shape_class, arch)[0]
+        norm = NO_NORM if not with_norm else NORM_LOADED if shape_class == "large" else NORM_COMPUTED
+        cases.append(
+            CompileCase(
+                name="spatial_attention_forward",
+                kernel=_forward,
+                signature={name: f"*{dtype}" for name in ("qkv", "q_weight", "k_weight", "output")}
+                | {"statistics": "*fp32", "tiles": "*i32", "num_tokens": "i32", "eps": "fp32"},
+                constants=({} if with_norm else {"q_weight": None, "k_weight": None})
+                | {
+                    "HEADS": 16,
+                    "HEAD_SIZE": 72,
+                    "NORM": norm.value,
+                    "BOUNDED_LIMIT": 14.0 if dtype == "fp16" else 60.0,
+                },
+                configuration=configuration,
+                dtype=dtype,
+                attention=dtype != "fp32",
+                note=f"{'QK-norm' if with_norm else 'no norm'}; {shape_class} frames",
+                options={"maxnreg": configuration["maxnreg"]},
+            )
         )
+    for dtype in ("bf16", "fp16", "fp32"):
+        cases.append(
+            CompileCase(
+                name="spatial_attention_key_norm",
+                kernel=_key_norm,
+                signature={"qkv": f"*{dtype}", "statistics": "*fp32", "num_tokens": "i32", "eps": "fp32"},
+                constants={"HEADS": 16, "HEAD_SIZE": 72},
+                configuration=candidates_of(CONFIGURATIONS, "spatial_attention_key_norm", "any", arch)[0],
+                dtype=dtype,
+            )
+        )
+    return cases

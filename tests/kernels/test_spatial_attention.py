@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opensora_fast.kernels import PackLayout, spatial_attention
-from opensora_fast.kernels.attention_tables import lengths_of, remainder_step, row_tiles
+from opensora_fast.kernels.attention_tables import row_tiles
 from opensora_fast.kernels.spatial_attention_forward import BOUNDED_UP_TO
 
 ours, reference = partial(spatial_attention, backend="triton"), partial(spatial_attention, backend="reference")
@@ -208,16 +208,6 @@ def test_tables_cover_every_row_once(device) -> None:
     assert (seen == 1).all()
     assert row_tiles(runs, 16, device)[:, 1].tolist() == [40] * 3 + [16] * 2 + [5] * 3
     assert row_tiles(runs, 16, device)[:, 3].tolist() == [3, 3, 3, 4, 5, 0, 1, 2]
-    assert lengths_of(runs, 6) == [16, 40]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "step", "expected"),
-    [([144], 64, 16), ([405], 64, 32), ([920, 3600], 64, 32), ([1590], 64, 64), ([64], 64, 16), ([100], 128, 128)],
-)
-def test_remainder_step(lengths, step, expected) -> None:
-    assert remainder_step(lengths, step) == expected
-    assert all(length % step <= expected for length in lengths)
 
 
 def test_wrong_arguments_are_named(device) -> None:
