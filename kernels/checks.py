@@ -52,3 +52,38 @@ def check_modulation(op: str, x: Tensor, layout: PackLayout, frame_rows: Tensor,
                 f"{op}: {name} has {rows} rows, expected {layout.num_videos} (one per video) or "
                 f"{2 * layout.num_videos} (noised rows, then given rows)"
             )
+
+
+def check_qk_weights(
+    op: str, q_weight: Tensor | None, k_weight: Tensor | None, head_size: int, layout: PackLayout
+) -> None:
+    """Weights of the QK-norm: both [D], or both None."""
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError(f"{op}: give both q_weight and k_weight, or neither")
+    if q_weight is not None and k_weight is not None:
+        check_tensor(op, "q_weight", q_weight, (head_size,), layout.device)
+        check_tensor(op, "k_weight", k_weight, (head_size,), layout.device)
+
+
+def check_self_attention(op: str, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, layout: PackLayout):
+    """qkv [N, 3, H, D] and the weights of the QK-norm."""
+    check_tokens(op, "qkv", qkv, layout, 3, None, None)
+    check_qk_weights(op, q_weight, k_weight, qkv.shape[3], layout)
+
+
+def check_angles(op: str, cos: Tensor, sin: Tensor, head_size: int, layout: PackLayout) -> None:
+    """Tables of the rotary embedding: cos and sin [at least the longest T, D/2]."""
+    if head_size % 2:
+        raise ValueError(f"{op}: an odd head size, {head_size}; rotary embedding turns pairs")
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_tensor(op, name, table, (None, head_size // 2), layout.device)
+        if table.shape[0] < layout.max_frames:
+            raise ValueError(f"{op}: {name} has {table.shape[0]} rows, but a video has {layout.max_frames} frames")
+
+
+def check_head_size(op: str, head_size: int) -> None:
+    """Head sizes that the Triton kernels of attention take."""
+    if head_size % 8 or not 8 <= head_size <= 128:
+        raise ValueError(
+            f"{op}: head size {head_size} has no Triton kernel, a multiple of 8 up to 128 has; use backend='reference'"
+        )

@@ -15,10 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_tensor, check_tokens
+from .checks import check_head_size, check_tensor, check_tokens
 from .layout import PackLayout, TextLayout
 from .registration import choose_backend
-from .spatial_attention import check_head_size
 
 
 def cross_attention_reference(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_tensor, check_tokens
+from .checks import check_head_size, check_self_attention
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference
 from .registration import choose_backend
@@ -67,22 +67,6 @@ def spatial_attention(
     check_head_size(op, qkv.shape[3])
     runs = [number for run in layout.runs for number in (run.videos * run.frames, run.frame_tokens)]
     return _spatial_attention(qkv, q_weight, k_weight, runs, eps)[0]
-
-
-def check_self_attention(op: str, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, layout: PackLayout):
-    check_tokens(op, "qkv", qkv, layout, 3, None, None)
-    if (q_weight is None) != (k_weight is None):
-        raise ValueError(f"{op}: give both q_weight and k_weight, or neither")
-    if q_weight is not None and k_weight is not None:
-        check_tensor(op, "q_weight", q_weight, (qkv.shape[3],), layout.device)
-        check_tensor(op, "k_weight", k_weight, (qkv.shape[3],), layout.device)
-
-
-def check_head_size(op: str, head_size: int) -> None:
-    if head_size % 8 or not 8 <= head_size <= 128:
-        raise ValueError(
-            f"{op}: head size {head_size} has no Triton kernel, a multiple of 8 up to 128 has; use backend='reference'"
-        )
 
 
 # ---- registration: tensors and numbers only; `runs` is what attention_tables calls by that name ----

@@ -21,11 +21,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .checks import check_tensor
+from .checks import check_angles, check_head_size, check_self_attention
 from .layout import PLACE_TILE_ROWS, PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
 from .registration import choose_backend
-from .spatial_attention import check_head_size, check_self_attention
 
 
 def temporal_attention_reference(
@@ -81,12 +80,7 @@ def temporal_attention(
     """
     op = "temporal_attention"
     check_self_attention(op, qkv, q_weight, k_weight, layout)
-    if qkv.shape[3] % 2:
-        raise ValueError(f"{op}: qkv has an odd head size, {qkv.shape[3]}; rotary embedding turns pairs")
-    for name, table in (("cos", cos), ("sin", sin)):
-        check_tensor(op, name, table, (None, qkv.shape[3] // 2), layout.device)
-        if table.shape[0] < layout.max_frames:
-            raise ValueError(f"{op}: {name} has {table.shape[0]} rows, but a video has {layout.max_frames} frames")
+    check_angles(op, cos, sin, qkv.shape[3], layout)
     if choose_backend(op, backend, qkv, q_weight, k_weight, cos, sin) == "reference":
         return temporal_attention_reference(qkv, q_weight, k_weight, cos, sin, layout, eps)
     check_head_size(op, qkv.shape[3])

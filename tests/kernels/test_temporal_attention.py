@@ -208,7 +208,7 @@ def test_wrong_arguments_are_named(device) -> None:
     for head_size in (12, 136):
         with pytest.raises(ValueError, match=f"head size {head_size} has no Triton kernel"):
             ours(**make_inputs([(2, 1, 1)], torch.float32, device, head_size=head_size))
-    with pytest.raises(ValueError, match="odd head size, 9"):
+    with pytest.raises(ValueError, match="an odd head size, 9"):
         reference(**good | {"qkv": torch.zeros(6, 3, 1, 9, device=device), "q_weight": None, "k_weight": None})
 
 
