@@ -32,8 +32,9 @@ DEFAULT_LENGTHS = {
     ("temporal", "cpu"): (1, 4, 16, 32),
     ("cross", "cpu"): (1, 20, 77),
 }
-# Heads, head size and tokens: ST-DiT-2 XL/2 with enough tokens to fill a GPU; a size that a CPU does in milliseconds.
-SIZES = {"cuda": (16, 72, 65536), "cpu": (2, 72, 512)}
+# Heads, head size and tokens: ST-DiT-2 XL/2 with enough tokens to fill a GPU, but no more than 65535 sequences, which
+# PyTorch's attention cannot launch; a size that a CPU does in milliseconds.
+SIZES = {"cuda": (16, 72, 49152), "cpu": (2, 72, 512)}
 # Tokens of the comparison with float64, whose scores are kept in memory: 16 frames of 144, two of 4096.
 CHECK_TOKENS = {"cuda": 8192, "cpu": 512}
 

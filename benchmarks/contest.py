@@ -108,10 +108,7 @@ class _Run:
         check_work = contest.work if contest.check_work is None else contest.check_work
         with self.session.watch([], "the float64 reference"):
             yardstick = make_yardstick(contest.references, check_work, contest.results)
-            full = None
-            if contest.check_work is not None:
-                results = contest.full_results or contest.results
-                full = (results, *results(contest.references[0].prepare(contest.work), contest.work))
+            full = self._eager_on_timed_inputs() if contest.check_work is not None else None
         release_memory(contest.work.device)
         judged = {}
         for provider in providers:
@@ -126,6 +123,15 @@ class _Run:
                 for direction in contest.calls:
                     self.refused.append(Refused(self._row(provider, direction), wrong.name, wrong.error, wrong.limit))
         return judged
+
+    def _eager_on_timed_inputs(self) -> tuple | None:
+        """(function of results, eager's results, norm sent back); None where they are too large for eager PyTorch."""
+        results = self.contest.full_results or self.contest.results
+        try:
+            eager, sent_back = results(self.contest.references[0].prepare(self.contest.work), self.contest.work)
+        except RuntimeError:  # out of memory, or more sequences than it can launch: the smaller inputs have to do
+            return None
+        return results, eager, sent_back
 
     def _judge(
         self, provider: Provider, check_work: Any, yardstick: Yardstick, full: tuple | None

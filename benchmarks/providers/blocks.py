@@ -141,7 +141,7 @@ def missing_on(variant: Variant, work: BlockWork) -> str:
     """Why a variant cannot run where the work is."""
     if variant.compiled:
         return compiles_on_cuda(work)
-    return needs_cuda(work) if variant.uses_triton or variant.cudnn else ""
+    return needs_cuda(work) if variant.uses_triton or variant.sdpa else ""
 
 
 BLOCK_PROVIDERS = tuple(

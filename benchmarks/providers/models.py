@@ -216,8 +216,12 @@ def step_call(model: Model, work: ModelWork, encode: Callable[[], tuple[Tensor, 
 
     def step() -> None:
         latents, conditions = encode()
-        losses = work.diffusion.training_losses(model, latents, work.timestep, dict(conditions))
-        losses["loss"].mean().backward()
+        try:
+            losses = work.diffusion.training_losses(model, latents, work.timestep, dict(conditions))
+            losses["loss"].mean().backward()
+        except Exception:  # out of memory: what backward has left must not add to the next provider's
+            training.model.zero_grad(set_to_none=True)
+            raise
         training.optimizer.step()
         training.ema.update(training.optimizer.masters)
 

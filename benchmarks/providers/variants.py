@@ -28,7 +28,7 @@ class Variant:
         flash: upstream with flash attention on.
         recompute: activations are computed again in backward.
         compiled: every block goes through torch.compile.
-        cudnn: PyTorch's attention prefers cuDNN.
+        sdpa: the backend that PyTorch's attention prefers, "FLASH" or "CUDNN"; "": its own choice.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Variant:
     flash: bool = False
     recompute: bool = False
     compiled: bool = False
-    cudnn: bool = False
+    sdpa: str = ""
 
     @property
     def is_upstream(self) -> bool:
@@ -49,17 +49,14 @@ class Variant:
     @contextmanager
     def attention(self) -> Iterator[None]:
         """Around a forward pass."""
-        if not self.cudnn:
+        if not self.sdpa:
             yield
             return
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        order = [
-            SDPBackend.CUDNN_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH,
-        ]
+        # What the first does not take (a mask, float64) goes to the next.
+        names = (f"{self.sdpa}_ATTENTION", "FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+        order = [getattr(SDPBackend, name) for name in dict.fromkeys(names)]
         with sdpa_kernel(order, set_priority=True):
             yield
 
@@ -71,7 +68,8 @@ VARIANTS = (
     Variant("compile-upstream", flash=True, compiled=True),
     Variant("eager", REFERENCE),
     Variant("eager-recompute", REFERENCE, recompute=True),
-    Variant("eager-cudnn", REFERENCE, cudnn=True),
+    Variant("eager-flash", REFERENCE, sdpa="FLASH"),
+    Variant("eager-cudnn", REFERENCE, sdpa="CUDNN"),
     Variant("compile", REFERENCE, compiled=True),
     Variant("compile-recompute", REFERENCE, compiled=True, recompute=True),
     Variant("ours-norms", _with(*NORMS)),
@@ -95,6 +93,6 @@ WATERFALL = (
     "ours-norms-gelu-temporal-spatial",
     "ours",
 )
-PEERS = ("upstream", "upstream-flash", "eager", "eager-cudnn", "compile", "compile-upstream", "ours")
+PEERS = ("upstream", "upstream-flash", "eager", "eager-flash", "eager-cudnn", "compile", "compile-upstream", "ours")
 # Where the activations of 16 frames of 720p do not fit without.
 RECOMPUTING_PEERS = ("eager-recompute", "compile-recompute", "ours-recompute")

@@ -23,11 +23,20 @@ def attention(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds for all samples together.")] = 60.0,
+    trace: Annotated[
+        bool, typer.Option(help="Also write a trace of each implementation at the longest length, for ui.perfetto.dev.")
+    ] = False,
 ) -> None:
     """One table, length by length; a plot; the rows as CSV."""
     import torch
 
-    from opensora_fast.benchmarks.attention_profile import format_rows, profile_attention, write_profile
+    from opensora_fast.benchmarks.attention_profile import (
+        DEFAULT_LENGTHS,
+        format_rows,
+        profile_attention,
+        trace_attention,
+        write_profile,
+    )
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
@@ -38,11 +47,15 @@ def attention(
         lengths = [int(part) for part in seqlens.split(",")] if seqlens else None
     except ValueError:
         raise ValueError(f"--seqlens {seqlens!r}: write whole numbers with commas between them") from None
-    rows, refused = profile_attention(kind, lengths, providers.split(",") if providers else None, device, None, budget)
+    names = providers.split(",") if providers else None
+    rows, refused = profile_attention(kind, lengths, names, device, None, budget)
     typer.echo(f"{kind} attention on {device}\n{format_rows(rows)}")
     for item in refused:
         typer.echo(str(item), err=True)
     csv_path, plot_path = write_profile(rows, kind, out)
     typer.echo(f"rows: {csv_path}\nplot: {plot_path}")
+    if trace:
+        for path in trace_attention(kind, max(lengths or DEFAULT_LENGTHS[kind, device]), names, device, out):
+            typer.echo(f"trace: {path}")
     if not any(row.status == "ok" for row in rows):
         raise ValueError("no provider could be measured; the table says why for each")

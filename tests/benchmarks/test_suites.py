@@ -38,7 +38,9 @@ def test_the_peers_stand_beside_ours_at_all_five_resolutions(level):
         own = [case for case in cases if case.template.workload == f"{resolution}×16"]
         providers = {provider for case in own for provider in case.providers}
         wanted = {"ours", "eager", "upstream", "compile"}
-        wanted |= {"sdpa-flash", "sdpa-cudnn", "flex"} if level == "op" else {"eager-cudnn", "upstream-flash"}
+        wanted |= (
+            {"sdpa-flash", "sdpa-cudnn", "flex"} if level == "op" else {"eager-flash", "eager-cudnn", "upstream-flash"}
+        )
         assert wanted <= providers
 
 

@@ -1,0 +1,123 @@
+"""`opensora-fast bench` and `opensora-fast profile` as a user meets them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from opensora_fast.benchmarks.rows import read_folder
+from opensora_fast.cli import run
+
+COMMAND = [sys.executable, "-m", "opensora_fast", "bench", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x", "--suite", "everything"], "suite 'everything' is unknown; choose one of all, first, kernels"),
+        (["--out", "x", "--providers", "flash-attn-9"], "provider 'flash-attn-9' is unknown in this suite"),
+        (["--out", "x", "--only", "spatial", "999p"], "no case of suite all on cpu holds spatial and 999p"),
+        (["--out", "x", "--budget", "soon"], "--budget 'soon': write a time such as 9m"),
+        (["--out", "x", "--commit", "main"], "--commit main: "),
+        ([], "--out is missing: give a folder for the rows"),
+        (["--device", "tpu"], "--device 'tpu': use cpu or cuda"),
+    ],
+)
+def test_a_mistake_is_one_message(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run(["bench", "--device", "cpu", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_plan_can_be_read_without_measuring(capsys):
+    assert run(["bench", "--device", "cpu", "--suite", "kernels", "--only", "spatial 240p", "--list"]) == 0
+    output = capsys.readouterr().out
+    assert "op spatial_attention 240p×1  [B=1 T=1 S=405 H=2 D=72]  upstream, eager," in output
+    assert output.splitlines()[-1].endswith("rows")
+
+
+def test_one_row_can_be_run_stopped_and_run_again(tmp_path):
+    """A real process: rows are there after Ctrl-C, and the second run measures only what is missing."""
+    out = tmp_path / "rows"
+    command = [*COMMAND, "--suite", "kernels", "--providers", "eager,upstream", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.time() + 200
+    while len(read_folder(out)) < 3 and time.time() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    rows = read_folder(out)
+    assert len(rows) >= 3 and f"rows: {out}" in output and "Traceback" not in errors
+
+    command += ["--only", "spatial_attention", "240p×1"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
+    assert result.returncode == 0, result.stderr
+    assert "spatial_attention" in result.stdout and f"rows: {out}" in result.stdout
+    after = read_folder(out)
+    assert {row.key for row in rows} < {row.key for row in after}
+    assert len({row.key for row in after}) == len(after)
+    attention = [row for row in after if row.op == "spatial_attention" and row.workload == "240p×1"]
+    assert {row.provider for row in attention} == {"eager", "upstream"}
+    assert all(row.environment.commit and row.environment.date for row in after)
+
+
+def test_profile_attention(tmp_path, capsys):
+    arguments = ["profile", "attention", "--device", "cpu", "--seqlens", "8,16", "--providers", "upstream,eager,ours"]
+    assert run([*arguments, "--budget", "0.2", "--out", str(tmp_path), "--trace"]) == 0
+    output = capsys.readouterr().out
+    assert "share of limit" in output and "ours: unavailable: needs a CUDA GPU" in output
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"attention_spatial.csv", "attention_spatial.svg"} <= files
+    assert {"trace_spatial_16_upstream.json", "trace_spatial_16_eager.json"} <= files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kind", "diagonal"], "attention kind 'diagonal' is unknown; choose one of spatial, temporal, cross"),
+        (["--seqlens", "0"], "each must be at least 1"),
+        (["--seqlens", "many"], "--seqlens 'many': write whole numbers"),
+        (["--providers", "flash-attn-9"], "provider 'flash-attn-9' is unknown; known: upstream, eager"),
+    ],
+)
+def test_mistakes_in_profiles(tmp_path, capsys, arguments, message):
+    assert run(["profile", "attention", "--device", "cpu", "--out", str(tmp_path), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_pytest_saves_and_compares(tmp_path):
+    """`pytest benchmarks` as the users of pytest-benchmark know it."""
+    arguments = [
+        "benchmarks/test_ops.py",
+        "-k",
+        "gelu_tanh and forward- and (eager or compile)",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command = [sys.executable, "-m", "pytest", *arguments, "--benchmark-max-time=0.05"]
+    command.append(f"--benchmark-storage={tmp_path}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    saved = subprocess.run(
+        [*command, "--benchmark-save=first"], cwd=root, capture_output=True, text=True, env=environment
+    )
+    assert saved.returncode == 0, saved.stdout + saved.stderr
+    assert "1 passed, 1 skipped" in saved.stdout and "torch.compile is measured on CUDA only" in saved.stdout
+    (path,) = tmp_path.rglob("*_first.json")
+    (row,) = json.loads(path.read_text())["benchmarks"]
+    assert row["extra_info"]["provider"] == "eager"
+    assert row["extra_info"]["error"] <= row["extra_info"]["error_limit"]
+    again = [*command, "--benchmark-compare=0001", "--benchmark-compare-fail=min:100000%"]
+    compared = subprocess.run(again, cwd=root, capture_output=True, text=True, env=environment)
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    assert "0001_first" in compared.stdout
