@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checks import check_modulation, check_tensor, check_tokens
 from .layout import PackLayout
-from .registration import choose_backend, empty_if, promote
+from .registration import choose_backend, empty_if, kernel_op, promote
 from .row_tiles import choose_tiles
 
 
@@ -86,7 +86,7 @@ def gate_residual(
 # ---- registration: tensors and numbers only; the layout's tables come one by one ----
 
 
-@torch.library.custom_op("opensora_fast::gate_residual", mutates_args=())
+@kernel_op("opensora_fast::gate_residual")
 def _gate_residual(
     x: Tensor,
     branch: Tensor,
@@ -124,7 +124,7 @@ def _(x, branch, gate, bias, frame_rows, tiles, backward_tiles, backward_video_t
     return torch.empty(x.shape, dtype=promote(x, branch, gate, bias), device=x.device)
 
 
-@torch.library.custom_op("opensora_fast::gate_residual_backward", mutates_args=())
+@kernel_op("opensora_fast::gate_residual_backward")
 def _gate_residual_backward(
     d_residual: Tensor,
     branch: Tensor,

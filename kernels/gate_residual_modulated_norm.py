@@ -20,7 +20,7 @@ from torch import Tensor
 from .gate_residual import check_branch, gate_residual_reference
 from .layout import PackLayout
 from .modulated_norm import allocate_norm, modulated_norm_reference
-from .registration import choose_backend, empty_if, output_dtype, promote
+from .registration import choose_backend, empty_if, kernel_op, output_dtype, promote
 from .row_tiles import choose_tiles
 
 
@@ -86,7 +86,7 @@ def gate_residual_modulated_norm(
 # ---- registration: tensors and numbers only; the layout's tables come one by one ----
 
 
-@torch.library.custom_op("opensora_fast::gate_residual_modulated_norm", mutates_args=())
+@kernel_op("opensora_fast::gate_residual_modulated_norm")
 def _gate_residual_modulated_norm(
     x: Tensor,
     branch: Tensor,
@@ -148,7 +148,7 @@ def _allocate(x: Tensor, residual_dtype: torch.dtype, dtype: torch.dtype) -> tup
     return torch.empty(x.shape, dtype=residual_dtype, device=x.device), *allocate_norm(x, dtype)
 
 
-@torch.library.custom_op("opensora_fast::gate_residual_modulated_norm_backward", mutates_args=())
+@kernel_op("opensora_fast::gate_residual_modulated_norm_backward")
 def _gate_residual_modulated_norm_backward(
     d_residual: Tensor | None,
     d_normed: Tensor | None,

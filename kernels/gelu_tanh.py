@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_tensor
-from .registration import choose_backend, empty_if, output_dtype
+from .registration import choose_backend, empty_if, kernel_op, output_dtype
 
 
 def gelu_tanh_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,7 +49,7 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
 # ---- registration ----
 
 
-@torch.library.custom_op("opensora_fast::gelu_tanh", mutates_args=())
+@kernel_op("opensora_fast::gelu_tanh")
 def _gelu_tanh(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     from .gelu_tanh_kernels import launch_forward
 
@@ -63,7 +63,7 @@ def _(x, bias, dtype):
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-@torch.library.custom_op("opensora_fast::gelu_tanh_backward", mutates_args=())
+@kernel_op("opensora_fast::gelu_tanh_backward")
 def _gelu_tanh_backward(
     d_y: Tensor, x: Tensor, bias: Tensor | None, wants_x: bool, wants_bias: bool
 ) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checks import check_modulation
 from .layout import PackLayout
-from .registration import choose_backend, empty_if, output_dtype
+from .registration import choose_backend, empty_if, kernel_op, output_dtype
 from .row_tiles import choose_tiles
 
 
@@ -67,7 +67,7 @@ def modulated_norm(
 # ---- registration: tensors and numbers only; the layout's tables come one by one ----
 
 
-@torch.library.custom_op("opensora_fast::modulated_norm", mutates_args=())
+@kernel_op("opensora_fast::modulated_norm")
 def _modulated_norm(
     x: Tensor,
     shift: Tensor,
@@ -112,7 +112,7 @@ def allocate_norm(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
     return torch.empty(x.shape, dtype=dtype, device=x.device), *statistics
 
 
-@torch.library.custom_op("opensora_fast::modulated_norm_backward", mutates_args=())
+@kernel_op("opensora_fast::modulated_norm_backward")
 def _modulated_norm_backward(
     d_normed: Tensor,
     x: Tensor,
