@@ -43,7 +43,13 @@ class ClipError(Exception):
 
 
 class Decoder(Protocol):
-    """Decodes clips. All decoders give the same frames for the same request."""
+    """Decodes clips. All decoders give the same frames for the same request.
+
+    Attributes:
+        threads: clips that are decoded at the same time; fewer in a call leave processors idle.
+    """
+
+    threads: int
 
     def decode(self, requests: Sequence[ClipRequest]) -> list[torch.Tensor | BadClip]:
         """Answers in the order of the requests: float32 [3, T, H, W] in [-1, 1], or a `BadClip`."""

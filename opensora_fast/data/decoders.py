@@ -11,7 +11,7 @@ import torch
 from opensora_fast.data.clips import BadClip, ClipError, ClipRequest, Decoder
 from opensora_fast.data.dali_decoder import CODECS, DaliDecoder, is_dali_installed
 from opensora_fast.data.isolated_decoder import IsolatedDecoder
-from opensora_fast.data.pyav_decoder import TIME_LIMIT, PyAVDecoder
+from opensora_fast.data.pyav_decoder import TIME_LIMIT, PyAVDecoder, count_processors
 from opensora_fast.data.reporting import print_line
 from opensora_fast.data.video_index import codec_name, open_video
 
@@ -58,6 +58,7 @@ def build_decoder(
     on_gpu = device == "cuda" and name != "pyav"
     if isolate and on_gpu:
         raise ValueError("isolate=True is not possible with DALI on the GPU: the clips cannot leave its process there")
+    threads = count_processors() if threads is None else threads
     make_pyav = functools.partial(PyAVDecoder, threads=threads, time_limit=time_limit)
     limit = ISOLATION_FACTOR * time_limit
     if name == "dali":
@@ -67,14 +68,14 @@ def build_decoder(
         if not on_gpu and isolate is not False:
             if not is_dali_installed():
                 make_dali()  # raises
-            return IsolatedDecoder(make_dali, limit)
+            return IsolatedDecoder(make_dali, limit, threads)
         return make_dali()
     if on_gpu and is_dali_installed():
         report(f"decoder: DALI on the GPU for {', '.join(CODECS['gpu'])}; PyAV for other codecs and images")
         return RoutedDecoder(DaliDecoder("gpu", threads=threads, time_limit=time_limit), make_pyav(), report)
     missing = " (DALI, which decodes on the GPU, is not installed)" if on_gpu else ""
     report(f"decoder: PyAV for all codecs{missing}")
-    return IsolatedDecoder(make_pyav, limit) if isolate else make_pyav()
+    return IsolatedDecoder(make_pyav, limit, threads) if isolate else make_pyav()
 
 
 class RoutedDecoder:
@@ -90,6 +91,7 @@ class RoutedDecoder:
     """
 
     def __init__(self, dali: DaliDecoder, pyav: PyAVDecoder, report: Callable[[str], None] = print_line) -> None:
+        self.threads = max(dali.threads, pyav.threads)
         self.dali = dali
         self.pyav = pyav
         self.served: dict[tuple[str, str], int] = {}

@@ -28,15 +28,17 @@ class IsolatedDecoder:
         time_limit: seconds for one clip. A call that takes longer, for all its clips together, is ended by force, and
             its clips are tried one by one. It should be above that of the decoder inside, which knows more about what
             is slow.
+        threads: those of the decoder inside.
 
     Attributes:
         restarts: how many times a child process was lost.
     """
 
-    def __init__(self, make_decoder: Callable[[], Decoder], time_limit: float) -> None:
+    def __init__(self, make_decoder: Callable[[], Decoder], time_limit: float, threads: int = 1) -> None:
         if time_limit <= 0:
             raise ValueError(f"time_limit must be above 0 seconds, got {time_limit}")
         self.time_limit = time_limit
+        self.threads = threads
         self.restarts = 0
         self._make_decoder = make_decoder
         self._lethal: dict[str, str] = {}

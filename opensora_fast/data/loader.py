@@ -34,7 +34,7 @@ class ClipLoader:
         decoder: decodes them; closed with the loader.
         frame_interval: source frames for each frame of a clip.
         seed: of the starts of the clips.
-        prefetch: batches made ahead; 0 makes each when it is asked for.
+        prefetch: batches made ahead; 0 makes each when it is asked for. At most as many more are being decoded.
         bad_clips_path: file in which bad clips are listed (`bad_clips.BadClipLog`), or None.
         fps_after_interval: True divides the frame rate that the model is told by `frame_interval`, which is the rate
             of the clip as it is trained on. Open-Sora 1.1 tells it the rate of the file, and so is the default.
@@ -70,6 +70,7 @@ class ClipLoader:
         self.decoder = decoder
         self.frame_interval = frame_interval
         self.seed = seed
+        self.prefetch = prefetch
         self.fps_after_interval = fps_after_interval
         self.pin_memory = pin_memory
         self._report = report
@@ -103,35 +104,57 @@ class ClipLoader:
         Raises:
             RuntimeError: a place could not be filled; something is wrong with more than single clips.
         """
-        thw = self.sampler.bucket.get_thw(micro_batch.bucket)
-        rows = list(micro_batch.rows)
-        clips: list[torch.Tensor | None] = [None] * len(rows)
-        for attempt in range(REPLACEMENTS + 1):
-            places = [place for place, clip in enumerate(clips) if clip is None]
-            requests = [self._make_request(rows[place], micro_batch.epoch, thw) for place in places]
-            last_bad = None
-            for place, result in zip(places, self.decoder.decode(requests), strict=True):
-                if isinstance(result, BadClip):
-                    last_bad = result
-                    self._record(result, micro_batch)
-                    rows[place] = self._replace(micro_batch, micro_batch.rows[place], attempt, result)
-                else:
-                    clips[place] = result
-            if last_bad is None:
-                return self._make_batch(micro_batch, rows, clips, thw)
-        raise RuntimeError(
-            f"bucket {micro_batch.bucket}: {REPLACEMENTS} replacements of a clip could not be decoded either, the last "
-            f"one, {last_bad.path}, because: {last_bad.reason}. Look at the data (`opensora-fast data validate`)"
-        )
+        (batch,) = self._load_together([micro_batch])
+        return batch
 
     def _make_batches(self) -> Iterator[Batch]:
-        for micro_batch in self.sampler:
-            batch = self.load(micro_batch)
-            yield batch.pin_memory() if self.pin_memory else batch
+        for micro_batches in self._group():
+            for batch in self._load_together(micro_batches):
+                yield batch.pin_memory() if self.pin_memory else batch
 
-    def _make_request(self, row: int, epoch: int, thw: tuple[int, int, int]) -> ClipRequest:
+    def _group(self) -> Iterator[list[MicroBatch]]:
+        """Micro-batches that are decoded together, so that small ones do not leave threads of the decoder idle.
+
+        The first one of all comes alone: the training step waits for it.
+        """
+        group: list[MicroBatch] = []
+        enough = 1
+        for micro_batch in self.sampler:
+            group.append(micro_batch)
+            if sum(len(member.rows) for member in group) >= enough or len(group) >= self.prefetch:
+                yield group
+                group = []
+                enough = self.decoder.threads
+        if group:
+            yield group
+
+    def _load_together(self, micro_batches: list[MicroBatch]) -> list[Batch]:
+        requests = [self._make_request(row, micro_batch) for micro_batch in micro_batches for row in micro_batch.rows]
+        results = iter(self.decoder.decode(requests))
+        return [self._complete(micro_batch, [next(results) for _ in micro_batch.rows]) for micro_batch in micro_batches]
+
+    def _complete(self, micro_batch: MicroBatch, clips: list[torch.Tensor | BadClip]) -> Batch:
+        """Replace bad clips until none is left."""
+        rows = list(micro_batch.rows)
+        for attempt in range(REPLACEMENTS + 1):
+            bad = {place: clip for place, clip in enumerate(clips) if isinstance(clip, BadClip)}
+            for place, clip in bad.items():
+                self._record(clip, micro_batch)
+                rows[place] = self._replace(micro_batch, micro_batch.rows[place], attempt, clip)
+            if not bad:
+                return self._make_batch(micro_batch, rows, clips)
+            replacements = self.decoder.decode([self._make_request(rows[place], micro_batch) for place in bad])
+            for place, clip in zip(bad, replacements, strict=True):
+                clips[place] = clip
+        raise RuntimeError(
+            f"bucket {micro_batch.bucket}: {REPLACEMENTS} replacements of a clip could not be decoded either, the last "
+            f"one, {clip.path}, because: {clip.reason}. Look at the data (`opensora-fast data validate`)"
+        )
+
+    def _make_request(self, row: int, micro_batch: MicroBatch) -> ClipRequest:
+        thw = self.sampler.bucket.get_thw(micro_batch.bucket)
         clip = self.manifest.clip(row)
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch, row))))
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, micro_batch.epoch, row))))
         frames = choose_frames(clip.num_frames, thw[0], self.frame_interval, rng)
         return ClipRequest(row, clip.path, frames, thw[1:], is_image_path(clip.path))
 
@@ -145,15 +168,13 @@ class ClipLoader:
         self._log.add(clip, epoch=micro_batch.epoch, micro_batch=micro_batch.index)
         self._report(f"bad clip (row {clip.row}, replaced): {clip.path}: {clip.reason}")
 
-    def _make_batch(
-        self, micro_batch: MicroBatch, rows: list[int], clips: list[torch.Tensor], thw: tuple[int, int, int]
-    ) -> Batch:
+    def _make_batch(self, micro_batch: MicroBatch, rows: list[int], clips: list[torch.Tensor]) -> Batch:
         described = [self.manifest.clip(row) for row in rows]
         divisor = self.frame_interval if self.fps_after_interval else 1
         return Batch(
             video=torch.stack(clips),
             text=[clip.text for clip in described],
-            **make_conditions(thw, described, divisor),
+            **make_conditions(self.sampler.bucket.get_thw(micro_batch.bucket), described, divisor),
             bucket=micro_batch.bucket,
             rows=tuple(rows),
             index=micro_batch.index,

@@ -27,7 +27,9 @@ INTERVAL = 2
 class FakeDecoder:
     """Clips that hold the numbers of their frames; rows in `bad` cannot be decoded."""
 
-    def __init__(self, bad=(), seconds=0.0):
+    def __init__(self, bad=(), seconds=0.0, threads=1):
+        self.threads = threads
+        self.calls = []
         self.bad = set(bad)
         self.seconds = seconds
         self.requests = []
@@ -35,6 +37,7 @@ class FakeDecoder:
 
     def decode(self, requests):
         time.sleep(self.seconds)
+        self.calls.append(len(requests))
         self.requests += requests
         return [
             BadClip(request.row, request.path, "made bad")
@@ -218,6 +221,18 @@ def test_runs_ahead_while_the_consumer_works():
     assert 0.25 <= loader.data_wait - waited < 30
     batches.close()
     loader.close()
+
+
+def test_small_batches_are_decoded_together():
+    alone, together = FakeDecoder(bad=[4, 13]), FakeDecoder(bad=[4, 13], threads=5)
+    expected = summarize(take_epoch(make_loader(alone, prefetch=3)))
+    assert set(alone.calls) <= {1, 2}
+    assert summarize(take_epoch(make_loader(together, prefetch=3))) == expected
+    calls = [count for count in together.calls if count > 1]  # calls for one clip are those of replacements
+    assert calls == [2, 6, 6, 2], "the first batch alone, then three at a time for five threads"
+    few = FakeDecoder(bad=[4, 13], threads=64)
+    assert summarize(take_epoch(make_loader(few, prefetch=2))) == expected
+    assert max(few.calls) == 4, "no more batches together than may be made ahead"
 
 
 def test_wait_adds_up_over_epochs():
