@@ -11,6 +11,7 @@ from .gelu_tanh import gelu_tanh
 from .layout import PackLayout, TextLayout
 from .modulated_norm import modulated_norm
 from .patchify import patchify, token_grid, unpatchify
+from .qk_norm_rotary import qk_norm_rotary
 from .spatial_attention import spatial_attention
 from .temporal_attention import temporal_attention
 
@@ -25,6 +26,7 @@ __all__ = [
     "gelu_tanh",
     "modulated_norm",
     "patchify",
+    "qk_norm_rotary",
     "spatial_attention",
     "temporal_attention",
     "token_grid",
