@@ -27,7 +27,7 @@ from opensora_fast.data.clips import BadClip, ClipError, ClipRequest
 from opensora_fast.data.picture_size import is_hidden, read_picture_size
 from opensora_fast.data.pyav_decoder import STUCK_FACTOR, TIME_LIMIT, count_processors, decode_request, describe
 from opensora_fast.data.resize import CoverCrop
-from opensora_fast.data.video_index import check_file, codec_name, open_video
+from opensora_fast.data.video_index import check_file, codec_name, open_video, read_packets
 from opensora_fast.data.worker_threads import Overdue, WorkerThreads
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class DaliDecoder:
                 )
             size = (stream.codec_context.height, stream.codec_context.width)
             count = 0
-            for packet in container.demux(stream):
+            for packet in read_packets(container, stream):
                 if packet.size == 0:
                     continue
                 if count <= last_frame:

@@ -27,6 +27,7 @@ from opensora_fast.data.video_index import (
     open_video,
     packets_from,
     read_packet_table,
+    read_packets,
 )
 from opensora_fast.data.worker_threads import Overdue, WorkerThreads
 
@@ -161,7 +162,7 @@ def read_frames(
         _read_from_keyframe(path, wanted, take, deadline, threads)
     except _NotExact:
         with open_video(path, threads) as (container, stream):
-            _collect(deadline.watch(container.demux(stream)), 0, wanted, take)
+            _collect(deadline.watch(read_packets(container, stream)), 0, wanted, take)
 
 
 class _NotExact(Exception):
@@ -188,9 +189,9 @@ def _read_from_keyframe(
     first, last = min(wanted), max(wanted)
     with open_video(path, threads) as (container, stream):
         if first <= FRAMES_NOT_WORTH_SEEKING or codec_name(stream) not in RESETTING_CODECS:
-            _collect(deadline.watch(container.demux(stream)), 0, wanted, take)
+            _collect(deadline.watch(read_packets(container, stream)), 0, wanted, take)
             return
-        table = read_packet_table(stream, deadline.watch(container.demux(stream)))
+        table = read_packet_table(stream, deadline.watch(read_packets(container, stream)))
         if last >= table.count:  # a packet holds at most one frame
             raise ClipError(f"has only {table.count} frames, frame {last} is asked for")
         keyframe = table.last_keyframe(first)
@@ -271,5 +272,6 @@ def iterate_frames(path: str, threads: int = 0) -> Iterator[np.ndarray]:
 
     reformatter = VideoReformatter()
     with open_video(path, threads) as (container, stream):
-        for frame in container.decode(stream):
-            yield to_rgb(frame, reformatter)
+        for packet in read_packets(container, stream):
+            for frame in packet.decode():
+                yield to_rgb(frame, reformatter)

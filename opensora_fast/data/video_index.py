@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -88,6 +88,13 @@ def open_video(source: str | BinaryIO, threads: int = 1) -> Iterator[tuple[Input
         yield container, stream
 
 
+def read_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """The packets of a stream from where the container is, and the empty one that flushes the decoder."""
+    # Damaged files may bring up further streams while they are read; after the last packet PyAV trips over those.
+    with suppress(IndexError):
+        yield from container.demux(stream)
+
+
 def codec_name(stream: VideoStream) -> str:
     """Name of the format ("av1"), not of the library that decodes it ("libdav1d")."""
     return stream.codec_context.codec.canonical_name
@@ -156,7 +163,7 @@ def read_packet_table(stream: VideoStream, packets: Iterable[Packet]) -> PacketT
 def packets_from(container: InputContainer, stream: VideoStream, keyframe: Keyframe) -> Iterator[Packet] | None:
     """The packets from a keyframe on, or None if decoding cannot begin exactly there."""
     container.seek(keyframe.seek_timestamp, stream=stream, backward=True)
-    packets = container.demux(stream)
+    packets = read_packets(container, stream)
     first = next(packets, None)
     if first is None or not _is_at(first, keyframe) or not _resets_decoder(first, stream):
         return None

@@ -1,5 +1,6 @@
 """PyAV: the same frames as a full decode, bit for bit, from as late a start as possible; bad files are told apart."""
 
+import contextlib
 import os
 
 import av
@@ -265,6 +266,35 @@ class TestBadFiles:
         path = tmp_path / "both.avi"
         join(path, [first, second])
         assert bad(ask(path, (0, 7))) == "frame 5 has another size than the ones before it"
+
+    @pytest.mark.parametrize("frames", [(0, 39), (20, 39)])
+    def test_streams_that_appear_late(self, tmp_path, monkeypatch, frames):
+        """PyAV raises IndexError behind the last packet of a damaged transport stream that grows further streams."""
+
+        class Growing:
+            def __init__(self, container):
+                self.container = container
+
+            def demux(self, stream):
+                yield from self.container.demux(stream)
+                raise IndexError("list index out of range")
+
+            def __getattr__(self, name):
+                return getattr(self.container, name)
+
+        path = write_clip(tmp_path, "vp9 webm")
+        expected = ask(path, frames)
+        real = pyav_decoder.open_video
+
+        @contextlib.contextmanager
+        def open_growing(*arguments):
+            with real(*arguments) as (container, stream):
+                yield Growing(container), stream
+
+        monkeypatch.setattr(pyav_decoder, "open_video", open_growing)
+        assert torch.equal(ask(path, frames), expected)
+        assert len(list(iterate_frames(str(path)))) == 40
+        assert "frame 45 is asked for" in bad(ask(path, (20, 45)))
 
     def test_time_limit(self, tmp_path):
         path = write_clip(tmp_path, "vp9 webm")
