@@ -19,7 +19,9 @@ from .attention_tiles import (
     dot_rows,
     has_padding,
     load_head,
+    load_numbers,
     reciprocal_rms,
+    settle,
     tail_of,
     zero_head,
 )
@@ -65,16 +67,17 @@ def attend(
         end = length if masked else whole
         for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
             rows = start + tl.arange(0, REMAINDER if masked else STEP)
-            inside = rows < end
+            inside = rows < end if masked else None
             k = load_head(keys, rows, inside, ROW_STRIDE, HEAD_SIZE)  # [n, D]
             v = load_head(values, rows, inside, ROW_STRIDE, HEAD_SIZE)  # [n, D]
             scores = dot_rows(q, k)  # [m, n]
             if NORM == NORM_COMPUTED:
                 factors = reciprocal_rms(k, eps, HEAD_SIZE)  # [n]
-                tl.store(key_factors + rows, factors, mask=inside & keep_factors)
+                if keep_factors:
+                    tl.store(key_factors + rows, factors, mask=inside)
                 scores *= factors[None, :]
             elif NORM == NORM_LOADED:
-                scores *= tl.load(key_factors + rows, mask=inside, other=0.0)[None, :]
+                scores *= load_numbers(key_factors, rows, inside, 0.0)[None, :]
             if masked and (not BOUNDED or not has_padding(HEAD_SIZE)):
                 scores = tl.where(inside[None, :], scores, float("-inf"))
             if BOUNDED:
@@ -89,7 +92,8 @@ def attend(
             if has_padding(HEAD_SIZE):
                 # Ones in the padding of V: the matrix units sum the probabilities, rounded as the output sees them.
                 # Rows beyond the end have zeros there as well, so bounded scores need no mask.
-                v = v[0], tl.where(ones_column & inside[:, None], 1.0, v[1]).to(v[1].dtype)
+                ones = ones_column & inside[:, None] if masked else ones_column
+                v = v[0], tl.where(ones, 1.0, v[1]).to(v[1].dtype)
             else:
                 row_sum += tl.sum(probabilities, axis=1)
             sums = add_product(sums, probabilities.to(v[0].dtype), v)
@@ -131,21 +135,21 @@ def query_gradient(
         end = length if masked else whole
         for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
             rows = start + tl.arange(0, REMAINDER if masked else STEP)
-            inside = rows < end
+            inside = rows < end if masked else None
             k = load_head(keys, rows, inside, ROW_STRIDE, HEAD_SIZE)  # [n, D]
             v = load_head(values, rows, inside, ROW_STRIDE, HEAD_SIZE)  # [n, D]
             scores = dot_rows(q, k)  # [m, n]
-            score_gradient = dot_rows(gradient, v)  # [m, n]
             if NORM == NORM_LOADED:
-                factors = tl.load(key_factors + rows, mask=inside, other=0.0)[None, :]
+                factors = load_numbers(key_factors, rows, inside, 0.0)[None, :]
                 scores *= factors
             scores = scores * SCALE - log_sum[:, None]
             if masked:
                 scores = tl.where(inside[None, :], scores, float("-inf"))
+            score_gradient = dot_rows(gradient, v)  # [m, n]
             score_gradient = (score_gradient - delta[:, None]) * tl.exp2(scores)
             if NORM == NORM_LOADED:
                 score_gradient *= factors
-            sums = add_product(sums, score_gradient.to(k[0].dtype), k)
+            sums = settle(add_product(sums, score_gradient.to(k[0].dtype), k))
     return sums
 
 
@@ -181,18 +185,19 @@ def key_gradient(
         end = length if masked else whole
         for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
             rows = start + tl.arange(0, REMAINDER if masked else STEP)
-            inside = rows < end
+            inside = rows < end if masked else None
             q = load_head(queries, rows, inside, QUERY_STRIDE, HEAD_SIZE)  # [n, D]
             gradient = load_head(gradients, rows, inside, GRADIENT_STRIDE, HEAD_SIZE)  # [n, D]
-            log_sum = tl.load(log_sums + rows, mask=inside, other=float("inf"))[None, :]  # beyond the end: p = 0
-            delta = tl.load(deltas + rows, mask=inside, other=0.0)[None, :]
+            log_sum = load_numbers(log_sums, rows, inside, float("inf"))[None, :]  # beyond the end: p = 0
+            delta = load_numbers(deltas, rows, inside, 0.0)[None, :]
             scores = dot_rows(k, q)  # [m, n]: transposed, keys are the rows
             if NORM == NO_NORM:
                 scores = scores * SCALE - log_sum
             else:
                 scores = scores * key_factors[:, None] - log_sum
+            score_gradient = dot_rows(v, gradient)  # [m, n]
             probabilities = tl.exp2(scores)
+            score_gradient = (score_gradient - delta) * probabilities
             value_sums = add_product(value_sums, probabilities.to(gradient[0].dtype), gradient)
-            score_gradient = (dot_rows(v, gradient) - delta) * probabilities
-            key_sums = add_product(key_sums, score_gradient.to(q[0].dtype), q)
+            key_sums = settle(add_product(key_sums, score_gradient.to(q[0].dtype), q))
     return key_sums, value_sums

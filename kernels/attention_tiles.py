@@ -43,13 +43,21 @@ def _load_part(pointer, rows, inside, ROW_STRIDE: tl.constexpr, FIRST: tl.conste
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = pointer + rows[:, None] * ROW_STRIDE + columns[None, :]
     if FIRST + WIDTH <= HEAD_SIZE:
-        return tl.load(pointers, mask=inside[:, None], other=0.0)
-    return tl.load(pointers, mask=inside[:, None] & (columns < HEAD_SIZE)[None, :], other=0.0)
+        if inside is None:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=inside[:, None], other=0.0)
+    else:
+        mask = (columns < HEAD_SIZE)[None, :]
+        if inside is not None:
+            mask = mask & inside[:, None]
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
 def load_head(pointer, rows, inside, ROW_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """The given rows of one head: a head tile [m, D] in the pointer's dtype, zero where not `inside`.
+    """The given rows of one head: a head tile [m, D] in the pointer's dtype, zero where not `inside` (None = all are).
 
     `pointer` points to the head's first column in row 0; its tile of rows is reached with 32-bit offsets. Strides and
     sizes are constexpr so that loads are sixteen bytes wide.
@@ -59,6 +67,16 @@ def load_head(pointer, rows, inside, ROW_STRIDE: tl.constexpr, HEAD_SIZE: tl.con
         _load_part(pointer, rows, inside, ROW_STRIDE, 0, WIDE, HEAD_SIZE),
         _load_part(pointer, rows, inside, ROW_STRIDE, WIDE, tail_of(HEAD_SIZE), HEAD_SIZE),
     )
+
+
+@triton.jit
+def load_numbers(pointer, rows, inside, other):
+    """One number for each row, `other` where not `inside` (None = all are)."""
+    if inside is None:
+        numbers = tl.load(pointer + rows)
+    else:
+        numbers = tl.load(pointer + rows, mask=inside, other=other)
+    return numbers
 
 
 @triton.jit
@@ -165,6 +183,16 @@ def add_product(sums, matrix, head):
         tl.dot(matrix, head[0], sums[0], input_precision="ieee"),
         tl.dot(matrix, head[1], sums[1], input_precision="ieee"),
     )
+
+
+@triton.jit
+def settle(sums):
+    """The sums unchanged; makes the compiler wait for the matrix products of a loop's step at the end of that step.
+
+    Products left in flight into the next step make ptxas run all matrix instructions of the loop one by one (its
+    message C7515). Adding zero to the smaller part is the cheapest use of them that is not optimized away.
+    """
+    return sums[0], sums[1] + 0.0
 
 
 @triton.jit
