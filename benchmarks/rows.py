@@ -1,7 +1,7 @@
 """A number is a row: what was measured, by whom, how right it was, and where.
 
-Rows are CSV files, one for each level, under `benchmarks/results/<device>/`. A provider whose error is over its limit
-gets no time: its row is refused here and reported by the caller. A provider that cannot run gets a row that says why.
+Rows are CSV files under `benchmarks/results/<device>/`. A provider whose error is over its limit gets no time: its row
+is refused here and reported by the caller. A provider that cannot run gets a row that says why.
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ from pathlib import Path
 
 from .environment import Environment
 
-LEVELS = ("copy", "gemm", "launch", "op", "block", "step", "sampling", "loader", "buckets")
+# Level → the file that holds its rows.
+FILES = {
+    "copy": "ceilings.csv",
+    "gemm": "ceilings.csv",
+    "launch": "ceilings.csv",
+    "op": "op.csv",
+    "block": "block.csv",
+    "step": "step.csv",
+    "sampling": "sampling.csv",
+    "loader": "data.csv",
+    "buckets": "data.csv",
+}
+LEVELS = tuple(FILES)
 Key = tuple[str, ...]
 
 
@@ -167,7 +179,7 @@ def read_folder(folder: Path) -> list[Row]:
     Raises:
         ValueError: a file of another version, or one that is broken.
     """
-    return [row for level in LEVELS for row in _read_if_there(level_path(folder, level))]
+    return [row for name in dict.fromkeys(FILES.values()) for row in _read_if_there(folder / name)]
 
 
 def check_device(rows: Iterable[Row], environment: Environment, folder: Path) -> None:
@@ -179,7 +191,8 @@ def check_device(rows: Iterable[Row], environment: Environment, folder: Path) ->
 
 
 def level_path(folder: Path, level: str) -> Path:
-    return folder / f"{level}.csv"
+    """The file of a level's rows."""
+    return folder / FILES[level]
 
 
 def _read_if_there(path: Path) -> list[Row]:

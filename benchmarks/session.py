@@ -94,8 +94,11 @@ class Session:
         self.learn(rows)
         if self.folder is None:
             return
-        for level in dict.fromkeys(row.level for row in rows):
-            append_rows(level_path(self.folder, level), [row for row in rows if row.level == level])
+        files: dict[Path, list[Row]] = {}
+        for row in rows:
+            files.setdefault(level_path(self.folder, row.level), []).append(row)
+        for path, of_file in files.items():
+            append_rows(path, of_file)
         if refused:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / REFUSED_FILE).open("a") as file:

@@ -52,11 +52,13 @@ def format_table(rows: Iterable[Row]) -> str:
         return "  ".join(aligned).rstrip()
 
     lines = [line([title for title, _ in columns])]
-    before = None
+    sizes = Counter(_work(row) for row in measured)
+    before = _work(measured[0])
     for index, row in enumerate(measured):
-        if before is not None and _work(row) != before:
+        work = _work(row)
+        if work != before and max(sizes[work], sizes[before]) > 1:
             lines.append("")
-        before = _work(row)
+        before = work
         lines.append(line([values[index] for _, values in columns]))
     return "\n".join(lines)
 

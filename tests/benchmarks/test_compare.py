@@ -4,13 +4,13 @@ import pytest
 from bench_toys import make_row
 
 from opensora_fast.benchmarks.compare import Thresholds, compare
-from opensora_fast.benchmarks.rows import append_rows
+from opensora_fast.benchmarks.rows import append_rows, level_path
 from opensora_fast.cli import run
 
 
 def write(folder, *rows):
     for row in rows:
-        append_rows(folder / f"{row.level}.csv", [row])
+        append_rows(level_path(folder, row.level), [row])
     return folder
 
 

@@ -10,6 +10,7 @@ from opensora_fast.benchmarks.roofline import (
     DATASHEETS,
     Gpu,
     attention_flops_per_token,
+    count_block,
     count_forward,
     count_training_step,
     floor_tokens_per_s,
@@ -39,6 +40,24 @@ def test_tokens_and_training_operations_of_the_five_resolutions(resolution, fram
     workload = fill(resolution, 16, 50_000)
     assert workload.frame_tokens == frame_tokens
     assert 3 * count_forward(XL, workload, 120).flops / workload.tokens / 1e9 == pytest.approx(giga_flops, abs=0.006)
+
+
+def test_one_block_by_hand():
+    """32 400 tokens of 5 videos of 16 frames of 405, 120 text tokens each; C = 1152, 28 blocks in the model."""
+    forward, both = count_block(XL, Workload("240p", 16, 5), 120)
+    tokens, channels = 32_400, 1152
+    assert forward.flops == pytest.approx(
+        tokens * 36 * channels**2 + tokens * 4 * channels * (405 + 16 + 120) + 5 * 120 * 4 * channels**2
+    )
+    assert forward.bytes == 15 * tokens * 2304
+    assert both.flops == pytest.approx(3 * forward.flops)
+    assert both.bytes == (15 + 21) * tokens * 2304
+
+
+def test_the_model_has_767_million_parameters():
+    with torch.device("meta"):
+        model = STDiT2(XL)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(767.5, abs=0.1)
 
 
 def test_torch_counts_the_same_operations():

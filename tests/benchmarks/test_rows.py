@@ -6,7 +6,7 @@ import math
 import pytest
 from bench_toys import make_row
 
-from opensora_fast.benchmarks.rows import COLUMNS, append_rows, check_device, level_path, read_folder, read_rows
+from opensora_fast.benchmarks.rows import COLUMNS, LEVELS, append_rows, check_device, level_path, read_folder, read_rows
 
 
 def test_rows_come_back_as_they_were(tmp_path):
@@ -71,12 +71,13 @@ def test_rows_of_another_device_go_elsewhere(tmp_path):
         check_device(read_folder(tmp_path), make_row(device_name="cpu-x86_64").environment, tmp_path)
 
 
-def test_a_folder_holds_a_file_for_each_level(tmp_path):
+def test_a_folder_holds_a_few_files_and_every_level(tmp_path):
     assert read_folder(tmp_path) == []
-    for level in ("op", "gemm"):
+    for level in LEVELS:
         append_rows(level_path(tmp_path, level), [make_row(level=level)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gemm.csv", "op.csv"]
-    assert {row.level for row in read_folder(tmp_path)} == {"op", "gemm"}
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["block.csv", "ceilings.csv", "data.csv", "op.csv", "sampling.csv", "step.csv"]
+    assert sorted(row.level for row in read_folder(tmp_path)) == sorted(LEVELS)
 
 
 def test_a_broken_file_is_named_with_its_line(tmp_path):
