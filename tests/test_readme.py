@@ -1,0 +1,53 @@
+"""What the README tells a newcomer to type exists, and its links to files lead somewhere."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from opensora_fast.cli import list_subcommands, run
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+COMMANDS = [shlex.split(line, comments=True) for line in BASH.splitlines() if line.startswith("opensora-fast ")]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_commands_and_their_options_exist(words, capsys):
+    name, *rest = words[1:]
+    assert name in list_subcommands()
+    command = [name]
+    assert run([*command, "--help"]) == 0
+    help_text = capsys.readouterr().out
+    if "COMMAND" in help_text:
+        command.append(rest[0])
+        assert run([*command, "--help"]) == 0
+        help_text = capsys.readouterr().out
+    for word in rest:
+        if word.startswith("--"):
+            assert word in help_text, f"{' '.join(command)} has no {word}"
+
+
+def test_there_are_commands_of_every_part():
+    assert {words[1] for words in COMMANDS} >= {"data", "buckets", "train", "sample", "bench", "profile", "kernels"}
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^make (\w+)", BASH, re.MULTILINE)
+    assert targets
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_modules_and_paths_exist():
+    for module in re.findall(r"python -m ([\w.]+)", README):
+        assert importlib.util.find_spec(module), module
+    for path in re.findall(r"`((?:tests|benchmarks|kernels|train)/[\w./]*)`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_it_stays_short():
+    assert len(README.splitlines()) < 250
