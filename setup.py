@@ -46,7 +46,7 @@ setup(
         "pydantic>=2",
         "typer",
         "rich",
-        "av>=14",
+        "av>=18,<19",
         "pillow",
         "matplotlib",
         "diffusers>=0.29",
@@ -58,7 +58,7 @@ setup(
         "beautifulsoup4",
     ],
     extras_require={
-        "dali": ["nvidia-dali-cuda130>=2.0"],
+        "dali": ["nvidia-dali-cuda130>=2.4"],
         "demo": ["scikit-video==1.1.11"],
         "dev": [
             "pytest",

@@ -12,7 +12,7 @@ from opensora_fast.data.clips import IMAGE_EXTENSIONS, ClipError, is_image_path
 from opensora_fast.data.manifest import IMAGE_FPS, write_table
 from opensora_fast.data.picture_size import is_hidden
 from opensora_fast.data.pyav_decoder import count_processors, describe
-from opensora_fast.data.video_index import check_file, codec_name, open_video
+from opensora_fast.data.video_index import check_file, codec_name, open_video, read_packets
 from opensora_fast.data.worker_threads import Overdue, WorkerThreads
 from opensora_fast.progress import Progress
 
@@ -101,11 +101,11 @@ def _count_frames(container: InputContainer, stream: VideoStream, depth: Depth) 
     if depth == "header" and stream.frames > 0:
         return stream.frames
     if depth == "frames":
-        return sum(1 for _ in container.decode(stream))
+        return sum(len(packet.decode()) for packet in read_packets(container, stream))
     count = 0
     decoded = False
     codec = codec_name(stream)
-    for packet in container.demux(stream):
+    for packet in read_packets(container, stream):
         if depth == "packets" and not decoded:
             decoded = bool(packet.decode())
         # A packet that is marked for discarding lies outside what an edit list shows; decoders drop its frame. A hidden
