@@ -85,12 +85,16 @@ def temporal_attention(
         return temporal_attention_reference(qkv, q_weight, k_weight, cos, sin, layout, eps)
     check_head_size(op, qkv.shape[3])
     cos, sin = cos.detach().float(), sin.detach().float()
-    return _temporal_attention(qkv, q_weight, k_weight, cos, sin, *layout.place_tiles(longest_tile(qkv.device)), eps)[0]
+    tables = layout.place_tiles(longest_tile(qkv.device, qkv.dtype))
+    return _temporal_attention(qkv, q_weight, k_weight, cos, sin, *tables, eps)[0]
 
 
-def longest_tile(device: torch.device) -> int:
-    """The longest video whose frames one tile holds. 128 rows need the shared memory of sm_90 and sm_100."""
-    if device.type == "cuda" and _shared_memory(device) < 200 * 1024:
+def longest_tile(device: torch.device, dtype: torch.dtype) -> int:
+    """The longest video whose frames one tile holds.
+
+    128 rows need the shared memory of sm_90 and sm_100, and half precision.
+    """
+    if device.type == "cuda" and (dtype == torch.float32 or _shared_memory(device) < 200 * 1024):
         return 64
     return 128
 

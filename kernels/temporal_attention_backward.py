@@ -35,7 +35,7 @@ from .attention_tiles import (
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .registration import on_device
 from .rotary_tiles import load_angles
-from .temporal_tiles import finish_keys, finish_queries, normed_rows, place_rows, query_factors
+from .temporal_tiles import finish_keys, finish_queries, normed_rows, place_rows, query_factors, shape_class
 
 # EARLY reads v and the output's gradient before the queries are normed, which hides the wait for them behind that work
 # and costs 40 registers.
@@ -51,6 +51,8 @@ CONFIGURATIONS = {
             Configuration(EARLY=0, num_warps=8, num_stages=1),
         ),
         "128 rows": (Configuration(EARLY=0, num_warps=8, num_stages=1),),
+        "64 rows float32": (Configuration(EARLY=0, num_warps=8, num_stages=1),),
+        "128 rows float32": (Configuration(EARLY=0, num_warps=8, num_stages=1),),
     },
 }
 
@@ -163,7 +165,7 @@ def launch_backward(
             HEADS=heads,
             HEAD_SIZE=head_size,
             ROWS=rows,
-            **select(CONFIGURATIONS, "temporal_attention_backward", f"{rows} rows", qkv.device).launch,
+            **select(CONFIGURATIONS, "temporal_attention_backward", shape_class(rows, qkv.dtype), qkv.device).launch,
         )
 
 

@@ -32,7 +32,7 @@ from .configurations import CompileCase, Configuration, candidates_of, select
 from .layout import PLACE_BLOCK_ROWS
 from .registration import on_device
 from .rotary_tiles import load_angles
-from .temporal_tiles import block_rows, finish_keys, finish_queries, load_block, load_normed, query_factors
+from .temporal_tiles import block_rows, finish_keys, finish_queries, load_block, load_normed, query_factors, shape_class
 
 CONFIGURATIONS = {
     "temporal_attention_long_queries_backward": {
@@ -45,6 +45,7 @@ CONFIGURATIONS = {
             Configuration(STEP=32, num_warps=4, num_stages=1),
             Configuration(STEP=32, num_warps=8, num_stages=2),
         ),
+        "any float32": (Configuration(STEP=16, num_warps=8, num_stages=1),),
     },
     "temporal_attention_long_keys_backward": {
         "any": (Configuration(STEP=32, num_warps=4, num_stages=2), Configuration(STEP=32, num_warps=8, num_stages=2)),
@@ -52,6 +53,7 @@ CONFIGURATIONS = {
             Configuration(STEP=16, num_warps=4, num_stages=2),
             Configuration(STEP=32, num_warps=8, num_stages=2),
         ),
+        "any float32": (Configuration(STEP=16, num_warps=8, num_stages=1),),
     },
 }
 
@@ -214,7 +216,9 @@ def launch_long_backward(
             HEADS=heads,
             HEAD_SIZE=head_size,
             ROWS=PLACE_BLOCK_ROWS,
-            **select(CONFIGURATIONS, "temporal_attention_long_queries_backward", "any", qkv.device).launch,
+            **select(
+                CONFIGURATIONS, "temporal_attention_long_queries_backward", shape_class(None, qkv.dtype), qkv.device
+            ).launch,
         )
         _keys[(blocks.shape[0] * heads,)](
             qkv,
@@ -231,7 +235,9 @@ def launch_long_backward(
             HEADS=heads,
             HEAD_SIZE=head_size,
             ROWS=PLACE_BLOCK_ROWS,
-            **select(CONFIGURATIONS, "temporal_attention_long_keys_backward", "any", qkv.device).launch,
+            **select(
+                CONFIGURATIONS, "temporal_attention_long_keys_backward", shape_class(None, qkv.dtype), qkv.device
+            ).launch,
         )
 
 

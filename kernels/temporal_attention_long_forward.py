@@ -19,7 +19,7 @@ from .attention_tiles import add_product, dot_rows, load_head, multiply, scale_r
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .layout import PLACE_BLOCK_ROWS
 from .registration import on_device
-from .temporal_tiles import block_rows, load_block, load_normed, query_factors
+from .temporal_tiles import block_rows, load_block, load_normed, query_factors, shape_class
 
 CONFIGURATIONS = {
     "temporal_attention_long_forward": {
@@ -28,6 +28,7 @@ CONFIGURATIONS = {
             Configuration(STEP=64, num_warps=4, num_stages=2),
             Configuration(STEP=32, num_warps=4, num_stages=1),
         ),
+        "any float32": (Configuration(STEP=16, num_warps=8, num_stages=1),),
     },
 }
 
@@ -152,7 +153,9 @@ def launch_long_forward(
             HEAD_SIZE=head_size,
             ROWS=PLACE_BLOCK_ROWS,
             BOUNDED_LIMIT=BOUNDED_UP_TO[qkv.dtype],
-            **select(CONFIGURATIONS, "temporal_attention_long_forward", "any", qkv.device).launch,
+            **select(
+                CONFIGURATIONS, "temporal_attention_long_forward", shape_class(None, qkv.dtype), qkv.device
+            ).launch,
         )
 
 

@@ -6,6 +6,7 @@ pair, see attention_tiles; the rows of `layout.place_tiles` and `layout.place_bl
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -19,6 +20,14 @@ from .rotary_tiles import (
     split_columns,
     subtract_along,
 )
+
+
+def shape_class(rows: int | None, dtype: torch.dtype) -> str:
+    """Class of a kernel's configurations, for tiles of so many rows (None: the kernels for long videos).
+
+    float32 multiplies in full precision outside the matrix units, and needs more warps for the same tile.
+    """
+    return " ".join(["any" if rows is None else f"{rows} rows", *(["float32"] if dtype == torch.float32 else [])])
 
 
 @triton.jit

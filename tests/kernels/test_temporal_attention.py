@@ -31,7 +31,7 @@ PACKS = {
 def longest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The longest video that has its frames in one tile: 64 makes videos of 65 to 128 frames long ones."""
     module = importlib.import_module("opensora_fast.kernels.temporal_attention")
-    monkeypatch.setattr(module, "longest_tile", lambda device: request.param)
+    monkeypatch.setattr(module, "longest_tile", lambda device, dtype: request.param)
     return request.param
 
 
