@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checks import check_angles, check_head_size, check_qk_weights, check_tensor, check_tokens
 from .layout import PackLayout
-from .registration import choose_backend
+from .registration import choose_backend, kernel_op
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -120,7 +120,7 @@ def qk_norm_rotary(
 TILE_TOKENS = 16  # tokens of one frame that a program may take; one of layout.FRAME_TILE_SIZES
 
 
-@torch.library.custom_op("opensora_fast::qk_norm_rotary", mutates_args=())
+@kernel_op("opensora_fast::qk_norm_rotary")
 def _qk_norm_rotary(
     q: Tensor,
     k: Tensor,
@@ -149,7 +149,7 @@ def _allocate_outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k))
 
 
-@torch.library.custom_op("opensora_fast::qk_norm_rotary_backward", mutates_args=())
+@kernel_op("opensora_fast::qk_norm_rotary_backward")
 def _qk_norm_rotary_backward(
     q_gradient: Tensor,
     k_gradient: Tensor,

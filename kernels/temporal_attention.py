@@ -24,7 +24,7 @@ from torch import Tensor
 from .checks import check_angles, check_head_size, check_self_attention
 from .layout import PLACE_TILE_ROWS, PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
-from .registration import choose_backend
+from .registration import choose_backend, kernel_op
 
 
 def temporal_attention_reference(
@@ -107,7 +107,7 @@ def _shared_memory(device: torch.device) -> int:
 # ---- registration: tensors and numbers only; the tables are those of `layout.place_tiles` ----
 
 
-@torch.library.custom_op("opensora_fast::temporal_attention", mutates_args=())
+@kernel_op("opensora_fast::temporal_attention")
 def _temporal_attention(
     qkv: Tensor,
     q_weight: Tensor | None,
@@ -144,7 +144,7 @@ def _allocate_outputs(qkv: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("opensora_fast::temporal_attention_backward", mutates_args=())
+@kernel_op("opensora_fast::temporal_attention_backward")
 def _temporal_attention_backward(
     output_gradient: Tensor,
     qkv: Tensor,
