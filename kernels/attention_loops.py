@@ -2,8 +2,9 @@
 
 Scores are in base 2: a score is log2(e) · logit, so that exp2 makes the probability. Streamed tiles go to the matrix
 units as they lie in memory. Without QK-norm the scale is a factor in the exponent. With it, all factors of a query are
-folded into the query, rounded once, and the reciprocal RMS of a key is a factor on its scores: all three loops then
-multiply the very same operands, so that probabilities of the backward pass sum to one however large the logits are.
+folded into the query, rounded once, and a key is either normed in memory or its reciprocal RMS is a factor on its
+scores: all three loops then multiply the very same operands, so that the probabilities of the backward pass sum to one
+however large the logits are.
 The rows beyond a whole number of steps come first, masked, in steps of REMAINDER; whole steps of STEP need no mask.
 
 Letters: m rows that stay, n rows of one step, D head size. A head tile [m, D] is a pair, see attention_tiles.
@@ -26,10 +27,11 @@ from .attention_tiles import (
     zero_head,
 )
 
-# Where the reciprocal RMS of streamed rows comes from.
+# How keys are normed.
 NO_NORM = tl.constexpr(0)
-NORM_COMPUTED = tl.constexpr(1)  # from the tile at hand; kept where `keep_factors` is true
-NORM_LOADED = tl.constexpr(2)  # from memory
+NORM_COMPUTED = tl.constexpr(1)  # by a factor found from the tile at hand; it is kept where `keep_factors` is true
+NORM_LOADED = tl.constexpr(2)  # by a factor from memory
+NORM_DONE = tl.constexpr(3)  # already, in memory
 
 
 @triton.jit
@@ -47,7 +49,8 @@ def attend(
     NORM: tl.constexpr,
     SCALE: tl.constexpr,
     BOUNDED: tl.constexpr,
-    ROW_STRIDE: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
     """softmax of SCALE · q · (normed) kᵀ in base 2, times v, for ROWS queries over `length` keys.
@@ -68,16 +71,14 @@ def attend(
         for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
             rows = start + tl.arange(0, REMAINDER if masked else STEP)
             inside = rows < end if masked else None
-            k = load_head(keys, rows, inside, ROW_STRIDE, HEAD_SIZE)  # [n, D]
-            v = load_head(values, rows, inside, ROW_STRIDE, HEAD_SIZE)  # [n, D]
+            k = load_head(keys, rows, inside, KEY_STRIDE, HEAD_SIZE)  # [n, D]
+            v = load_head(values, rows, inside, VALUE_STRIDE, HEAD_SIZE)  # [n, D]
             scores = dot_rows(q, k)  # [m, n]
             if NORM == NORM_COMPUTED:
                 factors = reciprocal_rms(k, eps, HEAD_SIZE)  # [n]
                 if keep_factors:
                     tl.store(key_factors + rows, factors, mask=inside)
                 scores *= factors[None, :]
-            elif NORM == NORM_LOADED:
-                scores *= load_numbers(key_factors, rows, inside, 0.0)[None, :]
             if masked and (not BOUNDED or not has_padding(HEAD_SIZE)):
                 scores = tl.where(inside[None, :], scores, float("-inf"))
             if BOUNDED:
@@ -120,7 +121,8 @@ def query_gradient(
     REMAINDER: tl.constexpr,
     NORM: tl.constexpr,
     SCALE: tl.constexpr,
-    ROW_STRIDE: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
     """Σ over `length` keys of logit gradient · (normed) key: float32 head tile [m, D] for ROWS queries.
@@ -136,8 +138,8 @@ def query_gradient(
         for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
             rows = start + tl.arange(0, REMAINDER if masked else STEP)
             inside = rows < end if masked else None
-            k = load_head(keys, rows, inside, ROW_STRIDE, HEAD_SIZE)  # [n, D]
-            v = load_head(values, rows, inside, ROW_STRIDE, HEAD_SIZE)  # [n, D]
+            k = load_head(keys, rows, inside, KEY_STRIDE, HEAD_SIZE)  # [n, D]
+            v = load_head(values, rows, inside, VALUE_STRIDE, HEAD_SIZE)  # [n, D]
             scores = dot_rows(q, k)  # [m, n]
             if NORM == NORM_LOADED:
                 factors = load_numbers(key_factors, rows, inside, 0.0)[None, :]
@@ -172,7 +174,7 @@ def key_gradient(
     GRADIENT_STRIDE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
-    """Sums over `length` queries for ROWS keys, whose reciprocal RMS is `key_factors` [m] under NORM.
+    """Sums over `length` queries for ROWS keys; under NORM_LOADED their reciprocal RMS is `key_factors` [m].
 
     Returns:
         (Σ logit gradient · query, Σ probability · output gradient), float32 head tiles [m, D]; the queries as given.
@@ -191,10 +193,9 @@ def key_gradient(
             log_sum = load_numbers(log_sums, rows, inside, float("inf"))[None, :]  # beyond the end: p = 0
             delta = load_numbers(deltas, rows, inside, 0.0)[None, :]
             scores = dot_rows(k, q)  # [m, n]: transposed, keys are the rows
-            if NORM == NO_NORM:
-                scores = scores * SCALE - log_sum
-            else:
-                scores = scores * key_factors[:, None] - log_sum
+            if NORM == NORM_LOADED:
+                scores *= key_factors[:, None]
+            scores = scores * SCALE - log_sum
             score_gradient = dot_rows(v, gradient)  # [m, n]
             probabilities = tl.exp2(scores)
             score_gradient = (score_gradient - delta) * probabilities

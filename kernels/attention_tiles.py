@@ -95,6 +95,24 @@ def store_head(pointer, head, rows, inside, ROW_STRIDE: tl.constexpr, HEAD_SIZE:
 
 
 @triton.jit
+def load_tile(tiles, HEADS: tl.constexpr, AGAIN: tl.constexpr = False):
+    """What this program computes: one head of one tile of `attention_tables.row_tiles`; heads run fastest.
+
+    AGAIN is as in `load_weight_product`.
+
+    Returns:
+        (head, first token of the sequence (int64), its length, the tile's first row in it, its number in the pack).
+    """
+    HINT: tl.constexpr = ".ca" if AGAIN else ""
+    program = tl.program_id(0).to(tl.int64)
+    tile = tiles + program // HEADS * 4
+    first_token = tl.load(tile, cache_modifier=HINT).to(tl.int64)
+    length = tl.load(tile + 1, cache_modifier=HINT)
+    first_row = tl.load(tile + 2, cache_modifier=HINT)
+    return program % HEADS, first_token, length, first_row, tl.load(tile + 3, cache_modifier=HINT)
+
+
+@triton.jit
 def load_weight(pointer, HEAD_SIZE: tl.constexpr):
     """A vector [D] as a pair of float32 rows [1, wide], [1, tail] that broadcasts against a head tile; padding is 0."""
     wide = tl.arange(0, wide_of(HEAD_SIZE))

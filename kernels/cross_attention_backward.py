@@ -107,7 +107,8 @@ def _queries(
         REMAINDER=REMAINDER,
         NORM=NO_NORM,
         SCALE=SCALE * 1.4426950408889634,
-        ROW_STRIDE=TEXT_STRIDE,
+        KEY_STRIDE=TEXT_STRIDE,
+        VALUE_STRIDE=TEXT_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
     )
     scale = tl.where(text_length > 1, SCALE, 0.0)  # a lone key has probability one: nothing moves it
@@ -164,7 +165,7 @@ def _text(
     key_sums, value_sums = key_gradient(
         k,
         v,
-        tl.zeros([ROWS], tl.float32),
+        None,
         q + in_tokens,
         output_gradient + in_tokens,
         log_sums + in_statistics,

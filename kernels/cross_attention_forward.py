@@ -21,13 +21,14 @@ from .registration import on_device
 
 CONFIGURATIONS = {
     "cross_attention_forward": {
-        "any": (
-            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
-            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),
+        "any": (  # 128 registers a thread: sixteen warps fit on a multiprocessor
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=128, num_warps=8, num_stages=2),
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=255, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=128, num_warps=4, num_stages=2),
         ),
-        "float32": (Configuration(ROWS=32, STEP=32, REMAINDER=16, num_warps=8, num_stages=1),),
+        "any@sm_80": (Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=255, num_warps=8, num_stages=2),),
+        "float32": (Configuration(ROWS=32, STEP=32, REMAINDER=16, maxnreg=255, num_warps=8, num_stages=1),),
     },
 }
 
@@ -76,7 +77,8 @@ def _forward(
         NORM=NO_NORM,
         SCALE=1.4426950408889634 / HEAD_SIZE**0.5,
         BOUNDED=False,
-        ROW_STRIDE=TEXT_STRIDE,
+        KEY_STRIDE=TEXT_STRIDE,
+        VALUE_STRIDE=TEXT_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
     )
     tl.store(log_sums + head * num_tokens + first_token + rows, log_sum, mask=inside)
@@ -116,22 +118,27 @@ def launch_forward(
             num_tokens,
             HEADS=heads,
             HEAD_SIZE=head_size,
+            maxnreg=configuration["maxnreg"],
             **configuration.launch,
         )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    return [
-        CompileCase(
-            name="cross_attention_forward",
-            kernel=_forward,
-            signature={name: f"*{dtype}" for name in ("q", "kv", "output")}
-            | {"log_sums": "*fp32", "num_tokens": "i32"}
-            | dict.fromkeys(("tiles", "text_starts", "text_lengths"), "*i32"),
-            constants={"HEADS": 16, "HEAD_SIZE": 72},
-            configuration=candidates_of(CONFIGURATIONS, "cross_attention_forward", size, arch)[0],
-            dtype=dtype,
-            attention=dtype != "fp32",
+    cases = []
+    for dtype, size in (("bf16", "any"), ("fp16", "any"), ("fp32", "float32")):
+        configuration = candidates_of(CONFIGURATIONS, "cross_attention_forward", size, arch)[0]
+        cases.append(
+            CompileCase(
+                name="cross_attention_forward",
+                kernel=_forward,
+                signature={name: f"*{dtype}" for name in ("q", "kv", "output")}
+                | {"log_sums": "*fp32", "num_tokens": "i32"}
+                | dict.fromkeys(("tiles", "text_starts", "text_lengths"), "*i32"),
+                constants={"HEADS": 16, "HEAD_SIZE": 72},
+                configuration=configuration,
+                dtype=dtype,
+                attention=dtype != "fp32",
+                options={"maxnreg": configuration["maxnreg"]},
+            )
         )
-        for dtype, size in (("bf16", "any"), ("fp16", "any"), ("fp32", "float32"))
-    ]
+    return cases

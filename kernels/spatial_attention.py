@@ -111,13 +111,14 @@ def _spatial_attention_backward(
     output: Tensor,
     statistics: Tensor,
     runs: list[int],
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of qkv, q_weight and k_weight; the last two are empty without QK-norm."""
     from .spatial_attention_backward import launch_backward
 
     qkv_gradient, q_weight_gradient, k_weight_gradient = _allocate_gradients(qkv, q_weight, k_weight)
     tensors = _contiguous(output_gradient, qkv, q_weight, k_weight)
-    sums = launch_backward(*tensors, output, statistics, qkv_gradient, runs)
+    sums = launch_backward(*tensors, output, statistics, qkv_gradient, runs, eps)
     if q_weight is not None:
         torch.mul(sums, k_weight, out=q_weight_gradient)
         torch.mul(sums, q_weight, out=k_weight_gradient)
@@ -125,7 +126,7 @@ def _spatial_attention_backward(
 
 
 @_spatial_attention_backward.register_fake
-def _(output_gradient, qkv, q_weight, k_weight, output, statistics, runs):
+def _(output_gradient, qkv, q_weight, k_weight, output, statistics, runs, eps):
     return _allocate_gradients(qkv, q_weight, k_weight)
 
 
@@ -135,13 +136,12 @@ def _allocate_gradients(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor |
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    qkv, q_weight, k_weight, runs, _ = inputs
+    qkv, q_weight, k_weight, ctx.runs, ctx.eps = inputs
     ctx.save_for_backward(qkv, q_weight, k_weight, *output)
-    ctx.runs = runs
 
 
 def _backward(ctx, output_gradient, _):
-    gradients = _spatial_attention_backward(output_gradient, *ctx.saved_tensors, ctx.runs)
+    gradients = _spatial_attention_backward(output_gradient, *ctx.saved_tensors, ctx.runs, ctx.eps)
     wanted = ctx.needs_input_grad
     return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=False)), None, None
 

@@ -23,11 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_loops import NO_NORM, NORM_LOADED, key_gradient, query_gradient
+from .attention_loops import NO_NORM, NORM_DONE, NORM_LOADED, key_gradient, query_gradient
 from .attention_tables import row_tiles
 from .attention_tiles import (
     fold_query,
     load_head,
+    load_tile,
     load_weight_product,
     multiply,
     rms_norm_gradient,
@@ -38,7 +39,7 @@ from .attention_tiles import (
 )
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .registration import on_device
-from .spatial_attention_forward import COMPILED, shape_classes
+from .spatial_attention_forward import COMPILED, launch_normed_keys, shape_classes
 
 CONFIGURATIONS = {
     "spatial_attention_queries_backward": {
@@ -50,7 +51,6 @@ CONFIGURATIONS = {
         "large": (
             Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=3),
-            Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
         ),
         "large@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
         "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, num_warps=8, num_stages=1),),
@@ -75,6 +75,7 @@ CONFIGURATIONS = {
 @triton.jit(do_not_specialize=["num_tokens"])
 def _queries(
     qkv,
+    normed_keys,
     q_weight,
     k_weight,
     output,
@@ -95,14 +96,11 @@ def _queries(
 ):
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
+    KEY_STRIDE: tl.constexpr = OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE
     LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
-    program = tl.program_id(0).to(tl.int64)
-    head = program % HEADS
-    tile = tiles + program // HEADS * 4
-    first_token = tl.load(tile).to(tl.int64)
-    length = tl.load(tile + 1)
-    rows = tl.load(tile + 2) + tl.arange(0, ROWS)
+    head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
+    rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
 
     frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
@@ -126,7 +124,7 @@ def _queries(
         g,
         log_sum,
         delta,
-        frame + HEADS * HEAD_SIZE,
+        normed_keys + in_output if NORM == NORM_DONE else frame + HEADS * HEAD_SIZE,
         frame + 2 * HEADS * HEAD_SIZE,
         statistics + 2 * HEADS * num_tokens + in_statistics,
         length,
@@ -135,18 +133,24 @@ def _queries(
         REMAINDER=REMAINDER,
         NORM=NORM,
         SCALE=SCALE * LOG2_E if NORM == NO_NORM else 1.0,
-        ROW_STRIDE=TOKEN_STRIDE,
+        KEY_STRIDE=KEY_STRIDE,
+        VALUE_STRIDE=TOKEN_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
     )
+    # Read again what the loop did not need, so that it does not occupy registers there.
+    head, first_token, length, first_row, _ = load_tile(tiles, HEADS, AGAIN=True)
+    rows = first_row + tl.arange(0, ROWS)
+    inside = rows < length
     scale = tl.where(length > 1, SCALE, 0.0)  # a lone key has probability one: nothing moves it
     sums = sums[0] * scale, sums[1] * scale  # dS · k̂ / sqrt(D)
     if NORM != NO_NORM:
-        # Read again what the loop did not need, so that it does not occupy registers there.
+        query_factors = statistics + (HEADS + head) * num_tokens + first_token + rows
         factors = tl.load(query_factors, mask=inside, other=0.0, cache_modifier=".ca")
+        frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
         normed = scale_rows(to_float32(load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), factors)  # q̂
         partial = multiply(sums, normed)  # rows outside the frame are zero
         partial = tl.sum(partial[0], axis=0), tl.sum(partial[1], axis=0)
-        store_vector(weight_partials + program * HEAD_SIZE, partial, HEAD_SIZE)
+        store_vector(weight_partials + tl.program_id(0).to(tl.int64) * HEAD_SIZE, partial, HEAD_SIZE)
         sums = multiply(sums, load_weight_product(q_weight, k_weight, HEAD_SIZE, AGAIN=True))
         sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
     gradient = qkv_gradient + first_token * TOKEN_STRIDE + head * HEAD_SIZE
@@ -156,6 +160,7 @@ def _queries(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _keys(
     qkv,
+    normed_keys,
     queries,
     output_gradient,
     statistics,
@@ -176,27 +181,27 @@ def _keys(
     QUERY_STRIDE: tl.constexpr = TOKEN_STRIDE if NORM == NO_NORM else OUTPUT_STRIDE
     LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
-    program = tl.program_id(0).to(tl.int64)
-    head = program % HEADS
-    tile = tiles + program // HEADS * 4
-    first_token = tl.load(tile).to(tl.int64)
-    length = tl.load(tile + 1)
-    rows = tl.load(tile + 2) + tl.arange(0, ROWS)
+    head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
+    rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
 
     keys = qkv + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
+    in_output = first_token * OUTPUT_STRIDE + head * HEAD_SIZE
     in_statistics = head * num_tokens + first_token
-    k = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
+    if NORM == NORM_DONE:
+        k = load_head(normed_keys + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)  # [ROWS, D]
+    else:
+        k = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
     v = load_head(keys + HEADS * HEAD_SIZE, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
-    factors = tl.zeros([ROWS], tl.float32)
-    if NORM != NO_NORM:
+    factors = None
+    if NORM == NORM_LOADED:
         factors = tl.load(statistics + 2 * HEADS * num_tokens + in_statistics + rows, mask=inside, other=0.0)
     key_sums, value_sums = key_gradient(
         k,
         v,
         factors,
         queries + first_token * QUERY_STRIDE + head * HEAD_SIZE,
-        output_gradient + first_token * OUTPUT_STRIDE + head * HEAD_SIZE,
+        output_gradient + in_output,
         statistics + in_statistics,
         deltas + in_statistics,
         length,
@@ -204,16 +209,22 @@ def _keys(
         STEP=STEP,
         REMAINDER=REMAINDER,
         NORM=NORM,
-        SCALE=SCALE * LOG2_E,
+        SCALE=SCALE * LOG2_E if NORM == NO_NORM else 1.0,
         QUERY_STRIDE=QUERY_STRIDE,
         GRADIENT_STRIDE=OUTPUT_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
     )
+    head, first_token, length, first_row, _ = load_tile(tiles, HEADS, AGAIN=True)
+    rows = first_row + tl.arange(0, ROWS)
+    inside = rows < length
     gradient = qkv_gradient + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
     store_head(gradient + HEADS * HEAD_SIZE, value_sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
     scale = tl.where(length > 1, SCALE if NORM == NO_NORM else 1.0 / LOG2_E, 0.0)
     sums = key_sums[0] * scale, key_sums[1] * scale
     if NORM != NO_NORM:
+        keys = qkv + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
+        key_factors = statistics + (2 * HEADS + head) * num_tokens + first_token + rows
+        factors = tl.load(key_factors, mask=inside, other=0.0, cache_modifier=".ca")
         normed = scale_rows(to_float32(load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), factors)  # k̂
         sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
     store_head(gradient, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
@@ -228,6 +239,7 @@ def launch_backward(
     statistics: Tensor,
     qkv_gradient: Tensor,
     runs: list[int],
+    eps: float,
 ) -> Tensor:
     """Fills the gradient of qkv; returns G [D] float32 of the module's docstring (empty without QK-norm).
 
@@ -236,10 +248,17 @@ def launch_backward(
     num_tokens, _, heads, head_size = qkv.shape
     device = qkv.device
     deltas = torch.empty(heads, num_tokens, dtype=torch.float32, device=device)
-    norm = NO_NORM if q_weight is None else NORM_LOADED
     queries = qkv if q_weight is None else torch.empty_like(output)
     partials = []
     classes = shape_classes(qkv, runs)
+    normed_keys = None
+    if q_weight is not None and any(name == "large" for name, _ in classes):
+        normed_keys = launch_normed_keys(qkv, statistics, eps)
+
+    def norm_of(shape_class: str) -> int:
+        norm = NO_NORM if q_weight is None else NORM_DONE if shape_class == "large" else NORM_LOADED
+        return norm.value
+
     for shape_class, bounds in classes:
         configuration = select(CONFIGURATIONS, "spatial_attention_queries_backward", shape_class, device)
         tiles = row_tiles(tuple(runs), configuration["ROWS"], device, *bounds)
@@ -248,6 +267,7 @@ def launch_backward(
         with on_device(qkv):
             _queries[(programs,)](
                 qkv,
+                normed_keys,
                 q_weight,
                 k_weight,
                 output,
@@ -261,7 +281,7 @@ def launch_backward(
                 num_tokens,
                 HEADS=heads,
                 HEAD_SIZE=head_size,
-                NORM=norm.value,
+                NORM=norm_of(shape_class),
                 **configuration.launch,
             )
     for shape_class, bounds in classes:
@@ -270,6 +290,7 @@ def launch_backward(
         with on_device(qkv):
             _keys[(tiles.shape[0] * heads,)](
                 qkv,
+                normed_keys,
                 queries,
                 output_gradient,
                 statistics,
@@ -279,7 +300,7 @@ def launch_backward(
                 num_tokens,
                 HEADS=heads,
                 HEAD_SIZE=head_size,
-                NORM=norm.value,
+                NORM=norm_of(shape_class),
                 **configuration.launch,
             )
     if q_weight is None:
@@ -289,7 +310,8 @@ def launch_backward(
 
 def compile_cases(arch: str) -> list[CompileCase]:
     cases = []
-    types = ("qkv", "q_weight", "k_weight", "output", "output_gradient", "scaled_queries", "queries", "qkv_gradient")
+    types = ("qkv", "normed_keys", "q_weight", "k_weight", "output", "output_gradient", "scaled_queries", "queries")
+    types += ("qkv_gradient",)
     tables = {
         "statistics": "*fp32",
         "deltas": "*fp32",
@@ -303,15 +325,16 @@ def compile_cases(arch: str) -> list[CompileCase]:
     ):
         for dtype, with_norm, shape_class in COMPILED:
             signature = {argument: f"*{dtype}" for argument in types} | tables
-            constants = {"q_weight": None, "k_weight": None} if not with_norm and kernel is _queries else {}
+            norm = NO_NORM if not with_norm else NORM_DONE if shape_class == "large" else NORM_LOADED
+            absent = [] if norm == NORM_DONE else ["normed_keys"]
+            if kernel is _queries and not with_norm:
+                absent += ["q_weight", "k_weight"]
             cases.append(
                 CompileCase(
                     name=name,
                     kernel=kernel,
                     signature={key: value for key, value in signature.items() if key in kernel.arg_names},
-                    constants=constants
-                    | {"HEADS": 16, "HEAD_SIZE": 72}
-                    | {"NORM": (NORM_LOADED if with_norm else NO_NORM).value},
+                    constants=dict.fromkeys(absent) | {"HEADS": 16, "HEAD_SIZE": 72, "NORM": norm.value},
                     configuration=candidates_of(CONFIGURATIONS, name, shape_class, arch)[0],
                     dtype=dtype,
                     attention=dtype != "fp32",

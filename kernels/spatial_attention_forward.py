@@ -3,11 +3,12 @@
 One program computes ROWS queries of one head of one frame. With W = q_weight · k_weight, r = reciprocal RMS and
 c = log2(e) / sqrt(D), the score of base 2 is
 
-    score[i, j] = Σ_d (q[i, d] · r_q[i] · W[d] · c) · k[j, d] · r_k[j]
+    score[i, j] = Σ_d (q[i, d] · r_q[i] · W[d] · c) · (k[j, d] · r_k[j])
 
-where the bracket is one tile rounded once to the input's dtype, k goes to the matrix units unchanged, and r_k[j] is a
-factor on a column. As |score| ≤ c · D · max|W|, a small enough bound, known from the weights alone, allows exp2 without
-a running maximum; all programs of a launch take the same branch.
+where the first bracket is one tile rounded once to the input's dtype. In small frames k goes to the matrix units
+unchanged and r_k[j] is a factor on a column; for large frames a kernel norms the keys beforehand. As |score| is at most
+c · D · max|W|, a small enough bound, known from the weights alone, allows exp2 without a running maximum; all programs
+of a launch take the same branch.
 
 Per call: 4·S·H·D FLOPs and 8·H·D bytes (half precision) for each token.
 """
@@ -21,20 +22,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_loops import NO_NORM, NORM_COMPUTED, NORM_LOADED, attend
+from .attention_loops import NO_NORM, NORM_COMPUTED, NORM_DONE, attend
 from .attention_tables import row_tiles
 from .attention_tiles import (
     fold_query,
     load_head,
+    load_tile,
     load_weight_product,
     reciprocal_rms,
+    scale_rows,
     store_head,
+    to_float32,
 )
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .registration import on_device
 
 # Frames up to this many tokens take 64-row tiles (128 rows would waste two thirds at 144 tokens) and find the norm of
-# the keys on their way; longer frames pass over the keys so often that reading it from memory is cheaper.
+# the keys on their way; longer frames pass over the keys so often that norming them once beforehand is cheaper.
 LONGEST_SMALL_FRAME = 405
 
 # Bounded softmax is used up to this |score|. Its largest probability 2^limit must fit the dtype (float16 ends at 2^16),
@@ -51,9 +55,10 @@ CONFIGURATIONS = {
             Configuration(ROWS=64, STEP=128, REMAINDER=16, maxnreg=255, num_warps=4, num_stages=2),
         ),
         "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=255, num_warps=4, num_stages=2),),
-        "large": (  # 128 rows: 64 would read keys and values at the limit of the L2 cache
+        # 128 rows: 64 would read keys and values at the limit of the L2 cache. 128 registers: sixteen warps fit.
+        "large": (
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=128, num_warps=8, num_stages=3),
             Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=255, num_warps=4, num_stages=3),
-            Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=255, num_warps=8, num_stages=3),
             Configuration(ROWS=128, STEP=128, REMAINDER=32, maxnreg=255, num_warps=8, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=3),
         ),
@@ -64,7 +69,7 @@ CONFIGURATIONS = {
         "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, maxnreg=255, num_warps=8, num_stages=1),),
         "float32@sm_100": (Configuration(ROWS=16, STEP=16, REMAINDER=16, maxnreg=255, num_warps=8, num_stages=1),),
     },
-    "spatial_attention_key_norm": {
+    "spatial_attention_normed_keys": {
         "any": (Configuration(ROWS=64, num_warps=4, num_stages=1), Configuration(ROWS=128, num_warps=4, num_stages=1)),
     },
 }
@@ -86,9 +91,19 @@ def shape_classes(tensor: Tensor, runs: Sequence[int]) -> list[tuple[str, tuple[
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _key_norm(qkv, statistics, num_tokens, eps, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, ROWS: tl.constexpr):
-    """Reciprocal RMS of the keys into statistics[2]."""
+def _normed_keys(
+    qkv,
+    normed_keys,
+    statistics,
+    num_tokens,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """k · r_k into normed_keys [N, H, D], rounded, and r_k into statistics[2]."""
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
+    OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     program = tl.program_id(0).to(tl.int64)
     head = program % HEADS
     token = program // HEADS * ROWS
@@ -98,11 +113,14 @@ def _key_norm(qkv, statistics, num_tokens, eps, HEADS: tl.constexpr, HEAD_SIZE: 
     k = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
     factors = reciprocal_rms(k, eps, HEAD_SIZE)
     tl.store(statistics + (2 * HEADS + head) * num_tokens + token + rows, factors, mask=inside)
+    normed = scale_rows(to_float32(k), factors)
+    store_head(normed_keys + token * OUTPUT_STRIDE + head * HEAD_SIZE, normed, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _forward(
     qkv,
+    normed_keys,
     q_weight,
     k_weight,
     output,
@@ -120,27 +138,23 @@ def _forward(
 ):
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
+    KEY_STRIDE: tl.constexpr = OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE
     SCALE: tl.constexpr = 1.4426950408889634 / HEAD_SIZE**0.5
-    program = tl.program_id(0).to(tl.int64)
-    head = program % HEADS
-    tile = tiles + program // HEADS * 4
-    first_token = tl.load(tile).to(tl.int64)
-    length = tl.load(tile + 1)
-    rows = tl.load(tile + 2) + tl.arange(0, ROWS)
+    head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
+    rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
-    keep_factors = tl.load(tile + 2) == 0  # the first tile of a frame writes down the norm of its keys
-
     frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
-    keys = frame + HEADS * HEAD_SIZE
+    in_output = first_token * OUTPUT_STRIDE + head * HEAD_SIZE
+    keys = normed_keys + in_output if NORM == NORM_DONE else frame + HEADS * HEAD_SIZE
     values = frame + 2 * HEADS * HEAD_SIZE
-    log_sums = statistics + head * num_tokens + first_token
-    query_factors = statistics + (HEADS + head) * num_tokens + first_token
     key_factors = statistics + (2 * HEADS + head) * num_tokens + first_token
+    keep_factors = first_row == 0  # the first tile of a frame writes down the norm of its keys
 
     q = load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
     bound = float("inf")
     if NORM != NO_NORM:
         factors = reciprocal_rms(q, eps, HEAD_SIZE)
+        query_factors = statistics + (HEADS + head) * num_tokens + first_token
         tl.store(query_factors + rows, factors, mask=inside)
         weight = load_weight_product(q_weight, k_weight, HEAD_SIZE)
         q = fold_query(q, factors * SCALE, weight)
@@ -161,7 +175,8 @@ def _forward(
             NORM=NORM,
             SCALE=SCALE if NORM == NO_NORM else 1.0,
             BOUNDED=True,
-            ROW_STRIDE=TOKEN_STRIDE,
+            KEY_STRIDE=KEY_STRIDE,
+            VALUE_STRIDE=TOKEN_STRIDE,
             HEAD_SIZE=HEAD_SIZE,
         )
     else:
@@ -174,17 +189,21 @@ def _forward(
             length,
             eps,
             ROWS=ROWS,
-            STEP=STEP,
+            STEP=STEP if NORM == NO_NORM else STEP // 2,  # seldom taken, it must not decide over the registers
             REMAINDER=REMAINDER,
             NORM=NORM,
             SCALE=SCALE if NORM == NO_NORM else 1.0,
             BOUNDED=False,
-            ROW_STRIDE=TOKEN_STRIDE,
+            KEY_STRIDE=KEY_STRIDE,
+            VALUE_STRIDE=TOKEN_STRIDE,
             HEAD_SIZE=HEAD_SIZE,
         )
-    tl.store(log_sums + rows, log_sum, mask=inside)
-    frame_output = output + first_token * OUTPUT_STRIDE + head * HEAD_SIZE
-    store_head(frame_output, result, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
+    head, first_token, length, first_row, _ = load_tile(tiles, HEADS, AGAIN=True)
+    rows = first_row + tl.arange(0, ROWS)
+    inside = rows < length
+    tl.store(statistics + head * num_tokens + first_token + rows, log_sum, mask=inside)
+    in_output = first_token * OUTPUT_STRIDE + head * HEAD_SIZE
+    store_head(output + in_output, result, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
 
 
 def launch_forward(
@@ -203,26 +222,17 @@ def launch_forward(
     """
     num_tokens, _, heads, head_size = qkv.shape
     classes = shape_classes(qkv, runs)
-    norm = NO_NORM if q_weight is None else NORM_COMPUTED
+    normed_keys = None
     if q_weight is not None and any(name == "large" for name, _ in classes):
-        norm = NORM_LOADED
-        configuration = select(CONFIGURATIONS, "spatial_attention_key_norm", "any", qkv.device)
-        with on_device(qkv):
-            _key_norm[(triton.cdiv(num_tokens, configuration["ROWS"]) * heads,)](
-                qkv,
-                statistics,
-                num_tokens,
-                eps,
-                HEADS=heads,
-                HEAD_SIZE=head_size,
-                **configuration.launch,
-            )
+        normed_keys = launch_normed_keys(qkv, statistics, eps)
     for shape_class, bounds in classes:
         configuration = select(CONFIGURATIONS, "spatial_attention_forward", shape_class, qkv.device)
         tiles = row_tiles(tuple(runs), configuration["ROWS"], qkv.device, *bounds)
+        norm = NO_NORM if q_weight is None else NORM_DONE if shape_class == "large" else NORM_COMPUTED
         with on_device(qkv):
             _forward[(tiles.shape[0] * heads,)](
                 qkv,
+                normed_keys,
                 q_weight,
                 k_weight,
                 output,
@@ -239,6 +249,25 @@ def launch_forward(
             )
 
 
+def launch_normed_keys(qkv: Tensor, statistics: Tensor, eps: float) -> Tensor:
+    """Returns k · r_k [N, H, D] in the dtype of qkv, and fills statistics[2]."""
+    num_tokens, _, heads, head_size = qkv.shape
+    normed_keys = torch.empty(num_tokens, heads, head_size, dtype=qkv.dtype, device=qkv.device)
+    configuration = select(CONFIGURATIONS, "spatial_attention_normed_keys", "any", qkv.device)
+    with on_device(qkv):
+        _normed_keys[(triton.cdiv(num_tokens, configuration["ROWS"]) * heads,)](
+            qkv,
+            normed_keys,
+            statistics,
+            num_tokens,
+            eps,
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            **configuration.launch,
+        )
+    return normed_keys
+
+
 COMPILED = (  # dtype, whether with QK-norm, shape class
     ("bf16", True, "small"),
     ("bf16", True, "large"),
@@ -252,20 +281,18 @@ def compile_cases(arch: str) -> list[CompileCase]:
     cases = []
     for dtype, with_norm, shape_class in COMPILED:
         configuration = candidates_of(CONFIGURATIONS, "spatial_attention_forward", shape_class, arch)[0]
-        norm = NO_NORM if not with_norm else NORM_LOADED if shape_class == "large" else NORM_COMPUTED
+        norm = NO_NORM if not with_norm else NORM_DONE if shape_class == "large" else NORM_COMPUTED
+        absent = (() if norm == NORM_DONE else ("normed_keys",)) + (() if with_norm else ("q_weight", "k_weight"))
+        activations = ("qkv", "normed_keys", "q_weight", "k_weight", "output")
         cases.append(
             CompileCase(
                 name="spatial_attention_forward",
                 kernel=_forward,
-                signature={name: f"*{dtype}" for name in ("qkv", "q_weight", "k_weight", "output")}
+                signature={name: f"*{dtype}" for name in activations}
                 | {"statistics": "*fp32", "tiles": "*i32", "num_tokens": "i32", "eps": "fp32"},
-                constants=({} if with_norm else {"q_weight": None, "k_weight": None})
-                | {
-                    "HEADS": 16,
-                    "HEAD_SIZE": 72,
-                    "NORM": norm.value,
-                    "BOUNDED_LIMIT": 14.0 if dtype == "fp16" else 60.0,
-                },
+                constants=dict.fromkeys(absent)
+                | {"HEADS": 16, "HEAD_SIZE": 72, "NORM": norm.value}
+                | {"BOUNDED_LIMIT": 14.0 if dtype == "fp16" else 60.0},
                 configuration=configuration,
                 dtype=dtype,
                 attention=dtype != "fp32",
@@ -276,11 +303,12 @@ def compile_cases(arch: str) -> list[CompileCase]:
     for dtype in ("bf16", "fp16", "fp32"):
         cases.append(
             CompileCase(
-                name="spatial_attention_key_norm",
-                kernel=_key_norm,
-                signature={"qkv": f"*{dtype}", "statistics": "*fp32", "num_tokens": "i32", "eps": "fp32"},
+                name="spatial_attention_normed_keys",
+                kernel=_normed_keys,
+                signature=dict.fromkeys(("qkv", "normed_keys"), f"*{dtype}")
+                | {"statistics": "*fp32", "num_tokens": "i32", "eps": "fp32"},
                 constants={"HEADS": 16, "HEAD_SIZE": 72},
-                configuration=candidates_of(CONFIGURATIONS, "spatial_attention_key_norm", "any", arch)[0],
+                configuration=candidates_of(CONFIGURATIONS, "spatial_attention_normed_keys", "any", arch)[0],
                 dtype=dtype,
             )
         )
