@@ -1,0 +1,91 @@
+"""Every kernel built for sm_90 without a GPU: no spills, matrix instructions in attention, and a budget that holds.
+
+After a change that should need more, or for another Triton, write the budget anew and look at its difference:
+`opensora-fast kernels compile --arch sm_90 --write-budget`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import triton
+
+from opensora_fast.kernels.compilation import BUDGET_PATH, check_budget, compile_kernels
+
+
+# About 100 s of CPU time where Triton's cache is empty, on however many cores there are; 10 s from the cache.
+pytestmark = pytest.mark.timeout(1200)
+
+
+@pytest.fixture(scope="module")
+def builds() -> list[dict]:
+    """What `kernels compile` prints; in a process of its own, for this one interprets the kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "opensora_fast", "kernels", "compile", "--arch", "sm_90", "--json"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def name(row: dict) -> str:
+    return f"{row['kernel']} {row['dtype']} ({row['config']}; {row['note']})"
+
+
+def test_there_are_builds_of_every_kind(builds) -> None:
+    assert len(builds) >= 24
+    fields = {"kernel", "arch", "config", "dtype", "registers", "spills", "shared", "hgmma"}
+    assert all(fields <= set(row) and row["registers"] > 0 for row in builds)
+    assert {row["dtype"] for row in builds} >= {"bf16", "fp16", "fp32"}
+
+
+def test_nothing_spills(builds) -> None:
+    assert [name(row) for row in builds if row["spills"]] == []
+
+
+def test_attention_uses_the_matrix_units(builds) -> None:
+    attention = [row for row in builds if row["attention"]]
+    assert attention
+    assert [name(row) for row in attention if not row["hgmma"]] == []
+
+
+def test_registers_and_shared_memory_stay_within_the_budget(builds) -> None:
+    budget = json.loads(BUDGET_PATH.read_text())
+    if budget["triton"] != triton.__version__:
+        pytest.skip(f"the budget belongs to triton {budget['triton']}, installed is {triton.__version__}")
+    assert check_budget(builds, budget["rows"]) == []
+
+
+def row(**changes) -> dict:
+    build = {"kernel": "a", "arch": "sm_90", "config": "", "dtype": "bf16", "note": "", "registers": 64, "shared": 512}
+    return build | changes
+
+
+@pytest.mark.parametrize(
+    ("build", "fault"),
+    [
+        (row(registers=65), "a / sm_90 /  / bf16 / : 65 registers, budget 64"),
+        (row(shared=1024), "a / sm_90 /  / bf16 / : 1024 shared, budget 512"),
+        (row(dtype="fp16"), "a / sm_90 /  / fp16 / : not in the budget"),
+    ],
+)
+def test_a_build_over_its_budget_is_named(build, fault) -> None:
+    assert check_budget([row(registers=60)], [row()]) == []
+    assert fault in check_budget([build], [row()])
+
+
+def test_a_budget_without_a_build_is_named() -> None:
+    faults = check_budget([row()], [row(), row(kernel="b")])
+    assert faults == ["b / sm_90 /  / bf16 / : in the budget, but not built"]
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    with pytest.raises(ValueError, match="--arch sm_70: unknown"):
+        compile_kernels(["sm_70"])
+
+
+def test_an_interpreter_builds_nothing(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1 is set"):
+        compile_kernels(["sm_90"])
