@@ -14,7 +14,6 @@ import triton
 
 from opensora_fast.kernels.compilation import BUDGET_PATH, check_budget, compile_kernels
 
-
 # About 100 s of CPU time where Triton's cache is empty, on however many cores there are; 10 s from the cache.
 pytestmark = pytest.mark.timeout(1200)
 
