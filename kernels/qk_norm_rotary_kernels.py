@@ -22,14 +22,13 @@ from .attention_tiles import (
     load_head,
     load_weight,
     multiply,
-    reciprocal_rms,
     store_head,
     store_vector,
     to_float32,
 )
 from .configurations import CompileCase, Configuration, select
 from .registration import on_device
-from .rotary_tiles import load_angles, rotate, rotate_back, scale_rows_apart, subtract_along
+from .rotary_tiles import load_angles, reciprocal_rms_apart, rotate, rotate_back, scale_rows_apart, subtract_along
 
 CONFIGURATIONS = {
     name: {
@@ -87,7 +86,7 @@ def _forward(
         if cos is not None:
             y = rotate(z, cosines, sines)
         if q_weight is not None:
-            y = scale_rows_apart(y, reciprocal_rms(z, eps, HEAD_SIZE))
+            y = scale_rows_apart(y, reciprocal_rms_apart(z, eps, HEAD_SIZE))
             y = multiply(y, load_weight(k_weight if keys else q_weight, HEAD_SIZE))
         store_head(k_output if keys else q_output, y, target, inside, HEAD_SIZE, HEAD_SIZE)
 
@@ -126,7 +125,7 @@ def _backward(
         g = to_float32(g)  # [ROWS, D]
         if q_weight is not None:
             z = to_float32(load_head(k if keys else q, source, inside, 1, HEAD_SIZE))
-            reciprocal = reciprocal_rms(z, eps, HEAD_SIZE)
+            reciprocal = reciprocal_rms_apart(z, eps, HEAD_SIZE)
             g = scale_rows_apart(g, reciprocal)
             if partials is not None:
                 products = z

@@ -82,6 +82,13 @@ def hand_over(factors):
 
 
 @triton.jit
+def reciprocal_rms_apart(head, eps, HEAD_SIZE: tl.constexpr):
+    """`attention_tiles.reciprocal_rms` of a float32 head tile [m, D]."""
+    squares = hand_over(tl.sum(head[0] * head[0], axis=1)) + tl.sum(head[1] * head[1], axis=1)
+    return tl.rsqrt(squares / HEAD_SIZE + eps)
+
+
+@triton.jit
 def scale_rows_apart(head, factors):
     """`attention_tiles.scale_rows` for factors [m] that were made from both tiles."""
     return head[0] * hand_over(factors)[:, None], head[1] * factors[:, None]

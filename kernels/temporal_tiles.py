@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_tiles import load_head, load_weight_product, reciprocal_rms, to_float32
+from .attention_tiles import load_head, load_weight_product, to_float32
 from .rotary_tiles import (
     join_columns,
     load_angles,
+    reciprocal_rms_apart,
     rotate,
     rotate_back,
     scale_rows_apart,
@@ -71,7 +72,7 @@ def normed_rows(head, cos, sin, eps, NORM: tl.constexpr, HEAD_SIZE: tl.constexpr
     """Rotated and, with NORM, RMS-normed rows: float32 head tile [m, D], and the reciprocal RMS [m] (ones without)."""
     head = to_float32(head)
     if NORM:
-        reciprocal = reciprocal_rms(head, eps, HEAD_SIZE)  # rotation keeps lengths
+        reciprocal = reciprocal_rms_apart(head, eps, HEAD_SIZE)  # rotation keeps lengths
         return rotate(scale_rows_apart(head, reciprocal), cos, sin), reciprocal
     else:
         return rotate(head, cos, sin), tl.full([head[0].shape[0]], 1.0, tl.float32)
