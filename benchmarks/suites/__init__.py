@@ -23,10 +23,10 @@ def list_cases(
         suite: one of NAMES.
         device: "cuda" or "cpu".
         providers: only these; the ceilings are measured whatever they are.
-        words: only cases whose name holds each of them, such as "spatial_attention" and "240p".
+        words: only cases that have, for each of these, a word that begins so: "spatial" and "240p".
 
     Raises:
-        ValueError: an unknown suite, device or provider, or words that no case holds.
+        ValueError: an unknown suite, device or provider, or words that no case has.
     """
     from . import buckets, ceilings, encoders, first, loader, models, ops
     from .scale import scale_of
@@ -45,13 +45,19 @@ def list_cases(
     cases = [case for name in chosen for part in parts[name] for case in part(scale)]
     cases = _filter_providers(cases, providers)
     if words:
-        cases = [case for case in cases if all(word in f"{case.name} {case.template.shape}" for word in words)]
+        cases = [case for case in cases if _has_words(case, words)]
         if not cases:
-            raise ValueError(f"no case of suite {suite} on {device} holds {' and '.join(words)}; --list shows them")
+            wanted = ", ".join(words)
+            raise ValueError(f"no case of suite {suite} on {device} has the words {wanted}; --list shows them")
     if suite != "loader":
         cases = always + cases
     unique = {case.identity: case for case in cases}
     return sorted(unique.values(), key=lambda case: -case.value)
+
+
+def _has_words(case: Case, words: Sequence[str]) -> bool:
+    own = f"{case.name} {case.template.shape}".split()
+    return all(any(part.startswith(word) for part in own) for word in words)
 
 
 def _filter_providers(cases: Sequence[Case], providers: Sequence[str] | None) -> list[Case]:

@@ -17,7 +17,7 @@ def command(
     ] = None,
     providers: Annotated[str | None, typer.Option(help="Only these, for example eager,ours.")] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="Only cases that hold all these words, for example spatial 240p.")
+        list[str] | None, typer.Option(help="Only cases with words that begin so, for example spatial 240p.")
     ] = None,
     show: Annotated[bool, typer.Option("--list", help="Print the planned cases and measure nothing.")] = False,
     refresh: Annotated[bool, typer.Option(help="Measure rows of another state of the sources again.")] = False,

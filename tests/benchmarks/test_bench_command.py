@@ -21,7 +21,7 @@ COMMAND = [sys.executable, "-m", "opensora_fast", "bench", "--device", "cpu"]
     [
         (["--out", "x", "--suite", "everything"], "suite 'everything' is unknown; choose one of all, first, kernels"),
         (["--out", "x", "--providers", "flash-attn-9"], "provider 'flash-attn-9' is unknown in this suite"),
-        (["--out", "x", "--only", "spatial", "999p"], "no case of suite all on cpu holds spatial and 999p"),
+        (["--out", "x", "--only", "spatial", "999p"], "no case of suite all on cpu has the words spatial, 999p"),
         (["--out", "x", "--budget", "soon"], "--budget 'soon': write a time such as 9m"),
         (["--out", "x", "--commit", "main"], "--commit main: "),
         ([], "--out is missing: give a folder for the rows"),

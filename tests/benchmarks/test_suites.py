@@ -65,7 +65,7 @@ def test_matrix_products_have_the_exact_shapes_both_ways():
         (("everything", "cpu"), "suite 'everything' is unknown; choose one of all, first"),
         (("all", "tpu"), "device 'tpu'"),
         (("kernels", "cpu", ["flash-attn-9"]), "provider 'flash-attn-9' is unknown in this suite; known: "),
-        (("kernels", "cpu", None, ["spatial", "999p"]), "no case of suite kernels on cpu holds spatial and 999p"),
+        (("kernels", "cpu", None, ["spatial", "999p"]), "no case of suite kernels on cpu has the words spatial, 999p"),
     ],
 )
 def test_unknown_names_are_errors(arguments, message):
@@ -77,6 +77,8 @@ def test_cases_and_providers_can_be_chosen():
     cases = list_cases("kernels", "cuda", ["eager", "ours"], ["spatial", "240p"])
     assert [case.template.level for case in cases[:2]] == ["copy", "gemm"]  # what the shares are relative to
     assert len(cases) > 2
+    norms = list_cases("kernels", "cuda", None, ["modulated_norm", "240p"])[2:]
+    assert {case.template.op for case in norms} == {"modulated_norm"}  # and not gate_residual_modulated_norm
     for case in cases[2:]:
         assert "spatial" in case.name and case.providers == ("eager", "ours")
 
