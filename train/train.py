@@ -5,11 +5,13 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from opensora_fast.config import LoadedConfig, TrainConfig, to_json
+from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.diffusion import MaskGenerator
 from opensora_fast.kernels import calls
 from opensora_fast.train.data import read_data
@@ -76,8 +78,7 @@ def train(
             trainer.note(text)
 
     open_source = open_clips if config.features is None else open_features
-    source = open_source(config, data, out, torch_device, dtype, tell)
-    try:
+    with cpu_threads(config.cpu_threads), closing(open_source(config, data, out, torch_device, dtype, tell)) as source:
         model_config = make_model_config(config, source.in_channels, source.caption_channels, source.model_max_length)
         model = build_model(model_config, config.seed, config.grad_checkpoint)
         if start.weights is not None:
@@ -107,8 +108,6 @@ def train(
         report(describe_run(trainer, source.data.explanation.steps, start))
         calls_before = calls.copy()
         signal_number = trainer.run()
-    finally:
-        source.close()
     report_kernels(calls - calls_before, out, report)
     report(f"step {trainer.position.step}: {trainer.last_checkpoint or start.resume}")
     return signal_number

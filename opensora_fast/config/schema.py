@@ -60,6 +60,7 @@ class TrainConfig(Section):
     steps: int | None = Field(None, ge=0)
     features: str | None = None
     feature_draws: int = Field(1, ge=1)
+    cpu_threads: int | None = Field(None, ge=1)
     decoder: Literal["auto", "pyav", "dali"] = "auto"
     prefetch: int = Field(2, ge=0)
     drop_last: bool = True
@@ -114,6 +115,9 @@ class SampleConfig(Section):
     batch_size: int = Field(1, ge=1)
     seed: int = Field(42, ge=0)
     save_dir: str | None = None
+
+    # This project's own.
+    cpu_threads: int | None = Field(None, ge=1)
 
 
 def find_idle_keys(config: TrainConfig | SampleConfig) -> list[str]:

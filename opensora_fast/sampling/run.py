@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from opensora_fast.config import SampleConfig
+from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.sampling.generate import Sample, VideoGenerator
 from opensora_fast.sampling.prompts import read_prompts
 
@@ -26,9 +27,10 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
     prompts = choose_prompts(config)
     references = _slice(config, "reference_path", config.reference_path, prompts)
     strategies = _slice(config, "mask_strategy", config.mask_strategy, prompts)
-    generator = VideoGenerator.from_config(config, device)
-    for sample in generator.stream(_cut(config, prompts), references, strategies):
-        yield sample.save(Path(config.save_dir) / name_sample(sample, config))
+    with cpu_threads(config.cpu_threads):
+        generator = VideoGenerator.from_config(config, device)
+        for sample in generator.stream(_cut(config, prompts), references, strategies):
+            yield sample.save(Path(config.save_dir) / name_sample(sample, config))
 
 
 def choose_prompts(config: SampleConfig) -> list[str]:

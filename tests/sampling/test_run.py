@@ -74,6 +74,21 @@ def test_one_frame_becomes_a_png(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["sample_0.png"]
 
 
+def test_cpu_threads_are_those_of_the_configuration_during_the_run_only(folder, tmp_path, monkeypatch):
+    threads = set()
+    real = STDiT2.forward
+
+    def record(self, *arguments, **conditions):
+        threads.add(torch.get_num_threads())
+        return real(self, *arguments, **conditions)
+
+    monkeypatch.setattr(STDiT2, "forward", record)
+    before = torch.get_num_threads()
+    arguments = ("--prompt", "a cat", "--num-frames", "1", "--save-dir", str(tmp_path), f"cpu_threads={before + 1}")
+    assert sample(folder, *arguments) == 0
+    assert threads == {before + 1} and torch.get_num_threads() == before
+
+
 def test_a_prompt_file_and_indices_choose_prompts(folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     options = ("--prompt-path", str(tmp_path / "prompts.txt"), "--start-index", "1", "--prompt-as-path")

@@ -63,6 +63,20 @@ def test_average_follows_the_weights(train, tmp_path):
                 assert torch.equal(stored[name], value), (step, name)
 
 
+def test_cpu_threads_are_those_of_the_configuration_during_the_run_only(train, tmp_path, monkeypatch):
+    threads = []
+    real = STDiT2.forward
+
+    def record(self, *arguments, **conditions):
+        threads.append(torch.get_num_threads())
+        return real(self, *arguments, **conditions)
+
+    monkeypatch.setattr(STDiT2, "forward", record)
+    before = torch.get_num_threads()
+    assert train(tmp_path / "run", "--steps", 1, f"cpu_threads={before + 1}")[0] == 0
+    assert threads == [before + 1] and torch.get_num_threads() == before
+
+
 def test_what_the_model_is_told(train, tmp_path, monkeypatch):
     calls = []
     real = STDiT2.forward

@@ -10,5 +10,6 @@ vae = dict(type="linear")
 text_encoder = dict(type="bytes", model_max_length=96)
 scheduler = dict(type="iddpm", num_sampling_steps=50, cfg_scale=1.5)
 dtype = "fp32"
+cpu_threads = 1  # as in demo.py
 
 seed = 42
