@@ -189,7 +189,7 @@ def _forward(
             length,
             eps,
             ROWS=ROWS,
-            STEP=STEP if NORM == NO_NORM else STEP // 2,  # seldom taken, it must not decide over the registers
+            STEP=STEP if NORM == NO_NORM or STEP < 32 else STEP // 2,  # seldom taken, it must not decide over registers
             REMAINDER=REMAINDER,
             NORM=NORM,
             SCALE=SCALE if NORM == NO_NORM else 1.0,
