@@ -13,6 +13,8 @@ from opensora_fast.benchmarks.providers.upstream import UpstreamSTDiT2
 from opensora_fast.kernels import calls
 from opensora_fast.replace import OPS
 
+pytestmark = pytest.mark.usefixtures("interpreter")
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

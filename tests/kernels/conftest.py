@@ -30,7 +30,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def use_quick_interpreter(quick_interpreter: None) -> None:
+def use_interpreter(interpreter: None) -> None:
     pass
 
 
