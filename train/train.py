@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from opensora_fast import use_kernels
 from opensora_fast.config import LoadedConfig, TrainConfig, to_json
 from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.diffusion import MaskGenerator
@@ -35,6 +36,7 @@ def train(
     resume: str | None = None,
     init_from: str | None = None,
     device: str | None = None,
+    backend: str = "auto",
     report: Callable[[str], None] = print,
 ) -> int | None:
     """Train to the end of the configured steps or epochs.
@@ -45,6 +47,7 @@ def train(
         resume: "auto" continues the newest complete checkpoint of `out` if there is one; a path continues that one.
         init_from: weights to start from, in place of `model.from_pretrained`.
         device: "cpu" or "cuda"; CUDA where there is one by default.
+        backend: of every op: "triton", "reference", or "auto" (Triton on CUDA, reference elsewhere).
         report: is given lines for a person.
 
     Returns:
@@ -81,6 +84,7 @@ def train(
     with cpu_threads(config.cpu_threads), closing(open_source(config, data, out, torch_device, dtype, tell)) as source:
         model_config = make_model_config(config, source.in_channels, source.caption_channels, source.model_max_length)
         model = build_model(model_config, config.seed, config.grad_checkpoint)
+        use_kernels(model, backend)
         if start.weights is not None:
             load_initial_weights(model, start.weights, report)
         optimizer = MasterAdamW(model, dtype=dtype, device=torch_device, lr=config.lr, grad_clip=config.grad_clip)

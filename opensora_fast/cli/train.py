@@ -16,6 +16,7 @@ def command(
     resume: Annotated[str | None, typer.Option(help="auto, or a checkpoint or run to continue.")] = None,
     init_from: Annotated[str | None, typer.Option(help="Weights to start from: a run, checkpoint or model.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    kernels: Annotated[str, typer.Option(help="triton, reference or auto: triton on cuda, reference elsewhere.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print configuration and buckets, and exit.")] = False,
 ) -> None:
     """Train ST-DiT-2 from a configuration.
@@ -38,7 +39,7 @@ def command(
         raise ValueError("--out is missing: the folder for metrics, checkpoints and all that the run writes")
     from opensora_fast.train.train import train
 
-    signal_number = train(loaded, out, resume=resume, init_from=init_from, device=device)
+    signal_number = train(loaded, out, resume=resume, init_from=init_from, device=device, backend=kernels)
     if signal_number is not None:
         print(f"stopped by signal {signal_number}; --resume auto continues")
         raise typer.Exit(128 + signal_number)
