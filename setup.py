@@ -69,6 +69,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
+            "selenium",
             "scikit-video==1.1.11",
         ],
         "colossalai": ["colossalai==0.5.0"],

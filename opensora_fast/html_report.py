@@ -5,88 +5,117 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from opensora_fast.html_style import FILTER_SCRIPT, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2733; --soft: #5b6b7c; --line: #d9e0e7; --paper: #ffffff; --back: #f3f6f9;
-        --accent: #0b6bcb; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa9b8; --line: #2c3947; --paper: #16202b;
-        --back: #0e151d; --accent: #6ab0ff; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 28px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 0 0 8px; }
-p { margin: 0 0 12px; max-width: 75ch; } .lead { color: var(--soft); }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 20px 22px;
-          margin-top: 18px; }
-figure { margin: 12px 0 4px; } figcaption { color: var(--soft); font-size: 13px; margin-top: 4px; }
-figure svg, figure img, figure video { max-width: 100%; height: auto; border-radius: 6px; background: #fff; }
-.side { display: flex; flex-wrap: wrap; gap: 18px; } .side figure { flex: 1 1 220px; }
-.numbers { display: flex; flex-wrap: wrap; gap: 14px 36px; margin: 8px 0; }
-.numbers div span { display: block; color: var(--soft); font-size: 13px; }
-.numbers div b { font-size: 22px; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
-th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-th { color: var(--soft); font-weight: 600; }
-input.filter { width: 100%; padding: 8px 10px; margin: 4px 0 12px; border: 1px solid var(--line); border-radius: 6px;
-               background: var(--back); color: var(--ink); font: inherit; }
-code { font: 13px ui-monospace, monospace; background: var(--back); padding: 1px 5px; border-radius: 4px; }
-"""
+# Rows of a filtered table that are laid out at once: a browser lays out a hundred as one types, not thousands.
+SHOWN_ROWS = 150
+# The accent of the style, for figures: it becomes the page's own, which differs between light and dark.
+ACCENT = "#0b6bcb"
+_THEMED = {ACCENT: "var(--accent)", "#000000": "currentColor", "#ffffff": "var(--paper)"}
 
-# Rows of a filtered table stay when they hold every word of the box.
-FILTER_SCRIPT = """
-document.querySelectorAll('input.filter').forEach(function (box) {
-  var rows = box.parentElement.querySelectorAll('tbody tr');
-  box.addEventListener('input', function () {
-    var words = box.value.toLowerCase().split(/\\s+/);
-    rows.forEach(function (row) {
-      var text = row.textContent.toLowerCase();
-      row.hidden = !words.every(function (word) { return text.includes(word); });
-    });
-  });
-});
-"""
+
+@dataclass(frozen=True)
+class Bar:
+    """A line of a bar chart.
+
+    Attributes:
+        label: what it is.
+        share: length, 0 to 1; None where there is nothing to show but the text.
+        value: text behind the bar.
+        detail: small text below.
+        kind: "ours", "other", "given" (hatched: not measured here) or "none" (no bar).
+        check: length of a second, thin bar: an error over its limit.
+        tip: text of a tooltip.
+    """
+
+    label: str
+    share: float | None
+    value: str
+    detail: str = ""
+    kind: str = "other"
+    check: float | None = None
+    tip: str = ""
 
 
 class HtmlReport:
-    """Collects sections in order; `write` makes the page. All text is escaped."""
+    """Collects sections in order; `write` makes the page. All text is escaped; `code` in backticks is set as such.
 
-    def __init__(self, title: str, lead: str):
+    Args:
+        contents: put links to the sections at the top.
+    """
+
+    def __init__(self, title: str, lead: str, contents: bool = False):
         self._title = title
         self._lead = lead
+        self._contents = contents
         self._parts: list[str] = []
+        self._titles: list[str] = []
         self._open = False
+        self._figures = 0
 
     def section(self, title: str, text: str = "") -> None:
         """Starts a section; what is added afterwards belongs to it."""
         self._close()
-        self._parts.append(f"<section><h2>{html.escape(title)}</h2>")
+        self._titles.append(title)
+        self._parts.append(f'<section id="{_anchor(title)}"><h2>{html.escape(title)}</h2>')
         self._open = True
         if text:
             self.paragraph(text)
 
+    def heading(self, title: str) -> None:
+        """Inside a section."""
+        self._parts.append(f"<h3>{html.escape(title)}</h3>")
+
     def paragraph(self, text: str) -> None:
-        self._parts.append(f"<p>{html.escape(text)}</p>")
+        self._parts.append(f"<p>{_escape(text)}</p>")
+
+    def note(self, text: str) -> None:
+        """A paragraph that nobody may overlook."""
+        self._parts.append(f'<p class="note">{_escape(text)}</p>')
 
     def numbers(self, values: Sequence[tuple[str, str]]) -> None:
         """Large figures in a line: (label, value)."""
         cells = "".join(
-            f"<div><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>" for label, value in values
+            f"<div><b>{html.escape(value)}</b><span>{_escape(label)}</span></div>" for label, value in values
         )
         self._parts.append(f'<div class="numbers">{cells}</div>')
 
+    def bars(self, bars: Sequence[Bar]) -> None:
+        """A bar chart."""
+        self._parts.append(_bars(bars))
+
+    def cards(self, cards: Sequence[tuple[str, str, Sequence[Bar]]]) -> None:
+        """Bar charts beside each other: (title, small text, bars)."""
+        content = "".join(
+            f'<div class="card"><h3>{html.escape(title)}</h3><p class="soft">{_escape(text)}</p>{_bars(bars)}</div>'
+            for title, text, bars in cards
+        )
+        self._parts.append(f'<div class="cards">{content}</div>')
+
+    def legend(self, items: Iterable[tuple[str, str]]) -> None:
+        """Colors of the figures that follow: (label, color)."""
+        entries = "".join(
+            f'<span><i style="background:{_THEMED.get(color, color)}"></i>{html.escape(label)}</span>'
+            for label, color in items
+        )
+        self._parts.append(f'<div class="legend">{entries}</div>')
+
     def figure(self, figure: Figure, caption: str) -> None:
-        """A matplotlib figure, as SVG inside the page."""
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight")
-        svg = buffer.getvalue()
-        self._parts.append(_figure(svg[svg.index("<svg") :], caption))
+        """A matplotlib figure, as SVG inside the page. An artist whose gid begins with "tip:" gets a tooltip."""
+        self._parts.append(_figure(self._to_svg(figure), caption))
+
+    def figures(self, figures: Iterable[tuple[Figure, str]]) -> None:
+        """Figures beside each other: (figure, caption)."""
+        self._side_by_side(_figure(self._to_svg(figure), caption) for figure, caption in figures)
 
     def pictures(self, pictures: Iterable[tuple[bytes, str]]) -> None:
         """PNG pictures beside each other: (bytes, caption)."""
@@ -107,39 +136,66 @@ class HtmlReport:
         )
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], filtered: bool = False) -> None:
-        """A table; numbers are aligned to the right. `filtered` puts a search box above it."""
+        """A table; columns of numbers (and empty cells) are aligned to the right.
+
+        Args:
+            filtered: put a search box above it, and let a click on a title sort.
+        """
         rows = [list(row) for row in rows]
-        numeric = [
-            bool(rows) and all(isinstance(row[index], (int, float)) for row in rows) for index in range(len(columns))
-        ]
+        numeric = [_is_numeric([row[index] for row in rows]) for index in range(len(columns))]
 
-        def cell(tag: str, value: object, is_number: bool) -> str:
-            text = f"{value:g}" if isinstance(value, float) else str(value)
-            return f"<{tag}{' class=number' if is_number else ''}>{html.escape(text)}</{tag}>"
+        def line(row: Sequence[object], tag: str) -> str:
+            return "".join(
+                f"<{tag}{' class=number' if number else ''}>{_format(value)}</{tag}>"
+                for value, number in zip(row, numeric, strict=True)
+            )
 
-        head = "".join(cell("th", name, number) for name, number in zip(columns, numeric, strict=True))
         body = "".join(
-            "<tr>" + "".join(cell("td", value, number) for value, number in zip(row, numeric, strict=True)) + "</tr>"
-            for row in rows
+            f"<tr{' hidden' if filtered and index >= SHOWN_ROWS else ''}>{line(row, 'td')}</tr>"
+            for index, row in enumerate(rows)
         )
-        box = (
-            '<input class="filter" type="search" placeholder="filter rows" aria-label="filter rows">'
-            if filtered
-            else ""
+        table = f"<table><thead><tr>{line(columns, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+        if not filtered:
+            self._parts.append(f'<div class="scroll">{table}</div>')
+            return
+        self._parts.append(
+            f'<div class="filtered" data-shown="{SHOWN_ROWS}">'
+            '<input class="filter" type="search" placeholder="filter: rows that hold every word" '
+            'aria-label="filter rows"><p class="soft"><output></output> '
+            '<button type="button" hidden></button></p>'
+            f'<div class="scroll">{table}</div></div>'
         )
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        self._parts.append(f'<div>{box}<div class="scroll">{table}</div></div>')
 
     def write(self, path: Path) -> None:
         self._close()
+        links = "".join(f'<a href="#{_anchor(title)}">{html.escape(title)}</a>' for title in self._titles)
         path.write_text(
             "<!doctype html><html lang=en><head><meta charset=utf-8>"
             '<meta name=viewport content="width=device-width, initial-scale=1"><link rel=icon href="data:,">'
-            f"<title>{html.escape(self._title)}</title><style>{STYLE}</style></head><body><main>"
-            f"<h1>{html.escape(self._title)}</h1><p class=lead>{html.escape(self._lead)}</p>"
+            f"<title>{html.escape(self._title)}</title><style>{STYLE}</style>"
+            "<noscript><style>tr[hidden] { display: table-row } .filtered > input { display: none }</style></noscript>"
+            f"</head><body><main><h1>{html.escape(self._title)}</h1><p class=lead>{_escape(self._lead)}</p>"
+            f"{f'<nav>{links}</nav>' if self._contents else ''}"
             f"{''.join(self._parts)}</main><script>{FILTER_SCRIPT}</script></body></html>\n",
             encoding="utf-8",
         )
+
+    def _to_svg(self, figure: Figure) -> str:
+        from matplotlib import rc_context
+
+        self._figures += 1
+        buffer = io.StringIO()
+        # Text stays text; names inside the SVG must differ between the figures of a page.
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{self._title} {self._figures}"}):
+            figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+        svg = buffer.getvalue()
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+        svg = re.sub(r'<g id="tip:([^"]*)">', r"<g><title>\1</title>", svg)
+        used = set(re.findall(r"#([\w-]+)", svg))
+        svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", svg)
+        for color, themed in _THEMED.items():
+            svg = svg.replace(color, themed)
+        return svg
 
     def _side_by_side(self, figures: Iterable[str]) -> None:
         self._parts.append(f'<div class="side">{"".join(figures)}</div>')
@@ -150,8 +206,44 @@ class HtmlReport:
             self._open = False
 
 
+def _bars(bars: Sequence[Bar]) -> str:
+    lines = []
+    for bar in bars:
+        track = "" if bar.share is None else f'<i style="width:{_percent(bar.share)}"></i>'
+        if bar.check is not None:
+            track += f'<u style="width:{_percent(bar.check)}"></u>'
+        tip = f' title="{html.escape(bar.tip)}"' if bar.tip else ""
+        line = ""
+        if bar.label or bar.value:
+            line = f"<span>{html.escape(bar.label)}</span><em{tip}>{track}</em><b>{html.escape(bar.value)}</b>"
+        small = f"<small{'' if line else tip}>{_escape(bar.detail)}</small>" if bar.detail else ""
+        lines.append(f'<div class="bar {bar.kind}">{line}{small}</div>')
+    return f'<div class="bars">{"".join(lines)}</div>'
+
+
+def _percent(share: float) -> str:
+    return f"{100 * min(max(share, 0.0), 1.0):.1f}%"
+
+
 def _figure(content: str, caption: str) -> str:
-    return f"<figure>{content}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    return f"<figure>{content}<figcaption>{_escape(caption)}</figcaption></figure>"
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def _is_numeric(values: Sequence[object]) -> bool:
+    kinds = {isinstance(value, (int, float)) for value in values if value != ""}
+    return kinds == {True}
+
+
+def _format(value: object) -> str:
+    return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
 def _encode(data: bytes) -> str:

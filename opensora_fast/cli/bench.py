@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-MULTIPLE_VALUES = ("--only",)
+MULTIPLE_VALUES = ("--only", "--report")
 
 
 def command(
@@ -28,16 +28,24 @@ def command(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Compare two result folders, before and after; measure nothing.")
     ] = None,
+    report: Annotated[
+        list[Path] | None, typer.Option(help="Write report.html from the rows of these folders; measure nothing.")
+    ] = None,
     relative: Annotated[float, typer.Option(help="With --compare: slower by more than this share …")] = 0.05,
     absolute_ms: Annotated[float, typer.Option(help="… and by more than so many milliseconds is a regression.")] = 0.01,
 ) -> None:
     """Benchmark every implementation on the same work: ops, blocks, training steps, sampling, decoding.
 
-    Rows are written as they come, so a run may be stopped at any time and continued with the same --out. Exits with 1
-    if --compare finds a regression, with 3 if a kernel of this project computes something wrong, with 130 when stopped.
+    Rows are written as they come, so a run may be stopped at any time and continued with the same --out. At its end it
+    writes report.html beside them. Exits with 1 if --compare finds a regression, with 3 if a kernel of this project
+    computes something wrong, with 130 when stopped.
     """
     if compare is not None:
         _compare(*compare, relative, absolute_ms)
+        return
+    if report:
+        for folder in report:
+            _write_report(folder)
         return
     device = _choose_device(device)
     words = [word for text in only or () for word in text.split()]
@@ -80,7 +88,7 @@ def _measure(
     import time
 
     from opensora_fast.benchmarks.environment import find_source_state
-    from opensora_fast.benchmarks.plan import Plan, parse_budget
+    from opensora_fast.benchmarks.plan import DONE, INTERRUPTED, WRONG, Plan, parse_budget
     from opensora_fast.benchmarks.supervise import supervise
 
     deadline = time.time() + parse_budget(budget) if budget else None
@@ -97,7 +105,16 @@ def _measure(
         refresh=refresh,
         deadline=deadline,
     )
-    return supervise(plan)
+    code = supervise(plan)
+    if code in (DONE, WRONG, INTERRUPTED) and any(out.glob("*.csv")):
+        _write_report(out)
+    return code
+
+
+def _write_report(folder: Path) -> None:
+    from opensora_fast.benchmarks.report import write_report
+
+    typer.echo(f"report: {write_report(folder)}")
 
 
 def _compare(before: Path, after: Path, relative: float, absolute_ms: float) -> None:

@@ -1,0 +1,228 @@
+"""The rows of one folder, as the report asks for them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+
+from .roofline import DATASHEETS, Count, Gpu, project
+from .rows import Row, read_folder
+from .session import REFUSED_FILE, SINGLE_KERNEL_LEVELS
+
+RESOLUTION_ORDER = ("144p", "240p", "360p", "480p", "720p", "256", "512", "1024")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows of the same work, one for each provider."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def first(self) -> Row:
+        return self.rows[0]
+
+    @property
+    def measured(self) -> list[Row]:
+        """The fastest first."""
+        return sorted((row for row in self.rows if row.status == "ok"), key=lambda row: row.p50_ms)
+
+    @property
+    def ours(self) -> Row | None:
+        """The fastest of this project's own, kernels that leave out some included."""
+        return next((row for row in self.measured if is_ours(row)), None)
+
+    def of(self, provider: str) -> Row | None:
+        """The measured row of a provider."""
+        return next((row for row in self.measured if row.provider == provider), None)
+
+    @property
+    def reasons(self) -> dict[tuple[str, str], list[str]]:
+        """(status, reason) → providers without a time."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for row in self.rows:
+            if row.status != "ok":
+                found.setdefault((row.status, row.reason), []).append(row.provider)
+        return found
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure that Open-Sora published for H800."""
+
+    tokens_per_s: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows of a folder, which are of one device.
+
+    Attributes:
+        refused: what was measured wrong and so has no row, as `refused.jsonl` has it.
+    """
+
+    folder: Path
+    rows: tuple[Row, ...]
+    refused: tuple[dict, ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """Reads a results folder.
+
+        Raises:
+            ValueError: there is no row in it, or rows of several devices, or a broken file.
+        """
+        rows = read_folder(folder) if folder.is_dir() else []
+        if not rows:
+            raise ValueError(f"{folder}: holds no benchmark rows; `opensora-fast bench --out {folder}` measures some")
+        devices = sorted({row.environment.device_name for row in rows if row.environment})
+        if len(devices) > 1:
+            raise ValueError(f"{folder}: holds rows of {', '.join(devices)}; a report is about one device")
+        path = folder / REFUSED_FILE
+        refused = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return cls(folder, tuple(rows), tuple(refused))
+
+    @cached_property
+    def latest(self) -> list[Row]:
+        """The last row of each key."""
+        return list({row.key: row for row in self.rows}.values())
+
+    @property
+    def device_name(self) -> str:
+        return next((row.environment.device_name for row in self.rows if row.environment), "")
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.device_name.startswith("cpu") else "cuda"
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def datasheet(self) -> Gpu | None:
+        return next((gpu for name, gpu in DATASHEETS.items() if name.lower() in self.device_name), None)
+
+    def select(self, level: str, op: str | None = None) -> list[Row]:
+        """Rows of a level, whatever their status."""
+        return [row for row in self.latest if row.level == level and op in (None, row.op)]
+
+    def works(self, level: str, op: str | None = None) -> list[Work]:
+        """What was compared at a level, by resolution."""
+        return sorted(group(self.select(level, op)), key=lambda work: work_order(work.first))
+
+    def ceilings(self, dtype: str) -> Gpu | None:
+        """Best copy bandwidth and matrix rate among the rows; None before both are known."""
+        measured = [row for row in self.latest if row.status == "ok"]
+        bandwidth = max((row.gbytes_per_s for row in measured if row.level == "copy"), default=0.0)
+        rate = max((row.tflops_per_s for row in measured if row.level == "gemm" and row.dtype == dtype), default=0.0)
+        return Gpu(self.device_name, rate * 1e12, bandwidth * 1e9, "measured") if rate and bandwidth else None
+
+    def limit(self, dtype: str) -> Gpu | None:
+        """What floors are counted from: measured ceilings, or else the datasheet."""
+        return self.ceilings(dtype) or self.datasheet
+
+    def floor_ms(self, row: Row) -> float:
+        """The time that the hardware needs at least; nan where nothing is counted or known."""
+        gpu, count = self.limit(row.dtype), Count(row.flops, row.bytes)
+        if gpu is None or not (row.flops or row.bytes):
+            return math.nan
+        return 1e3 * (count.seconds_overlapped(gpu) if row.level in SINGLE_KERNEL_LEVELS else count.seconds(gpu))
+
+    def project_step(self, row: Row, target: Gpu) -> tuple[float, float] | None:
+        """Projected tokens/s on another GPU, (lowest, highest); None where the split of the time is not known.
+
+        At best only the counted bytes slow down with the bandwidth, at worst all that is not matrix products.
+        """
+        measured_on, ceilings = self.datasheet, self.ceilings(row.dtype)
+        if measured_on is None or ceilings is None or measured_on.name == target.name or not row.flops:
+            return None
+        least_memory = min(row.bytes / ceilings.bandwidth * 1e3, row.p50_ms)
+        most_memory = max(row.p50_ms - row.flops / ceilings.matrix_flops * 1e3, least_memory)
+        times = [
+            project(row.p50_ms - memory, memory, measured_on, target).milliseconds
+            for memory in (most_memory, least_memory)
+        ]
+        low, high = sorted(row.tokens / time * 1e3 for time in times)
+        return low, high
+
+
+def group(rows: Iterable[Row]) -> list[Work]:
+    """Rows of the same work together, in the order in which works first appear."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.level, row.op, row.direction, row.workload, row.shape, row.dtype), []).append(row)
+    return [Work(tuple(rows)) for rows in found.values()]
+
+
+def headline(works: Sequence[Work], providers: int) -> list[Work]:
+    """Works that many providers took part in: for each workload that with the most."""
+    best: dict[tuple[str, str, str], Work] = {}
+    for work in works:
+        key = (work.first.op, work.first.direction, work.first.workload)
+        if len(work.rows) >= providers and (key not in best or len(work.rows) > len(best[key].rows)):
+            best[key] = work
+    return list(best.values())
+
+
+def work_order(row: Row) -> tuple[int, int, str]:
+    resolution, _, frames = row.workload.partition("×")
+    known = resolution in RESOLUTION_ORDER
+    index = RESOLUTION_ORDER.index(resolution) if known else len(RESOLUTION_ORDER)
+    number = frames.split()[0] if frames else ""
+    return index, int(number) if number.isdigit() else 0, row.workload
+
+
+def is_ours(row: Row) -> bool:
+    return row.provider == "ours" or row.provider.startswith("ours-")
+
+
+def published_for(workload: str) -> list[Published]:
+    """Open-Sora's figures for ST-DiT-2 and a workload such as "240p×16"."""
+    found = []
+    for record in read_published():
+        if record["note"] == "" and f"{record['resolution']}×{record['frames']}" == workload:
+            found.append(Published(float(record["tokens_per_s_per_gpu"]), f"B={record['batch']}"))
+    return found
+
+
+def read_published() -> list[dict[str, str]]:
+    path = files("opensora_fast.benchmarks").joinpath("published/h800.csv")
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+# ---- numbers as text ----
+
+
+def rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s / 1e3:.3g} k" if tokens_per_s < 999.5e3 else f"{tokens_per_s / 1e6:.3g} M"
+
+
+def time_text(milliseconds: float) -> str:
+    if milliseconds < 0.9995:
+        return f"{milliseconds * 1e3:.3g} µs"
+    return f"{milliseconds:.3g} ms" if milliseconds < 999.5 else f"{milliseconds / 1e3:.3g} s"
+
+
+def error_text(row: Row) -> str:
+    return f"error {row.error:.1e} of at most {row.error_limit:.1e}"
+
+
+def check_share(row: Row) -> float | None:
+    """Error over its limit; None where nothing may differ at all."""
+    return row.error / row.error_limit if row.error_limit > 0 else None
+
+
+def gib(row: Row) -> str:
+    return f"{row.memory_bytes / 2**30:.3g} GiB" if row.memory_bytes else ""
+
+
+def joined(*parts: str) -> str:
+    return " · ".join(part for part in parts if part)

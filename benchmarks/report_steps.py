@@ -1,0 +1,317 @@
+"""Sections of the report about whole training steps, sampling steps, blocks and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from opensora_fast.html_report import Bar, HtmlReport
+
+from .providers.variants import PEERS, WATERFALL
+from .report_rows import (
+    Results,
+    Work,
+    check_share,
+    error_text,
+    gib,
+    headline,
+    is_ours,
+    joined,
+    published_for,
+    rate,
+    time_text,
+)
+from .roofline import DATASHEETS
+from .rows import Row
+
+TECHNIQUES = {
+    "upstream": "Open-Sora 1.1 as shipped",
+    "upstream-flash": "+ flash attention",
+    "upstream-flash-stored": "+ activations kept, not recomputed",
+    "eager": "+ packs and this project's order of operations, plain PyTorch",
+    "ours-norms": "+ Triton norms, modulation and gates",
+    "ours-norms-gelu": "+ Triton GELU",
+    "ours-norms-gelu-temporal": "+ Triton temporal attention",
+    "ours-norms-gelu-temporal-spatial": "+ Triton spatial attention",
+    "ours": "+ Triton cross-attention: all kernels",
+}
+BETWEEN = [name for name in WATERFALL if name not in PEERS]  # shown in the waterfall alone
+COMPARED = 4  # a work with so many providers is a comparison and gets a card
+PROJECTED_TO = "H800"
+
+
+def has_waterfall(results: Results) -> bool:
+    return _waterfall_work(results) is not None
+
+
+def add_waterfall(report: HtmlReport, results: Results) -> None:
+    work = _waterfall_work(results)
+    assert work is not None
+    report.paragraph(
+        f"A training step of {work.first.workload} ({work.first.shape}, {work.first.dtype}), each technique on top of "
+        f"the last. {_scale_text(results, work)} The thin bar is the error from float64 over what it may be."
+    )
+    bars, before, first = [], None, None
+    rows = {row.provider: row for row in work.rows}
+    for name in WATERFALL:
+        row = rows.get(name)
+        if row is None or row.status != "ok":
+            reason = "not in these rows" if row is None else row.reason
+            bars.append(Bar(TECHNIQUES[name], None, "not measured", f"`{name}` · {reason}", "none"))
+            continue
+        first = first or row
+        gains = "" if before is None else f"×{row.tokens_per_s / before.tokens_per_s:.2f} on the one before"
+        total = "" if first is row else f"×{row.tokens_per_s / first.tokens_per_s:.2f} on `{first.provider}`"
+        detail = joined(f"`{name}`", gains, total, error_text(row), gib(row))
+        kind = "ours" if is_ours(row) else "other"
+        share = _share(results, row, work)
+        bars.append(Bar(TECHNIQUES[name], share, f"{rate(row.tokens_per_s)} tokens/s", detail, kind, check_share(row)))
+        before = row
+    report.bars(bars)
+
+
+def _waterfall_work(results: Results) -> Work | None:
+    works = [
+        (sum(row.provider in WATERFALL for row in work.measured), work.first.tokens, index, work)
+        for index, work in enumerate(results.works("step", ""))
+    ]
+    count, _, _, work = max(works, default=(0, 0, 0, None), key=lambda item: item[:3])
+    return work if count >= 2 else None
+
+
+def has_steps(results: Results) -> bool:
+    return any(row.status == "ok" for row in results.select("step"))
+
+
+def add_steps(report: HtmlReport, results: Results) -> None:
+    compared = headline(results.works("step", ""), COMPARED)
+    encoded = headline(results.works("step", "with encoders"), 2)
+    uncompared = [work for work in results.works("step", "") if work not in compared and work.measured]
+    text = "Forward, backward, optimizer and average of the weights, latents and text there already."
+    if compared:
+        thin = "The thin bar is the error over what it may be."
+        report.paragraph(f"{text} {_scale_text(results, compared[0])} {thin}")
+    if results.is_gpu:
+        report.paragraph(
+            "Hatched bars were not measured here. Open-Sora published its speeds for H800; they include the VAE and T5 "
+            f"and recompute activations. A projection for {PROJECTED_TO} leaves matrix products as they are and slows "
+            "what is bound by memory with the bandwidth: at best the counted bytes, at worst all that is not matrix "
+            "products."
+        )
+    report.cards([_step_card(results, work) for work in compared])
+    if encoded:
+        report.heading("With VAE and T5")
+        report.paragraph("Steps that encode their clips and captions themselves, as the published figures do.")
+        report.cards([_step_card(results, work) for work in encoded])
+    if uncompared:
+        report.heading("Other buckets and lengths")
+        report.table(
+            ["workload", "shape", "provider", "k tokens/s", "% of limit", "GiB", "error / limit"],
+            [_step_line(row) for work in uncompared for row in work.measured],
+            filtered=True,
+        )
+
+
+def _step_card(results: Results, work: Work) -> tuple[str, str, list[Bar]]:
+    work = Work(tuple(row for row in work.rows if row.provider not in BETWEEN))
+    bars = [_speed_bar(results, row, work) for row in work.measured]
+    floor = _floor_rate(results, work)
+    top = floor or max((row.tokens_per_s for row in work.measured), default=math.nan)
+    if results.is_gpu:
+        for published in published_for(work.first.workload):
+            share = published.tokens_per_s / top
+            bars.append(
+                Bar(
+                    "Open-Sora on H800",
+                    share,
+                    rate(published.tokens_per_s),
+                    f"published, {published.text}, with VAE and T5",
+                    "given",
+                )
+            )
+        ours, target = work.ours, DATASHEETS[PROJECTED_TO]
+        projected = results.project_step(ours, target) if ours else None
+        if projected:
+            low, high = projected
+            bars.append(
+                Bar(
+                    f"ours, {target.name}",
+                    low / top,
+                    f"{low / 1e3:.0f}–{high / 1e3:.0f} k",
+                    f"projection from this {results.device_name}, not measured",
+                    "given",
+                )
+            )
+    text = joined(work.first.shape, f"floor {rate(floor)} tokens/s" if floor else "no floor is known")
+    title = joined(work.first.workload, work.first.op)
+    return title, text, bars + missing_bars(work)
+
+
+def _speed_bar(results: Results, row: Row, work: Work) -> Bar:
+    upstream = work.of("upstream")
+    gain = f"×{row.tokens_per_s / upstream.tokens_per_s:.2f} on upstream" if upstream and upstream is not row else ""
+    limit = "" if math.isnan(row.roofline_share) else f"{row.roofline_share:.0%} of the limit"
+    kind = "ours" if is_ours(row) else "other"
+    share = _share(results, row, work)
+    detail = joined(limit, gain, gib(row))
+    return Bar(row.provider, share, rate(row.tokens_per_s), detail, kind, check_share(row), error_text(row))
+
+
+def missing_bars(work: Work) -> list[Bar]:
+    """Providers without a time: those that failed with their reason, the others by name."""
+    bars, unavailable, reasons = [], [], []
+    for (status, reason), providers in work.reasons.items():
+        if status == "failed":
+            bars.append(Bar("", None, "", f"{', '.join(providers)} failed: {reason}", "none"))
+        else:
+            unavailable += providers
+            reasons.append(f"{', '.join(providers)}: {reason}")
+    if unavailable:
+        bars.append(Bar("", None, "", f"unavailable: {', '.join(unavailable)}", "none", tip="\n".join(reasons)))
+    return bars
+
+
+def _step_line(row: Row) -> list[object]:
+    return [
+        row.workload,
+        row.shape,
+        row.provider,
+        row.tokens_per_s / 1e3,
+        "" if math.isnan(row.roofline_share) else round(100 * row.roofline_share, 1),
+        round(row.memory_bytes / 2**30, 2) if row.memory_bytes else "",
+        "" if check_share(row) is None else round(row.error / row.error_limit, 2),
+    ]
+
+
+def has_sampling(results: Results) -> bool:
+    return any(row.status == "ok" for row in results.select("sampling"))
+
+
+def add_sampling(report: HtmlReport, results: Results) -> None:
+    report.paragraph(
+        "One guided sampling step: the model on twice the videos, guidance, and the draw of the next latents."
+    )
+    report.cards([_plain_card(results, work) for work in headline(results.works("sampling"), 1)])
+
+
+def has_blocks(results: Results) -> bool:
+    return any(row.status == "ok" for row in results.select("block"))
+
+
+def add_blocks(report: HtmlReport, results: Results) -> None:
+    report.paragraph("One of the model's blocks: time, and share of what the ceilings measured here allow.")
+    report.cards([_plain_card(results, work) for work in results.works("block") if work.measured])
+
+
+def _plain_card(results: Results, work: Work) -> tuple[str, str, list[Bar]]:
+    title = joined(work.first.workload, work.first.op, work.first.direction)
+    return title, work.first.shape, time_bars(results, work)
+
+
+def time_bars(results: Results, work: Work) -> list[Bar]:
+    """Time and share of the limit of every provider, the fastest first; the full width is the limit."""
+    bars = []
+    for row in work.measured:
+        share = _share(results, row, work)
+        limit = "" if math.isnan(row.roofline_share) else f"{row.roofline_share:.0%}"
+        kind = "ours" if is_ours(row) else "other"
+        bars.append(
+            Bar(
+                row.provider,
+                share,
+                joined(time_text(row.p50_ms), limit),
+                kind=kind,
+                check=check_share(row),
+                tip=error_text(row),
+            )
+        )
+    return bars + missing_bars(work)
+
+
+def has_memory(results: Results) -> bool:
+    return any(row.memory_bytes and row.status == "ok" for row in results.select("step", ""))
+
+
+def add_memory(report: HtmlReport, results: Results) -> None:
+    report.paragraph(
+        "Peak of all allocated GPU memory during a training step: weights, optimizer, average of the weights and "
+        "activations. The full width of a bar is the largest peak of these."
+    )
+    works = [work for work in results.works("step", "") if any(row.memory_bytes for row in work.measured)]
+    compared = headline(works, COMPARED)
+    largest = max(row.memory_bytes for work in compared or works for row in work.measured)
+    report.cards([_memory_card(work, largest) for work in compared])
+    others = [work for work in works if work not in compared]
+    if others:
+        report.table(
+            ["bucket", "shape", "provider", "GiB", "KiB per token"],
+            [
+                [
+                    row.workload,
+                    row.shape,
+                    row.provider,
+                    round(row.memory_bytes / 2**30, 2),
+                    row.memory_bytes / 1024 / row.tokens,
+                ]
+                for work in others
+                for row in work.measured
+            ],
+            filtered=True,
+        )
+
+
+def _memory_card(work: Work, largest: int) -> tuple[str, str, list[Bar]]:
+    rows = sorted((row for row in work.measured if row.memory_bytes), key=lambda row: row.memory_bytes)
+    bars = [
+        Bar(
+            row.provider,
+            row.memory_bytes / largest,
+            gib(row),
+            kind="ours" if is_ours(row) else "other",
+            tip=f"{rate(row.tokens_per_s)} tokens/s",
+        )
+        for row in rows
+    ]
+    return work.first.workload, work.first.shape, bars + missing_bars(work)
+
+
+def _floor_rate(results: Results, work: Work) -> float | None:
+    """Tokens/s at the counted floor."""
+    times = [results.floor_ms(row) for row in work.measured]
+    return work.first.tokens / times[0] * 1e3 if times and not math.isnan(times[0]) else None
+
+
+def _share(results: Results, row: Row, work: Work) -> float:
+    floor = results.floor_ms(row)
+    return work.measured[0].p50_ms / row.p50_ms if math.isnan(floor) else floor / row.p50_ms
+
+
+def _scale_text(results: Results, work: Work) -> str:
+    """What the full width of a bar is."""
+    gpu, floor = results.limit(work.first.dtype), _floor_rate(results, work)
+    if gpu is None or floor is None:
+        return "The full width of a bar is the fastest."
+    source = "the ceilings measured here" if gpu.source == "measured" else f"{gpu.name}'s datasheet"
+    return f"The full width of a bar is the floor: what counted operations and bytes allow at {source}."
+
+
+def best_step(results: Results) -> Row | None:
+    """Our fastest training step among those that others were compared at."""
+    rows = [work.ours for work in headline(results.works("step", ""), COMPARED) if work.ours]
+    return max(rows, key=lambda row: row.tokens_per_s, default=None)
+
+
+def speed_ups(results: Results, peer: str) -> list[tuple[str, float]]:
+    """(workload, our speed over a peer's) wherever both were measured."""
+    found = []
+    for work in headline(results.works("step", ""), COMPARED):
+        ours, other = work.ours, work.of(peer)
+        if ours and other:
+            found.append((work.first.workload, ours.tokens_per_s / other.tokens_per_s))
+    return found
+
+
+def unmeasured_resolutions(results: Results, resolutions: Sequence[str]) -> list[str]:
+    """Resolutions without a training step of ours."""
+    have = {row.workload.partition("×")[0] for row in results.select("step", "") if row.status == "ok" and is_ours(row)}
+    return [name for name in resolutions if name not in have]
