@@ -21,6 +21,7 @@ class Case:
         providers: names of the providers.
         value: cases of higher value are measured first.
         measure: (session, names of the providers that still lack rows) → rows and refused providers.
+        seconds: what it takes, about; 0 where nobody has estimated it.
     """
 
     template: Row
@@ -28,6 +29,7 @@ class Case:
     providers: tuple[str, ...]
     value: float
     measure: Callable[[Session, Sequence[str]], Outcome]
+    seconds: float = 0.0
 
     @property
     def name(self) -> str:

@@ -26,6 +26,7 @@ FILES = {
     "sampling": "sampling.csv",
     "loader": "data.csv",
     "buckets": "data.csv",
+    "convergence": "convergence.csv",
 }
 LEVELS = tuple(FILES)
 Key = tuple[str, ...]
@@ -39,8 +40,9 @@ class Row:
         level: one of LEVELS.
         workload: name of the shape, for example "240p×16".
         op: name of the op, "" where the level says it.
-        direction: "forward", "forward+backward", "backward of input", "backward of weight" (matrix products) or
-            "training" (forward, backward, optimizer and average of the weights).
+        direction: "forward", "forward+backward", "backward of input", "backward of weight" (matrix products),
+            "training" (forward, backward, optimizer and average of the weights), "against seeds" or "against rounding"
+            (two limits of one comparison of loss curves).
         provider: implementation, for example "sdpa-flash", "ours".
         provider_version: version of its library.
         shape: sizes as text, for example "B=4 T=16 S=405 H=16 D=72".
@@ -54,7 +56,8 @@ class Row:
             "step" and "sampling" all of it, weights and optimizer included.
         flops: useful floating-point operations; bytes: least bytes to move.
         roofline_share: floor time / p50 at the ceilings measured in the same run, nan where they are unknown.
-        error: relative error against float64; error_limit: what it may be.
+        error: relative error against float64, at the level "convergence" relative distance of loss curves;
+            error_limit: what it may be.
         checked_on: the inputs of that comparison, where the timed ones are too large for float64.
         sm_clock_mhz, memory_clock_mhz: of the GPU right after the samples were taken.
     """

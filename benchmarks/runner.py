@@ -64,6 +64,7 @@ def run_cases(
     report.finished_before = sum(key in finished for case in ordered for key in case.planned_rows())
     waiting = [case for case in ordered if case.unfinished(finished)]
     with Progress("benchmark", total=len(waiting), unit="cases") as progress:
+        session.tell = progress.note
         for index, case in enumerate(waiting):
             if session.seconds_left < SHORTEST_CASE_S:
                 report.left = waiting[index:]

@@ -71,6 +71,7 @@ class Session:
         self.seconds_factor = seconds_factor
         self.case_name = ""
         self.finished: set[Key] = set()  # rows that nobody needs to measure again
+        self.tell: Callable[[str], None] = lambda text: None  # tells a person one line
         self._bandwidth = 0.0
         self._matrix_flops: dict[str, float] = {}
         self._shared: dict[str, Any] = {}

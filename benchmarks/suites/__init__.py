@@ -1,7 +1,8 @@
 """Suites: lists of cases, one module for each level.
 
 first: what the plan rests on; kernels: ops and blocks; step: training and sampling steps; loader: decoding and buckets;
-all. Each begins with the device's ceilings, which the others are shares of.
+convergence: training with kernels against training without; all. Suites of speeds begin with the device's ceilings,
+which their rows are shares of.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import replace
 
 from ..case import Case
 
-NAMES = ("all", "first", "kernels", "step", "loader")
+WITHOUT_CEILINGS = ("loader", "convergence")  # nothing in them is a share of what the device can do
+NAMES = ("all", "first", "kernels", "step", "loader", "convergence")
 
 
 def list_cases(
@@ -28,7 +30,7 @@ def list_cases(
     Raises:
         ValueError: an unknown suite, device or provider, or words that no case has.
     """
-    from . import buckets, ceilings, encoders, first, loader, models, ops
+    from . import buckets, ceilings, convergence, encoders, first, loader, models, ops
     from .scale import scale_of
 
     if suite not in NAMES:
@@ -39,9 +41,10 @@ def list_cases(
         "kernels": [ceilings.list_cases, ops.list_cases, models.list_block_cases],
         "step": [models.list_step_cases, encoders.list_cases, models.list_sampling_cases],
         "loader": [loader.list_cases, buckets.list_cases],
+        "convergence": [convergence.list_cases],
         "first": [first.list_cases],
     }
-    chosen = ("kernels", "step", "loader") if suite == "all" else (suite,)
+    chosen = ("kernels", "step", "loader", "convergence") if suite == "all" else (suite,)
     cases = [case for name in chosen for part in parts[name] for case in part(scale)]
     cases = _filter_providers(cases, providers)
     if words:
@@ -49,7 +52,7 @@ def list_cases(
         if not cases:
             wanted = ", ".join(words)
             raise ValueError(f"no case of suite {suite} on {device} has the words {wanted}; --list shows them")
-    if suite != "loader":
+    if suite not in WITHOUT_CEILINGS:
         cases = always + cases
     unique = {case.identity: case for case in cases}
     return sorted(unique.values(), key=lambda case: -case.value)
