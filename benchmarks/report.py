@@ -10,6 +10,7 @@ from pathlib import Path
 
 from opensora_fast.html_report import HtmlReport
 
+from . import report_convergence as convergence
 from . import report_ops as ops
 from . import report_steps as steps
 from .report_rows import Results, check_share, is_ours, rate
@@ -52,6 +53,13 @@ SECTIONS = (
     Section("Blocks", steps.has_blocks, steps.add_blocks, "kernels", "blocks of the model"),
     Section("Ceilings", ops.has_ceilings, ops.add_ceilings, "kernels", "the device's ceilings"),
     Section("Decoding", ops.has_loader, ops.add_loader, "loader", "decoding"),
+    Section(
+        "Convergence",
+        convergence.has_convergence,
+        convergence.add_convergence,
+        "convergence",
+        "training with kernels against training without",
+    ),
     Section("Predictions", ops.has_predictions, ops.add_predictions, "first", "what was predicted (for an H200 only)"),
 )
 
@@ -107,7 +115,11 @@ def _lead(results: Results) -> str:
 def _add_glance(report: HtmlReport, results: Results) -> None:
     measured = [row for row in results.latest if row.status == "ok"]
     numbers = _speed_numbers(results) if results.is_gpu else []
-    numbers += _error_numbers(measured, len(results.refused))
+    numbers += _error_numbers(measured)
+    trained = convergence.worst_convergence(results)
+    if trained is not None:
+        label = f"loss curves: kernels from reference, over what it may be {trained.direction}"
+        numbers.append((label, f"{check_share(trained) or 0.0:.0%}"))
     states = Counter(row.status for row in results.latest)
     missing = f"{states['unavailable']} unavailable, {states['failed']} failed, {len(results.refused)} refused as wrong"
     numbers.append((f"rows with a time; {missing}", f"{states['ok']:,}"))
@@ -142,9 +154,9 @@ def _speed_numbers(results: Results) -> list[tuple[str, str]]:
     return numbers
 
 
-def _error_numbers(measured: list[Row], refused: int) -> list[tuple[str, str]]:
+def _error_numbers(measured: list[Row]) -> list[tuple[str, str]]:
     """The row nearest to its limit: of this project's own where there are any."""
-    checked = [row for row in measured if check_share(row) is not None]
+    checked = [row for row in measured if check_share(row) is not None and row.level != "convergence"]
     own = [row for row in checked if is_ours(row)]
     worst = max(own or checked, key=lambda row: check_share(row) or 0.0, default=None)
     if worst is None:

@@ -126,14 +126,14 @@ def plot_roofline(results: Results, rows: Sequence[Row], markers: Mapping[str, s
     return figure
 
 
-def plot_losses(curves: Mapping[str, Sequence[float]], colors: Mapping[str, str]) -> Figure:
-    """Loss over steps, one line for each run."""
+def plot_lines(lines: Sequence[tuple[str, Sequence[float], str]], label: str, log: bool = False) -> Figure:
+    """Values over training steps: (tooltip, values, color) of each line."""
     figure = Figure(figsize=SIZE, layout="constrained")
     axis = figure.subplots()
-    for name, losses in curves.items():
-        (line,) = axis.plot(range(1, len(losses) + 1), losses, color=colors[name], linewidth=1.2, alpha=0.85)
-        line.set_gid(f"tip:{name}")
-    axis.set(xlabel="step", ylabel="smoothed loss")
+    for tip, values, color in lines:
+        (line,) = axis.plot(range(1, len(values) + 1), values, color=color, linewidth=1.3, alpha=0.85)
+        line.set_gid(f"tip:{tip}")
+    axis.set(xlabel="step", ylabel=label, yscale="log" if log else "linear")
     _clean(axis)
     return figure
 

@@ -8,6 +8,7 @@ import pytest
 from bench_toys import make_row
 from gpu_like_rows import gpu_like_rows
 
+from opensora_fast.benchmarks.convergence import EAGER, PERTURBED, SEEDS, Curve, write_curve
 from opensora_fast.benchmarks.report import CPU_NOTE, SECTIONS, write_report
 from opensora_fast.benchmarks.report_ops import judge_prediction
 from opensora_fast.benchmarks.report_rows import Results, group, published_for, rate, time_text
@@ -173,6 +174,22 @@ def test_floors_come_from_measured_ceilings_or_the_datasheet():
 def test_predictions_are_judged(row, verdict):
     predicted, measured, found = judge_prediction(results_of(*CEILINGS, row), row)
     assert found == verdict and predicted and measured
+
+
+def test_loss_curves_stand_beside_what_they_may_be(tmp_path):
+    """Convergence is judged apart from the errors of single results."""
+    row = make_row(level="convergence", workload="demo", op="", direction="against seeds", error=0.03, error_limit=0.1)
+    for seed in SEEDS:
+        for provider, shift in ((EAGER, 0.0), (PERTURBED, 1e-6), ("ours", 1e-3)):
+            loss = tuple(1 / step + 0.1 * seed + shift for step in range(1, 31))
+            write_curve(
+                Curve(provider, seed, "x", "", loss, (1,) * 30, (1.0,) * 30), tmp_path / "convergence" / "demo-bf16"
+            )
+    page = write_report(write_rows(tmp_path, [make_row(error=1e-3), row]))
+    content, glance = section_of(page, "Convergence"), section_of(page, "At a glance")
+    assert content.count("<svg") == 2 and "30.0%" in content and "3.00e-02 of at most 1.00e-01" in content
+    assert "ours, seed 43" in content and "eager, seeds 42 and 44" in content
+    assert "<b>30%</b>" in glance and "<b>25%</b>" in glance
 
 
 def test_misses_come_first(tmp_path):
