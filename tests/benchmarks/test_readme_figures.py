@@ -1,0 +1,91 @@
+"""The README's figure and tables are those of the committed rows."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bench_toys import make_row
+
+from opensora_fast.benchmarks import readme
+from opensora_fast.benchmarks.readme import (
+    BEGIN,
+    END,
+    FIGURE,
+    NOT_MEASURED,
+    build_block,
+    build_figure,
+    read_results,
+    replace_block,
+    training_lines,
+)
+from opensora_fast.benchmarks.report_rows import Results
+from opensora_fast.benchmarks.rows import append_rows
+
+ROOT = Path(__file__).parents[2]
+STEP = {"level": "step", "op": "", "direction": "training", "workload": "240p×16", "tokens": 32400}
+
+
+def test_the_readme_is_up_to_date(capsys):
+    assert readme.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_committed_rows_are_of_a_known_state():
+    folders = read_results(ROOT / "benchmarks" / "results")
+    assert folders
+    for results in folders:
+        assert results.folder.name == results.device_name
+        for row in results.rows:
+            assert row.environment.commit and not row.environment.dirty, row.name
+
+
+def test_without_rows_nothing_is_claimed():
+    block = build_block([])
+    ours = next(line for line in block.splitlines() if "ours" in line and line.startswith("|"))
+    assert ours.count(NOT_MEASURED) == 5 and not any(character.isdigit() for character in ours.split("|", 2)[2])
+    assert "No speed on a GPU has been measured yet" in " ".join(block.split()) and "22.5" in block
+    figure = build_figure(training_lines([]))
+    assert figure.count(f"ours on H200: {NOT_MEASURED}") == 5 and 'class="ours"' not in figure
+
+
+def test_a_measured_row_takes_its_place():
+    slow, fast = (
+        make_row(**STEP, provider=name, p50_ms=time) for name, time in (("ours", 300.0), ("ours-recompute", 400.0))
+    )
+    peer = make_row(**STEP, provider="compile", p50_ms=100.0)
+    block = build_block([Results(None, (slow, fast, peer))])
+    ours = next(line for line in block.splitlines() if line.startswith("| **ours"))
+    assert ours == f"| **ours on one H200** | {NOT_MEASURED} | **108** | {' | '.join([NOT_MEASURED] * 3)} |"
+    assert "Measured at aaaaaaaaa." in block and "No speed" not in block
+    other = [replace(row, environment=replace(row.environment, device_name="nvidia-a100")) for row in (slow, fast)]
+    assert "108" not in build_block([Results(None, tuple(other))])
+
+
+def test_only_the_block_is_rewritten():
+    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    assert replace_block(text, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    with pytest.raises(ValueError, match="README.md has no block between"):
+        replace_block("no markers", "new")
+
+
+def test_rewriting_and_checking(tmp_path, monkeypatch, capsys):
+    (tmp_path / "benchmarks" / "results" / "nvidia-h200").mkdir(parents=True)
+    append_rows(tmp_path / "benchmarks/results/nvidia-h200/step.csv", [make_row(**STEP, p50_ms=300.0)])
+    page = tmp_path / "README.md"
+    page.write_text(f"# x\n{BEGIN}\n{END}\n")
+    monkeypatch.setattr(readme.kernels, "__file__", str(tmp_path / "kernels" / "__init__.py"))
+    assert readme.main(["--check"]) == 1
+    assert "out of date: README.md, benchmarks/results/training.svg" in capsys.readouterr().out
+    assert readme.main([]) == 0 and readme.main(["--check"]) == 0
+    assert "**108**" in page.read_text() and 'class="ours"' in (tmp_path / FIGURE).read_text()
+    append_rows(tmp_path / "benchmarks/results/nvidia-h200/step.csv", [make_row(**STEP, p50_ms=290.0)])
+    assert readme.main(["--check"]) == 1
+
+
+def test_the_figure_is_well_formed():
+    from xml.etree import ElementTree
+
+    root = ElementTree.fromstring(build_figure(training_lines([])))
+    width = float(root.get("width"))
+    bars = [element for element in root.iter() if element.tag.endswith("rect") and element.get("x")]
+    assert len(bars) == 13  # two limits of five resolutions, and three published
+    assert all(0 < float(bar.get("width")) and float(bar.get("x")) + float(bar.get("width")) < width for bar in bars)
