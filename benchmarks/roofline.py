@@ -122,7 +122,12 @@ def count_training_step(
     """Forward, backward, optimizer and EMA; latents and text embeddings are there already."""
     forward = count_forward(config, workload, text, element)
     moved = workload.tokens * FUSED_ROWS_BACKWARD * config.hidden_size * element * config.depth
-    return forward + Count(2 * forward.flops, moved) + Count(0.0, OPTIMIZER_BYTES * parameters)
+    return forward + Count(2 * forward.flops, moved) + count_optimizer(parameters)
+
+
+def count_optimizer(parameters: float) -> Count:
+    """Optimizer and EMA of a step."""
+    return Count(0.0, OPTIMIZER_BYTES * parameters)
 
 
 def floor_tokens_per_s(config: STDiT2Config, workload: Workload, text: float, parameters: float, gpu: Gpu) -> float:

@@ -15,11 +15,13 @@ from types import FrameType
 from typing import NoReturn
 
 from .case import Case
+from .mixed import compare_mixed
 from .plan import DONE, ERROR, INTERRUPTED, RESTART, WRONG, Death, Plan
 from .rows import check_device, read_folder
 from .runner import Report, run_cases
 from .session import REFUSED_FILE, RUNNING_FILE, DeviceLostError, Session
 from .suites import list_cases
+from .suites.scale import scale_of
 from .summary import format_reasons, format_table
 
 
@@ -103,6 +105,9 @@ def print_report(report: Report, cases: list[Case], plan: Plan, session: Session
     reasons = format_reasons(rows)
     if reasons:
         print(f"\n{reasons}")
+    scale = scale_of(plan.device)
+    for cost in compare_mixed(read_folder(folder), scale.mixed_steps, scale.tokens):
+        print(f"mixed shapes: {cost}")
     if report.finished_before:
         print(f"\n{report.finished_before} rows were in {folder} already and are kept; --refresh measures those of")
         print("another state of the sources again")

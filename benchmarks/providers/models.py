@@ -6,7 +6,8 @@ All variants are views of the same parameters, so that any number of them fits b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,9 +23,9 @@ from opensora_fast.train.optimizer import MasterAdamW
 
 from ..accuracy import OUTPUT, Named, norm
 from ..contest import weights_like
-from ..shapes import Workload, text_lengths
+from ..shapes import Pack, Workload, text_lengths
 from ..timing import Call
-from .blocks import missing_on
+from .blocks import ONE_SHAPE, missing_on
 from .provider import Bound, Provider, own_version, torch_version
 from .upstream import UpstreamSTDiT2
 from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant
@@ -33,7 +34,8 @@ SEED = 0
 LEARNING_RATE, EMA_DECAY, GRAD_CLIP = 2e-5, 0.9999, 1.0
 FPS = 24.0
 
-Model = Callable[..., Tensor]
+Latents = Tensor | list[Tensor]
+Model = Callable[..., Latents]  # of a batch, or of the videos of a mixed pack
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,13 @@ class ModelWork:
     """A model and one batch of latents.
 
     Attributes:
-        latents: float32 [B, 4, T, h, w].
+        latents: float32 [B, 4, T, h, w]; of a mixed pack a list of the videos [4, T, h, w].
         timestep: [B].
         conditions: the model's other arguments, on the host but for the text.
     """
 
     model: STDiT2
-    latents: Tensor
+    latents: Latents
     timestep: Tensor
     conditions: dict[str, Tensor]
     training: Training | None = None
@@ -77,11 +79,15 @@ class ModelWork:
 
     @property
     def device(self) -> str:
-        return self.latents.device.type
+        return self.model.device.type
 
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
+
+    @property
+    def is_uniform(self) -> bool:
+        return isinstance(self.latents, Tensor)
 
     def to(self, dtype: torch.dtype) -> ModelWork:
         """The same model and batch in another dtype; activations are recomputed, so that float64 fits."""
@@ -91,28 +97,35 @@ class ModelWork:
         model.train(self.model.training)
         model.set_checkpointing(True)
         conditions = dict(self.conditions, y=self.conditions["y"].to(dtype))
-        return replace(self, model=model, latents=self.latents.to(dtype), conditions=conditions, training=None)
+        latents = self.latents.to(dtype) if self.is_uniform else [video.to(dtype) for video in self.latents]
+        return replace(self, model=model, latents=latents, conditions=conditions, training=None)
 
 
-def make_model_work(model: STDiT2, workload: Workload, text: int, training: Training | None = None) -> ModelWork:
-    """A random batch; `text`: mean tokens of a caption."""
-    config, device, videos = model.config, model.device, workload.batch
+def make_model_work(model: STDiT2, pack: Workload | Pack, text: int, training: Training | None = None) -> ModelWork:
+    """Random videos; `text`: mean tokens of a caption."""
+    pack = Pack.of(pack) if isinstance(pack, Workload) else pack
+    config, device, videos = model.config, model.device, len(pack.videos)
     generator = torch.Generator(device).manual_seed(SEED)
-    frames, height, width = workload.latent
-    shape = (videos, config.in_channels, frames, height, width)
-    latents = torch.randn(shape, generator=generator, device=device)
+    parts = []
+    for part in pack.parts:
+        shape = (part.batch, config.in_channels, *part.latent)
+        parts.append(torch.randn(shape, generator=generator, device=device))
+    latents = parts[0] if pack.is_uniform else [video for part in parts for video in part]
     length = config.model_max_length
     text_shape = (videos, 1, length, config.caption_channels)
     y = torch.randn(text_shape, generator=generator, device=device).to(model.dtype)
     lengths = torch.tensor(text_lengths(videos, min(text, length)))
-    pixels = workload.pixels
+    frames, height, width = (
+        torch.tensor(sizes, dtype=torch.float32)
+        for sizes in zip(*((video.frames, *video.pixels) for video in pack.videos), strict=True)
+    )
     conditions = {
         "y": y,
         "mask": (torch.arange(length) < lengths[:, None]).long(),
-        "num_frames": torch.full((videos,), float(frames)),
-        "height": torch.full((videos,), float(pixels[0])),
-        "width": torch.full((videos,), float(pixels[1])),
-        "ar": torch.full((videos,), pixels[1] / pixels[0]),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "ar": width / height,
         "fps": torch.full((videos,), FPS),
     }
     timestep = torch.randint(0, 1000, (videos,), generator=torch.Generator().manual_seed(SEED))
@@ -126,7 +139,7 @@ class BoundModel:
     model: Model
     work: ModelWork
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Latents:
         return self.model(self.work.latents, self.work.timestep, **self.work.conditions)
 
 
@@ -135,7 +148,7 @@ def model_provider(variant: Variant) -> Provider:
         return BoundModel(view_of(work.model, variant), work)
 
     def missing(work: ModelWork) -> str:
-        return missing_on(variant, work)
+        return ONE_SHAPE if variant.is_upstream and not work.is_uniform else missing_on(variant, work)
 
     return Provider(variant.name, prepare, missing, own_version if variant.uses_triton else torch_version)
 
@@ -161,9 +174,10 @@ def view_of(model: STDiT2, variant: Variant) -> Model:
     if variant.compiled:
         _compile_blocks(own, variant.recompute)
 
-    def call(*arguments: Any, **conditions: Any) -> Tensor:
+    def call(latents: Latents, *arguments: Any, **conditions: Any) -> Latents:
+        function = own if isinstance(latents, Tensor) else own.forward_packed
         with variant.attention():
-            return own(*arguments, **conditions)
+            return function(latents, *arguments, **conditions)
 
     return call
 
@@ -189,18 +203,23 @@ def _compile_blocks(own: STDiT2, recompute: bool) -> None:
 def model_results(bound: Bound, work: ModelWork) -> tuple[Named, float]:
     """The output and the gradient of all parameters as one vector; caption dropout draws the same for everyone."""
     torch.manual_seed(SEED)
-    output = bound()
+    outputs = _as_list(bound())
     parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
-    weights = weights_like([output])
-    gradients = torch.autograd.grad(output, parameters, weights)
-    return {OUTPUT: output.detach(), "gradient of the parameters": gradients}, norm(weights)
+    weights = weights_like(outputs)
+    gradients = torch.autograd.grad(outputs, parameters, weights)
+    detached = [output.detach() for output in outputs]
+    return {OUTPUT: detached, "gradient of the parameters": gradients}, norm(weights)
 
 
 def model_output(bound: Bound, work: ModelWork) -> tuple[Named, float]:
     """The output alone."""
     torch.manual_seed(SEED)
     with torch.no_grad():
-        return {OUTPUT: bound()}, 0.0
+        return {OUTPUT: _as_list(bound())}, 0.0
+
+
+def _as_list(latents: Latents) -> list[Tensor]:
+    return [latents] if isinstance(latents, Tensor) else latents
 
 
 def training_call(bound: Bound, work: ModelWork) -> Call:
@@ -209,7 +228,7 @@ def training_call(bound: Bound, work: ModelWork) -> Call:
     return step_call(bound.model, work, lambda: (work.latents, work.conditions))
 
 
-def step_call(model: Model, work: ModelWork, encode: Callable[[], tuple[Tensor, Mapping[str, Any]]]) -> Call:
+def step_call(model: Model, work: ModelWork, encode: Callable[[], tuple[Latents, Mapping[str, Any]]]) -> Call:
     """A training step whose latents and conditions come from `encode`."""
     training = work.training
     assert training is not None
@@ -217,8 +236,7 @@ def step_call(model: Model, work: ModelWork, encode: Callable[[], tuple[Tensor, 
     def step() -> None:
         latents, conditions = encode()
         try:
-            losses = work.diffusion.training_losses(model, latents, work.timestep, dict(conditions))
-            losses["loss"].mean().backward()
+            compute_losses(model, work, latents, dict(conditions)).mean().backward()
         except Exception:  # out of memory: what backward has left must not add to the next provider's
             training.model.zero_grad(set_to_none=True)
             raise
@@ -226,6 +244,30 @@ def step_call(model: Model, work: ModelWork, encode: Callable[[], tuple[Tensor, 
         training.ema.update(training.optimizer.masters)
 
     return step
+
+
+def compute_losses(model: Model, work: ModelWork, latents: Latents, conditions: dict[str, Any]) -> Tensor:
+    """The loss of each video, [B]; the model computes the videos of a mixed pack in one pass."""
+    diffusion, timestep = work.diffusion, work.timestep
+    if isinstance(latents, Tensor):
+        return diffusion.training_losses(model, latents, timestep, conditions)["loss"]
+    parts = _equal_shapes(latents)
+    steps = timestep.to(work.model.device, non_blocking=True).split([len(part) for part in parts])
+    noises = [torch.randn_like(part) for part in parts]
+    noised = [diffusion.q_sample(*part) for part in zip(parts, steps, noises, strict=True)]
+    outputs = model([video for part in noised for video in part], timestep, **conditions)
+    losses = []
+    for part, step, noise in zip(parts, steps, noises, strict=True):
+        output = torch.stack(outputs[: len(part)])
+        outputs = outputs[len(part) :]
+        known = lambda *arguments, output=output: output  # noqa: E731
+        losses.append(diffusion.training_losses(known, part, step, noise=noise)["loss"])
+    return torch.cat(losses)
+
+
+def _equal_shapes(videos: Sequence[Tensor]) -> list[Tensor]:
+    """Batches of the videos of one shape that follow each other."""
+    return [torch.stack(list(batch)) for _, batch in itertools.groupby(videos, lambda video: video.shape)]
 
 
 def sampling_call(bound: Bound, work: ModelWork) -> Call:

@@ -94,5 +94,7 @@ WATERFALL = (
     "ours",
 )
 PEERS = ("upstream", "upstream-flash", "eager", "eager-flash", "eager-cudnn", "compile", "compile-upstream", "ours")
+# On packs of mixed shapes; upstream's rows say that it takes one shape only.
+PACK_PEERS = ("upstream-flash", "eager", "eager-flash", "compile", "ours")
 # Where the activations of 16 frames of 720p do not fit without.
 RECOMPUTING_PEERS = ("eager-recompute", "compile-recompute", "ours-recompute")

@@ -39,7 +39,7 @@ def list_cases(
     always = ceilings.list_cases(scale)[:2]
     parts = {
         "kernels": [ceilings.list_cases, ops.list_cases, models.list_block_cases],
-        "step": [models.list_step_cases, encoders.list_cases, models.list_sampling_cases],
+        "step": [models.list_step_cases, models.list_mixed_step_cases, encoders.list_cases, models.list_sampling_cases],
         "loader": [loader.list_cases, buckets.list_cases],
         "convergence": [convergence.list_cases],
         "first": [first.list_cases],

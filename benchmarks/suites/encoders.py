@@ -24,7 +24,7 @@ from ..providers.models import BoundModel, ModelWork, step_call
 from ..providers.provider import Bound, Provider
 from ..roofline import Count, count_training_step
 from ..session import Session
-from ..shapes import Workload, text_lengths
+from ..shapes import Pack, Workload, text_lengths
 from ..timing import Call
 from .models import TRAINING, by_importance, mean_text, model_contest, model_sampling, model_template, shared_training
 from .scale import Scale
@@ -93,12 +93,14 @@ def list_cases(scale: Scale) -> list[Case]:
 
 
 def _case(scale: Scale, workload: Workload, value: float) -> Case:
-    template = model_template(scale, "step", workload, op="with encoders")
+    template = model_template(scale, "step", Pack.of(workload), op="with encoders")
 
     def measure(session: Session, names: Sequence[str]) -> Outcome:
         lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
         training = shared_training(scale, session)
-        contest = model_contest(scale, template, workload, training, names, model_sampling(scale, session, 6.0))
+        contest = model_contest(
+            scale, template, Pack.of(workload), training, names, model_sampling(scale, session, 6.0)
+        )
         if lacking:
             reason = f"{lacking[0]} is not installed"
             providers = [_without(provider, reason) for provider in contest.providers]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..case import Case, Outcome, make_template
 from ..contest import FORWARD, FORWARD_BACKWARD, OP_CALLS, Contest, run_contest
+from ..mixed import uniform_parts
 from ..providers.blocks import BLOCK_PROVIDERS, BLOCK_REFERENCES, make_block_work
 from ..providers.models import (
     MODEL_PROVIDERS,
@@ -21,8 +22,8 @@ from ..providers.models import (
     training_call,
 )
 from ..providers.provider import choose_providers
-from ..providers.variants import PEERS, RECOMPUTING_PEERS, WATERFALL
-from ..roofline import Count, count_block, count_forward, count_training_step
+from ..providers.variants import PACK_PEERS, PEERS, RECOMPUTING_PEERS, WATERFALL
+from ..roofline import Count, count_block, count_forward, count_optimizer, count_training_step
 from ..rows import Row
 from ..session import Session
 from ..shapes import Pack, Workload, stage_buckets, text_lengths
@@ -31,6 +32,7 @@ from .scale import Scale
 
 TRAINING = "training"
 BLOCK_VALUE, STEP_VALUE, SAMPLING_VALUE, STAGE_VALUE, OTHER_VALUE = 750.0, 900.0, 600.0, 300.0, 190.0
+MIXED_VALUE = 540.0  # packs of mixed shapes, and the uniform ones that they are compared with
 RECOMPUTE_ABOVE = 40_000  # tokens of a step whose stored activations eager PyTorch cannot hold in 141 GB
 STAGES = ("stage1", "stage2", "stage3")
 SAMPLED_VIDEOS = 2
@@ -66,6 +68,21 @@ def list_step_cases(scale: Scale) -> list[Case]:
         if (workload.name, workload.batch) not in seen:
             seen.add((workload.name, workload.batch))
             cases.append(step_case(scale, workload, ("upstream-flash", "eager", "ours"), OTHER_VALUE))
+    return cases
+
+
+def list_mixed_step_cases(scale: Scale) -> list[Case]:
+    """Steps on packs of mixed shapes, and the uniform ones that they are compared with (see `benchmarks/mixed.py`)."""
+    headline = {(workload.name, workload.batch) for workload in scale.headline}
+    cases = []
+    uniform: dict[tuple[str, int], Workload] = {}
+    for pack in scale.mixed_steps:
+        cases.append(step_case(scale, pack, PACK_PEERS, MIXED_VALUE))
+        for part in uniform_parts(pack, scale.tokens):
+            uniform.setdefault((part.name, part.batch), part)
+    for key, workload in uniform.items():
+        if key not in headline:
+            cases.append(step_case(scale, workload, ("upstream-flash", "eager", "ours"), MIXED_VALUE - 5))
     return cases
 
 
@@ -120,17 +137,19 @@ def block_case(scale: Scale, pack: Pack, value: float) -> Case:
     return Case(template, (FORWARD, FORWARD_BACKWARD), names, value, measure)
 
 
-def step_case(scale: Scale, workload: Workload, providers: tuple[str, ...], value: float) -> Case:
+def step_case(scale: Scale, pack: Workload | Pack, providers: tuple[str, ...], value: float) -> Case:
     """A training step from latents and text embeddings that are there already."""
+    pack = Pack.of(pack) if isinstance(pack, Workload) else pack
     config, dtype = scale.config, scale.dtype
 
     def count(training: Training) -> Count:
         parameters = float(sum(master.numel() for master in training.optimizer.masters.values()))
-        text = mean_text(workload.batch, scale.text)
-        return count_training_step(config, workload, text, parameters, dtype.itemsize)
+        text = mean_text(len(pack.videos), scale.text)
+        parts = [count_training_step(config, part, text, 0.0, dtype.itemsize) for part in pack.parts]
+        return sum(parts, count_optimizer(parameters))
 
     return _model_case(
-        scale, "step", workload, providers, TRAINING, training_call, count, model_results, scale.step_seconds, value
+        scale, "step", pack, providers, TRAINING, training_call, count, model_results, scale.step_seconds, value
     )
 
 
@@ -144,7 +163,7 @@ def sampling_case(scale: Scale, workload: Workload, value: float) -> Case:
     providers = tuple(dict.fromkeys(PEERS))
     seconds = scale.step_seconds / 4
     return _model_case(
-        scale, "sampling", workload, providers, FORWARD, sampling_call, count, model_output, seconds, value
+        scale, "sampling", Pack.of(workload), providers, FORWARD, sampling_call, count, model_output, seconds, value
     )
 
 
@@ -156,7 +175,7 @@ def shared_training(scale: Scale, session: Session) -> Training:
 def _model_case(
     scale: Scale,
     level: str,
-    workload: Workload,
+    pack: Pack,
     providers: tuple[str, ...],
     direction: str,
     make_call: Callable[[Any, Any], Callable[[], object]],
@@ -165,12 +184,12 @@ def _model_case(
     seconds: float,
     value: float,
 ) -> Case:
-    template = model_template(scale, level, workload)
+    template = model_template(scale, level, pack)
 
     def measure(session: Session, names: Sequence[str]) -> Outcome:
         training = shared_training(scale, session)
         sampling = model_sampling(scale, session, seconds)
-        contest = model_contest(scale, template, workload, training, names, sampling)
+        contest = model_contest(scale, template, pack, training, names, sampling)
         return run_contest(
             replace(contest, calls={direction: make_call}, counts={direction: count(training)}, results=results),
             session,
@@ -179,14 +198,14 @@ def _model_case(
     return Case(template, (direction,), providers, value, measure)
 
 
-def model_template(scale: Scale, level: str, workload: Workload, op: str = "") -> Row:
+def model_template(scale: Scale, level: str, pack: Pack, op: str = "") -> Row:
     config = scale.config
     return make_template(
         level,
-        workload.name,
+        pack.name,
         op=op,
-        shape=f"{Pack.of(workload).text} L={scale.text} C={config.hidden_size} layers={config.depth}",
-        tokens=workload.tokens,
+        shape=f"{pack.text} L={scale.text} C={config.hidden_size} layers={config.depth}",
+        tokens=pack.tokens,
         dtype=scale.dtype_name,
     )
 
@@ -197,20 +216,20 @@ def model_sampling(scale: Scale, session: Session, seconds: float) -> Sampling:
 
 
 def model_contest(
-    scale: Scale, template: Row, workload: Workload, training: Training, names: Sequence[str], sampling: Sampling
+    scale: Scale, template: Row, pack: Pack, training: Training, names: Sequence[str], sampling: Sampling
 ) -> Contest:
     """The contest of a training step; callers replace what is timed."""
-    short = Pack.of(workload).shortened(scale.check_tokens)
+    short = pack.shortened(scale.check_tokens)
     return Contest(
         template=template,
-        work=make_model_work(training.model, workload, scale.text, training),
+        work=make_model_work(training.model, pack, scale.text, training),
         providers=choose_providers(MODEL_PROVIDERS, names),
         references=MODEL_REFERENCES,
         calls={TRAINING: training_call},
         counts={},
         sampling=sampling,
         results=model_results,
-        check_work=make_model_work(training.model, short.parts[0], scale.text),
+        check_work=make_model_work(training.model, short, scale.text),
         check_name=short.name,
         full_results=model_output,
         total_memory=True,

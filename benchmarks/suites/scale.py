@@ -22,7 +22,7 @@ class Scale:
         headline: a step of each resolution.
         text: mean real tokens of a caption.
         images, long_videos: further workloads.
-        mixed: videos of several shapes in one step.
+        mixed: videos of several shapes, for ops and blocks; mixed_steps: for whole steps, of about `tokens` tokens.
         gemm_tokens: rows of the matrix products.
         square: side of the matrix product that gives the device's matrix rate.
         copy_bytes: of the copy that gives its bandwidth.
@@ -40,6 +40,7 @@ class Scale:
     images: tuple[Workload, ...]
     long_videos: tuple[Workload, ...]
     mixed: Pack
+    mixed_steps: tuple[Pack, ...]
     gemm_tokens: tuple[int, ...]
     square: int
     copy_bytes: int
@@ -82,6 +83,21 @@ def scale_of(device: str) -> Scale:
                     Workload("360p", 8, 1),
                 ),
             ),
+            mixed_steps=(
+                # As stage 1 mixes them: images and videos of four resolutions.
+                Pack(
+                    "mixed images and videos",
+                    (
+                        Workload("144p", 16, 4),
+                        Workload("144p", 32, 1),
+                        Workload("256", 1, 16),
+                        Workload("240p", 16, 1),
+                        Workload("512", 1, 4),
+                        Workload("1024", 1, 1),
+                    ),
+                ),
+                Pack("mixed videos", (Workload("144p", 16, 5), Workload("144p", 32, 2), Workload("240p", 16, 2))),
+            ),
             gemm_tokens=(9216, 16384, 32768, 65536),
             square=8192,
             copy_bytes=4 * 2**30,
@@ -101,6 +117,7 @@ def scale_of(device: str) -> Scale:
         images=(Workload("256", 1, 1),),
         long_videos=(),
         mixed=Pack("mixed", (Workload("144p", 2, 1), Workload("256", 1, 1))),
+        mixed_steps=(Pack("mixed images and videos", (Workload("144p", 2, 1), Workload("256", 1, 1))),),
         gemm_tokens=(512,),
         square=256,
         copy_bytes=2**22,

@@ -16,6 +16,7 @@ from opensora_fast.benchmarks.providers.attention_work import KINDS, make_pack_a
 from opensora_fast.benchmarks.providers.blocks import BLOCK_PROVIDERS, make_block_work
 from opensora_fast.benchmarks.providers.models import (
     MODEL_PROVIDERS,
+    compute_losses,
     make_model_work,
     make_training,
     model_results,
@@ -151,6 +152,65 @@ def test_all_models_are_the_same_and_share_their_parameters(model_work):
     assert all(parameter.detach().any() for parameter in model_work.model.parameters())
 
 
+@pytest.fixture(scope="module")
+def mixed_work(model_work):
+    training = model_work.training
+    pack = Pack("mixed", (Workload("144p", 2, 2), Workload("256", 1, 1), Workload("144p", 1, 1)))
+    return make_model_work(training.model, pack, 5, training)
+
+
+def test_all_models_that_take_a_mixed_pack_are_the_same(mixed_work):
+    wide = mixed_work.to(torch.float64)
+    expected, _ = model_results(MODEL_PROVIDERS[4].prepare(wide), wide)
+    shapes = [tuple(video.shape) for video in expected["output"]]
+    assert shapes == [(8, 2, 18, 32)] * 2 + [(8, 1, 32, 32), (8, 1, 18, 32)]
+        (8, 1, 32, 32),
+        (8, 1, 18, 32),
+    ]
+    names = []
+    for provider in available(MODEL_PROVIDERS, mixed_work):
+        results, _ = model_results(provider.prepare(mixed_work), mixed_work)
+        assert_same(results, expected, 5e-6)
+        names.append(provider.name)
+    assert names == ["eager", "eager-recompute"]
+    upstream = next(provider for provider in MODEL_PROVIDERS if provider.name == "upstream")
+    assert upstream.missing(mixed_work) == "takes videos of one shape only"
+
+
+def test_the_losses_of_a_mixed_pack_are_those_of_its_videos(mixed_work):
+    """The model is called once for all of them, and each gets its own noise, timestep and text."""
+    model = view_of(mixed_work.model.eval(), VARIANT_OF["eager"])
+    calls = []
+
+    def counted(latents, timestep, **conditions):
+        calls.append(len(latents))
+        return model(latents, timestep, **conditions)
+
+    torch.manual_seed(5)
+    losses = compute_losses(counted, mixed_work, mixed_work.latents, dict(mixed_work.conditions))
+    assert calls == [4] and losses.shape == (4,)
+    torch.manual_seed(5)
+    alone = []
+    for first, last in ((0, 2), (2, 3), (3, 4)):  # videos of one shape that follow each other
+        latents = torch.stack(mixed_work.latents[first:last])
+        conditions = {name: value[first:last] for name, value in mixed_work.conditions.items()}
+        work = replace(mixed_work, latents=latents, timestep=mixed_work.timestep[first:last])
+        alone.append((work, latents, conditions, torch.randn_like(latents)))
+    expected = [
+        work.diffusion.training_losses(model, latents, work.timestep, conditions, noise=noise)["loss"]
+        for work, latents, conditions, noise in alone
+    ]
+    torch.testing.assert_close(losses, torch.cat(expected), rtol=2e-6, atol=0)
+    mixed_work.model.train()
+
+
+def test_a_training_step_on_a_mixed_pack_trains(mixed_work):
+    weight = mixed_work.model.blocks[0].mlp.fc1.weight
+    before = weight.detach().clone()
+    training_call(MODEL_PROVIDERS[4].prepare(mixed_work), mixed_work)()
+    assert not torch.equal(before, weight.detach())
+
+
 def test_a_training_step_of_any_variant_trains_the_shared_weights(model_work):
     for name in ("upstream", "eager"):
         provider = next(provider for provider in MODEL_PROVIDERS if provider.name == name)
@@ -191,6 +251,15 @@ def test_compiled_models_are_one_graph_for_all_blocks_and_are_not_compiled_again
     assert first == 1, f"{first} graphs for {CONFIG.depth} equal blocks"
     model_results(bound, model_work)
     assert graphs.count == first
+
+
+def test_a_compiled_model_takes_a_mixed_pack(mixed_work, monkeypatch):
+    graphs = Graphs(monkeypatch)
+    expected, _ = model_results(MODEL_PROVIDERS[4].prepare(mixed_work), mixed_work)
+    bound = next(provider for provider in MODEL_PROVIDERS if provider.name == "compile").prepare(mixed_work)
+    for _ in range(2):
+        assert_same(model_results(bound, mixed_work)[0], expected, 5e-6)
+        assert graphs.count == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
