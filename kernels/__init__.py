@@ -3,17 +3,30 @@
 This package imports torch and triton only and knows nothing of configurations, files or training.
 """
 
-from .cross_attention import cross_attention
-from .dispatch import BACKENDS, calls
-from .gate_residual import gate_residual
-from .gate_residual_modulated_norm import gate_residual_modulated_norm
-from .gelu_tanh import gelu_tanh
-from .layout import PackLayout, TextLayout
-from .modulated_norm import modulated_norm
-from .patchify import patchify, token_grid, unpatchify
-from .qk_norm_rotary import qk_norm_rotary
-from .spatial_attention import spatial_attention
-from .temporal_attention import temporal_attention
+if __name__ == "kernels":
+    # transformers looks for Hugging Face's package of this name and imports what it finds: this folder, where a program
+    # runs with the checkout on its path (`python -m` in it). Nothing may be registered here, as registering the ops a
+    # second time takes away those that opensora_fast.kernels holds.
+    def __getattr__(name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(
+            f"kernels.{name}: `kernels` is a folder of opensora_fast's sources here; import opensora_fast.kernels. If "
+            "Hugging Face's package of that name is meant, start in another folder, or with `python -P`"
+        )
+
+else:
+    from .cross_attention import cross_attention
+    from .dispatch import BACKENDS, calls
+    from .gate_residual import gate_residual
+    from .gate_residual_modulated_norm import gate_residual_modulated_norm
+    from .gelu_tanh import gelu_tanh
+    from .layout import PackLayout, TextLayout
+    from .modulated_norm import modulated_norm
+    from .patchify import patchify, token_grid, unpatchify
+    from .qk_norm_rotary import qk_norm_rotary
+    from .spatial_attention import spatial_attention
+    from .temporal_attention import temporal_attention
 
 __all__ = [
     "BACKENDS",

@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import choose
 
+if __package__ != "opensora_fast.kernels":
+    raise ImportError(f"{__package__}: import opensora_fast.kernels; an op can be registered under one name only")
+
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
