@@ -8,14 +8,9 @@ OUT ?= outputs/demo
 demo: $(VENV)/installed
 	$(BIN)/opensora-fast demo --out $(OUT)
 
-# One thread per worker: two workers share two cores, and results do not depend on the number of threads. The kernels run
-# in processes of their own: under the interpreter they write to raw addresses, and nothing else is to share that memory.
-KERNEL_TESTS := tests/kernels tests/test_replace.py
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-
+# One thread per worker: two workers share two cores, and results do not depend on the number of threads.
 test: $(VENV)/installed
-	$(PYTEST) $(KERNEL_TESTS)
-	$(PYTEST) tests $(addprefix --ignore=,$(KERNEL_TESTS))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
