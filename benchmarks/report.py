@@ -33,6 +33,7 @@ class Section:
         fill: adds it.
         suite: of `opensora-fast bench` that makes the rows.
         lack: what has not been measured where there is nothing to show.
+        gpu_only: no CPU can make such rows.
     """
 
     title: str
@@ -40,13 +41,14 @@ class Section:
     fill: Callable[[HtmlReport, Results], None]
     suite: str
     lack: str
+    gpu_only: bool = False
 
 
 SECTIONS = (
     Section("Waterfall", steps.has_waterfall, steps.add_waterfall, "step", "what each technique brings"),
     Section("Training steps", steps.has_steps, steps.add_steps, "step", "training steps"),
     Section("Sampling steps", steps.has_sampling, steps.add_sampling, "step", "sampling steps"),
-    Section("Memory", steps.has_memory, steps.add_memory, "step", "memory of training steps"),
+    Section("Memory", steps.has_memory, steps.add_memory, "step", "memory of training steps", True),
     Section("Ops", ops.has_ops, ops.add_ops, "kernels", "single ops"),
     Section("Attention over length", ops.has_lengths, ops.add_lengths, "kernels", "attention over length"),
     Section("Roofline", ops.has_roofline, ops.add_roofline, "kernels", "achieved rates under the roofline"),
@@ -60,7 +62,9 @@ SECTIONS = (
         "convergence",
         "training with kernels against training without",
     ),
-    Section("Predictions", ops.has_predictions, ops.add_predictions, "first", "what was predicted (for an H200 only)"),
+    Section(
+        "Predictions", ops.has_predictions, ops.add_predictions, "first", "what was predicted (for an H200 only)", True
+    ),
 )
 
 
@@ -81,7 +85,7 @@ def write_report(folder: Path) -> Path:
         if section.has_rows(results):
             section.fill(report, results)
         else:
-            report.paragraph(f"No rows. This makes them: `{_command(results, section.suite)}`")
+            report.paragraph(f"No rows. This makes them: `{_command(results, section)}`")
     report.section("Wrong, failed or unavailable")
     _add_reasons(report, results)
     report.section("All rows", "Type words to filter, click a title to sort. The newest row of each measurement.")
@@ -91,8 +95,10 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _command(results: Results, suite: str) -> str:
-    return f"opensora-fast bench --suite {suite} --device {results.device} --out {results.folder}"
+def _command(results: Results, section: Section) -> str:
+    elsewhere = section.gpu_only and not results.is_gpu
+    device, out = ("cuda", "FOLDER") if elsewhere else (results.device, results.folder)
+    return f"opensora-fast bench --suite {section.suite} --device {device} --out {out}"
 
 
 def _lead(results: Results) -> str:

@@ -45,14 +45,17 @@ def add_ops(report: HtmlReport, results: Results) -> None:
     shown = max(dict.fromkeys(names), key=lambda name: (names.count(name), name.startswith("240p")))
     report.paragraph(
         f"Each op at {shown}; the full width of a bar is what the ceilings measured here allow, the thin bar the error "
-        "over what it may be. All other workloads are in the table below."
+        "over what it may be. The other workloads are in the tables."
     )
     report.cards([_op_card(results, work) for work in works if work.first.workload == shown])
+    if not any(work.ours for work in works):
+        report.paragraph("None of this project's kernels has a time here, so there is no comparison with the others.")
+        return
     report.heading("Ours against the best of the others")
     report.table(
         ["op", "direction", "workload", "ours ms", "% of limit", "error / limit", "best other", "its ms"]
         + ["× best other", "× upstream"],
-        [_op_line(work) for work in works],
+        [_op_line(work, work.ours) for work in works if work.ours],
         filtered=True,
     )
 
@@ -61,20 +64,21 @@ def _op_card(results: Results, work: Work) -> tuple[str, str, list[Bar]]:
     return joined(work.first.op, work.first.direction), work.first.shape, time_bars(results, work)
 
 
-def _op_line(work: Work) -> list[object]:
-    ours, upstream = work.ours, work.of("upstream")
+def _op_line(work: Work, ours: Row) -> list[object]:
+    upstream = work.of("upstream")
     best = next((row for row in work.measured if not is_ours(row)), None)
+    checked = check_share(ours)
     return [
         work.first.op,
         work.first.direction,
         work.first.workload,
-        ours.p50_ms if ours else "",
-        "" if ours is None or math.isnan(ours.roofline_share) else round(100 * ours.roofline_share),
-        "" if ours is None or check_share(ours) is None else round(ours.error / ours.error_limit, 2),
+        ours.p50_ms,
+        "" if math.isnan(ours.roofline_share) else round(100 * ours.roofline_share),
+        "" if checked is None else round(checked, 2),
         best.provider if best else "",
         best.p50_ms if best else "",
-        round(best.p50_ms / ours.p50_ms, 2) if ours and best else "",
-        round(upstream.p50_ms / ours.p50_ms, 2) if ours and upstream else "",
+        round(best.p50_ms / ours.p50_ms, 2) if best else "",
+        round(upstream.p50_ms / ours.p50_ms, 2) if upstream else "",
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from opensora_fast.html_report import Bar, HtmlReport
 
+from .mixed import compare_mixed
 from .providers.variants import PEERS, WATERFALL
 from .report_rows import (
     Results,
@@ -23,6 +24,7 @@ from .report_rows import (
 )
 from .roofline import DATASHEETS
 from .rows import Row
+from .suites.scale import scale_of
 
 TECHNIQUES = {
     "upstream": "Open-Sora 1.1 as shipped",
@@ -38,6 +40,7 @@ TECHNIQUES = {
 BETWEEN = [name for name in WATERFALL if name not in PEERS]  # shown in the waterfall alone
 COMPARED = 4  # a work with so many providers is a comparison and gets a card
 PROJECTED_TO = "H800"
+MIXED_GOAL = 1.03
 
 
 def has_waterfall(results: Results) -> bool:
@@ -103,6 +106,7 @@ def add_steps(report: HtmlReport, results: Results) -> None:
         report.heading("With VAE and T5")
         report.paragraph("Steps that encode their clips and captions themselves, as the published figures do.")
         report.cards([_step_card(results, work) for work in encoded])
+    _add_mixed(report, results)
     if uncompared:
         report.heading("Other buckets and lengths")
         report.table(
@@ -110,6 +114,34 @@ def add_steps(report: HtmlReport, results: Results) -> None:
             [_step_line(row) for work in uncompared for row in work.measured],
             filtered=True,
         )
+
+
+def _add_mixed(report: HtmlReport, results: Results) -> None:
+    scale = scale_of(results.device)
+    costs = compare_mixed(results.latest, scale.mixed_steps, scale.tokens)
+    if not costs:
+        return
+    report.heading("Mixed packs")
+    report.paragraph(
+        "What a token costs in a pack of videos of different shapes, over what it costs in uniform packs of these "
+        f"shapes, weighted as in the mixed one. At most ×{MIXED_GOAL:g} is the goal. The longer the bar, the "
+        "cheaper the token."
+    )
+    cheapest = min(cost.mixed_ns for cost in costs)
+    cards = []
+    for pack in dict.fromkeys(cost.pack for cost in costs):
+        bars = [
+            Bar(
+                cost.provider,
+                cheapest / cost.mixed_ns,
+                f"×{cost.ratio:.3f}",
+                f"{cost.mixed_ns:,.0f} ns a token, {cost.uniform_ns:,.0f} ns in uniform packs",
+                "ours" if cost.provider.startswith("ours") else "other",
+            )
+            for cost in sorted((cost for cost in costs if cost.pack == pack), key=lambda cost: cost.mixed_ns)
+        ]
+        cards.append((pack, next(item.text for item in scale.mixed_steps if item.name == pack), bars))
+    report.cards(cards)
 
 
 def _step_card(results: Results, work: Work) -> tuple[str, str, list[Bar]]:

@@ -85,6 +85,7 @@ def _measure(
     refresh: bool,
 ) -> int:
     import datetime
+    import importlib.util
     import time
 
     from opensora_fast.benchmarks.environment import find_source_state
@@ -107,7 +108,10 @@ def _measure(
     )
     code = supervise(plan)
     if code in (DONE, WRONG, INTERRUPTED) and any(out.glob("*.csv")):
-        _write_report(out)
+        if importlib.util.find_spec("matplotlib") is None:  # rows are worth more than their page
+            typer.echo(f"no report.html: matplotlib is not installed; where it is, `bench --report {out}` writes it")
+        else:
+            _write_report(out)
     return code
 
 

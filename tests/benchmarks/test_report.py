@@ -1,6 +1,7 @@
 """What the report says of rows, and what it does not say."""
 
 import html
+import importlib.util
 import re
 from dataclasses import replace
 
@@ -8,7 +9,9 @@ import pytest
 from bench_toys import make_row
 from gpu_like_rows import gpu_like_rows
 
+from opensora_fast.benchmarks import supervise
 from opensora_fast.benchmarks.convergence import EAGER, PERTURBED, SEEDS, Curve, write_curve
+from opensora_fast.benchmarks.mixed import uniform_parts
 from opensora_fast.benchmarks.report import CPU_NOTE, SECTIONS, write_report
 from opensora_fast.benchmarks.report_ops import judge_prediction
 from opensora_fast.benchmarks.report_rows import Results, group, published_for, rate, time_text
@@ -16,6 +19,9 @@ from opensora_fast.benchmarks.report_steps import speed_ups
 from opensora_fast.benchmarks.roofline import DATASHEETS
 from opensora_fast.benchmarks.rows import append_rows, level_path
 from opensora_fast.benchmarks.session import Refused, Session
+from opensora_fast.benchmarks.shapes import Pack
+from opensora_fast.benchmarks.suites import NAMES
+from opensora_fast.benchmarks.suites.scale import scale_of
 from opensora_fast.cli import run
 
 STEP = {"level": "step", "op": "", "direction": "training", "shape": "B=5 T=16 S=405", "tokens": 32400}
@@ -52,6 +58,7 @@ def test_sections_without_rows_say_which_command_makes_them(tmp_path):
     )
     assert page == tmp_path / "report.html"
     empty = [section for section in SECTIONS if section.title != "Decoding"]
+    assert {section.suite for section in SECTIONS} <= set(NAMES)
     for section in empty:
         content = section_of(page, section.title)
         assert f"opensora-fast bench --suite {section.suite} --device cuda --out {tmp_path}" in content
@@ -176,6 +183,29 @@ def test_predictions_are_judged(row, verdict):
     assert found == verdict and predicted and measured
 
 
+def test_a_token_of_a_mixed_pack_stands_beside_those_of_uniform_ones(tmp_path):
+    scale = scale_of("cuda")
+    pack = scale.mixed_steps[0]
+    packs = [(pack, 1.05), *((Pack.of(part), 1.0) for part in uniform_parts(pack, scale.tokens))]
+    rows = [
+        make_row(
+            **{**STEP, "workload": item.name, "shape": f"{item.text} L=120", "tokens": item.tokens},
+            provider="ours",
+            p50_ms=item.tokens / 100_000 * 1e3 * factor,
+        )
+        for item, factor in packs
+    ]
+    content = section_of(write_report(write_rows(tmp_path, rows)), "Training steps")
+    assert "Mixed packs" in content and "×1.050" in content and "10,500 ns a token, 10,000 ns in uniform" in content
+    assert "×1.03 is the goal" in content
+
+
+def test_without_a_row_of_ours_there_is_no_comparison(tmp_path):
+    rows = [make_row(provider="eager"), make_row().without_time("unavailable", "needs a CUDA GPU")]
+    content = section_of(write_report(write_rows(tmp_path, rows)), "Ops")
+    assert "None of this project's kernels has a time here" in content and "× best other" not in content
+
+
 def test_loss_curves_stand_beside_what_they_may_be(tmp_path):
     """Convergence is judged apart from the errors of single results."""
     row = make_row(level="convergence", workload="demo", op="", direction="against seeds", error=0.03, error_limit=0.1)
@@ -226,3 +256,27 @@ def test_the_command_writes_reports_without_measuring(tmp_path, capsys):
     assert all((folder / "report.html").stat().st_size > 5000 for folder in folders)
     assert run(["bench", "--report", str(tmp_path / "none")]) == 1
     assert "holds no benchmark rows; `opensora-fast bench --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "has_matplotlib", "written"),
+    [(0, True, True), (3, True, True), (130, True, True), (1, True, False), (0, False, False)],
+)
+def test_a_run_ends_with_a_report(tmp_path, monkeypatch, capsys, code, has_matplotlib, written):
+    """Whatever became of the report, the exit code is that of the measurement."""
+
+    def measure(plan):
+        write_rows(tmp_path, [make_row(**STEP)])
+        return code
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(supervise, "supervise", measure)
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: find_spec(name, *rest) if has_matplotlib or name != "matplotlib" else None,
+    )
+    assert run(["bench", "--device", "cpu", "--out", str(tmp_path)]) == code
+    output = capsys.readouterr().out
+    assert (f"report: {tmp_path / 'report.html'}" in output) == written == (tmp_path / "report.html").exists()
+    assert ("no report.html: matplotlib is not installed" in output) == (not has_matplotlib)
