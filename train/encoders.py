@@ -10,7 +10,7 @@ import torch
 
 from opensora_fast.config import TrainConfig
 from opensora_fast.data.clips import BadClip, ClipRequest, Decoder, choose_frames
-from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder
+from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.encoders.linear_autoencoder import LinearAutoencoder
 from opensora_fast.progress import Progress
 from opensora_fast.train.data import TrainingData
@@ -38,7 +38,8 @@ def build_encoders(
             _place(fitted, autoencoder.save_pretrained)
         keys["from_pretrained"] = fitted
     video_encoder = build_video_encoder(keys, device=device, dtype=dtype)
-    return video_encoder, build_text_encoder(config.text_encoder.get_keys(), device=device, dtype=dtype)
+    text_dtype = choose_text_dtype(config.text_encoder.shardformer, dtype)
+    return video_encoder, build_text_encoder(config.text_encoder.get_keys(), device=device, dtype=text_dtype)
 
 
 def adopt_fitted(source: Path, folder: Path) -> None:

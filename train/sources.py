@@ -144,7 +144,7 @@ def open_features(
 def describe_encoders(config: TrainConfig) -> dict[str, Any]:
     """What features depend on in the encoders: their types and weights, not how they are run."""
     vae = {key: value for key, value in config.vae.get_keys().items() if key in ("type", "from_pretrained", "latents")}
-    ignored = ("cache_dir", "local_files_only", "shardformer")
+    ignored = ("cache_dir", "local_files_only")
     text = {key: value for key, value in config.text_encoder.get_keys().items() if key not in ignored}
     return {"vae": vae, "text_encoder": text, "dtype": config.dtype}
 

@@ -139,7 +139,7 @@ def find_idle_keys(config: TrainConfig | SampleConfig) -> list[str]:
 IDLE_KEYS = {
     "model.enable_flash_attn": "has no effect: the device decides how every op is computed",
     "model.enable_layernorm_kernel": "has no effect: apex is not used",
-    "text_encoder.shardformer": "has no effect: T5 runs as transformers loads it",
+    "text_encoder.shardformer": "makes T5 compute in the configuration's dtype; ColossalAI's layers are not used",
 }
 IDLE_TRAINING_KEYS = {
     "num_bucket_build_workers": "has no effect: clips are put into buckets in one vectorized pass",

@@ -16,7 +16,14 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-__all__ = ["TextEncoder", "TextEncoding", "VideoEncoder", "build_text_encoder", "build_video_encoder"]
+__all__ = [
+    "TextEncoder",
+    "TextEncoding",
+    "VideoEncoder",
+    "build_text_encoder",
+    "build_video_encoder",
+    "choose_text_dtype",
+]
 
 
 class VideoEncoder(Protocol):
@@ -82,14 +89,22 @@ def build_video_encoder(
     return _build("vae", config, VIDEO_ENCODERS, device, dtype)
 
 
+def choose_text_dtype(shardformer: bool, dtype: torch.dtype) -> torch.dtype:
+    """As Open-Sora: T5 computes in float32, whatever the model's dtype, unless `shardformer` asks for half precision.
+
+    It rounds to float16 then, which overflows in T5 XXL outside of ColossalAI's layers; here the model's dtype is used.
+    """
+    return dtype if shardformer else torch.float32
+
+
 def build_text_encoder(
     config: dict[str, Any], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextEncoder:
     """Builds the encoder that `config` (an Open-Sora `text_encoder` dict) describes.
 
     Types and their keys:
-        t5: from_pretrained, model_max_length=120, shardformer=False (not used), clean_captions=True, cache_dir=None,
-            local_files_only=False
+        t5: from_pretrained, model_max_length=120, shardformer=False (see `choose_text_dtype`), clean_captions=True,
+            cache_dir=None, local_files_only=False
         bytes: model_max_length=120, output_dim=64, depth=2, seed=0, clean_captions=True
 
     Raises:

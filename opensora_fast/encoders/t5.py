@@ -74,15 +74,16 @@ class T5Encoder:
     ) -> T5Encoder:
         """Loads a local folder or a hub id (see `locate_pretrained`).
 
-        float16 overflows in T5 XXL; use bfloat16 or float32. `shardformer` is taken from Open-Sora's configurations and
-        not used: there it swaps in ColossalAI's layers and rounds the weights to float16.
+        float16 overflows in T5 XXL; use bfloat16 or float32. `shardformer` is taken from Open-Sora's configurations,
+        where it swaps in ColossalAI's layers and rounds the weights to float16; here the caller has chosen `dtype` by
+        it, see `choose_text_dtype`.
 
         Raises:
             ValueError: the weights are not there or do not load.
         """
         if shardformer:
             warnings.warn(
-                f"text_encoder.shardformer=True is not used (it is ColossalAI's T5 in float16); T5 runs in {dtype}",
+                f"text_encoder.shardformer=True: no ColossalAI layers, T5 runs as transformers loads it, in {dtype}",
                 stacklevel=2,
             )
         folder = locate_pretrained(

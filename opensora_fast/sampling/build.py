@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from opensora_fast.config import SampleConfig
 from opensora_fast.diffusion import build_scheduler
-from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder
+from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.model import STDiT2, STDiT2Config
 from opensora_fast.model.pixart import convert_upstream_state_dict, load_checkpoint_file
 from opensora_fast.model.weights import load_pretrained, load_strictly
@@ -41,7 +41,8 @@ def build_generator(config: SampleConfig, device: torch.device | str | None = No
     dtype = DTYPES[config.dtype]
     scheduler = build_scheduler(_given(config.scheduler))
     video_encoder = build_video_encoder(_given(config.vae), device, dtype)
-    text_encoder = build_text_encoder(_given(config.text_encoder), device, torch.float32)
+    text_dtype = choose_text_dtype(config.text_encoder.shardformer, dtype)
+    text_encoder = build_text_encoder(_given(config.text_encoder), device, text_dtype)
     model = load_model(config, video_encoder, text_encoder).to(device, dtype).eval()
     return VideoGenerator(model, video_encoder, text_encoder, scheduler, make_settings(config))
 

@@ -91,7 +91,7 @@ def test_upstream_training_file_loads_and_idle_keys_are_named(train_file):
         "model.enable_flashattn is read as model.enable_flash_attn",
         "model.enable_flash_attn=True has no effect",
         "model.enable_layernorm_kernel=True has no effect",
-        "text_encoder.shardformer=True has no effect",
+        "text_encoder.shardformer=True makes T5 compute in the configuration's dtype",
         "num_bucket_build_workers=16 has no effect",
         "plugin='zero2' has no effect",
         "outputs='outputs' has no effect",

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opensora_fast.encoders import build_text_encoder, build_video_encoder
+from opensora_fast.encoders import build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.encoders.vae import NEEDS
 from opensora_fast.locate import locate_pretrained
 
@@ -151,3 +151,8 @@ def test_both_defaults_go_together():
 
     video = torch.rand(1, 3, 2, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert LinearAutoencoder.fit([video]).encode(video).shape == (1, 4, 2, 4, 4)
+
+
+@pytest.mark.parametrize(("shardformer", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_text_is_encoded_in_float32_unless_shardformer_asks_for_half_precision(shardformer, expected):
+    assert choose_text_dtype(shardformer, torch.bfloat16) == expected

@@ -77,6 +77,19 @@ def test_cpu_threads_are_those_of_the_configuration_during_the_run_only(train, t
     assert threads == [before + 1] and torch.get_num_threads() == before
 
 
+def test_captions_are_encoded_in_float32_when_the_model_computes_in_bfloat16(train, tmp_path, monkeypatch):
+    dtypes = []
+    real = STDiT2.forward
+
+    def record(self, x, timestep, y, *arguments, **conditions):
+        dtypes.append((y.dtype, next(self.parameters()).dtype))
+        return real(self, x, timestep, y, *arguments, **conditions)
+
+    monkeypatch.setattr(STDiT2, "forward", record)
+    assert train(tmp_path / "run", "--steps", 1, "dtype=bf16")[0] == 0
+    assert dtypes == [(torch.float32, torch.bfloat16)]
+
+
 def test_what_the_model_is_told(train, tmp_path, monkeypatch):
     calls = []
     real = STDiT2.forward
