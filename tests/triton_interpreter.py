@@ -83,6 +83,10 @@ def refuse_access_outside_arguments() -> Iterator[None]:
 
     def store(self, pointers, value, mask, *others):
         check(pointers, mask)
+        # It stores the bytes of the numpy array, whatever the pointer's type.
+        width = pointers.get_element_ty().primitive_bitwidth // 8
+        if value.data.itemsize != max(width, 1):
+            raise TypeError(f"{launches[-1][0]}: stores {value.data.dtype} where elements have {width} bytes")
         return originals["create_masked_store"](self, pointers, value, mask, *others)
 
     def change(self, operation, pointers, value, mask, *others):
