@@ -44,6 +44,7 @@ class Contest:
         full_results: as `results`, for the comparison of the timed inputs with eager's; None: `results`.
         sampling: how samples are taken.
         total_memory: report all allocated memory, not what a call adds.
+        calls_per_sample: how often a call does the thing that the row is about.
     """
 
     template: Row
@@ -58,6 +59,7 @@ class Contest:
     check_name: str = ""
     full_results: Callable[[Bound, Any], tuple[Named, float]] | None = None
     total_memory: bool = False
+    calls_per_sample: int = 1
 
 
 def run_contest(contest: Contest, session: Session) -> tuple[list[Row], list[Refused]]:
@@ -182,9 +184,9 @@ class _Run:
                 status="ok",
                 reason="",
                 samples=len(measured.milliseconds),
-                p20_ms=measured.percentile(20),
-                p50_ms=measured.percentile(50),
-                p80_ms=measured.percentile(80),
+                p20_ms=measured.percentile(20) / contest.calls_per_sample,
+                p50_ms=measured.percentile(50) / contest.calls_per_sample,
+                p80_ms=measured.percentile(80) / contest.calls_per_sample,
                 memory_bytes=memory[name],
                 flops=count.flops,
                 bytes=count.bytes,

@@ -14,7 +14,7 @@ from .rows import Key, Row
 from .session import DeviceLostError, Refused, Session
 from .timing import release_memory
 
-SHORTEST_CASE_S = 2.0  # no case is begun with less of the budget left
+SHORTEST_CASE_S = 2.0  # no case is begun with less of the budget left, nor with less than its estimate
 
 
 @dataclass
@@ -65,10 +65,10 @@ def run_cases(
     waiting = [case for case in ordered if case.unfinished(finished)]
     with Progress("benchmark", total=len(waiting), unit="cases") as progress:
         session.tell = progress.note
-        for index, case in enumerate(waiting):
-            if session.seconds_left < SHORTEST_CASE_S:
-                report.left = waiting[index:]
-                break
+        for case in waiting:
+            if session.seconds_left < max(SHORTEST_CASE_S, case.seconds):
+                report.left.append(case)
+                continue
             session.case_name = case.identity
             names = case.unfinished(finished)
             for group in [[name] for name in names] if case.identity in careful else [names]:

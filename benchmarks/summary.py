@@ -6,8 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from .predictions import predict
+from .case import Case
+from .predictions import PREDICTED_FOR, predict, predict_for
 from .rows import Row
+from .suites.estimates import STARTUP_S
 
 # (title, value of a row); a column without any value is left out.
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -61,6 +63,46 @@ def format_table(rows: Iterable[Row]) -> str:
         before = work
         lines.append(line([values[index] for _, values in columns]))
     return "\n".join(lines)
+
+
+MARKS_S = (540, 1080)  # one run of nine minutes, and two
+
+
+def format_plan(cases: Sequence[Case], device: str) -> str:
+    """One line for each case: predicted seconds of the case and until its end, name, sizes, providers.
+
+    A line stands where the time of one and of two runs of nine minutes is used up. On CUDA, what is expected of the
+    rows follows.
+    """
+    on_gpu = device == "cuda"
+    estimated = any(case.seconds for case in cases)
+    marks = list(MARKS_S) if estimated else []
+    lines, total = [], STARTUP_S
+    for case in cases:
+        total += case.seconds
+        if marks and total > marks[0]:
+            lines.append(f"---- fits into {marks.pop(0)} s, by the prediction ----")
+            total += STARTUP_S if marks else 0.0  # the next run loads everything again
+        work = f"{case.name}  [{case.template.shape}]  {', '.join(case.providers)}"
+        seconds = f"{case.seconds:5.0f} s" if case.seconds else "      ?"
+        lines.append(f"{seconds}  {total:6.0f} s  {work}" if estimated else work)
+        expected = _expected(case) if on_gpu else ""
+        if expected:
+            lines.append(f"{'':19}predicted on an H200: {expected}")
+    rows = sum(len(case.planned_rows()) for case in cases)
+    lines.append(f"{len(cases)} cases, {rows} rows")
+    return "\n".join(lines)
+
+
+def _expected(case: Case) -> str:
+    """Predictions of the case's rows."""
+    found = []
+    for row in case.planned_rows().values():
+        expected = predict_for(row, PREDICTED_FOR)
+        if expected:
+            direction = f"{row.direction} " if len(case.directions) > 1 else ""
+            found.append(f"{direction}{row.provider} {expected}")
+    return "; ".join(found)
 
 
 def format_reasons(rows: Iterable[Row]) -> str:

@@ -21,7 +21,7 @@ from types import FrameType
 from .plan import INTERRUPTED, RESTART, Death, Plan
 
 RUNNING_FILE = "running.json"
-STALL_SECONDS = 300.0  # compiling a whole model takes a minute or two, in which there is no sign of life
+STALL_SECONDS = 180.0  # compiling a block takes a minute or so, in which there is no sign of life
 START_SECONDS = 300.0  # until the first one
 GRACE_SECONDS = 30.0  # between asking a worker to stop and ending it
 MOST_RESTARTS = 100

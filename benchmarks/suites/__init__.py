@@ -1,8 +1,8 @@
 """Suites: lists of cases, one module for each level.
 
-first: what the plan rests on; kernels: ops and blocks; step: training and sampling steps; loader: decoding and buckets;
-convergence: training with kernels against training without; all. Suites of speeds begin with the device's ceilings,
-which their rows are shares of.
+push: what the plan of this project rests on, for two runs of nine minutes; kernels: ops and blocks; step: training and
+sampling steps; loader: decoding and buckets; convergence: training with kernels against training without; all. Suites
+of speeds begin with the device's ceilings, which their rows are shares of.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from ..case import Case
 
 WITHOUT_CEILINGS = ("loader", "convergence")  # nothing in them is a share of what the device can do
-NAMES = ("all", "first", "kernels", "step", "loader", "convergence")
+NAMES = ("all", "push", "kernels", "step", "loader", "convergence")
 
 
 def list_cases(
@@ -30,7 +30,8 @@ def list_cases(
     Raises:
         ValueError: an unknown suite, device or provider, or words that no case has.
     """
-    from . import buckets, ceilings, convergence, encoders, first, loader, models, ops
+    from . import buckets, ceilings, convergence, encoders, loader, models, ops, push
+    from .estimates import with_estimate
     from .scale import scale_of
 
     if suite not in NAMES:
@@ -42,7 +43,7 @@ def list_cases(
         "step": [models.list_step_cases, models.list_mixed_step_cases, encoders.list_cases, models.list_sampling_cases],
         "loader": [loader.list_cases, buckets.list_cases],
         "convergence": [convergence.list_cases],
-        "first": [first.list_cases],
+        "push": [push.list_cases],
     }
     chosen = ("kernels", "step", "loader", "convergence") if suite == "all" else (suite,)
     cases = [case for name in chosen for part in parts[name] for case in part(scale)]
@@ -54,7 +55,7 @@ def list_cases(
             raise ValueError(f"no case of suite {suite} on {device} has the words {wanted}; --list shows them")
     if suite not in WITHOUT_CEILINGS:
         cases = always + cases
-    unique = {case.identity: case for case in cases}
+    unique = {case.identity: with_estimate(case, scale) for case in cases}
     return sorted(unique.values(), key=lambda case: -case.value)
 
 

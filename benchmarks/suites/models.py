@@ -13,6 +13,7 @@ from ..providers.blocks import BLOCK_PROVIDERS, BLOCK_REFERENCES, make_block_wor
 from ..providers.models import (
     MODEL_PROVIDERS,
     MODEL_REFERENCES,
+    ModelWork,
     Training,
     make_model_work,
     make_training,
@@ -21,17 +22,18 @@ from ..providers.models import (
     sampling_call,
     training_call,
 )
-from ..providers.provider import choose_providers
+from ..providers.provider import Bound, choose_providers
 from ..providers.variants import PACK_PEERS, PEERS, RECOMPUTING_PEERS, WATERFALL
 from ..roofline import Count, count_block, count_forward, count_optimizer, count_training_step
 from ..rows import Row
 from ..session import Session
 from ..shapes import Pack, Workload, stage_buckets, text_lengths
-from ..timing import Sampling
+from ..timing import Call, Sampling
 from .scale import Scale
 
 TRAINING = "training"
 BLOCK_VALUE, STEP_VALUE, SAMPLING_VALUE, STAGE_VALUE, OTHER_VALUE = 750.0, 900.0, 600.0, 300.0, 190.0
+SUSTAINED, SUSTAINED_STEPS = "sustained", 10  # steps of one sample
 MIXED_VALUE = 540.0  # packs of mixed shapes, and the uniform ones that they are compared with
 RECOMPUTE_ABOVE = 40_000  # tokens of a step whose stored activations eager PyTorch cannot hold in 141 GB
 STAGES = ("stage1", "stage2", "stage3")
@@ -119,7 +121,7 @@ def block_case(scale: Scale, pack: Pack, value: float) -> Case:
     totals = [sum((count[index] for count in counts), Count()) for index in range(2)]
 
     def measure(session: Session, names: Sequence[str]) -> Outcome:
-        short = pack.shortened(scale.check_tokens)
+        short = scale.check_pack(pack)
         contest = Contest(
             template=template,
             work=make_block_work(config, pack, scale.text, scale.device, dtype),
@@ -151,6 +153,42 @@ def step_case(scale: Scale, pack: Workload | Pack, providers: tuple[str, ...], v
     return _model_case(
         scale, "step", pack, providers, TRAINING, training_call, count, model_results, scale.step_seconds, value
     )
+
+
+def sustained_case(scale: Scale, workload: Workload, seconds: float, value: float) -> Case:
+    """Ours, step after step without a pause, for so long that the clocks settle."""
+    pack = Pack.of(workload)
+    template = model_template(scale, "step", pack, op=SUSTAINED)
+
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        training = shared_training(scale, session)
+        # All of the time is used, however many samples that gives.
+        planned = seconds if scale.device == "cuda" else scale.step_seconds
+        sampling = Sampling(session.sampling_seconds(planned), min_samples=10**9, warm_up=1)
+        contest = model_contest(scale, template, pack, training, names, sampling)
+        parameters = float(sum(master.numel() for master in training.optimizer.masters.values()))
+        text = mean_text(workload.batch, scale.text)
+        count = count_training_step(scale.config, workload, text, parameters, scale.dtype.itemsize)
+        contest = replace(
+            contest,
+            calls={TRAINING: _many_steps},
+            counts={TRAINING: count},
+            calls_per_sample=SUSTAINED_STEPS,
+        )
+        return run_contest(contest, session)
+
+    estimate = seconds + 25.0 if scale.device == "cuda" else 0.0
+    return Case(template, (TRAINING,), ("ours",), value, measure, estimate)
+
+
+def _many_steps(bound: Bound, work: ModelWork) -> Call:
+    step = training_call(bound, work)
+
+    def steps() -> None:
+        for _ in range(SUSTAINED_STEPS):
+            step()
+
+    return steps
 
 
 def sampling_case(scale: Scale, workload: Workload, value: float) -> Case:
@@ -219,7 +257,7 @@ def model_contest(
     scale: Scale, template: Row, pack: Pack, training: Training, names: Sequence[str], sampling: Sampling
 ) -> Contest:
     """The contest of a training step; callers replace what is timed."""
-    short = pack.shortened(scale.check_tokens)
+    short = scale.check_pack(pack)
     return Contest(
         template=template,
         work=make_model_work(training.model, pack, scale.text, training),
@@ -229,7 +267,7 @@ def model_contest(
         counts={},
         sampling=sampling,
         results=model_results,
-        check_work=make_model_work(training.model, short, scale.text),
+        check_work=None if short is pack else make_model_work(training.model, short, scale.text),
         check_name=short.name,
         full_results=model_output,
         total_memory=True,

@@ -8,6 +8,7 @@ from typing import Any
 from ..attention_profile import DEFAULT_LENGTHS, attention_template, make_attention_contest
 from ..case import Case, Outcome, make_template
 from ..contest import OP_CALLS, Contest, run_contest
+from ..predictions import WIDE
 from ..providers.attention import ATTENTION_PROVIDERS, ATTENTION_REFERENCE
 from ..providers.attention_work import KINDS, count_attention, make_pack_attention_work
 from ..providers.elementwise import (
@@ -26,7 +27,6 @@ from .scale import Scale
 
 DIRECTIONS = tuple(OP_CALLS)
 GIVEN = "given frames"
-WIDE = "wide norm weights"
 # max|w_q · w_k| is far above the bound (4.9) under which a softmax needs no running maximum.
 WIDE_NORM_WEIGHT = 3.0
 HEADLINE_VALUE, MIXED_VALUE, OTHER_VALUE, LENGTHS_VALUE = 800.0, 650.0, 200.0, 500.0
@@ -82,16 +82,20 @@ def elementwise_case(scale: Scale, op: str, pack: Pack, value: float, given: boo
     return _op_case(scale, template, pack, make, ELEMENTWISE_PROVIDERS, ELEMENTWISE_REFERENCE, counts, value)
 
 
-def attention_case(scale: Scale, kind: str, pack: Pack, value: float, norm_weight: float = 1.0) -> Case:
-    """One of `attention_work.KINDS`; a large `norm_weight` makes scores that need the ordinary softmax."""
+def attention_case(
+    scale: Scale, kind: str, pack: Pack, value: float, norm_weight: float = 1.0, head_size: int | None = None
+) -> Case:
+    """One of `attention_work.KINDS`; a large `norm_weight` makes scores that need the ordinary softmax.
+
+    Another `head_size` than the model's is for what its tiles cost.
+    """
     config, dtype = scale.config, scale.dtype
+    head_size = head_size or config.head_size
     template = make_template(
         "op",
         pack.name if norm_weight == 1 else f"{pack.name} {WIDE}",
         op=f"{kind}_attention",
-        shape=" ".join(
-            [pack.text, f"H={config.num_heads} D={config.head_size}"] + [f"L={scale.text}"] * (kind == "cross")
-        ),
+        shape=" ".join([pack.text, f"H={config.num_heads} D={head_size}"] + [f"L={scale.text}"] * (kind == "cross")),
         tokens=pack.tokens,
         dtype=scale.dtype_name,
     )
@@ -111,11 +115,11 @@ def attention_case(scale: Scale, kind: str, pack: Pack, value: float, norm_weigh
             scale.device,
             dtype,
             config.num_heads,
-            config.head_size,
+            head_size,
             norm_weight=norm_weight,
         )
 
-    counts = count_attention(kind, pack.shapes, lengths(pack), config.hidden_size, dtype.itemsize)
+    counts = count_attention(kind, pack.shapes, lengths(pack), config.num_heads * head_size, dtype.itemsize)
     return _op_case(scale, template, pack, make, ATTENTION_PROVIDERS, ATTENTION_REFERENCE, counts, value)
 
 
@@ -130,7 +134,7 @@ def _op_case(
     value: float,
 ) -> Case:
     def measure(session: Session, names: Sequence[str]) -> Outcome:
-        short = pack.shortened(scale.check_tokens)
+        short = scale.check_pack(pack)
         contest = Contest(
             template=template,
             work=make(pack),

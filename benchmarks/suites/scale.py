@@ -18,7 +18,9 @@ class Scale:
     Attributes:
         config: of the model; exact timesteps and angles, so that errors are those of the arithmetic alone.
         tokens: of a filled step, about.
-        check_tokens: of the comparison with float64, about.
+        check_bytes: of attention scores in float64; where those of the timed inputs are less, these are compared with
+            float64, which spares compilers another shape.
+        check_tokens: of the comparison with float64 of smaller inputs else, about.
         headline: a step of each resolution.
         text: mean real tokens of a caption.
         images, long_videos: further workloads.
@@ -34,6 +36,7 @@ class Scale:
     dtype: torch.dtype
     config: STDiT2Config
     tokens: int
+    check_bytes: float
     check_tokens: int
     headline: tuple[Workload, ...]
     text: int
@@ -46,6 +49,12 @@ class Scale:
     copy_bytes: int
     seconds: float
     step_seconds: float
+
+    def check_pack(self, pack: Pack) -> Pack:
+        """The videos of the comparison with float64: `pack` itself, or fewer and shorter ones."""
+        pairs = sum(part.tokens * part.frame_tokens for part in pack.parts)
+        scores = torch.float64.itemsize * self.config.num_heads * pairs
+        return pack if scores <= self.check_bytes else pack.shortened(self.check_tokens)
 
     @property
     def dtype_name(self) -> str:
@@ -63,6 +72,7 @@ def scale_of(device: str) -> Scale:
             dtype=torch.bfloat16,
             config=STDiT2Config.xl_2(upstream_rounding=False),
             tokens=FILL_TOKENS,
+            check_bytes=6e9,
             check_tokens=8192,
             headline=tuple(fill(name, 16, FILL_TOKENS) for name in VIDEO_SIZES),
             text=120,
@@ -111,6 +121,7 @@ def scale_of(device: str) -> Scale:
         dtype=torch.float32,
         config=STDiT2Config.small(upstream_rounding=False),
         tokens=512,
+        check_bytes=0.0,
         check_tokens=400,
         headline=(Workload("144p", 4, 1), Workload("240p", 1, 1)),
         text=6,

@@ -10,7 +10,7 @@ MULTIPLE_VALUES = ("--only", "--report")
 
 def command(
     out: Annotated[Path | None, typer.Option(help="Folder for the rows; finished rows in it are kept.")] = None,
-    suite: Annotated[str, typer.Option(help="all, first, kernels, step or loader.")] = "all",
+    suite: Annotated[str, typer.Option(help="all, push, kernels, step, loader or convergence.")] = "all",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     budget: Annotated[
         str | None, typer.Option(help="Time for everything, such as 9m; the most valuable rows come first.")
@@ -47,16 +47,16 @@ def command(
         for folder in report:
             _write_report(folder)
         return
-    device = _choose_device(device)
+    device = device if show and device else _choose_device(device)
     words = [word for text in only or () for word in text.split()]
     names = providers.split(",") if providers else None
     from opensora_fast.benchmarks.suites import list_cases
 
     cases = list_cases(suite, device, names, words)
     if show:
-        for case in cases:
-            typer.echo(f"{case.name}  [{case.template.shape}]  {', '.join(case.providers)}")
-        typer.echo(f"{len(cases)} cases, {sum(len(case.planned_rows()) for case in cases)} rows")
+        from opensora_fast.benchmarks.summary import format_plan
+
+        typer.echo(format_plan(cases, device))
         return
     if out is None:
         raise ValueError("--out is missing: give a folder for the rows, for example --out outputs/bench")

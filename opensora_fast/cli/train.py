@@ -16,7 +16,7 @@ def command(
     resume: Annotated[str | None, typer.Option(help="auto, or a checkpoint or run to continue.")] = None,
     init_from: Annotated[str | None, typer.Option(help="Weights to start from: a run, checkpoint or model.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
-    kernels: Annotated[str, typer.Option(help="triton, reference or auto: triton on cuda, reference elsewhere.")] = "auto",
+    kernels: Annotated[str, typer.Option(help="triton, reference or auto: triton on cuda only.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print configuration and buckets, and exit.")] = False,
 ) -> None:
     """Train ST-DiT-2 from a configuration.

@@ -19,7 +19,7 @@ COMMAND = [sys.executable, "-m", "opensora_fast", "bench", "--device", "cpu"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "x", "--suite", "everything"], "suite 'everything' is unknown; choose one of all, first, kernels"),
+        (["--out", "x", "--suite", "everything"], "suite 'everything' is unknown; choose one of all, push, kernels"),
         (["--out", "x", "--providers", "flash-attn-9"], "provider 'flash-attn-9' is unknown in this suite"),
         (["--out", "x", "--only", "spatial", "999p"], "no case of suite all on cpu has the words spatial, 999p"),
         (["--out", "x", "--budget", "soon"], "--budget 'soon': write a time such as 9m"),

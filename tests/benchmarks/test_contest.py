@@ -1,6 +1,8 @@
 """A wrong provider gets no time; one that crashes or is absent costs its own rows only."""
 
 import math
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from opensora_fast.benchmarks.contest import run_contest
 from opensora_fast.benchmarks.providers.provider import choose_providers
 from opensora_fast.benchmarks.rows import Row
 from opensora_fast.benchmarks.session import DeviceLostError, Session
+from opensora_fast.benchmarks.timing import Sampling
 
 
 def by_provider(rows: list[Row]) -> dict[str, list[Row]]:
@@ -71,6 +74,15 @@ def test_a_crash_costs_its_own_rows(session, name, reason):
     assert [row.status for row in grouped[name]] == ["failed", "failed"]
     assert all(row.reason.startswith(reason) and "\n" not in row.reason for row in grouped[name])
     assert all(math.isnan(row.p50_ms) for row in grouped[name])
+
+
+def test_a_sample_of_many_calls_is_divided(session):
+    contest = replace(toy_contest(["eager"]), sampling=Sampling(0.0, warm_up=0))
+    slow = {"forward": lambda bound, work: lambda: time.sleep(0.02)}
+    (once,), _ = run_contest(replace(contest, calls=slow), session)
+    (tenth,), _ = run_contest(replace(contest, calls=slow, calls_per_sample=10), session)
+    assert once.p50_ms >= 20 and 2 <= tenth.p50_ms < 0.5 * once.p50_ms
+    assert tenth.p20_ms <= tenth.p50_ms <= tenth.p80_ms < once.p20_ms
 
 
 def test_an_absent_provider_says_why(session):

@@ -1,6 +1,7 @@
 """The order of cases, what is measured again and what is not, and the ceilings behind the shares."""
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -104,6 +105,19 @@ def test_without_time_left_nothing_begins():
     session = Session("cpu", deadline=0.0)
     report = run_cases([toy_case(["eager"])], session)
     assert report.rows == [] and len(report.left) == 1
+
+
+def test_a_case_that_would_not_end_in_time_leaves_it_to_shorter_ones():
+    order = []
+    cases = [
+        replace(toy_case(["eager"], size, value, lambda size=size: order.append(size)), seconds=seconds)
+        for size, value, seconds in ((8, 3, 100.0), (16, 2, 5.0), (32, 1, 1000.0))
+    ]
+    report = run_cases(cases, Session("cpu", deadline=time.time() + 30))
+    assert order == [16] and [case.template.workload for case in report.left] == ["size 8", "size 32"]
+    order.clear()
+    run_cases(cases, Session("cpu"))
+    assert order == [8, 16, 32]
 
 
 def test_a_careful_case_times_each_provider_alone():

@@ -8,8 +8,10 @@ from bench_toys import make_row
 from opensora_fast.benchmarks.predictions import predict
 from opensora_fast.benchmarks.runner import run_cases
 from opensora_fast.benchmarks.session import Session
-from opensora_fast.benchmarks.shapes import VIDEO_SIZES
-from opensora_fast.benchmarks.suites import NAMES, list_cases
+from opensora_fast.benchmarks.shapes import VIDEO_SIZES, Pack, Workload
+from opensora_fast.benchmarks.suites import NAMES, list_cases, models
+from opensora_fast.benchmarks.suites.estimates import STARTUP_S, with_estimate
+from opensora_fast.benchmarks.suites.scale import scale_of
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -18,9 +20,8 @@ def test_every_row_is_planned_once(suite, device):
     cases = list_cases(suite, device)
     assert len({case.identity for case in cases}) == len(cases)
     assert [case.value for case in cases] == sorted((case.value for case in cases), reverse=True)
-    if suite != "first":  # it repeats cases of other suites with fewer providers
-        keys = [key for case in cases for key in case.planned_rows()]
-        assert len(keys) == len(set(keys))
+    keys = [key for case in cases for key in case.planned_rows()]
+    assert len(keys) == len(set(keys))
 
 
 def test_the_ceilings_come_first_and_then_the_five_resolutions():
@@ -44,6 +45,63 @@ def test_the_peers_stand_beside_ours_at_all_five_resolutions(level):
         assert wanted <= providers
 
 
+# What two runs of nine minutes are to measure: level, op, workload begins so, providers.
+PUSHED = [
+    ("copy", "", "", {"torch-cuda"}),
+    ("launch", "", "", {"ours-op", "cuda-graph"}),
+    *(("gemm", op, "32768", {"cublas"}) for op in ("qkv", "proj", "fc1", "fc2")),
+    *(("op", op, "240p×16", {"compile", "ours"}) for op in ("modulated_norm", "gate_residual_modulated_norm")),
+    ("op", "spatial_attention", "240p×16", {"sdpa-cudnn", "sdpa-flash", "flash-attn-4", "ours"}),
+    ("op", "spatial_attention", "240p×16 wide", {"sdpa-cudnn", "ours"}),
+    ("op", "spatial_attention", "480p×16", {"ours"}),  # with a head of 128
+    *(("op", "spatial_attention", f"length {length}", {"sdpa-cudnn", "ours"}) for length in (144, 920, 1590, 3600)),
+    ("op", "temporal_attention", "240p×16", {"ours"}),
+    *(("block", "", f"{name}×16", {"upstream", "eager", "eager-cudnn", "compile", "ours"}) for name in VIDEO_SIZES),
+    *(("step", "", f"{name}×16", {"upstream", "ours"}) for name in VIDEO_SIZES),
+    *(("step", "", f"{name}×16", {"eager-flash", "eager-cudnn", "compile"}) for name in VIDEO_SIZES if name != "720p"),
+    ("step", "", "720p×16", {"eager-recompute", "compile-recompute", "ours-recompute"}),
+    ("step", "sustained", "240p×16", {"ours"}),
+    ("step", "", "mixed", {"ours", "eager"}),
+]
+
+
+@pytest.mark.parametrize(("level", "op", "workload", "providers"), PUSHED)
+def test_two_runs_of_nine_minutes_measure_what_carries_the_plan(level, op, workload, providers):
+    cases = list_cases("push", "cuda")
+    ends, total = {}, STARTUP_S
+    for case in cases:
+        total += case.seconds
+        ends[case.identity] = total
+        assert case.seconds > 0
+    found = [
+        case
+        for case in cases
+        if (case.template.level, case.template.op) == (level, op)
+        and case.template.workload.startswith(workload)
+        and providers <= set(case.providers)
+    ]
+    assert found and min(ends[case.identity] for case in found) < 1080 - STARTUP_S
+
+
+def test_sizes_of_the_comparison_with_float64():
+    scale = scale_of("cuda")
+    pack = Pack.of(Workload("240p", 16, 5))
+    assert scale.check_pack(pack) is pack  # 1.7 GB of scores
+    long = scale.check_pack(Pack.of(Workload("720p", 16, 1)))
+    assert long.tokens == 2 * 3600
+    small = scale_of("cpu")
+    assert small.check_pack(pack).tokens < pack.tokens
+
+
+def test_a_longer_case_of_more_providers_is_estimated_longer():
+    def seconds(resolution: str, *providers: str) -> float:
+        scale = scale_of("cuda")
+        return with_estimate(models.step_case(scale, Workload(resolution, 16), providers, 0.0), scale).seconds
+
+    assert 0 < seconds("144p", "ours") < seconds("720p", "ours") < seconds("720p", "ours", "upstream")
+    assert seconds("144p", "compile") > seconds("144p", "eager") + 10
+
+
 def test_the_shipped_buckets_are_there():
     cases = {(case.template.workload, case.template.shape.split()[0]) for case in list_cases("step", "cuda")}
     assert {("144p×16", "B=6"), ("240p×128", "B=2"), ("720p×16", "B=3"), ("1024×1", "B=40")} <= cases
@@ -62,7 +120,7 @@ def test_matrix_products_have_the_exact_shapes_both_ways():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("everything", "cpu"), "suite 'everything' is unknown; choose one of all, first"),
+        (("everything", "cpu"), "suite 'everything' is unknown; choose one of all, push"),
         (("all", "tpu"), "device 'tpu'"),
         (("kernels", "cpu", ["flash-attn-9"]), "provider 'flash-attn-9' is unknown in this suite; known: "),
         (("kernels", "cpu", None, ["spatial", "999p"]), "no case of suite kernels on cpu has the words spatial, 999p"),

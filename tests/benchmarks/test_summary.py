@@ -1,8 +1,12 @@
 """The table at the end of a run."""
 
-from bench_toys import make_row
+from dataclasses import replace
 
-from opensora_fast.benchmarks.summary import format_reasons, format_table
+from bench_toys import make_row, toy_case
+
+from opensora_fast.benchmarks.suites import list_cases
+from opensora_fast.benchmarks.suites.estimates import STARTUP_S
+from opensora_fast.benchmarks.summary import format_plan, format_reasons, format_table
 
 
 def test_the_fastest_comes_first_and_work_stays_together():
@@ -35,3 +39,23 @@ def test_reasons_are_told_once():
         "compile: failed (1 rows): out of memory",
         "xformers: unavailable (2 rows): not installed",
     ]
+
+
+def test_the_plan_says_what_fits_into_one_and_two_runs():
+    seconds = (300.0, 200.0, 100.0, 400.0, 50.0)
+    cases = [replace(toy_case(["eager"], 8 * (index + 1)), seconds=value) for index, value in enumerate(seconds)]
+    lines = format_plan(cases, "cpu").splitlines()
+    marks = [index for index, line in enumerate(lines) if line.startswith("----")]
+    assert marks == [2, 5] and "540 s" in lines[2] and "1080 s" in lines[5]
+    # The second run starts anew: 25 + 300 + 200, then 100 + 25.
+    assert f"{STARTUP_S + 600 + STARTUP_S:.0f} s" in lines[3]
+    assert lines[-1] == "5 cases, 10 rows"
+    plain = format_plan([toy_case(["eager"])], "cpu").splitlines()
+    assert plain[0].startswith("op toy size 8  [N=8]  eager") or plain[0].startswith("op toy size 64")
+
+
+def test_the_plan_for_a_gpu_says_what_is_expected():
+    text = format_plan(list_cases("push", "cuda", None, ["spatial_attention", "240p"]), "cuda")
+    assert "predicted on an H200: forward ours 260–360 TFLOP/s" in text
+    assert "forward ours 228–343 TFLOP/s" in text  # wide norm weights: the ordinary softmax
+    assert "----" not in text

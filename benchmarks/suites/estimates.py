@@ -1,0 +1,60 @@
+"""How long a case takes on a GPU: predictions, for the order of the plan and for what is still begun before the end.
+
+Nothing here was measured. Cases on the CPU have no estimate but those that say their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..case import Case
+from ..timing import FEWEST_ROUNDS
+from .models import RECOMPUTE_ABOVE
+from .scale import Scale
+
+STARTUP_S = 25.0  # imports, CUDA, the first model and optimizer
+CEILING_S = {"copy": 3.0, "gemm": 2.5, "launch": 5.0}
+# Thousand tokens/s of a training step, by the beginning of the provider's name; the rest: eager PyTorch.
+K_TOKENS_PER_S = (("upstream", 33.0), ("compile", 75.0), ("ours-norms", 70.0), ("ours", 105.0), ("", 45.0))
+# Forward and backward; inputs whose check is on smaller ones need the graphs of both, and one without gradients.
+COMPILE_S = {"op": 6.0, "block": 15.0, "step": 18.0, "sampling": 15.0}
+GRAPHS_OF_SHORT_CHECKS = 2.5
+FLEX_S = 20.0
+FIXED_S = {"op": 2.0, "block": 4.0, "step": 10.0, "sampling": 8.0}  # inputs, the float64 reference, eager
+PER_PROVIDER_S = {"op": 0.4, "block": 1.0, "step": 1.0, "sampling": 0.5}
+TRITON_S = 4.0  # kernels that are built for a new shape
+CALLS_BEFORE_SAMPLES = 4.0  # check, first call, memory: in steps
+CALLS_OF_A_TURN = 3.0  # one that is not counted and two samples
+
+
+def with_estimate(case: Case, scale: Scale) -> Case:
+    """The case with its seconds, where they can be predicted."""
+    if case.seconds or scale.device != "cuda":
+        return case
+    return replace(case, seconds=round(_estimate(case, scale), 1))
+
+
+def _estimate(case: Case, scale: Scale) -> float:
+    level, names = case.template.level, case.providers
+    if level in CEILING_S:
+        return CEILING_S[level]
+    if level not in FIXED_S:
+        return 0.0
+    seconds = FIXED_S[level] + PER_PROVIDER_S[level] * len(names)
+    graphs = GRAPHS_OF_SHORT_CHECKS if case.template.tokens > RECOMPUTE_ABOVE else 1.0
+    seconds += graphs * COMPILE_S[level] * sum(name.startswith("compile") for name in names)
+    seconds += FLEX_S * ("flex" in names)
+    seconds += TRITON_S * any(name.startswith("ours") for name in names)
+    if level in ("step", "sampling"):
+        share = 1.0 if level == "step" else 2 / 3  # sampling computes twice the videos, forward
+        times = [share * step_seconds(name, case.template.tokens) for name in names]
+        return seconds + sum(times) * (CALLS_BEFORE_SAMPLES + FEWEST_ROUNDS * CALLS_OF_A_TURN)
+    # Samples end after a quarter of their time once there are thirty.
+    planned = scale.seconds if level == "op" else scale.step_seconds / 2
+    return seconds + len(case.directions) * planned / 2
+
+
+def step_seconds(provider: str, tokens: int) -> float:
+    """A training step, about."""
+    rate = next(rate for name, rate in K_TOKENS_PER_S if provider.startswith(name))
+    return tokens / rate / 1e3

@@ -1,0 +1,108 @@
+"""What carries the plan of this project, in the order of what each second of a GPU tells: for two runs of nine minutes.
+
+    opensora-fast bench --suite push --list                          the plan, with what fits into which time
+    opensora-fast bench --suite push --budget 9m --out results       and again with the same --out: it goes on
+
+Ceilings at the exact shapes, the memory-bound ops and the attention libraries at head size 72, whole steps at five
+resolutions beside their peers, a sustained step, attention over length, blocks, packs of mixed shapes, the steps
+between eager and ours one technique at a time, other frame counts; then what confirms: further ceilings, lengths and
+the loss curves. Rows of the second run are shares of the ceilings measured in the first, and no row is measured twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ..case import Case
+from ..providers.variants import WATERFALL
+from ..shapes import Pack, Workload, fill
+from . import ceilings, convergence, encoders, models, ops
+from .scale import Scale
+
+VALUE = 2000.0
+LIBRARIES = ("eager", "sdpa-flash", "sdpa-cudnn", "flash-attn-3", "flash-attn-4", "ours")
+BANDWIDTH = ("eager", "compile", "ours")
+STEPS = ("upstream", "eager", "eager-flash", "eager-cudnn", "compile", "ours")
+# Where the activations of some do not fit.
+LONG_STEPS = ("upstream", "eager-recompute", "compile-recompute", "ours", "ours-recompute")
+FEW = ("eager", "ours")
+FIRST_LENGTHS = {"spatial": (144, 920, 1590, 3600), "temporal": (16, 64, 128), "cross": (120,)}
+WIDE_HEAD = 128  # one tile of 128 columns, where 72 takes 64 + 16
+LONGEST_S = 60.0  # of a step that is repeated without a pause
+FRAME_COUNTS = (1, 64, 128)
+
+
+def list_cases(scale: Scale) -> list[Case]:
+    """In the order in which they are measured."""
+    headline = models.by_importance(scale)
+    first = Pack.of(headline[0])
+    basics, gemms, more_gemms = _ceilings(scale)
+    parts: list[Sequence[Case]] = [
+        basics,
+        gemms,
+        [only(ops.elementwise_case(scale, op, first, 0), BANDWIDTH) for op in ops.OPS],
+        [only(ops.attention_case(scale, kind, first, 0), LIBRARIES) for kind in ops.KINDS],
+        # Scores that need the ordinary softmax, beside those above, which do not.
+        [only(ops.attention_case(scale, "spatial", first, 0, norm_weight=ops.WIDE_NORM_WEIGHT), LIBRARIES)],
+        [_step(scale, workload) for workload in headline[:3]],
+        [models.sustained_case(scale, headline[0], LONGEST_S, 0)],
+        _lengths(scale, lambda kind, length: length in FIRST_LENGTHS[kind]),
+        [_step(scale, workload) for workload in headline[3:]],
+        [only(models.block_case(scale, Pack.of(workload), 0), STEPS) for workload in headline],
+        [only(ops.attention_case(scale, "spatial", _wide_pack(scale), 0, head_size=WIDE_HEAD), ("sdpa-cudnn", "ours"))],
+        [only(case, FEW) for case in models.list_mixed_step_cases(scale)],
+        [models.step_case(scale, headline[0], tuple(name for name in WATERFALL if name not in STEPS), 0)],
+        [models.step_case(scale, workload, FEW, 0) for workload in _other_frames(scale)],
+        [models.sustained_case(scale, workload, LONGEST_S / 3, 0) for workload in headline[1:]],
+        more_gemms,
+        _lengths(scale, lambda kind, length: length not in FIRST_LENGTHS[kind]),
+        [only(models.block_case(scale, scale.mixed, 0), ("eager", "compile", "ours"))],
+        encoders.list_cases(scale),
+        convergence.list_cases(scale),
+    ]
+    unique = {case.identity: case for part in parts for case in part}
+    return [replace(case, value=VALUE - index) for index, case in enumerate(unique.values())]
+
+
+def only(case: Case, names: Sequence[str]) -> Case:
+    """The case with fewer providers."""
+    return replace(case, providers=tuple(name for name in case.providers if name in names))
+
+
+def _ceilings(scale: Scale) -> tuple[list[Case], list[Case], list[Case]]:
+    """(copy, square product and launches; products of a filled step; products of other sizes)."""
+    cases = ceilings.list_cases(scale)
+    products = [case for case in cases if case.template.level == "gemm" and case.template.op != "square"]
+    filled = [case for case in products if case.value > models.BLOCK_VALUE]
+    return (
+        [case for case in cases if case not in products],
+        filled,
+        [case for case in products if case not in filled],
+    )
+
+
+def _step(scale: Scale, workload: Workload) -> Case:
+    names = LONG_STEPS if workload.tokens > models.RECOMPUTE_ABOVE else STEPS
+    return models.step_case(scale, workload, names, 0)
+
+
+def _lengths(scale: Scale, chosen: Callable[[str, int], bool]) -> list[Case]:
+    cases = []
+    for case in ops.list_length_cases(scale):
+        kind, length = case.template.op.removesuffix("_attention"), int(case.template.workload.split()[-1])
+        if chosen(kind, length):
+            cases.append(only(case, LIBRARIES))
+    return cases
+
+
+def _wide_pack(scale: Scale) -> Pack:
+    """Frames long enough that matrix products take most of the time."""
+    return Pack.of(next((item for item in scale.headline if item.resolution == "480p"), scale.headline[-1]))
+
+
+def _other_frames(scale: Scale) -> list[Workload]:
+    """Other frame counts of two resolutions."""
+    known = {(item.name, item.batch) for item in scale.headline}
+    wanted = [fill(name, frames, scale.tokens) for name in ("240p", "480p") for frames in FRAME_COUNTS]
+    return [item for item in wanted if item.tokens <= 2 * scale.tokens and (item.name, item.batch) not in known]
