@@ -59,13 +59,12 @@ def plot_over_length(results: Results, rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=SIZE, layout="constrained")
     axis = figure.subplots()
     for provider, _ in legend_of(rows):
-        own = sorted((length_of(row), row) for row in rows if row.provider == provider)
-        lengths, times = [length for length, _ in own], [row.p50_ms for _, row in own]
-        emphasis = {"linewidth": 2.4, "zorder": 3} if is_ours(own[0][1]) else {"linewidth": 1.3}
-        axis.plot(lengths, times, color=color_of(provider), **emphasis)
-        for (length, row), y in zip(own, times, strict=True):
-            tip = f"{provider}, length {length}: {time_text(row.p50_ms)}, {row.tflops_per_s:.3g} TFLOP/s"
-            _point(axis, length, y, tip, color=color_of(provider), markersize=4.5)
+        own = sorted((row for row in rows if row.provider == provider), key=length_of)
+        emphasis = {"linewidth": 2.4, "zorder": 3} if is_ours(own[0]) else {"linewidth": 1.3}
+        axis.plot([length_of(row) for row in own], [row.p50_ms for row in own], color=color_of(provider), **emphasis)
+        for row in own:
+            tip = f"{provider}, {row.workload}: {time_text(row.p50_ms)}, {row.tflops_per_s:.3g} TFLOP/s"
+            _point(axis, length_of(row), row.p50_ms, tip, color=color_of(provider), markersize=4.5)
     floors = sorted({length_of(row): results.floor_ms(row) for row in rows}.items())
     if not any(math.isnan(floor) for _, floor in floors):
         axis.plot(*zip(*floors, strict=True), color="#000000", linestyle="--", linewidth=1.1)

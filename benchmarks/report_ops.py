@@ -214,7 +214,7 @@ def add_loader(report: HtmlReport, results: Results) -> None:
         "the tokens/s of a training step."
     )
     works = [work for work in results.works("loader") if work.measured]
-    most = max((_frames_per_s(row) for work in works for row in work.measured), default=1.0)
+    most = max((_frames_per_s(row) for work in works for row in work.measured), default=0.0)
     cards = []
     for name in dict.fromkeys(work.first.workload for work in works):
         bars = []
@@ -247,9 +247,9 @@ def _decoding_bar(row: Row, most: float) -> Bar:
     frames = _frames_per_s(row)
     return Bar(
         f"{row.op}, {row.provider}",
-        frames / most,
-        f"{frames:,.0f} frames/s",
-        f"{rate(row.tokens_per_s)} tokens/s",
+        frames / most if frames else None,
+        f"{frames:,.0f} frames/s" if frames else time_text(row.p50_ms),
+        f"{rate(row.tokens_per_s)} tokens/s" if frames else "",
         check=check_share(row),
         tip=error_text(row),
     )
@@ -257,8 +257,8 @@ def _decoding_bar(row: Row, most: float) -> Bar:
 
 def _frames_per_s(row: Row) -> float:
     resolution = row.workload.partition("×")[0]
-    if resolution not in SIZES:
-        return math.nan
+    if resolution not in SIZES:  # of another version of this project
+        return 0.0
     return row.tokens_per_s / Workload(resolution, 1).frame_tokens
 
 

@@ -283,7 +283,7 @@ def add_memory(report: HtmlReport, results: Results) -> None:
                     row.shape,
                     row.provider,
                     round(row.memory_bytes / 2**30, 2),
-                    row.memory_bytes / 1024 / row.tokens,
+                    row.memory_bytes / 1024 / row.tokens if row.tokens else "",
                 ]
                 for work in others
                 for row in work.measured

@@ -2,6 +2,8 @@
 
 import html
 import importlib.util
+import math
+import random
 import re
 from dataclasses import replace
 
@@ -240,6 +242,28 @@ def test_speed_ups_are_of_the_same_work_only():
 def test_rows_of_the_same_work_are_grouped():
     rows = [make_row(), make_row(provider="eager"), make_row(dtype="float32"), make_row(shape="B=1 T=16 S=405")]
     assert [len(work.rows) for work in group(rows)] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_rows_make_a_page(tmp_path, seed):
+    """Few rows, of any levels, on any device, some without a time, a count or a limit."""
+    draw = random.Random(seed)
+    device = draw.choice(["nvidia-h200", "nvidia-a100-sxm4-80gb", "some-gpu", "cpu-x86_64"])
+    rows = []
+    for row in draw.sample(gpu_like_rows(), draw.choice([1, 3, 12])):
+        row = replace(row, environment=replace(row.environment, device_name=device))
+        chance = draw.random() if row.status == "ok" else 1.0
+        if chance < 0.2:
+            row = row.without_time("failed", '<b>"boom" & `x`</b>')
+        elif chance < 0.3 and row.level not in ("copy", "gemm"):
+            row = replace(row, flops=0.0, bytes=0.0, roofline_share=math.nan)
+        elif chance < 0.4:
+            row = replace(row, error=0.0, error_limit=0.0)
+        elif chance < 0.6:
+            row = replace(row, provider='<i>"p" & q</i>')
+        rows.append(row)
+    page = write_report(write_rows(tmp_path, rows)).read_text()
+    assert '<i>"' not in page and '<b>"' not in page and "nan" not in page.lower()
 
 
 def test_numbers_as_text():
