@@ -17,7 +17,7 @@ from .providers.attention import ATTENTION_PROVIDERS, ATTENTION_REFERENCE
 from .providers.attention_work import KINDS, count_attention, make_attention_work
 from .providers.provider import Provider, choose_providers
 from .rows import Row, append_rows
-from .session import Refused, Session
+from .session import Refused, Session, threads_of
 from .suites.ceilings import measure_ceilings
 from .timing import Sampling
 
@@ -71,10 +71,11 @@ def profile_attention(
         raise ValueError(f"lengths {list(lengths)}: each must be at least 1")
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     session = Session(device)
-    measure_ceilings(session, dtype)
     rows: list[Row] = []
     refused: list[Refused] = []
-    with Progress(f"profile {kind} attention", total=len(lengths), unit="lengths") as progress:
+    progress = Progress(f"profile {kind} attention", total=len(lengths), unit="lengths")
+    with threads_of(device), progress:
+        measure_ceilings(session, dtype)
         for length in lengths:
             contest = make_attention_contest(kind, length, device, dtype, chosen, budget_s / len(lengths) / 2)
             new_rows, new_refused = run_contest(contest, session)

@@ -12,6 +12,7 @@ from .accuracy import Named
 from .contest import FORWARD, make_yardstick
 from .environment import describe_environment
 from .providers.provider import Bound, Provider
+from .session import threads_of
 from .suites.scale import Scale, scale_of
 from .timing import Call
 
@@ -54,4 +55,5 @@ def time_provider(
         "dirty": environment.dirty,
     }
     call = make_call(provider.prepare(work), work)
-    benchmark(call if work.device == "cpu" else lambda: (call(), torch.cuda.synchronize()))
+    with threads_of(work.device):
+        benchmark(call if work.device == "cpu" else lambda: (call(), torch.cuda.synchronize()))

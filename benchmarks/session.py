@@ -6,10 +6,12 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from opensora_fast.cpu_threads import cpu_threads
 
 from .environment import describe_environment
 from .roofline import Count, Gpu
@@ -43,6 +45,15 @@ class DeviceLostError(Exception):
     def __init__(self, rows: Sequence[Row], reason: str):
         super().__init__(reason)
         self.rows = list(rows)
+
+
+def threads_of(device: str) -> AbstractContextManager[None]:
+    """On the CPU everything is measured with one thread.
+
+    Operations of its small shapes end before a second thread has begun, and on a busy machine waiting for that thread
+    made times of the same call differ a hundredfold.
+    """
+    return cpu_threads(1 if device == "cpu" else None)
 
 
 class Session:
@@ -115,7 +126,12 @@ class Session:
                 self._matrix_flops[row.dtype] = max(self._matrix_flops.get(row.dtype, 0.0), row.tflops_per_s * 1e12)
 
     def ceilings(self, dtype: str) -> Gpu | None:
-        """The measured ceilings for a dtype of matrix products, None before both are known."""
+        """The measured ceilings for a dtype of matrix products, None before both are known, and on the CPU.
+
+        What is measured on the CPU fits into its caches: a share of the rates of large sizes would say nothing.
+        """
+        if self.device == "cpu":
+            return None
         rate = self._matrix_flops.get(dtype)
         if not rate or not self._bandwidth:
             return None

@@ -19,7 +19,7 @@ from .mixed import compare_mixed
 from .plan import DONE, ERROR, INTERRUPTED, RESTART, WRONG, Death, Plan
 from .rows import check_device, read_folder
 from .runner import Report, run_cases
-from .session import REFUSED_FILE, RUNNING_FILE, DeviceLostError, Session
+from .session import REFUSED_FILE, RUNNING_FILE, DeviceLostError, Session, threads_of
 from .suites import list_cases
 from .suites.scale import scale_of
 from .summary import format_reasons, format_table
@@ -56,7 +56,8 @@ def _run(plan: Plan) -> int:
     report = Report()
     code = DONE
     try:
-        run_cases(cases, session, existing, refused_before, plan.refresh, frozenset(plan.careful), report)
+        with threads_of(plan.device):
+            run_cases(cases, session, existing, refused_before, plan.refresh, frozenset(plan.careful), report)
     except DeviceLostError:
         return RESTART
     except KeyboardInterrupt:

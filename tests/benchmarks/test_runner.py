@@ -5,15 +5,17 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from bench_toys import make_row, toy_case
 
 from opensora_fast.benchmarks.plan import Death
 from opensora_fast.benchmarks.race import Check, Entry, run_race
 from opensora_fast.benchmarks.rows import read_folder
 from opensora_fast.benchmarks.runner import Report, run_cases
-from opensora_fast.benchmarks.session import Session
+from opensora_fast.benchmarks.session import Session, threads_of
 from opensora_fast.benchmarks.timing import Sampling, time_interleaved
 from opensora_fast.benchmarks.worker import record_deaths
+from opensora_fast.cpu_threads import cpu_threads
 
 
 def test_the_most_valuable_case_comes_first():
@@ -129,6 +131,7 @@ def test_a_careful_case_times_each_provider_alone():
 
 def test_shares_follow_the_ceilings_measured_in_the_run():
     session = Session("cpu")
+    session.device = "cuda"
     row = make_row(flops=1e9, bytes=4e9, p50_ms=2.0)
     assert math.isnan(session.with_roofline_share(row).roofline_share)
     session.learn([make_row(level="copy", bytes=4e9, p50_ms=1.0, dtype="uint8")])  # 4 TB/s
@@ -140,6 +143,16 @@ def test_shares_follow_the_ceilings_measured_in_the_run():
     assert session.with_roofline_share(step).roofline_share == pytest.approx(0.5)
     other = make_row(dtype="float32")
     assert math.isnan(session.with_roofline_share(other).roofline_share)
+    session.device = "cpu"
+    assert math.isnan(session.with_roofline_share(row).roofline_share)
+
+
+def test_one_thread_measures_on_the_cpu():
+    with cpu_threads(2):
+        with threads_of("cpu"):
+            assert torch.get_num_threads() == 1
+        with threads_of("cuda"):
+            assert torch.get_num_threads() == 2
 
 
 def test_times_are_taken_in_turn():
