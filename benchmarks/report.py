@@ -11,6 +11,7 @@ from pathlib import Path
 from opensora_fast.html_report import HtmlReport
 
 from . import report_convergence as convergence
+from . import report_memory as memory
 from . import report_ops as ops
 from . import report_steps as steps
 from .report_rows import Results, check_share, is_ours, rate
@@ -48,7 +49,7 @@ SECTIONS = (
     Section("Waterfall", steps.has_waterfall, steps.add_waterfall, "step", "what each technique brings"),
     Section("Training steps", steps.has_steps, steps.add_steps, "step", "training steps"),
     Section("Sampling steps", steps.has_sampling, steps.add_sampling, "step", "sampling steps"),
-    Section("Memory", steps.has_memory, steps.add_memory, "step", "memory of training steps", True),
+    Section("Memory", memory.has_memory, memory.add_memory, "step", "memory of training steps", True),
     Section("Ops", ops.has_ops, ops.add_ops, "kernels", "single ops"),
     Section("Attention over length", ops.has_lengths, ops.add_lengths, "kernels", "attention over length"),
     Section("Roofline", ops.has_roofline, ops.add_roofline, "kernels", "achieved rates under the roofline"),
@@ -63,7 +64,7 @@ SECTIONS = (
         "training with kernels against training without",
     ),
     Section(
-        "Predictions", ops.has_predictions, ops.add_predictions, "first", "what was predicted (for an H200 only)", True
+        "Predictions", ops.has_predictions, ops.add_predictions, "push", "what was predicted (for an H200 only)", True
     ),
 )
 

@@ -43,9 +43,10 @@ def add_ops(report: HtmlReport, results: Results) -> None:
     works = [work for work in _op_works(results) if work.measured]
     names = [work.first.workload for work in works]
     shown = max(dict.fromkeys(names), key=lambda name: (names.count(name), name.startswith("240p")))
+    full = "what the ceilings measured here allow" if _has_floors(results, works) else "the fastest"
     report.paragraph(
-        f"Each op at {shown}; the full width of a bar is what the ceilings measured here allow, the thin bar the error "
-        "over what it may be. The other workloads are in the tables."
+        f"Each op at {shown}; the full width of a bar is {full}, the thin bar the error over what it may be. The other "
+        "workloads are in the tables."
     )
     report.cards([_op_card(results, work) for work in works if work.first.workload == shown])
     if not any(work.ours for work in works):
@@ -58,6 +59,10 @@ def add_ops(report: HtmlReport, results: Results) -> None:
         [_op_line(work, work.ours) for work in works if work.ours],
         filtered=True,
     )
+
+
+def _has_floors(results: Results, works: list[Work]) -> bool:
+    return any(not math.isnan(results.floor_ms(work.first)) for work in works)
 
 
 def _op_card(results: Results, work: Work) -> tuple[str, str, list[Bar]]:
@@ -98,9 +103,10 @@ def add_lengths(report: HtmlReport, results: Results) -> None:
     tokens = sorted({row.tokens for row in rows})
     around = f"{tokens[0]} to {tokens[-1]}" if tokens[0] != tokens[-1] else str(tokens[0])
     report.paragraph(
-        f"The number of tokens stays about the same ({around}), the length that each attends to grows. Lower is "
-        "faster; the dashed line is the floor of the counted operations and bytes at the ceilings measured here."
+        f"The number of tokens stays about the same ({around}), the length that each attends to grows. Lower is faster."
     )
+    if any(not math.isnan(results.floor_ms(row)) for row in rows):
+        report.paragraph("The dashed line is the floor of the counted operations and bytes at the measured ceilings.")
     report.legend(legend_of(rows))
     figures = []
     for kind in KINDS:
@@ -170,11 +176,10 @@ def has_ceilings(results: Results) -> bool:
 
 def add_ceilings(report: HtmlReport, results: Results) -> None:
     sheet = results.datasheet
-    report.paragraph(
-        "What this device does when nothing is in the way; the floors and limits of this page are counted from the "
-        "best copy and the best matrix product."
-        + (f" The full width is {sheet.name}'s datasheet." if sheet else " The full width is the best.")
-    )
+    text = "What this device does when nothing is in the way."
+    if results.is_gpu:
+        text += " The floors and limits of this page are counted from the best copy and the best matrix product."
+    report.paragraph(f"{text} The full width is {f'the datasheet of {sheet.name}' if sheet else 'the best'}.")
     copies = [row for row in results.select("copy") if row.status == "ok"]
     products = [row for row in results.select("gemm") if row.status == "ok"]
     cards = []

@@ -119,7 +119,12 @@ class Results:
         return sorted(group(self.select(level, op)), key=lambda work: work_order(work.first))
 
     def ceilings(self, dtype: str) -> Gpu | None:
-        """Best copy bandwidth and matrix rate among the rows; None before both are known."""
+        """Best copy bandwidth and matrix rate among the rows; None before both are known, and on the CPU.
+
+        What is measured there fits into its caches, so that floors of the rates of large sizes say nothing.
+        """
+        if not self.is_gpu:
+            return None
         measured = [row for row in self.latest if row.status == "ok"]
         bandwidth = max((row.gbytes_per_s for row in measured if row.level == "copy"), default=0.0)
         rate = max((row.tflops_per_s for row in measured if row.level == "gemm" and row.dtype == dtype), default=0.0)

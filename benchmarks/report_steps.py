@@ -40,6 +40,14 @@ TECHNIQUES = {
 BETWEEN = [name for name in WATERFALL if name not in PEERS]  # shown in the waterfall alone
 COMPARED = 4  # a work with so many providers is a comparison and gets a card
 PROJECTED_TO = "H800"
+# Kinds of steps beside the plain one: title and what it is.
+KINDS = {
+    "with encoders": (
+        "With VAE and T5",
+        "Steps that encode their clips and captions themselves, as the published figures do.",
+    ),
+    "sustained": ("Sustained", "Many steps one after another, as clocks and temperature settle in training."),
+}
 MIXED_GOAL = 1.03
 
 
@@ -88,7 +96,6 @@ def has_steps(results: Results) -> bool:
 
 def add_steps(report: HtmlReport, results: Results) -> None:
     compared = headline(results.works("step", ""), COMPARED)
-    encoded = headline(results.works("step", "with encoders"), 2)
     uncompared = [work for work in results.works("step", "") if work not in compared and work.measured]
     text = "Forward, backward, optimizer and average of the weights, latents and text there already."
     if compared:
@@ -102,10 +109,14 @@ def add_steps(report: HtmlReport, results: Results) -> None:
             "products."
         )
     report.cards([_step_card(results, work) for work in compared])
-    if encoded:
-        report.heading("With VAE and T5")
-        report.paragraph("Steps that encode their clips and captions themselves, as the published figures do.")
-        report.cards([_step_card(results, work) for work in encoded])
+    for op in dict.fromkeys(row.op for row in results.select("step") if row.op):
+        works = [work for work in results.works("step", op) if work.measured]
+        if works:
+            title, text = KINDS.get(op, (op, ""))
+            report.heading(title)
+            if text:
+                report.paragraph(text)
+            report.cards([_step_card(results, work) for work in works])
     _add_mixed(report, results)
     if uncompared:
         report.heading("Other buckets and lengths")
@@ -231,7 +242,7 @@ def has_blocks(results: Results) -> bool:
 
 
 def add_blocks(report: HtmlReport, results: Results) -> None:
-    report.paragraph("One of the model's blocks: time, and share of what the ceilings measured here allow.")
+    report.paragraph("One of the model's blocks: time, and share of the limit where one is known.")
     report.cards([_plain_card(results, work) for work in results.works("block") if work.measured])
 
 
@@ -258,53 +269,6 @@ def time_bars(results: Results, work: Work) -> list[Bar]:
             )
         )
     return bars + missing_bars(work)
-
-
-def has_memory(results: Results) -> bool:
-    return any(row.memory_bytes and row.status == "ok" for row in results.select("step", ""))
-
-
-def add_memory(report: HtmlReport, results: Results) -> None:
-    report.paragraph(
-        "Peak of all allocated GPU memory during a training step: weights, optimizer, average of the weights and "
-        "activations. The full width of a bar is the largest peak of these."
-    )
-    works = [work for work in results.works("step", "") if any(row.memory_bytes for row in work.measured)]
-    compared = headline(works, COMPARED)
-    largest = max(row.memory_bytes for work in compared or works for row in work.measured)
-    report.cards([_memory_card(work, largest) for work in compared])
-    others = [work for work in works if work not in compared]
-    if others:
-        report.table(
-            ["bucket", "shape", "provider", "GiB", "KiB per token"],
-            [
-                [
-                    row.workload,
-                    row.shape,
-                    row.provider,
-                    round(row.memory_bytes / 2**30, 2),
-                    row.memory_bytes / 1024 / row.tokens if row.tokens else "",
-                ]
-                for work in others
-                for row in work.measured
-            ],
-            filtered=True,
-        )
-
-
-def _memory_card(work: Work, largest: int) -> tuple[str, str, list[Bar]]:
-    rows = sorted((row for row in work.measured if row.memory_bytes), key=lambda row: row.memory_bytes)
-    bars = [
-        Bar(
-            row.provider,
-            row.memory_bytes / largest,
-            gib(row),
-            kind="ours" if is_ours(row) else "other",
-            tip=f"{rate(row.tokens_per_s)} tokens/s",
-        )
-        for row in rows
-    ]
-    return work.first.workload, work.first.shape, bars + missing_bars(work)
 
 
 def _floor_rate(results: Results, work: Work) -> float | None:

@@ -145,6 +145,14 @@ def test_published_figures_and_projections_are_called_so(tmp_path):
     assert published_for("256×16") == []  # of STDiT 1.0
 
 
+def test_every_kind_of_step_is_shown(tmp_path):
+    ops = ("", "with encoders", "sustained", "of tomorrow")
+    rows = [make_row(**{**STEP, "op": op}, p50_ms=300.0 + 10 * index) for index, op in enumerate(ops)]
+    content = section_of(write_report(write_rows(tmp_path, rows)), "Training steps")
+    assert all(title in content for title in ("With VAE and T5", "Sustained", "of tomorrow", "Other buckets"))
+    assert all(f"{row.tokens_per_s / 1e3:.3g}" in content for row in rows)
+
+
 def test_a_projection_slows_only_what_memory_bounds():
     row = make_row(**STEP, p50_ms=300.0, flops=1.36e14, bytes=8.4e10)
     low, high = results_of(*CEILINGS, row).project_step(row, DATASHEETS["H800"])
@@ -163,7 +171,9 @@ def test_floors_come_from_measured_ceilings_or_the_datasheet():
     assert measured.floor_ms(op) == pytest.approx(200)
     assert results_of(step).floor_ms(step) == pytest.approx(1.6e17 / 989.4e12 + 8.4e13 / 4.8e12)
     unknown = replace(step, environment=replace(step.environment, device_name="some-gpu"))
-    assert results_of(unknown).floor_ms(unknown) != results_of(unknown).floor_ms(unknown)
+    assert math.isnan(results_of(unknown).floor_ms(unknown))
+    on_cpu = [replace(row, environment=replace(row.environment, device_name="cpu-x86_64")) for row in (*CEILINGS, op)]
+    assert math.isnan(results_of(*on_cpu).floor_ms(on_cpu[-1]))
 
 
 @pytest.mark.parametrize(
