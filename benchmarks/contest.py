@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .accuracy import OUTPUT, Judgement, Named, Yardstick, norm
-from .environment import query_gpu
+from .clocks import watch_clocks
 from .providers.provider import Bound, Outputs, Provider
 from .roofline import Count
 from .rows import Row
@@ -173,9 +173,9 @@ class _Run:
             return
         contest, device = self.contest, self.contest.work.device
         alone = [self._row(providers[name], direction) for name in calls] if len(calls) == 1 else []
-        with self.session.watch(alone, "samples"):
+        with self.session.watch(alone, "samples"), watch_clocks(device, contest.total_memory) as clocks:
             times = time_interleaved(calls, device, contest.sampling, self.session.beat)
-        sm_clock, memory_clock = read_clocks(device)
+        sm_clock, memory_clock = clocks
         count = contest.counts.get(direction, Count())
         for name, measured in times.items():
             judgement = judgements[name][direction == FORWARD]
@@ -301,11 +301,3 @@ def describe(error: BaseException) -> str:
     """An exception in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-def read_clocks(device: str) -> tuple[str, str]:
-    """(multiprocessor, memory) clock in MHz, "" on the CPU."""
-    if device != "cuda":
-        return "", ""
-    fields = query_gpu("clocks.sm", "clocks.mem").split(", ")
-    return (fields[0], fields[1]) if len(fields) == 2 else ("", "")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .case import Outcome
-from .contest import describe, read_clocks
+from .clocks import watch_clocks
+from .contest import describe
 from .roofline import Count
 from .rows import Row
 from .session import DeviceLostError, Refused, Session
@@ -87,9 +88,10 @@ def run_race(
         calls[name], ready[name] = call, (row, entry, found, memory)
     if not calls:
         return rows, refused
-    with session.watch([ready[name][0] for name in calls] if len(calls) == 1 else [], "samples"):
+    alone = [ready[name][0] for name in calls] if len(calls) == 1 else []
+    with session.watch(alone, "samples"), watch_clocks(clock, during=False) as clocks:
         times = time_interleaved(calls, clock, sampling, session.beat)
-    sm_clock, memory_clock = read_clocks(clock)
+    sm_clock, memory_clock = clocks
     for name, measured in times.items():
         row, entry, found, memory = ready[name]
         row = replace(

@@ -59,7 +59,7 @@ class Row:
         error: relative error against float64, at the level "convergence" relative distance of loss curves;
             error_limit: what it may be.
         checked_on: the inputs of that comparison, where the timed ones are too large for float64.
-        sm_clock_mhz, memory_clock_mhz: of the GPU right after the samples were taken.
+        sm_clock_mhz, memory_clock_mhz: of the GPU, medians while steps were sampled, else right after the samples.
     """
 
     level: str

@@ -76,7 +76,7 @@ def test_a_folder_holds_a_few_files_and_every_level(tmp_path):
     for level in LEVELS:
         append_rows(level_path(tmp_path, level), [make_row(level=level)])
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["block.csv", "ceilings.csv", "data.csv", "op.csv", "sampling.csv", "step.csv"]
+    assert names == ["block.csv", "ceilings.csv", "convergence.csv", "data.csv", "op.csv", "sampling.csv", "step.csv"]
     assert sorted(row.level for row in read_folder(tmp_path)) == sorted(LEVELS)
 
 
