@@ -41,6 +41,7 @@ class Contest:
         check_work: smaller inputs of the same kind for the comparison with float64; None: the timed ones. The timed
             ones are then compared with eager's results.
         check_name: of `check_work`, for the row.
+        smaller: makes (check_work, check_name) where float64 of the timed inputs does not fit into the GPU's memory.
         full_results: as `results`, for the comparison of the timed inputs with eager's; None: `results`.
         sampling: how samples are taken.
         total_memory: report all allocated memory, not what a call adds.
@@ -57,6 +58,7 @@ class Contest:
     results: Callable[[Bound, Any], tuple[Named, float]] = field(default=lambda bound, work: op_results(bound, work))
     check_work: Any | None = None
     check_name: str = ""
+    smaller: Callable[[], tuple[Any, str]] | None = None
     full_results: Callable[[Bound, Any], tuple[Named, float]] | None = None
     total_memory: bool = False
     calls_per_sample: int = 1
@@ -106,10 +108,10 @@ class _Run:
 
     def _check(self, providers: Sequence[Provider]) -> dict[str, dict[bool, Judgement]]:
         """Provider → its judgement by outputs alone (True) and with gradients (False); only those that are right."""
-        contest = self.contest
-        check_work = contest.work if contest.check_work is None else contest.check_work
         with self.session.watch([], "the float64 reference"):
-            yardstick = make_yardstick(contest.references, check_work, contest.results)
+            yardstick = self._make_yardstick()
+            contest = self.contest
+            check_work = contest.work if contest.check_work is None else contest.check_work
             full = self._eager_on_timed_inputs() if contest.check_work is not None else None
         release_memory(contest.work.device)
         judged = {}
@@ -125,6 +127,20 @@ class _Run:
                 for direction in contest.calls:
                     self.refused.append(Refused(self._row(provider, direction), wrong.name, wrong.error, wrong.limit))
         return judged
+
+    def _make_yardstick(self) -> Yardstick:
+        """From the inputs of the check; from smaller ones where float64 of the timed inputs does not fit."""
+        contest = self.contest
+        if contest.check_work is None and contest.smaller is not None:
+            try:
+                return make_yardstick(contest.references, contest.work, contest.results)
+            except torch.OutOfMemoryError:
+                pass  # not handled here: the traceback would hold the memory
+            release_memory(contest.work.device)
+            check_work, check_name = contest.smaller()
+            self.contest = contest = replace(contest, check_work=check_work, check_name=check_name)
+        check_work = contest.work if contest.check_work is None else contest.check_work
+        return make_yardstick(contest.references, check_work, contest.results)
 
     def _eager_on_timed_inputs(self) -> tuple | None:
         """(function of results, eager's results, norm sent back); None where they are too large for eager PyTorch."""

@@ -258,6 +258,11 @@ def model_contest(
 ) -> Contest:
     """The contest of a training step; callers replace what is timed."""
     short = scale.check_pack(pack)
+
+    def smaller() -> tuple[ModelWork, str]:
+        shorter = pack.shortened(scale.check_tokens)
+        return make_model_work(training.model, shorter, scale.text), shorter.name
+
     return Contest(
         template=template,
         work=make_model_work(training.model, pack, scale.text, training),
@@ -269,6 +274,7 @@ def model_contest(
         results=model_results,
         check_work=None if short is pack else make_model_work(training.model, short, scale.text),
         check_name=short.name,
+        smaller=smaller,
         full_results=model_output,
         total_memory=True,
     )

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_toys import toy_contest
+from bench_toys import make_toy_work, toy_contest
 
 from opensora_fast.benchmarks.contest import run_contest
-from opensora_fast.benchmarks.providers.provider import choose_providers
+from opensora_fast.benchmarks.providers.provider import Provider, choose_providers, of_function
 from opensora_fast.benchmarks.rows import Row
 from opensora_fast.benchmarks.session import DeviceLostError, Session
 from opensora_fast.benchmarks.timing import Sampling
@@ -61,6 +61,25 @@ def test_a_result_that_is_wrong_on_the_timed_inputs_only_gets_no_time(session):
     assert {item.row.provider for item in refused} == {"wrong-when-large"}
     assert "timed inputs" in str(refused[0])
     assert {row.checked_on for row in rows} == {"size 16"}
+
+
+def test_where_float64_does_not_fit_smaller_inputs_are_compared(session):
+    def multiply_if_it_fits(work):
+        if work.dtype == torch.float64 and work.leaves["a"].numel() > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work.leaves["a"] * work.leaves["b"]
+
+    reference = Provider("eager", of_function(multiply_if_it_fits))
+    contest = replace(
+        toy_contest(["eager", "wrong-when-large"]),
+        references=(reference,),
+        smaller=lambda: (make_toy_work(16), "size 16"),
+    )
+    rows, refused = run_contest(contest, session)
+    assert {(row.provider, row.status, row.checked_on) for row in rows} == {("eager", "ok", "size 16")}
+    assert {item.row.provider for item in refused} == {"wrong-when-large"}  # by eager's results on the timed inputs
+    with pytest.raises(torch.OutOfMemoryError):
+        run_contest(replace(contest, smaller=None), session)
 
 
 @pytest.mark.parametrize(
