@@ -64,9 +64,9 @@ def make_block_work(
     """A block with random weights and random inputs; `text`: mean tokens of a caption."""
     torch.manual_seed(seed)
     channels = config.hidden_size
+    layout = PackLayout.of(pack.shapes, device)  # not below: it computes on the host, on the default device
     with torch.device(device):
         block = STDiT2Block(channels, config.num_heads, config.mlp_ratio, config.qk_norm).to(dtype)
-        layout = PackLayout.of(pack.shapes, device)
         lengths = text_lengths(layout.num_videos, text)
         sizes = {
             "x": (layout.num_tokens, channels),

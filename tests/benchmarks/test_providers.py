@@ -133,6 +133,15 @@ def test_all_blocks_are_the_same(pack):
         assert_same(op_results(provider.prepare(work), work)[0], expected, 5e-6)
 
 
+def test_a_block_is_built_on_another_device_than_the_host():
+    """Tables of a pack are computed on the host, whatever the device of the block is."""
+    pack = Pack("mixed", (Workload("144p", 3, 1), Workload("256", 1, 2)))  # sizes that no other test has
+    work = make_block_work(CONFIG, pack, 5, "meta", torch.float32)
+    assert work.device == "meta" and work.layout.num_tokens == pack.tokens
+    tensors = [*work.leaves.values(), work.frequencies, work.layout.video_table]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
 @pytest.fixture(scope="module")
 def model_work():
     training = make_training(CONFIG, "cpu", torch.float32)
