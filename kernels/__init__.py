@@ -24,6 +24,7 @@ else:
     from .layout import PackLayout, TextLayout
     from .modulated_norm import modulated_norm
     from .patchify import patchify, token_grid, unpatchify
+    from .project_residual import project_residual
     from .qk_norm_rotary import qk_norm_rotary
     from .spatial_attention import spatial_attention
     from .temporal_attention import temporal_attention
@@ -39,6 +40,7 @@ __all__ = [
     "gelu_tanh",
     "modulated_norm",
     "patchify",
+    "project_residual",
     "qk_norm_rotary",
     "spatial_attention",
     "temporal_attention",

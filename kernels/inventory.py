@@ -19,6 +19,7 @@ OPS = (
     "qk_norm_rotary",
     "temporal_attention",
     "gate_residual",
+    "project_residual",
     "cross_attention",
     "gelu_tanh",
 )

@@ -159,8 +159,9 @@ def compute_block(
         backend=use.gate_residual,
     )
     attention = block.cross_attn
+    x, queries = kernels.project_residual(x, attention.q_linear.weight, attention.q_linear.bias)
     attended = kernels.cross_attention(
-        attention.q_linear(x).unflatten(1, (attention.num_heads, -1)),
+        queries.unflatten(1, (attention.num_heads, -1)),
         attention.kv_linear(context.text).unflatten(1, (2, attention.num_heads, -1)),
         layout,
         context.text_layout,
