@@ -19,9 +19,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -321,7 +323,15 @@ def _check_backend(path: Path, backend: str) -> None:
         raise ValueError(f"a run with backend {backend!r} computed {', '.join(others) or 'no op'} otherwise")
 
 
+def _end_with_parent() -> None:
+    """Ends this process when its standard input ends: whoever started it may be killed without a chance to do so."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 def main() -> None:
+    """Runs the job in the first argument; standard input has to stay open meanwhile."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     values = json.loads(sys.argv[1])
     values["runs"] = [tuple(run) for run in values["runs"]]
     try:

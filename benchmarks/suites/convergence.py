@@ -106,7 +106,7 @@ def _case(device: str, size: Size, dtype: str, value: float) -> Case:
                 reason = f"{distribution} is not installed, which {purpose}"
                 return [row.without_time("unavailable", reason) for row in planned], []
         share = min(session.seconds_factor, 1.0)
-        steps = max(round(size.steps * share), 2)
+        steps = max(round(size.steps * share), 1)
         curves = train_all(session, device, size, dtype, steps)
         return to_rows(planned, curves, size.provider, min(size.window, max(steps // 2, 1)))
 
@@ -188,7 +188,7 @@ def _run_process(job: Job, session: Session) -> None:
     log = Path(job.work) / "log.txt"
     command = [sys.executable, "-m", "opensora_fast.benchmarks.convergence", to_json(job)]
     with session.watch([], "training"), log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment)
         try:
             _wait(process, job, session)
         finally:

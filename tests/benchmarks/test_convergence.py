@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pandas as pd
@@ -279,6 +282,19 @@ def test_faults_in_float32_are_found(judge_faulty, op, change):
 def test_dropped_modulations_are_found_in_bfloat16_too(judge_faulty, op, change):
     verdict = judge_faulty(op, change, "bf16")
     assert verdict.error > verdict.limits[AGAINST_ROUNDING]
+
+
+def test_the_training_process_ends_with_whoever_started_it(tmp_path):
+    """The suite holds its standard input open, also when it is killed."""
+    job = Job([("eager", 42)], OVERRIDES, 10**6, "cpu", str(tmp_path / "curves"), str(tmp_path))
+    command = [sys.executable, "-m", "opensora_fast.benchmarks.convergence", convergence.to_json(job)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 100
+    while not (tmp_path / "clips").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(timeout=30) == 1
 
 
 def test_a_run_must_have_used_what_it_is_called_after(tmp_path):
