@@ -237,10 +237,12 @@ def train_once(job: Job, provider: str, seed: int, table: Path) -> Curve:
     if provider == PERTURBED:
         weights = perturb(_train(job, "reference", seed, table, work / f"initial-{seed}", steps=0))
     backend = "reference" if provider in (EAGER, PERTURBED) else "triton"
+    on_gpu = job.device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     _train(job, backend, seed, table, out, job.steps, weights)
     _check_backend(out / "kernels.json", backend)
     rows = read_metrics(out / "metrics.jsonl")
-    on_gpu = job.device == "cuda"
     curve = Curve(
         provider=provider,
         seed=seed,
