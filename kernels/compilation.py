@@ -1,11 +1,14 @@
 """Builds every kernel for a GPU that need not be there, and reads registers, spills and instructions from the result.
 
+What a row says of the machine code is found in `sass`; predictions are made from such rows.
+
 Each kernel module's `compile_cases(arch)` names its builds. A build takes a second or two; Triton's cache keeps it, and
 what was read from it is kept beside it, so a second run takes no time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -20,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import sass
 from .configurations import CompileCase
 from .dispatch import interpreting
 
@@ -49,9 +53,20 @@ def compile_kernels(architectures: list[str], processes: int | None = None) -> t
         processes: how many builds at a time; None for one on each CPU.
 
     Returns:
-        How many builds there are, and an iterator over their rows in the order in which they finish: kernel, arch,
-        config, dtype, note, attention, registers (a thread), spills (bytes), shared (bytes), hgmma (matrix instructions
-        of sm_90 in the SASS), matrix (matrix instructions of any kind). A build that fails has `error` and no numbers.
+        How many builds there are, and an iterator over their rows in the order in which they finish:
+
+        - kernel, arch, config, dtype, note, attention, num_warps;
+        - registers (a thread), spills (bytes), shared (bytes), hgmma (matrix instructions of sm_90 in the SASS), matrix
+          (matrix instructions of any kind);
+        - programs, warps: how many fit on a multiprocessor at once;
+        - loads, stores: bytes that a thread moves at a time → how many instructions on global memory do so;
+        - in_loop: whether the kernel has a hot loop (else `loop…` are of the whole kernel); loop: class of instruction
+          → how many; loop_products: multiply-adds for each warp; loop_loads, loop_stores; outside: fewest
+          instructions before and after the loop;
+        - unit, work: what is counted ("score" or "element") and how many of it `loop` computes; slots: instructions of
+          a thread for each. "", 0 and None where the build does not say.
+
+        A build that fails has `error` and no numbers.
 
     Raises:
         ValueError: an unknown architecture, or Triton is set to interpret.
@@ -86,15 +101,21 @@ def _build(module: str, index: int, arch: str) -> dict[str, Any]:
         "dtype": case.dtype,
         "note": case.note,
         "attention": case.attention,
+        "num_warps": case.configuration.num_warps,
+        "unit": case.unit,
+        "work": case.work,
     }
     try:
-        return row | compile_case(case, arch)
+        row |= compile_case(case, arch)
+        row |= sass.count_programs(arch, row["registers"], row["shared"], row["num_warps"])
+        threads = 32 * row["num_warps"]
+        return row | {"slots": sum(row["loop"].values()) * threads / case.work if case.work else None}
     except Exception as error:  # reported in the row, and the command fails: one bad kernel must not hide the others
         return row | {"error": f"{type(error).__name__}: {str(error).strip()[-500:]}"}
 
 
-def compile_case(case: CompileCase, arch: str) -> dict[str, int]:
-    """Builds one case and returns registers, spills, shared, hgmma and matrix, as in `compile_kernels`."""
+def compile_case(case: CompileCase, arch: str) -> dict[str, Any]:
+    """Builds one case and returns what its machine code says, as in `compile_kernels`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -115,19 +136,21 @@ def compile_case(case: CompileCase, arch: str) -> dict[str, int]:
     compiled = triton.compile(
         ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
-        options={"num_warps": case.configuration.num_warps, "num_stages": case.configuration.num_stages} | case.options,
+        options=case.configuration.options,
     )
     cache = get_cache_manager(compiled.hash)
-    path = cache.get_file("usage.json")
+    reader = b"".join(Path(file).read_bytes() for file in (__file__, sass.__file__))
+    kept_as = f"usage-{hashlib.sha256(reader).hexdigest()[:16]}.json"
+    path = cache.get_file(kept_as)
     if path is not None:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     usage = {"shared": compiled.metadata.shared, **read_cubin(compiled.asm["cubin"])}
-    cache.put(json.dumps(usage), "usage.json", binary=False)
+    cache.put(json.dumps(usage), kept_as, binary=False)
     return usage
 
 
-def read_cubin(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, bytes of local memory (spills) and counts of matrix instructions of a one-kernel cubin."""
+def read_cubin(cubin: bytes) -> dict[str, Any]:
+    """Registers a thread, bytes of local memory (spills) and what `sass.describe_sass` finds, of a one-kernel cubin."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -141,7 +164,7 @@ def read_cubin(cubin: bytes) -> dict[str, int]:
         "registers": usage["REG"],
         "spills": usage["STACK"] + usage["LOCAL"],
         "hgmma": len(re.findall(r"\bHGMMA\b", text)),
-        "matrix": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", text)),
+        **sass.describe_sass(text),
     }
 
 
@@ -156,6 +179,23 @@ def write_budget(rows: list[dict[str, Any]]) -> None:
     kept = [{name: row[name] for name in (*KEY, "registers", "shared")} for row in sorted(rows, key=build_key)]
     lines = ",\n".join(json.dumps(row) for row in kept)
     BUDGET_PATH.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def find_faults(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns a line for each build that spills, attends on sm_90 without HGMMA, or does not keep the budget.
+
+    Raises:
+        ValueError: the budget belongs to another Triton.
+    """
+    import triton
+
+    budget = read_budget()
+    if budget["triton"] != triton.__version__:
+        raise ValueError(f"the budget belongs to triton {budget['triton']}, installed is {triton.__version__}")
+    faults = [f"{' / '.join(build_key(row))}: {row['spills']} bytes of spills" for row in rows if row["spills"]]
+    attention = [row for row in rows if row["attention"] and row["arch"] == "sm_90"]
+    faults += [f"{' / '.join(build_key(row))}: no HGMMA" for row in attention if not row["hgmma"]]
+    return faults + check_budget(rows, budget["rows"])
 
 
 def build_key(row: dict[str, Any]) -> tuple[str, ...]:

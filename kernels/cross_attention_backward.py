@@ -315,15 +315,18 @@ def compile_cases(arch: str) -> list[CompileCase]:
             activations = ("q", "kv", "output", "output_gradient", "q_gradient", "kv_gradient")
             signature = {argument: f"*{dtype}" for argument in activations} | float32 | int32 | numbers
             size = "float32" if attends and dtype == "fp32" else "any"
+            configuration = candidates_of(CONFIGURATIONS, name, size, arch)[0]
             cases.append(
                 CompileCase(
                     name=name,
                     kernel=kernel,
                     signature={key: value for key, value in signature.items() if key in kernel.arg_names},
                     constants={"HEADS": 16, "HEAD_SIZE": 72} if attends else {"WIDTH": 2 * 16 * 72},
-                    configuration=candidates_of(CONFIGURATIONS, name, size, arch)[0],
+                    configuration=configuration,
                     dtype=dtype,
                     attention=attends and dtype != "fp32",
+                    unit="score" if attends else "",
+                    work=configuration["ROWS"] * configuration["STEP"] if attends else 0,
                 )
             )
     return cases

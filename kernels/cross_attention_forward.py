@@ -27,7 +27,10 @@ CONFIGURATIONS = {
             Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=128, num_warps=4, num_stages=2),
         ),
-        "any@sm_80": (Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=255, num_warps=8, num_stages=2),),
+        "any@sm_80": (
+            Configuration(ROWS=128, STEP=64, REMAINDER=16, num_warps=8, num_stages=2),
+            Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=255, num_warps=4, num_stages=2),
+        ),
         "float32": (Configuration(ROWS=32, STEP=32, REMAINDER=16, maxnreg=255, num_warps=8, num_stages=1),),
     },
 }
@@ -118,7 +121,6 @@ def launch_forward(
             num_tokens,
             HEADS=heads,
             HEAD_SIZE=head_size,
-            maxnreg=configuration["maxnreg"],
             **configuration.launch,
         )
 
@@ -138,7 +140,8 @@ def compile_cases(arch: str) -> list[CompileCase]:
                 configuration=configuration,
                 dtype=dtype,
                 attention=dtype != "fp32",
-                options={"maxnreg": configuration["maxnreg"]},
+                unit="score",
+                work=configuration["ROWS"] * configuration["STEP"],
             )
         )
     return cases

@@ -165,15 +165,18 @@ def compile_cases(arch: str) -> list[CompileCase]:
             ("gelu_tanh_forward", gelu_tanh_forward, {"y": f"*{dtype}"}),
             ("gelu_tanh_backward", gelu_tanh_backward, {"d_y": f"*{dtype}", "d_x": f"*{dtype}", "partials": "*fp32"}),
         ):
+            configuration = candidates_of(CONFIGURATIONS, name, "any", arch)[0]
             cases.append(
                 CompileCase(
                     name=name,
                     kernel=kernel,
                     signature=arguments | others,
                     constants={"K": 4608},
-                    configuration=candidates_of(CONFIGURATIONS, name, "any", arch)[0],
+                    configuration=configuration,
                     dtype=dtype,
                     note="with bias",
+                    unit="element",
+                    work=configuration["BLOCK_TOKENS"] * configuration["BLOCK_COLUMNS"],
                 )
             )
     return cases

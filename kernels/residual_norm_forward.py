@@ -194,4 +194,6 @@ def _compile_case(op: str, parts: str, dtype: str, size: str, configuration: Con
         dtype=dtype,
         divisible_by_16=strides,
         note=f"{parts}; {size} tokens",
+        unit="element",
+        work=1152,
     )

@@ -44,12 +44,17 @@ from .spatial_attention_forward import COMPILED, launch_normed_keys, shape_class
 CONFIGURATIONS = {
     "spatial_attention_queries_backward": {
         "small": (
+            # 168 registers a thread: three programs of four warps fit on a multiprocessor.
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
         ),
+        # Shared memory holds two programs there, whatever the registers.
+        "small@sm_100": (Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),),
         "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
         "large": (
             Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=3),
         ),
         "large@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
@@ -58,16 +63,18 @@ CONFIGURATIONS = {
     "spatial_attention_keys_backward": {
         "small": (
             Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
         ),
+        "small@sm_100": (Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),),
         "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
         "large": (
             Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=32, REMAINDER=32, num_warps=4, num_stages=3),
+            Configuration(ROWS=64, STEP=32, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=3),
         ),
         "large@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
         "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, num_warps=8, num_stages=1),),
+        "float32@sm_80": (Configuration(ROWS=32, STEP=16, REMAINDER=16, maxnreg=128, num_warps=8, num_stages=1),),
     },
 }
 
@@ -326,6 +333,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
         for dtype, with_norm, shape_class in COMPILED:
             signature = {argument: f"*{dtype}" for argument in types} | tables
             norm = NO_NORM if not with_norm else NORM_DONE if shape_class == "large" else NORM_LOADED
+            configuration = candidates_of(CONFIGURATIONS, name, shape_class, arch)[0]
             absent = [] if norm == NORM_DONE else ["normed_keys"]
             if kernel is _queries and not with_norm:
                 absent += ["q_weight", "k_weight"]
@@ -335,9 +343,11 @@ def compile_cases(arch: str) -> list[CompileCase]:
                     kernel=kernel,
                     signature={key: value for key, value in signature.items() if key in kernel.arg_names},
                     constants=dict.fromkeys(absent) | {"HEADS": 16, "HEAD_SIZE": 72, "NORM": norm.value},
-                    configuration=candidates_of(CONFIGURATIONS, name, shape_class, arch)[0],
+                    configuration=configuration,
                     dtype=dtype,
                     attention=dtype != "fp32",
+                    unit="score",
+                    work=configuration["ROWS"] * configuration["STEP"],
                     note=f"{'QK-norm' if with_norm else 'no norm'}; {shape_class} frames",
                 )
             )

@@ -48,7 +48,8 @@ BOUNDED_UP_TO = {torch.float32: 60.0, torch.bfloat16: 60.0, torch.float16: 14.0}
 
 CONFIGURATIONS = {
     "spatial_attention_forward": {
-        "small": (  # 168 registers a thread: three programs of four warps fit on a multiprocessor
+        "small": (  # 128 registers a thread: four programs of four warps fit on a multiprocessor; with 168 three
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=128, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=255, num_warps=4, num_stages=3),
             Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=3),
@@ -244,7 +245,6 @@ def launch_forward(
                 HEAD_SIZE=head_size,
                 NORM=norm.value,
                 BOUNDED_LIMIT=BOUNDED_UP_TO[qkv.dtype],
-                maxnreg=configuration["maxnreg"],
                 **configuration.launch,
             )
 
@@ -296,11 +296,13 @@ def compile_cases(arch: str) -> list[CompileCase]:
                 configuration=configuration,
                 dtype=dtype,
                 attention=dtype != "fp32",
+                unit="score",
+                work=configuration["ROWS"] * configuration["STEP"],
                 note=f"{'QK-norm' if with_norm else 'no norm'}; {shape_class} frames",
-                options={"maxnreg": configuration["maxnreg"]},
             )
         )
     for dtype in ("bf16", "fp16", "fp32"):
+        configuration = candidates_of(CONFIGURATIONS, "spatial_attention_normed_keys", "any", arch)[0]
         cases.append(
             CompileCase(
                 name="spatial_attention_normed_keys",
@@ -308,8 +310,10 @@ def compile_cases(arch: str) -> list[CompileCase]:
                 signature=dict.fromkeys(("qkv", "normed_keys"), f"*{dtype}")
                 | {"statistics": "*fp32", "num_tokens": "i32", "eps": "fp32"},
                 constants={"HEADS": 16, "HEAD_SIZE": 72},
-                configuration=candidates_of(CONFIGURATIONS, "spatial_attention_normed_keys", "any", arch)[0],
+                configuration=configuration,
                 dtype=dtype,
+                unit="element",
+                work=configuration["ROWS"] * 72,
             )
         )
     return cases

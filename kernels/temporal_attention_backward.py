@@ -188,4 +188,6 @@ def _compile_case(arch: str, rows: int, dtype: str) -> CompileCase:
         dtype=dtype,
         attention=True,
         note=f"{rows} rows",
+        unit="element",
+        work=rows * 72,
     )

@@ -49,7 +49,9 @@ CONFIGURATIONS = {
     },
     "temporal_attention_long_keys_backward": {
         "any": (Configuration(STEP=32, num_warps=4, num_stages=2), Configuration(STEP=32, num_warps=8, num_stages=2)),
+        "any@sm_100": (Configuration(STEP=32, maxnreg=255, num_warps=4, num_stages=2),),
         "any@sm_80": (
+            Configuration(STEP=16, num_warps=4, num_stages=1),
             Configuration(STEP=16, num_warps=4, num_stages=2),
             Configuration(STEP=32, num_warps=8, num_stages=2),
         ),
@@ -252,12 +254,15 @@ def _compile_case(arch: str, rows: str, kernel: object, tensors: str, sums: str)
     name = f"temporal_attention_long_{rows}_backward"
     types = dict.fromkeys(("qkv", "q_weight", "k_weight", *tensors.split()), "*bf16")
     types |= dict.fromkeys(("cos", "sin", "log_sums", *sums.split()), "*fp32") | {"blocks": "*i32", "eps": "fp32"}
+    configuration = candidates_of(CONFIGURATIONS, name, "any", arch)[0]
     return CompileCase(
         name=name,
         kernel=kernel,
         signature=types,
         constants={"HEADS": 16, "HEAD_SIZE": 72, "ROWS": PLACE_BLOCK_ROWS},
-        configuration=candidates_of(CONFIGURATIONS, name, "any", arch)[0],
+        configuration=configuration,
         dtype="bf16",
         attention=True,
+        unit="score",
+        work=PLACE_BLOCK_ROWS * configuration["STEP"],
     )

@@ -163,14 +163,17 @@ def compile_cases(arch: str) -> list[CompileCase]:
     types = dict.fromkeys(("qkv", "q_weight", "k_weight", "output"), "*bf16")
     types |= dict.fromkeys(("cos", "sin", "log_sums"), "*fp32") | {"blocks": "*i32", "eps": "fp32"}
     sizes = {"HEADS": 16, "HEAD_SIZE": 72, "ROWS": PLACE_BLOCK_ROWS}
+    configuration = candidates_of(CONFIGURATIONS, "temporal_attention_long_forward", "any", arch)[0]
     return [
         CompileCase(
             name="temporal_attention_long_forward",
             kernel=_forward,
             signature=types,
             constants=sizes | {"BOUNDED_LIMIT": BOUNDED_UP_TO[torch.bfloat16]},
-            configuration=candidates_of(CONFIGURATIONS, "temporal_attention_long_forward", "any", arch)[0],
+            configuration=configuration,
             dtype="bf16",
             attention=True,
+            unit="score",
+            work=PLACE_BLOCK_ROWS * configuration["STEP"],
         )
     ]

@@ -32,17 +32,18 @@ def shape_class(rows: int | None, dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def place_rows(tile, ROWS: tl.constexpr):
-    """The rows of a tile of `layout.place_tiles`, each [ROWS].
+def place_rows(tile, ROWS: tl.constexpr, AGAIN: tl.constexpr = False):
+    """The rows of a tile of `layout.place_tiles`, each [ROWS]. AGAIN is as in `load_weight_product`.
 
     Returns:
         token, frame within its video, place within the tile, whether the row holds a token, and whether that token has
         others to attend to (T > 1).
     """
-    first_token = tl.load(tile)
-    frames = tl.load(tile + 1)
-    frame_tokens = tl.load(tile + 2)
-    places = tl.load(tile + 3)
+    HINT: tl.constexpr = ".ca" if AGAIN else ""
+    first_token = tl.load(tile, cache_modifier=HINT)
+    frames = tl.load(tile + 1, cache_modifier=HINT)
+    frame_tokens = tl.load(tile + 2, cache_modifier=HINT)
+    places = tl.load(tile + 3, cache_modifier=HINT)
     row = tl.arange(0, ROWS)
     # row // frames: a division for each row would cost as much as the softmax. Exact, as row and frames are below 256.
     place = row * ((65535 + frames) // frames) >> 16

@@ -22,7 +22,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,32 +36,44 @@ Table = Mapping[str, Mapping[str, Sequence["Configuration"]]]  # kernel → shap
 
 @dataclass(frozen=True, init=False)
 class Configuration:
-    """What a tuner may change: constexprs of a kernel (NAMED_SO), choices of its launcher (named_so), warps, stages."""
+    """What a tuner may change: constexprs of a kernel (NAMED_SO), choices of its launcher (named_so), build options.
+
+    The options are warps, stages and, where `maxnreg` is not None, the most registers that a thread may have.
+    """
 
     constants: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
+    maxnreg: int | None
 
-    def __init__(self, *, num_warps: int = 4, num_stages: int = 2, **constants: int) -> None:
+    def __init__(
+        self, *, num_warps: int = 4, num_stages: int = 2, maxnreg: int | None = None, **constants: int
+    ) -> None:
         object.__setattr__(self, "constants", tuple(constants.items()))
         object.__setattr__(self, "num_warps", num_warps)
         object.__setattr__(self, "num_stages", num_stages)
+        object.__setattr__(self, "maxnreg", maxnreg)
 
     def __getitem__(self, name: str) -> int:
         return dict(self.constants)[name]
 
     @property
     def choices(self) -> dict[str, int]:
-        return {**dict(self.constants), "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**dict(self.constants), **self.options}
 
     @property
     def constexprs(self) -> dict[str, int]:
         return {name: value for name, value in self.constants if name.isupper()}
 
     @property
+    def options(self) -> dict[str, int]:
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {**limit, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    @property
     def launch(self) -> dict[str, int]:
         """Keyword arguments of a launch: `kernel[grid](..., **configuration.launch)`."""
-        return {**self.constexprs, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.constexprs, **self.options}
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.choices.items())
@@ -81,6 +93,8 @@ class CompileCase:
         divisible_by_16: integer arguments that are multiples of 16 in practice; pointers always count as aligned.
         attention: True where the build on sm_90 must use the matrix units (HGMMA).
         note: what tells this build from others of the same kernel, such as "noised and given rows".
+        unit: what the work of a kernel is counted in: "score" (a query and a key) or "element" (of one tensor's rows).
+        work: how many of them one program computes in one iteration of its hot loop, or without a loop altogether.
     """
 
     name: str
@@ -92,7 +106,8 @@ class CompileCase:
     divisible_by_16: tuple[str, ...] = ()
     attention: bool = False
     note: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    unit: str = ""
+    work: int = 0
 
 
 def candidates_of(table: Table, kernel: str, shape_class: str, arch: str | None = None) -> Sequence[Configuration]:

@@ -37,7 +37,12 @@ def compile_all(
     arch: Annotated[str, typer.Option(help="Architectures, with commas.")] = "sm_80,sm_90,sm_100",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Builds at a time; default: one on each CPU.")] = None,
-    write_budget: Annotated[bool, typer.Option(help="Make this the budget that the tests hold; sm_90 only.")] = False,
+    write_budget: Annotated[
+        bool, typer.Option(help="Make this the budget; needs all architectures, the tests hold sm_90 to it.")
+    ] = False,
+    check_budget: Annotated[
+        bool, typer.Option(help="Exit with 1 if a build spills, needs more than the budget, or attends without HGMMA.")
+    ] = False,
 ) -> None:
     """Build every kernel as the model of hidden size 1152 and head size 72 uses it, and print what each build needs.
 
@@ -47,8 +52,8 @@ def compile_all(
     from opensora_fast.progress import Progress
 
     architectures = [name.strip() for name in arch.split(",") if name.strip()]
-    if write_budget and architectures != ["sm_90"]:
-        raise ValueError("--write-budget: the budget is of sm_90; add --arch sm_90")
+    if write_budget and set(architectures) != set(compilation.ARCHITECTURES):
+        raise ValueError("--write-budget: the budget is of all architectures; leave --arch out")
     total, builds = compilation.compile_kernels(architectures, processes)
     rows = []
     with Progress("build kernels", total=total, unit="builds") as progress:
@@ -63,12 +68,26 @@ def compile_all(
         raise ValueError(f"{len(failed)} of {len(rows)} builds failed:\n{names}")
     if write_budget:
         compilation.write_budget(rows)
+    if check_budget:
+        faults = compilation.find_faults(rows)
+        if faults:
+            raise ValueError("\n  ".join([f"{len(faults)} faults:", *faults]))
 
 
 def format_builds(rows: list[dict[str, Any]]) -> str:
-    """One line for each build, in columns."""
-    columns = ("kernel", "arch", "dtype", "registers", "spills", "shared", "hgmma", "config", "note")
-    table = [columns, *([str(row.get(name, "failed")) for name in columns] for row in rows)]
+    """One line for each build, in columns: bytes of an access × how many for loads and stores of global memory."""
+
+    def show(row: dict[str, Any], name: str) -> str:
+        value = row.get(name, "failed")
+        if isinstance(value, dict):
+            return " ".join(f"{width}×{count}" for width, count in value.items())
+        if name == "slots" and isinstance(value, float):
+            return f"{value:.1f}/{row['unit']}"
+        return "" if value is None else str(value)
+
+    columns = ("kernel", "arch", "dtype", "registers", "spills", "shared", "hgmma", "programs", "warps")
+    columns += ("loads", "stores", "slots", "config", "note")
+    table = [columns, *([show(row, name) for name in columns] for row in rows)]
     widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
     lines = ("  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)) for line in table)
     return "\n".join(line.rstrip() for line in lines)

@@ -30,6 +30,13 @@ def test_capitals_reach_the_kernel_and_small_letters_only_the_launcher() -> None
     assert SMALL == Configuration(BLOCK=16, tile=4, num_warps=2) != LARGE
 
 
+def test_a_limit_of_registers_is_an_option_of_the_build() -> None:
+    limited = Configuration(BLOCK=16, num_warps=2, maxnreg=128)
+    assert limited.options == {"maxnreg": 128, "num_warps": 2, "num_stages": 2}
+    assert limited.launch == limited.choices == {"BLOCK": 16, **limited.options}
+    assert limited != Configuration(BLOCK=16, num_warps=2)
+
+
 def test_the_first_candidate_is_the_default(gpu) -> None:
     assert select(TABLE, "kernel", "any", CPU) == SMALL == select(TABLE, "kernel", "any", CUDA)
 
