@@ -68,7 +68,7 @@ def test_sections_without_rows_say_which_command_makes_them(tmp_path):
         assert section.lack in section_of(page, "At a glance")
     assert "No rows" not in section_of(page, "Decoding")
     assert "our training steps at 144p, 240p, 360p, 480p, 720p" in text_of(page)
-    assert "any of this project's kernels" in section_of(page, "At a glance")
+    assert "speed of any of this project's kernels" in section_of(page, "At a glance")
 
 
 def test_every_section_has_rows_when_everything_was_measured():
@@ -232,6 +232,8 @@ def test_loss_curves_stand_beside_what_they_may_be(tmp_path):
     assert content.count("<svg") == 2 and "30.0%" in content and "3.00e-02 of at most 1.00e-01" in content
     assert "ours, seed 43" in content and "eager, seeds 42 and 44" in content
     assert "<b>30%</b>" in glance and "<b>25%</b>" in glance
+    only = write_report(write_rows(tmp_path / "only", [row]))
+    assert "speed of any of this project's kernels" in section_of(only, "At a glance")
 
 
 def test_misses_come_first(tmp_path):
