@@ -37,7 +37,7 @@ def test_the_list_is_printed_for_people_and_programs(capsys) -> None:
     ("arguments", "message"),
     [
         (["compile", "--arch", "sm_70"], "--arch sm_70: unknown; choose among sm_80, sm_90, sm_100"),
-        (["compile", "--write-budget"], "--write-budget: the budget is of sm_90"),
+        (["compile", "--arch", "sm_90", "--write-budget"], "--write-budget: the budget is of all architectures"),
         (["autotune", "--op", "softmax"], "--op softmax: nothing to tune"),
         pytest.param(
             ["autotune"],
