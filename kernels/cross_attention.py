@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import check_head_size, check_tensor, check_tokens
 from .layout import PackLayout, TextLayout
-from .registration import choose_backend
+from .registration import choose_backend, kernel_op
 
 
 def cross_attention_reference(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout) -> Tensor:
@@ -76,7 +76,7 @@ def cross_attention(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout,
 # ---- registration: tensors and numbers only; `runs` is what attention_tables calls by that name ----
 
 
-@torch.library.custom_op("opensora_fast::cross_attention", mutates_args=())
+@kernel_op("opensora_fast::cross_attention")
 def _cross_attention(
     q: Tensor, kv: Tensor, text_starts: Tensor, text_lengths: Tensor, max_length: int, runs: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def _allocate_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return output, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
 
 
-@torch.library.custom_op("opensora_fast::cross_attention_backward", mutates_args=())
+@kernel_op("opensora_fast::cross_attention_backward")
 def _cross_attention_backward(
     output_gradient: Tensor,
     q: Tensor,

@@ -18,7 +18,7 @@ from torch import Tensor
 from .checks import check_head_size, check_self_attention
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference
-from .registration import choose_backend
+from .registration import choose_backend, kernel_op
 
 
 def spatial_attention_reference(
@@ -72,7 +72,7 @@ def spatial_attention(
 # ---- registration: tensors and numbers only; `runs` is what attention_tables calls by that name ----
 
 
-@torch.library.custom_op("opensora_fast::spatial_attention", mutates_args=())
+@kernel_op("opensora_fast::spatial_attention")
 def _spatial_attention(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, runs: list[int], eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ def _allocate_outputs(qkv: Tensor, q_weight: Tensor | None) -> tuple[Tensor, Ten
     )
 
 
-@torch.library.custom_op("opensora_fast::spatial_attention_backward", mutates_args=())
+@kernel_op("opensora_fast::spatial_attention_backward")
 def _spatial_attention_backward(
     output_gradient: Tensor,
     qkv: Tensor,
