@@ -150,6 +150,14 @@ def store_vector(pointer, vector, HEAD_SIZE: tl.constexpr):
 
 
 @triton.jit
+def store_column_sums(partials, head, inside, HEAD_SIZE: tl.constexpr):
+    """Writes the sum of the rows of a head tile [m, D] that are `inside` to this program's row of `partials` [m, D]."""
+    wide = tl.sum(tl.where(inside[:, None], head[0], 0.0), axis=0)
+    tail = tl.sum(tl.where(inside[:, None], head[1], 0.0), axis=0)
+    store_vector(partials + tl.program_id(0).to(tl.int64) * HEAD_SIZE, (wide, tail), HEAD_SIZE)
+
+
+@triton.jit
 def zero_head(ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr):
     """Sums to start from: a float32 head tile [ROWS, D]."""
     return (

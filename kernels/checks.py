@@ -65,10 +65,19 @@ def check_qk_weights(
         check_tensor(op, "k_weight", k_weight, (head_size,), layout.device)
 
 
-def check_self_attention(op: str, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, layout: PackLayout):
-    """qkv [N, 3, H, D] and the weights of the QK-norm."""
+def check_self_attention(
+    op: str,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    layout: PackLayout,
+    qkv_bias: Tensor | None,
+) -> None:
+    """qkv [N, 3, H, D], the weights of the QK-norm, and the bias [3, H, D] or None."""
     check_tokens(op, "qkv", qkv, layout, 3, None, None)
     check_qk_weights(op, q_weight, k_weight, qkv.shape[3], layout)
+    if qkv_bias is not None:
+        check_tensor(op, "qkv_bias", qkv_bias, tuple(qkv.shape[1:]), layout.device)
 
 
 def check_angles(op: str, cos: Tensor, sin: Tensor, head_size: int, layout: PackLayout) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_head_size, check_tensor, check_tokens
 from .layout import PackLayout, TextLayout
 from .registration import choose_backend, kernel_op
@@ -42,7 +43,15 @@ def cross_attention_reference(q: Tensor, kv: Tensor, layout: PackLayout, text: T
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def cross_attention(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout, *, backend: str = "auto") -> Tensor:
+def cross_attention(
+    q: Tensor,
+    kv: Tensor,
+    layout: PackLayout,
+    text: TextLayout,
+    *,
+    q_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Attends from video tokens to their video's text.
 
     Args:
@@ -50,6 +59,8 @@ def cross_attention(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout,
         kv: [M, 2, H, D], output of the key-value Linear.
         layout: the pack's layout.
         text: where each video's text tokens lie in kv.
+        q_bias: [H, D] bias of the query Linear, which q holds already. It receives its gradient here, so the Linear is
+            to be given `bias.detach()`; see `bias_gradient`.
         backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.
 
     Returns:
@@ -61,16 +72,18 @@ def cross_attention(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout,
     op = "cross_attention"
     check_tokens(op, "q", q, layout, None, None)
     check_tensor(op, "kv", kv, (text.num_tokens, 2, q.shape[1], q.shape[2]), layout.device)
+    if q_bias is not None:
+        check_tensor(op, "q_bias", q_bias, tuple(q.shape[1:]), layout.device)
     if text.lengths.shape != (layout.num_videos,):
         raise ValueError(f"{op}: text describes {text.lengths.shape[0]} videos, the layout {layout.num_videos}")
     for name, table in (("starts", text.starts), ("lengths", text.lengths)):
         if table.device != layout.device:
             raise ValueError(f"{op}: text.{name} is on {table.device}, but the layout is on {layout.device}")
     if choose_backend(op, backend, q, kv) == "reference":
-        return cross_attention_reference(q, kv, layout, text)
+        return cross_attention_reference(collect_bias_gradient_reference(q, q_bias), kv, layout, text)
     check_head_size(op, q.shape[2])
     runs = [number for run in layout.runs for number in (run.videos, run.frames * run.frame_tokens)]
-    return _cross_attention(q, kv.to(q.dtype), text.starts, text.lengths, text.max_length, runs)[0]
+    return _cross_attention(q, kv.to(q.dtype), q_bias, text.starts, text.lengths, text.max_length, runs)[0]
 
 
 # ---- registration: tensors and numbers only; `runs` is what attention_tables calls by that name ----
@@ -78,7 +91,13 @@ def cross_attention(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout,
 
 @kernel_op("opensora_fast::cross_attention")
 def _cross_attention(
-    q: Tensor, kv: Tensor, text_starts: Tensor, text_lengths: Tensor, max_length: int, runs: list[int]
+    q: Tensor,
+    kv: Tensor,
+    q_bias: Tensor | None,
+    text_starts: Tensor,
+    text_lengths: Tensor,
+    max_length: int,
+    runs: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [N, H, D] and the log sums of `launch_forward`."""
     from .cross_attention_forward import launch_forward
@@ -89,7 +108,7 @@ def _cross_attention(
 
 
 @_cross_attention.register_fake
-def _(q, kv, text_starts, text_lengths, max_length, runs):
+def _(q, kv, q_bias, text_starts, text_lengths, max_length, runs):
     return _allocate_outputs(q)
 
 
@@ -103,31 +122,48 @@ def _cross_attention_backward(
     output_gradient: Tensor,
     q: Tensor,
     kv: Tensor,
+    q_bias: Tensor | None,
     text_starts: Tensor,
     text_lengths: Tensor,
     output: Tensor,
     log_sums: Tensor,
     max_length: int,
     runs: list[int],
-) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of q and kv."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, kv and q_bias; the last is empty where it is None."""
     from .cross_attention_backward import launch_backward
 
     tensors = [tensor.contiguous() for tensor in (output_gradient, q, kv, output)]
-    q_gradient = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    kv_gradient = torch.zeros(kv.shape, dtype=kv.dtype, device=kv.device)
-    launch_backward(*tensors, log_sums, q_gradient, kv_gradient, text_starts, text_lengths, max_length, runs)
-    return q_gradient, kv_gradient
+    q_gradient, kv_gradient, bias_gradient = gradients = _allocate_gradients(q, kv, q_bias)
+    kv_gradient.zero_()
+    launch_backward(
+        *tensors,
+        log_sums,
+        q_gradient,
+        kv_gradient,
+        None if q_bias is None else bias_gradient[None],
+        text_starts,
+        text_lengths,
+        max_length,
+        runs,
+    )
+    return gradients
 
 
 @_cross_attention_backward.register_fake
-def _(output_gradient, q, kv, text_starts, text_lengths, output, log_sums, max_length, runs):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+def _(output_gradient, q, kv, q_bias, text_starts, text_lengths, output, log_sums, max_length, runs):
+    return _allocate_gradients(q, kv, q_bias)
+
+
+def _allocate_gradients(q: Tensor, kv: Tensor, q_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    like_q, like_kv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, kv))
+    return like_q, like_kv, q.new_empty(0) if q_bias is None else torch.empty_like(q_bias).contiguous()
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.max_length, ctx.runs = inputs
-    ctx.save_for_backward(*tensors, *output)
+    q, kv, q_bias, text_starts, text_lengths, ctx.max_length, ctx.runs = inputs
+    q_bias = q_bias if ctx.needs_input_grad[2] else None
+    ctx.save_for_backward(q, kv, q_bias, text_starts, text_lengths, *output)
 
 
 def _backward(ctx, output_gradient, _):

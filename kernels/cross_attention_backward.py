@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .attention_loops import NO_NORM, key_gradient, query_gradient
 from .attention_tables import row_tiles, tile_ranges
-from .attention_tiles import load_head, multiply, store_head, to_float32
+from .attention_tiles import load_head, multiply, store_column_sums, store_head, to_float32
+from .bias_gradient import BiasPartials
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .cross_attention_forward import shape_class
 from .registration import on_device
@@ -66,6 +67,7 @@ def _queries(
     log_sums,
     deltas,
     q_gradient,
+    bias_partials,
     tiles,
     text_starts,
     text_lengths,
@@ -117,6 +119,8 @@ def _queries(
     scale = tl.where(text_length > 1, SCALE, 0.0)  # a lone key has probability one: nothing moves it
     sums = sums[0] * scale, sums[1] * scale
     store_head(q_gradient + in_tokens, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if bias_partials is not None:
+        store_column_sums(bias_partials, sums, inside, HEAD_SIZE)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunk_tokens", "max_length"])
@@ -232,12 +236,14 @@ def launch_backward(
     log_sums: Tensor,
     q_gradient: Tensor,
     kv_gradient: Tensor,
+    bias_gradient: Tensor | None,
     text_starts: Tensor,
     text_lengths: Tensor,
     max_length: int,
     runs: list[int],
 ) -> None:
-    """Fills q_gradient [N, H, D], and in kv_gradient [M, 2, H, D], which holds zeros, the rows of real text.
+    """Fills q_gradient [N, H, D], that of its bias [1, H, D] unless it is None, and in kv_gradient [M, 2, H, D], which
+    holds zeros, the rows of real text.
 
     All of [N, …] and [M, …] must be contiguous.
     """
@@ -246,6 +252,7 @@ def launch_backward(
     deltas = torch.empty(heads, num_tokens, dtype=torch.float32, device=q.device)
     configuration = select(CONFIGURATIONS, "cross_attention_queries_backward", shape_class(q), q.device)
     tiles = row_tiles(runs, configuration["ROWS"], q.device)
+    bias_partials = BiasPartials(bias_gradient, 1, tiles.shape[0])
     with on_device(q):
         _queries[(tiles.shape[0] * heads,)](
             q,
@@ -255,6 +262,7 @@ def launch_backward(
             log_sums,
             deltas,
             q_gradient,
+            bias_partials.take(tiles.shape[0])[0],
             tiles,
             text_starts,
             text_lengths,
@@ -263,6 +271,8 @@ def launch_backward(
             HEAD_SIZE=head_size,
             **configuration.launch,
         )
+    if bias_gradient is not None:
+        bias_partials.add_up(bias_gradient)
     chunk_tokens = chunk_length(num_tokens)
     chunks = row_tiles(runs, chunk_tokens, q.device)
     width = 2 * heads * head_size
@@ -302,7 +312,7 @@ def launch_backward(
 
 def compile_cases(arch: str) -> list[CompileCase]:
     cases = []
-    float32 = dict.fromkeys(("log_sums", "deltas", "partials"), "*fp32")
+    float32 = dict.fromkeys(("log_sums", "deltas", "partials", "bias_partials"), "*fp32")
     int32 = dict.fromkeys(("tiles", "chunks", "chunk_ranges", "text_starts", "text_lengths"), "*i32")
     numbers = dict.fromkeys(("num_tokens", "chunk_tokens", "max_length"), "i32")
     for name, kernel in (

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_head_size, check_self_attention
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference
@@ -42,6 +43,7 @@ def spatial_attention(
     k_weight: Tensor | None,
     layout: PackLayout,
     *,
+    qkv_bias: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> Tensor:
@@ -51,6 +53,8 @@ def spatial_attention(
         qkv: [N, 3, H, D], output of the qkv Linear.
         q_weight, k_weight: [D] weights of the QK-norm; both None for no norm.
         layout: the pack's layout.
+        qkv_bias: [3, H, D] bias of that Linear, which qkv holds already. It receives its gradient here, so the Linear
+            is to be given `bias.detach()`; see `bias_gradient`.
         eps: of the RMS norm.
         backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.
 
@@ -61,12 +65,13 @@ def spatial_attention(
         ValueError: a shape, dtype or device that does not fit, naming the argument.
     """
     op = "spatial_attention"
-    check_self_attention(op, qkv, q_weight, k_weight, layout)
+    check_self_attention(op, qkv, q_weight, k_weight, layout, qkv_bias)
     if choose_backend(op, backend, qkv, q_weight, k_weight) == "reference":
+        qkv = collect_bias_gradient_reference(qkv, qkv_bias)
         return spatial_attention_reference(qkv, q_weight, k_weight, layout, eps)
     check_head_size(op, qkv.shape[3])
     runs = [number for run in layout.runs for number in (run.videos * run.frames, run.frame_tokens)]
-    return _spatial_attention(qkv, q_weight, k_weight, runs, eps)[0]
+    return _spatial_attention(qkv, q_weight, k_weight, qkv_bias, runs, eps)[0]
 
 
 # ---- registration: tensors and numbers only; `runs` is what attention_tables calls by that name ----
@@ -74,7 +79,12 @@ def spatial_attention(
 
 @kernel_op("opensora_fast::spatial_attention")
 def _spatial_attention(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, runs: list[int], eps: float
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    qkv_bias: Tensor | None,
+    runs: list[int],
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [N, H, D] and the statistics of `launch_forward`."""
     from .spatial_attention_forward import launch_forward
@@ -85,7 +95,7 @@ def _spatial_attention(
 
 
 @_spatial_attention.register_fake
-def _(qkv, q_weight, k_weight, runs, eps):
+def _(qkv, q_weight, k_weight, qkv_bias, runs, eps):
     return _allocate_outputs(qkv, q_weight)
 
 
@@ -108,36 +118,39 @@ def _spatial_attention_backward(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    qkv_bias: Tensor | None,
     output: Tensor,
     statistics: Tensor,
     runs: list[int],
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of qkv, q_weight and k_weight; the last two are empty without QK-norm."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of qkv, q_weight, k_weight and qkv_bias; those of what is None are empty."""
     from .spatial_attention_backward import launch_backward
 
-    qkv_gradient, q_weight_gradient, k_weight_gradient = _allocate_gradients(qkv, q_weight, k_weight)
+    gradients = _allocate_gradients(qkv, q_weight, k_weight, qkv_bias)
+    qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient = gradients
     tensors = _contiguous(output_gradient, qkv, q_weight, k_weight)
-    sums = launch_backward(*tensors, output, statistics, qkv_gradient, runs, eps)
+    wanted_bias = None if qkv_bias is None else bias_gradient
+    sums = launch_backward(*tensors, output, statistics, qkv_gradient, wanted_bias, runs, eps)
     if q_weight is not None:
         torch.mul(sums, k_weight, out=q_weight_gradient)
         torch.mul(sums, q_weight, out=k_weight_gradient)
-    return qkv_gradient, q_weight_gradient, k_weight_gradient
+    return gradients
 
 
 @_spatial_attention_backward.register_fake
-def _(output_gradient, qkv, q_weight, k_weight, output, statistics, runs, eps):
-    return _allocate_gradients(qkv, q_weight, k_weight)
+def _(output_gradient, qkv, q_weight, k_weight, qkv_bias, output, statistics, runs, eps):
+    return _allocate_gradients(qkv, q_weight, k_weight, qkv_bias)
 
 
-def _allocate_gradients(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    weights = (qkv.new_empty(0) if weight is None else torch.empty_like(weight) for weight in (q_weight, k_weight))
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), *weights
+def _allocate_gradients(qkv: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    small = (qkv.new_empty(0) if other is None else torch.empty_like(other).contiguous() for other in others)
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), *small
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    qkv, q_weight, k_weight, ctx.runs, ctx.eps = inputs
-    ctx.save_for_backward(qkv, q_weight, k_weight, *output)
+    qkv, q_weight, k_weight, qkv_bias, ctx.runs, ctx.eps = inputs
+    ctx.save_for_backward(qkv, q_weight, k_weight, qkv_bias if ctx.needs_input_grad[3] else None, *output)
 
 
 def _backward(ctx, output_gradient, _):

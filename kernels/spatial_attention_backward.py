@@ -33,10 +33,12 @@ from .attention_tiles import (
     multiply,
     rms_norm_gradient,
     scale_rows,
+    store_column_sums,
     store_head,
     store_vector,
     to_float32,
 )
+from .bias_gradient import BiasPartials
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .registration import on_device
 from .spatial_attention_forward import COMPILED, launch_normed_keys, shape_classes
@@ -92,6 +94,7 @@ def _queries(
     scaled_queries,
     qkv_gradient,
     weight_partials,
+    bias_partials,
     tiles,
     num_tokens,
     HEADS: tl.constexpr,
@@ -162,6 +165,8 @@ def _queries(
         sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
     gradient = qkv_gradient + first_token * TOKEN_STRIDE + head * HEAD_SIZE
     store_head(gradient, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if bias_partials is not None:
+        store_column_sums(bias_partials, sums, inside, HEAD_SIZE)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -173,6 +178,8 @@ def _keys(
     statistics,
     deltas,
     qkv_gradient,
+    key_bias_partials,
+    value_bias_partials,
     tiles,
     num_tokens,
     HEADS: tl.constexpr,
@@ -226,6 +233,8 @@ def _keys(
     inside = rows < length
     gradient = qkv_gradient + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
     store_head(gradient + HEADS * HEAD_SIZE, value_sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if value_bias_partials is not None:
+        store_column_sums(value_bias_partials, value_sums, inside, HEAD_SIZE)
     scale = tl.where(length > 1, SCALE if NORM == NO_NORM else 1.0 / LOG2_E, 0.0)
     sums = key_sums[0] * scale, key_sums[1] * scale
     if NORM != NO_NORM:
@@ -235,6 +244,8 @@ def _keys(
         normed = scale_rows(to_float32(load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), factors)  # k̂
         sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
     store_head(gradient, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if key_bias_partials is not None:
+        store_column_sums(key_bias_partials, sums, inside, HEAD_SIZE)
 
 
 def launch_backward(
@@ -245,10 +256,13 @@ def launch_backward(
     output: Tensor,
     statistics: Tensor,
     qkv_gradient: Tensor,
+    bias_gradient: Tensor | None,
     runs: list[int],
     eps: float,
 ) -> Tensor:
-    """Fills the gradient of qkv; returns G [D] float32 of the module's docstring (empty without QK-norm).
+    """Fills the gradients of qkv [N, 3, H, D] and of its bias [3, H, D] (None where it is not wanted).
+
+    Returns G [D] float32 of the module's docstring (empty without QK-norm).
 
     All of [N, …] must be contiguous.
     """
@@ -266,9 +280,13 @@ def launch_backward(
         norm = NO_NORM if q_weight is None else NORM_DONE if shape_class == "large" else NORM_LOADED
         return norm.value
 
-    for shape_class, bounds in classes:
-        configuration = select(CONFIGURATIONS, "spatial_attention_queries_backward", shape_class, device)
-        tiles = row_tiles(tuple(runs), configuration["ROWS"], device, *bounds)
+    def plan(kernel: str) -> list[tuple[str, Configuration, Tensor]]:
+        chosen = [(name, select(CONFIGURATIONS, kernel, name, device), bounds) for name, bounds in classes]
+        return [(name, found, row_tiles(tuple(runs), found["ROWS"], device, *bounds)) for name, found, bounds in chosen]
+
+    launches = plan("spatial_attention_queries_backward")
+    bias_partials = BiasPartials(bias_gradient, 1, sum(tiles.shape[0] for *_, tiles in launches))
+    for shape_class, configuration, tiles in launches:
         programs = tiles.shape[0] * heads
         partials.append(torch.empty(0 if q_weight is None else programs, head_size, dtype=torch.float32, device=device))
         with on_device(qkv):
@@ -284,6 +302,7 @@ def launch_backward(
                 queries,
                 qkv_gradient,
                 partials[-1],
+                bias_partials.take(tiles.shape[0])[0],
                 tiles,
                 num_tokens,
                 HEADS=heads,
@@ -291,9 +310,11 @@ def launch_backward(
                 NORM=norm_of(shape_class),
                 **configuration.launch,
             )
-    for shape_class, bounds in classes:
-        configuration = select(CONFIGURATIONS, "spatial_attention_keys_backward", shape_class, device)
-        tiles = row_tiles(tuple(runs), configuration["ROWS"], device, *bounds)
+    if bias_gradient is not None:
+        bias_partials.add_up(bias_gradient[:1])
+    launches = plan("spatial_attention_keys_backward")
+    bias_partials = BiasPartials(bias_gradient, 2, sum(tiles.shape[0] for *_, tiles in launches))
+    for shape_class, configuration, tiles in launches:
         with on_device(qkv):
             _keys[(tiles.shape[0] * heads,)](
                 qkv,
@@ -303,6 +324,7 @@ def launch_backward(
                 statistics,
                 deltas,
                 qkv_gradient,
+                *bias_partials.take(tiles.shape[0])[:2],
                 tiles,
                 num_tokens,
                 HEADS=heads,
@@ -310,6 +332,8 @@ def launch_backward(
                 NORM=norm_of(shape_class),
                 **configuration.launch,
             )
+    if bias_gradient is not None:
+        bias_partials.add_up(bias_gradient[1:])
     if q_weight is None:
         return partials[0]
     return (partials[0] if len(partials) == 1 else torch.cat(partials)).sum(dim=0)
@@ -323,6 +347,9 @@ def compile_cases(arch: str) -> list[CompileCase]:
         "statistics": "*fp32",
         "deltas": "*fp32",
         "weight_partials": "*fp32",
+        "bias_partials": "*fp32",
+        "key_bias_partials": "*fp32",
+        "value_bias_partials": "*fp32",
         "tiles": "*i32",
         "num_tokens": "i32",
     }

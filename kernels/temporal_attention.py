@@ -21,6 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .bias_gradient import BiasPartials, collect_bias_gradient_reference
 from .checks import check_angles, check_head_size, check_self_attention
 from .layout import PLACE_TILE_ROWS, PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
@@ -59,6 +60,7 @@ def temporal_attention(
     sin: Tensor,
     layout: PackLayout,
     *,
+    qkv_bias: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> Tensor:
@@ -69,6 +71,8 @@ def temporal_attention(
         q_weight, k_weight: [D] weights of the QK-norm; both None for no norm.
         cos, sin: float32 [at least the longest T, D/2], cosine and sine of frame index · frequency. No gradient.
         layout: the pack's layout.
+        qkv_bias: [3, H, D] bias of that Linear, which qkv holds already. It receives its gradient here, so the Linear
+            is to be given `bias.detach()`; see `bias_gradient`.
         eps: of the RMS norm.
         backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.
 
@@ -79,14 +83,15 @@ def temporal_attention(
         ValueError: a shape, dtype or device that does not fit, naming the argument.
     """
     op = "temporal_attention"
-    check_self_attention(op, qkv, q_weight, k_weight, layout)
+    check_self_attention(op, qkv, q_weight, k_weight, layout, qkv_bias)
     check_angles(op, cos, sin, qkv.shape[3], layout)
     if choose_backend(op, backend, qkv, q_weight, k_weight, cos, sin) == "reference":
+        qkv = collect_bias_gradient_reference(qkv, qkv_bias)
         return temporal_attention_reference(qkv, q_weight, k_weight, cos, sin, layout, eps)
     check_head_size(op, qkv.shape[3])
     cos, sin = cos.detach().float(), sin.detach().float()
     tables = layout.place_tiles(longest_tile(qkv.device, qkv.dtype))
-    return _temporal_attention(qkv, q_weight, k_weight, cos, sin, *tables, eps)[0]
+    return _temporal_attention(qkv, q_weight, k_weight, qkv_bias, cos, sin, *tables, eps)[0]
 
 
 def longest_tile(device: torch.device, dtype: torch.dtype) -> int:
@@ -112,6 +117,7 @@ def _temporal_attention(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    qkv_bias: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     tiles: Tensor,
@@ -132,7 +138,7 @@ def _temporal_attention(
 
 
 @_temporal_attention.register_fake
-def _(qkv, q_weight, k_weight, cos, sin, tiles, large_tiles, blocks, eps):
+def _(qkv, q_weight, k_weight, qkv_bias, cos, sin, tiles, large_tiles, blocks, eps):
     return _allocate_outputs(qkv, blocks)
 
 
@@ -150,6 +156,7 @@ def _temporal_attention_backward(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    qkv_bias: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     tiles: Tensor,
@@ -159,58 +166,81 @@ def _temporal_attention_backward(
     log_sums: Tensor,
     eps: float,
     wants_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of qkv, q_weight and k_weight; the last two are empty where they are not wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of qkv, q_weight, k_weight and qkv_bias; those that are not wanted are empty."""
     from .temporal_attention_backward import launch_backward
     from .temporal_attention_long_backward import launch_long_backward
 
-    qkv_gradient, q_weight_gradient, k_weight_gradient = _allocate_gradients(qkv, q_weight, k_weight, wants_weights)
+    gradients = _allocate_gradients(qkv, q_weight, k_weight, qkv_bias, wants_weights)
+    qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient = gradients
     heads, head_size = qkv.shape[2:]
     tables = (tiles, large_tiles, blocks)
     programs = [table.shape[0] * heads for table in tables]
     # Each program's part of G, see temporal_attention_backward.
     sums = torch.empty(sum(programs), head_size, dtype=torch.float32, device=qkv.device) if wants_weights else None
     parts = [None] * 3 if sums is None else sums.split(programs)
+    bias_partials = BiasPartials(
+        None if qkv_bias is None else bias_gradient, 3, sum(table.shape[0] for table in tables)
+    )
     inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
     output_gradient = output_gradient.contiguous()
     for table, rows, part in zip(tables[:2], PLACE_TILE_ROWS, parts[:2], strict=True):
-        launch_backward(output_gradient, *inputs, table, rows, qkv_gradient, part, eps)
-    launch_long_backward(output_gradient, *inputs, blocks, output, log_sums, qkv_gradient, parts[2], eps)
+        bias_parts = bias_partials.take(table.shape[0])
+        launch_backward(output_gradient, *inputs, table, rows, qkv_gradient, part, bias_parts, eps)
+    bias_parts = bias_partials.take(blocks.shape[0])
+    launch_long_backward(output_gradient, *inputs, blocks, output, log_sums, qkv_gradient, parts[2], bias_parts, eps)
+    bias_partials.add_up(bias_gradient)
     if sums is not None:
         sums = sums.sum(dim=0)
         torch.mul(sums, k_weight, out=q_weight_gradient)
         torch.mul(sums, q_weight, out=k_weight_gradient)
-    return qkv_gradient, q_weight_gradient, k_weight_gradient
+    return gradients
 
 
 @_temporal_attention_backward.register_fake
 def _(
-    output_gradient, qkv, q_weight, k_weight, cos, sin, tiles, large_tiles, blocks, output, log_sums, eps, wants_weights
+    output_gradient,
+    qkv,
+    q_weight,
+    k_weight,
+    qkv_bias,
+    cos,
+    sin,
+    tiles,
+    large_tiles,
+    blocks,
+    output,
+    log_sums,
+    eps,
+    wants_weights,
 ):
-    return _allocate_gradients(qkv, q_weight, k_weight, wants_weights)
+    return _allocate_gradients(qkv, q_weight, k_weight, qkv_bias, wants_weights)
 
 
 def _allocate_gradients(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, wants_weights: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    weights = (torch.empty_like(weight) if wants_weights else qkv.new_empty(0) for weight in (q_weight, k_weight))
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), *weights
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, qkv_bias: Tensor | None, wants_weights: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted = (q_weight if wants_weights else None, k_weight if wants_weights else None, qkv_bias)
+    small = (qkv.new_empty(0) if tensor is None else torch.empty_like(tensor).contiguous() for tensor in wanted)
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), *small
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, eps = inputs
+    qkv, q_weight, k_weight, qkv_bias, *tables, eps = inputs
     # Short videos recompute everything from qkv: without long ones the output need not be kept.
     output, log_sums = output
-    ctx.save_for_backward(*tensors, output if log_sums.shape[0] else log_sums, log_sums)
+    qkv_bias = qkv_bias if ctx.needs_input_grad[3] else None
+    output = output if log_sums.shape[0] else log_sums
+    ctx.save_for_backward(qkv, q_weight, k_weight, qkv_bias, *tables, output, log_sums)
     ctx.eps = eps
 
 
 def _backward(ctx, output_gradient, _):
-    wants_qkv, wants_q_weight, wants_k_weight, *rest = ctx.needs_input_grad
+    wants_q_weight, wants_k_weight = ctx.needs_input_grad[1:3]
     gradients = _temporal_attention_backward(
         output_gradient, *ctx.saved_tensors, ctx.eps, wants_q_weight or wants_k_weight
     )
-    wanted = (wants_qkv, wants_q_weight, wants_k_weight)
+    wanted, rest = ctx.needs_input_grad[:4], ctx.needs_input_grad[4:]
     return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *(
         None for _ in rest
     )

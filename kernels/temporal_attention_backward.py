@@ -17,6 +17,8 @@ Bytes for each token: 14·H·D (half precision), and 4·H·D / ROWS for G; image
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,6 +28,7 @@ from .attention_tiles import (
     dot_rows,
     load_head,
     multiply,
+    store_column_sums,
     store_head,
     store_vector,
     to_dtype,
@@ -68,6 +71,9 @@ def _backward(
     output_gradient,  # [N, H, D]
     qkv_gradient,  # [N, 3, H, D] out
     partials,  # float32 [tiles · H, D] out, or None
+    query_bias_partials,  # float32 [tiles · H, D] out, or None
+    key_bias_partials,
+    value_bias_partials,
     eps,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -108,6 +114,8 @@ def _backward(
         g = load_head(output_gradient + in_token, token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)
     v_gradient = add_product(zero_head(ROWS, HEAD_SIZE), tl.trans(probabilities.to(dtype)), g)
     store_head(gradients + 2 * HEADS * HEAD_SIZE, v_gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if value_bias_partials is not None:
+        store_column_sums(value_bias_partials, v_gradient, inside, HEAD_SIZE)
     if not EARLY:
         v = load_head(keys + HEADS * HEAD_SIZE, token, attends, TOKEN_STRIDE, HEAD_SIZE)
     logit_gradient = dot_rows(g, v)
@@ -122,12 +130,16 @@ def _backward(
     raw = to_float32(load_head(keys, token, attends, TOKEN_STRIDE, HEAD_SIZE))
     k_gradient = finish_keys(k_gradient, raw, cosines, sines, key_reciprocal, NORM, HEAD_SIZE)
     store_head(gradients + HEADS * HEAD_SIZE, k_gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if key_bias_partials is not None:
+        store_column_sums(key_bias_partials, k_gradient, inside, HEAD_SIZE)
     q_gradient = add_product(zero_head(ROWS, HEAD_SIZE), logit_gradient, k)
     raw = to_float32(load_head(queries, token, attends, TOKEN_STRIDE, HEAD_SIZE))
     sums, q_gradient = finish_queries(q_gradient, raw, cosines, sines, factors, query_reciprocal, NORM, HEAD_SIZE)
     if partials is not None:
         store_vector(partials + program * HEAD_SIZE, (sums[0] * SCALE, sums[1] * SCALE), HEAD_SIZE)
     store_head(gradients, q_gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if query_bias_partials is not None:
+        store_column_sums(query_bias_partials, q_gradient, inside, HEAD_SIZE)
 
 
 def launch_backward(
@@ -141,9 +153,11 @@ def launch_backward(
     rows: int,
     qkv_gradient: Tensor,
     partials: Tensor | None,
+    bias_partials: Sequence[Tensor | None],
     eps: float,
 ) -> None:
-    """Writes `qkv_gradient` of the videos in `tiles` of so many rows and the parts of G, float32 [tiles · H, D].
+    """Writes `qkv_gradient` of the videos in `tiles` of so many rows, and float32 [tiles · H, D] the parts of G and
+    those of the gradients of the three biases.
 
     All contiguous.
     """
@@ -161,6 +175,7 @@ def launch_backward(
             output_gradient,
             qkv_gradient,
             partials,
+            *bias_partials,
             eps,
             HEADS=heads,
             HEAD_SIZE=head_size,
@@ -182,7 +197,8 @@ def _compile_case(arch: str, rows: int, dtype: str) -> CompileCase:
         name="temporal_attention_backward",
         kernel=_backward,
         signature={name: f"*{dtype}" for name in pointers}
-        | {"cos": "*fp32", "sin": "*fp32", "tiles": "*i32", "partials": "*fp32", "eps": "fp32"},
+        | {"cos": "*fp32", "sin": "*fp32", "tiles": "*i32", "partials": "*fp32", "eps": "fp32"}
+        | dict.fromkeys(("query_bias_partials", "key_bias_partials", "value_bias_partials"), "*fp32"),
         constants={"HEADS": 16, "HEAD_SIZE": 72, "ROWS": rows},
         configuration=candidates_of(CONFIGURATIONS, "temporal_attention_backward", f"{rows} rows", arch)[0],
         dtype=dtype,

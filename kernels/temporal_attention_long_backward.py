@@ -12,6 +12,8 @@ logits are. FLOPs for each token: 14·T·H·D (10 useful).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ from .attention_tiles import (
     dot_rows,
     load_head,
     multiply,
+    store_column_sums,
     store_head,
     store_vector,
     to_dtype,
@@ -74,6 +77,7 @@ def _queries(
     deltas,  # float32 [N, H] out
     qkv_gradient,  # [N, 3, H, D] out
     partials,  # float32 [blocks · H, D] out, or None
+    query_bias_partials,  # float32 [blocks · H, D] out, or None
     eps,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -120,6 +124,8 @@ def _queries(
     if partials is not None:
         store_vector(partials + program * HEAD_SIZE, (column_sums[0] * SCALE, column_sums[1] * SCALE), HEAD_SIZE)
     store_head(qkv_gradient + head * HEAD_SIZE, gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if query_bias_partials is not None:
+        store_column_sums(query_bias_partials, gradient, inside, HEAD_SIZE)
 
 
 @triton.jit
@@ -134,6 +140,8 @@ def _keys(
     log_sums,
     deltas,
     qkv_gradient,
+    key_bias_partials,  # float32 [blocks · H, D] out, or None
+    value_bias_partials,
     eps,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -173,12 +181,16 @@ def _keys(
 
     gradients = qkv_gradient + (HEADS + head) * HEAD_SIZE
     store_head(gradients + HEADS * HEAD_SIZE, value_sums, token, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if value_bias_partials is not None:
+        store_column_sums(value_bias_partials, value_sums, inside, HEAD_SIZE)
     key_sums = key_sums[0] / LOG2_E, key_sums[1] / LOG2_E
     k = to_float32(load_head(keys, token, inside, TOKEN_STRIDE, HEAD_SIZE))
     cosines = load_angles(cos, frame, HEAD_SIZE)
     sines = load_angles(sin, frame, HEAD_SIZE)
     gradient = finish_keys(key_sums, k, cosines, sines, reciprocal, NORM, HEAD_SIZE)
     store_head(gradients, gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if key_bias_partials is not None:
+        store_column_sums(key_bias_partials, gradient, inside, HEAD_SIZE)
 
 
 def launch_long_backward(
@@ -193,9 +205,12 @@ def launch_long_backward(
     log_sums: Tensor,
     qkv_gradient: Tensor,
     partials: Tensor | None,
+    bias_partials: Sequence[Tensor | None],
     eps: float,
 ) -> None:
-    """Writes `qkv_gradient` of the long videos and the parts of G, float32 [blocks · H, D]. All contiguous."""
+    """Writes `qkv_gradient` of the long videos, and float32 [blocks · H, D] the parts of G and those of the gradients
+    of the three biases. All contiguous.
+    """
     heads, head_size = qkv.shape[2:]
     if not blocks.shape[0]:
         return
@@ -214,6 +229,7 @@ def launch_long_backward(
             deltas,
             qkv_gradient,
             partials,
+            bias_partials[0],
             eps,
             HEADS=heads,
             HEAD_SIZE=head_size,
@@ -233,6 +249,7 @@ def launch_long_backward(
             log_sums,
             deltas,
             qkv_gradient,
+            *bias_partials[1:],
             eps,
             HEADS=heads,
             HEAD_SIZE=head_size,
@@ -245,8 +262,12 @@ def launch_long_backward(
 
 def compile_cases(arch: str) -> list[CompileCase]:
     return [
-        _compile_case(arch, "queries", _queries, "output output_gradient qkv_gradient", "deltas partials"),
-        _compile_case(arch, "keys", _keys, "output_gradient qkv_gradient", "deltas"),
+        _compile_case(
+            arch, "queries", _queries, "output output_gradient qkv_gradient", "deltas partials query_bias_partials"
+        ),
+        _compile_case(
+            arch, "keys", _keys, "output_gradient qkv_gradient", "deltas key_bias_partials value_bias_partials"
+        ),
     ]
 
 

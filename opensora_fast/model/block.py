@@ -2,7 +2,8 @@
 
 The modules hold parameters under upstream's names; what they compute is written out in `compute_block`, one line per op
 of `opensora_fast.kernels`. It reads nothing but parameters, so it serves upstream's own blocks too (see `replace.py`).
-Biases that an op adds itself are left out of the matrix product before it.
+Biases that an op adds itself are left out of the matrix product before it; a detached bias gets its gradient from the
+op behind.
 """
 
 from __future__ import annotations
@@ -121,11 +122,13 @@ def compute_block(
     if normed is None:
         normed = kernels.modulated_norm(x, shift_space, scale_space, rows, layout, backend=use.modulated_norm)
     attention = block.attn
+    qkv, qkv_bias = project_qkv(attention, normed)
     attended = kernels.spatial_attention(
-        project_qkv(attention, normed),
+        qkv,
         norm_weight(attention.q_norm),
         norm_weight(attention.k_norm),
         layout,
+        qkv_bias=qkv_bias,
         backend=use.spatial_attention,
     )
     x, normed = kernels.gate_residual_modulated_norm(
@@ -140,13 +143,15 @@ def compute_block(
         backend=use.gate_residual_modulated_norm,
     )
     attention = block.attn_temp
+    qkv, qkv_bias = project_qkv(attention, normed)
     attended = kernels.temporal_attention(
-        project_qkv(attention, normed),
+        qkv,
         norm_weight(attention.q_norm),
         norm_weight(attention.k_norm),
         context.cos,
         context.sin,
         layout,
+        qkv_bias=qkv_bias,
         backend=use.temporal_attention,
     )
     x = kernels.gate_residual(
@@ -159,12 +164,14 @@ def compute_block(
         backend=use.gate_residual,
     )
     attention = block.cross_attn
-    x, queries = kernels.project_residual(x, attention.q_linear.weight, attention.q_linear.bias)
+    q_bias = attention.q_linear.bias
+    x, queries = kernels.project_residual(x, attention.q_linear.weight, q_bias.detach())
     attended = kernels.cross_attention(
         queries.unflatten(1, (attention.num_heads, -1)),
         attention.kv_linear(context.text).unflatten(1, (2, attention.num_heads, -1)),
         layout,
         context.text_layout,
+        q_bias=q_bias.unflatten(0, (attention.num_heads, -1)),
         backend=use.cross_attention,
     )
     x, normed = kernels.gate_residual_modulated_norm(
@@ -197,9 +204,11 @@ def compute_block(
     )
 
 
-def project_qkv(attention: nn.Module, x: Tensor) -> Tensor:
-    """x [N, C] → [N, 3, H, D]."""
-    return attention.qkv(x).unflatten(1, (3, attention.num_heads, -1))
+def project_qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, C] → qkv [N, 3, H, D], and the bias [3, H, D] in it, whose gradient attention finds on its way."""
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    shape = (3, attention.num_heads, -1)
+    return linear(x, weight, bias.detach()).unflatten(1, shape), bias.unflatten(0, shape)
 
 
 def norm_weight(norm: nn.Module | None) -> Tensor | None:
