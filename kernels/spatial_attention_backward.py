@@ -67,7 +67,6 @@ CONFIGURATIONS = {
             Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
         ),
-        "small@sm_100": (Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),),
         "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
         "large": (
             Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),

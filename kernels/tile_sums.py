@@ -101,7 +101,7 @@ def launch_sum_tiles(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    """The sums of the fused norm's backward (three tables and a bias) and of tanh-GELU's (a bias of 4 · 1152)."""
+    """The sums of the backward of the fused norm (three tables, a bias), of tanh-GELU and of attention (biases)."""
     types = {"partials": "*fp32", "num_tiles": "i32", "num_videos": "i32", "total": "*bf16"}
     tables = {"tiles": "*i32", "frame_rows": "*i32", "video_tiles": "*i32"}
     outputs = {"first_sum": "*bf16", "second_sum": "*bf16", "third_sum": "*bf16"}
@@ -120,4 +120,5 @@ def compile_cases(arch: str) -> list[CompileCase]:
     return [
         case({**types, **tables, **outputs}, {"C": 1152, "ROW_SUMS": 3}, "shift, scale, gate and bias"),
         case(types, dict.fromkeys((*tables, *outputs)) | {"C": 4608, "ROW_SUMS": 0}, "bias"),
+        case(types | outputs, dict.fromkeys((*tables, "total")) | {"C": 1152, "ROW_SUMS": 3}, "bias of qkv"),
     ]

@@ -156,8 +156,10 @@ def test_activation_checkpointing_and_accumulation(device) -> None:
 
 def test_registration_and_full_graph_compilation(device) -> None:
     inputs = make_inputs([(2, 2, 3)], [5], torch.float32, device, head_size=24)
-    tensors = [inputs["q"], inputs["kv"], inputs["text"].starts, inputs["text"].lengths]
-    torch.library.opcheck(torch.ops.opensora_fast.cross_attention.default, (*tensors, 5, [1, 12]))
+    tables = [inputs["text"].starts, inputs["text"].lengths]
+    for bias in (None, torch.randn(1, 24, device=device, requires_grad=True)):
+        arguments = (inputs["q"], inputs["kv"], bias, *tables, 5, [1, 12])
+        torch.library.opcheck(torch.ops.opensora_fast.cross_attention.default, arguments)
     gradients = []
     for function in (ours, torch.compile(ours, fullgraph=True, backend="aot_eager")):
         inputs = make_inputs([(2, 2, 3)], [5], torch.float32, device, head_size=24)

@@ -189,7 +189,8 @@ def test_activation_checkpointing_and_accumulation(device) -> None:
 def test_registration_and_full_graph_compilation(weight, device) -> None:
     inputs = make_inputs([(2, 2, 3)], torch.float32, device, heads=1, head_size=24, weight=weight)
     tensors = [inputs["qkv"], inputs["q_weight"], inputs["k_weight"]]
-    torch.library.opcheck(torch.ops.opensora_fast.spatial_attention.default, (*tensors, [2, 6], 1e-6))
+    for bias in (None, torch.randn(3, 1, 24, device=device, requires_grad=True)):
+        torch.library.opcheck(torch.ops.opensora_fast.spatial_attention.default, (*tensors, bias, [2, 6], 1e-6))
     gradients = []
     for function in (ours, torch.compile(ours, fullgraph=True, backend="aot_eager")):
         inputs = make_inputs([(2, 2, 3)], torch.float32, device, heads=1, head_size=24, weight=weight)

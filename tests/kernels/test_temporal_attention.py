@@ -173,9 +173,10 @@ def test_checkpointing_gives_the_same_gradients(device) -> None:
 
 def test_registration(device) -> None:
     inputs = make_inputs([(65, 1, 1)], torch.float32, device, head_size=8)
-    tensors = [inputs[name] for name in ("qkv", "q_weight", "k_weight", "cos", "sin")]
-    operator = torch.ops.opensora_fast.temporal_attention.default
-    torch.library.opcheck(operator, (*tensors, *inputs["layout"].place_tiles(64), 1e-6))
+    tensors = [inputs[name] for name in ("qkv", "q_weight", "k_weight")]
+    tables = [inputs["cos"], inputs["sin"], *inputs["layout"].place_tiles(64)]
+    for bias in (None, torch.randn(3, *inputs["qkv"].shape[2:], device=device, requires_grad=True)):
+        torch.library.opcheck(torch.ops.opensora_fast.temporal_attention.default, (*tensors, bias, *tables, 1e-6))
 
 
 @pytest.mark.parametrize("shapes", [[(3, 1, 1)], [(129, 1, 1)]], ids=["short", "long"])
