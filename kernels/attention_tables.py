@@ -27,7 +27,7 @@ def row_tiles(
     """
     lengths, first_tokens, chosen, tiles = _count_tiles(runs, rows, shortest, longest)
     sequence = chosen.repeat_interleave(tiles)
-    first_row = (torch.arange(len(sequence)) - (tiles.cumsum(0) - tiles).repeat_interleave(tiles)) * rows
+    first_row = (torch.arange(len(sequence), device="cpu") - (tiles.cumsum(0) - tiles).repeat_interleave(tiles)) * rows
     return _place(torch.stack([first_tokens[sequence], lengths[sequence], first_row, sequence], dim=1), device)
 
 
@@ -35,7 +35,7 @@ def row_tiles(
 def tile_ranges(runs: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
     """Where each sequence's tiles lie in `row_tiles(runs, rows, device)`: int32 [sequences, 2], first and number."""
     lengths, _, chosen, tiles = _count_tiles(runs, rows, 0, NO_LIMIT)
-    ranges = torch.empty(len(lengths), 2, dtype=torch.int64)
+    ranges = torch.empty(len(lengths), 2, dtype=torch.int64, device="cpu")
     ranges[chosen] = torch.stack([tiles.cumsum(0) - tiles, tiles], dim=1)
     return _place(ranges, device)
 
@@ -44,7 +44,8 @@ def _count_tiles(
     runs: tuple[int, ...], rows: int, shortest: int, longest: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(lengths and first tokens of all sequences, those chosen in table order, the number of tiles of the chosen)."""
-    lengths = torch.tensor(runs[1::2]).repeat_interleave(torch.tensor(runs[0::2]))
+    counts, lengths = (torch.tensor(runs[part::2], device="cpu") for part in (0, 1))
+    lengths = lengths.repeat_interleave(counts)
     first_tokens = lengths.cumsum(0) - lengths
     chosen = ((lengths >= shortest) & (lengths <= longest)).nonzero().squeeze(1)
     chosen = chosen[torch.argsort(lengths[chosen], descending=True, stable=True)]

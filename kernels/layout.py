@@ -227,15 +227,15 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
     for index, shape in enumerate(shapes):
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"PackLayout: video {index} has shape {shape}; expected (T, H, W), each at least 1")
-    frames = torch.tensor([shape[0] for shape in shapes])
-    frame_tokens = torch.tensor([shape[1] * shape[2] for shape in shapes])
+    frames = torch.tensor([shape[0] for shape in shapes], device="cpu")
+    frame_tokens = torch.tensor([shape[1] * shape[2] for shape in shapes], device="cpu")
     tokens = frames * frame_tokens
     if int(tokens.sum()) >= 2**31:
         raise ValueError(f"PackLayout: {int(tokens.sum())} tokens; a pack holds fewer than 2**31")
-    frame_video = torch.repeat_interleave(torch.arange(len(shapes)), frames)
+    frame_video = torch.repeat_interleave(torch.arange(len(shapes), device="cpu"), frames)
     tokens_of_frame = frame_tokens[frame_video]
     table = torch.stack([_starts(tokens)[:-1], frames, frame_tokens, _starts(frame_tokens)[:-1]], dim=1)
-    token_frame = torch.repeat_interleave(torch.arange(len(frame_video)), tokens_of_frame)
+    token_frame = torch.repeat_interleave(torch.arange(len(frame_video), device="cpu"), tokens_of_frame)
 
     def place(tensor: Tensor) -> Tensor:
         tensor = tensor.to(torch.int32)
@@ -253,7 +253,7 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
             size: tuple(place(table) for table in _tile_frames(tokens_of_frame, frames, size))
             for size in FRAME_TILE_SIZES
         },
-        frame_position=place(torch.cat([torch.arange(shape[0]) for shape in shapes])),
+        frame_position=place(torch.cat([torch.arange(shape[0], device="cpu") for shape in shapes])),
         place_tables={
             longest: tuple(place(table) for table in _tile_places(shapes, longest)) for longest in PLACE_TILE_ROWS
         },
@@ -268,8 +268,8 @@ def _tile_frames(tokens_of_frame: Tensor, frames: Tensor, size: int) -> tuple[Te
 
     tile_tokens = divide_up(divide_up(tokens_of_frame, divide_up(tokens_of_frame, size)), _TILE_STEP) * _TILE_STEP
     tiles_of_frame = divide_up(tokens_of_frame, tile_tokens)
-    frame = torch.repeat_interleave(torch.arange(len(tokens_of_frame)), tiles_of_frame)
-    offset = (torch.arange(len(frame)) - _starts(tiles_of_frame)[frame]) * tile_tokens[frame]
+    frame = torch.repeat_interleave(torch.arange(len(tokens_of_frame), device="cpu"), tiles_of_frame)
+    offset = (torch.arange(len(frame), device="cpu") - _starts(tiles_of_frame)[frame]) * tile_tokens[frame]
     count = torch.minimum(tile_tokens[frame], tokens_of_frame[frame] - offset)
     first = _starts(tokens_of_frame)[frame] + offset
     tiles = torch.stack([first, count, frame], dim=1).contiguous()
@@ -282,17 +282,17 @@ def _tile_places(shapes: tuple[tuple[int, ...], ...], longest: int) -> tuple[Ten
     The blocks of one place come one after another, so that they find its keys and values in the cache.
     """
     small, large = PLACE_TILE_ROWS
-    tables, token = [[torch.empty(0, 4, dtype=torch.int64)] for _ in range(3)], 0
+    tables, token = [[torch.empty(0, 4, dtype=torch.int64, device="cpu")] for _ in range(3)], 0
     for frames, height, width in shapes:
         places = height * width
         if frames <= longest:
             rows = small if frames <= small else large
-            first = torch.arange(0, places, rows // frames)
+            first = torch.arange(0, places, rows // frames, device="cpu")
             last = torch.clamp(places - first, max=rows // frames)
         else:
             rows = None
-            starts = torch.arange(0, frames, PLACE_BLOCK_ROWS)
-            first = torch.arange(places).repeat_interleave(len(starts))
+            starts = torch.arange(0, frames, PLACE_BLOCK_ROWS, device="cpu")
+            first = torch.arange(places, device="cpu").repeat_interleave(len(starts))
             last = starts.repeat(places)
         columns = token + first, torch.full_like(first, frames), torch.full_like(first, places), last
         tables[(small, large, None).index(rows)].append(torch.stack(columns, dim=1))
@@ -324,7 +324,7 @@ class TextLayout:
     @staticmethod
     def from_lengths(lengths: Sequence[int], device: torch.device) -> TextLayout:
         """Returns the layout of texts of `lengths` tokens that lie one after another."""
-        counts = torch.tensor([int(length) for length in lengths])
+        counts = torch.tensor([int(length) for length in lengths], device="cpu")
         return TextLayout(
             starts=_starts(counts)[:-1].to(torch.int32).to(device, non_blocking=True),
             lengths=counts.to(torch.int32).to(device, non_blocking=True),
@@ -349,7 +349,7 @@ class TextLayout:
             ValueError: the mask's shape is not [B, L].
         """
         if mask is None:
-            mask = torch.ones(num_videos, length, dtype=torch.bool)
+            mask = torch.ones(num_videos, length, dtype=torch.bool, device="cpu")
         if mask.shape != (num_videos, length):
             raise ValueError(f"mask: shape {tuple(mask.shape)}, expected ({num_videos}, {length}) as the text in y")
         real = mask != 0

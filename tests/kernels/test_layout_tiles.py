@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opensora_fast.kernels import PackLayout
+from opensora_fast.kernels import PackLayout, TextLayout
+from opensora_fast.kernels.attention_tables import row_tiles, tile_ranges
 from opensora_fast.kernels.layout import FRAME_TILE_SIZES
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 20), st.integers(1, 30)), min_size=1, max_size=4)
@@ -54,3 +55,13 @@ def test_a_layout_first_made_in_inference_mode_serves_training_later() -> None:
     tables = [layout.token_offsets, layout.frame_offsets, layout.video_table, layout.token_frame]
     tables += [table for size in FRAME_TILE_SIZES for table in (layout.frame_tiles(size), layout.video_tiles(size))]
     assert not any(table.is_inference() for table in tables)
+
+
+def test_another_default_device_changes_nothing() -> None:
+    """`with torch.device(...)` around a model's construction or call, as is usual, is about the tensors of the user."""
+    with torch.device("meta"):
+        layout = PackLayout.of([(3, 5, 7), (130, 1, 3)], "cpu")
+        tables = [layout.token_offsets, *layout.frame_tiles(FRAME_TILE_SIZES[0]), *layout.place_tiles(64)]
+        tables += [row_tiles((3, 35, 130, 3), 16, layout.device), tile_ranges((3, 35, 130, 3), 16, layout.device)]
+        text = TextLayout.from_lengths([4, 2], layout.device)
+    assert {table.device.type for table in (*tables, text.starts, text.lengths)} == {"cpu"}
