@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from triton_interpreter import patch_once_a_launch, refuse_access_outside_arguments
+from triton_interpreter import refuse_access_outside_arguments
 
 # Triton reads this when it is first imported: without a GPU its kernels run on the CPU, in numpy. "auto" still means
 # the reference there, so nothing but the kernel tests notices.
@@ -27,5 +27,7 @@ def interpreter() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
+    from opensora_fast.benchmarks.interpreter import patch_once_a_launch
+
     with patch_once_a_launch(), refuse_access_outside_arguments():
         yield
