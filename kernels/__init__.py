@@ -16,6 +16,7 @@ if __name__ == "kernels":
         )
 
 else:
+    from .adamw import adamw
     from .cross_attention import cross_attention
     from .dispatch import BACKENDS, calls
     from .gate_residual import gate_residual
@@ -33,6 +34,7 @@ __all__ = [
     "BACKENDS",
     "PackLayout",
     "TextLayout",
+    "adamw",
     "calls",
     "cross_attention",
     "gate_residual",

@@ -10,7 +10,7 @@ import torch
 
 from .registration import TRITON_DTYPES
 
-# In the order in which a block uses them.
+# In the order in which a block uses them, then the optimizer.
 OPS = (
     "patchify",
     "modulated_norm",
@@ -22,6 +22,7 @@ OPS = (
     "project_residual",
     "cross_attention",
     "gelu_tanh",
+    "adamw",
 )
 
 
@@ -45,14 +46,14 @@ def _describe(name: str) -> Op:
     registered = [hasattr(torch.ops.opensora_fast, op) for op in (name, f"{name}_backward")]
     status = {
         (True, True): "Triton, forward and backward",
-        (True, False): "Triton, forward only",
+        (True, False): "Triton, no backward",
         (False, False): "plain PyTorch",
         (False, True): "Triton, backward only",
     }[tuple(registered)]
     floats = TRITON_DTYPES if registered[0] else (*TRITON_DTYPES, torch.float64)
     return Op(
         name=name,
-        replaces=_paragraph(text, "Replaces in ST-DiT-2:"),
+        replaces=_paragraph(text, "Replaces in (?:ST-DiT-2|training):"),
         dtypes=", ".join(str(dtype).removeprefix("torch.") for dtype in floats),
         limits=_paragraph(text, "Limits:"),
         status=status,
@@ -60,6 +61,6 @@ def _describe(name: str) -> Op:
 
 
 def _paragraph(text: str, heading: str) -> str:
-    """What follows `heading` up to the end of its paragraph, on one line; empty where there is none."""
-    found = re.search(re.escape(heading) + r"(.*?)(?:\n\s*\n|\Z)", text, flags=re.DOTALL)
+    """What follows `heading`, a pattern, up to the end of its paragraph, on one line; empty where there is none."""
+    found = re.search(heading + r"(.*?)(?:\n\s*\n|\Z)", text, flags=re.DOTALL)
     return " ".join(found.group(1).split()).rstrip(".") if found else ""

@@ -1,30 +1,33 @@
 """Exponential moving average of the trained weights, in float32."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from opensora_fast.train.optimizer import MasterAdamW
+
 
 class EMA:
-    """average = decay * average + (1 - decay) * weight after every step, as Open-Sora 1.1.
+    """average = decay · average + (1 - decay) · weight with every step of the optimizer, as Open-Sora 1.1.
+
+    `MasterAdamW.step` moves the average in the same pass as the weights.
 
     Args:
-        masters: float32 weights by name; the average starts as a copy of them.
+        optimizer: whose masters are averaged; the average starts as a copy of them.
         decay: 0.9999 in Open-Sora.
+
+    Attributes:
+        flat: float32, laid out as the optimizer's weights.
+        average: views of it by parameter name.
     """
 
-    def __init__(self, masters: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(self, optimizer: "MasterAdamW", decay: float) -> None:
         self.decay = decay
-        self.average = {name: value.detach().clone() for name, value in masters.items()}
-
-    @torch.no_grad()
-    def update(self, masters: Mapping[str, Tensor]) -> None:
-        """Take one step towards the weights."""
-        averages = list(self.average.values())
-        weights = [masters[name].detach() for name in self.average]
-        torch._foreach_mul_(averages, self.decay)
-        torch._foreach_add_(averages, weights, alpha=1 - self.decay)
+        self.flat = optimizer.layout.gather(optimizer.masters, torch.float32, optimizer.device)
+        self.average = optimizer.layout.views(self.flat)
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:

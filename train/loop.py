@@ -2,8 +2,8 @@
 
 A step never asks the GPU for a number it has to wait for. The loss is copied to the host while backward is queued, and
 read before the optimizer runs, so a loss that is not finite changes nothing. The gradient norm is read one step later:
-a step whose gradient is not finite is skipped on the device itself (see `MasterAdamW`), and the average of the weights
-follows a step only after its norm is known. Either way the run stops with the weights of the step before.
+a step whose gradient is not finite is skipped on the device itself (see `MasterAdamW`). Either way the run stops with
+the weights of the step before.
 """
 
 import contextlib
@@ -207,16 +207,15 @@ class Trainer:
         if not math.isfinite(numbers[0]):
             self._stop_not_finite("loss", numbers[0], step, batch)
         row = {"step": step, **dict(zip(losses, numbers, strict=True))}
-        return Taken(step, batch, HostValues(self.optimizer.step()), row)
+        return Taken(step, batch, HostValues(self.optimizer.step(self.ema)), row)
 
     def _finish(self, taken: Taken | None) -> None:
-        """Read the gradient norm of a step, let the average follow it and write its row."""
+        """Read the gradient norm of a step and write its row."""
         if taken is None:
             return
         (norm,) = taken.norm.get()
         if not math.isfinite(norm):
             self._stop_not_finite("gradient norm", norm, taken.step, taken.batch)
-        self.ema.update(self.optimizer.masters)
         row = taken.row | {"grad_norm": norm}
         self._metrics.write(row)
         self._recent_losses = [*self._recent_losses, row["loss"]][-self.limits.log_every :]
@@ -231,7 +230,7 @@ class Trainer:
         size = (int(values[0]) for values in (batch.num_frames, batch.height, batch.width))
         tokens = len(batch) * count_tokens(*size)
         return {
-            "lr": self.optimizer.adam.param_groups[0]["lr"],
+            "lr": self.optimizer.lr,
             "tokens": tokens,
             "tokens_per_s": tokens / step_time,
             "step_time": step_time,

@@ -3,12 +3,19 @@
 Open-Sora 1.1 trains with HybridAdam in AdamW mode, weight decay 0, beneath ZeRO in bf16: the model holds bf16 working
 weights, the optimizer their float32 masters, gradients are brought to float32, clipped to a global norm and applied to
 the masters, which are then rounded into the working weights. The same here, in one process.
+
+Weights, moments and average each lie in one flat tensor, of which those by name are views: a step of 768 M parameters
+in some 800 tensors is then a handful of launches (see `opensora_fast.kernels.adamw`).
 """
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+from opensora_fast.kernels import adamw
+from opensora_fast.train.ema import EMA
+from opensora_fast.train.flat import FlatLayout
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -18,74 +25,102 @@ class MasterAdamW:
     """AdamW over the trainable parameters of a model, which it moves to its working dtype and device.
 
     Args:
-        model: in float32, on any device, with its initial weights. Moved in place to `device` and `dtype`.
+        model: in float32, on any device, with its initial weights. Moved in place to `device` and `dtype`; afterwards
+            its trainable parameters are views of one tensor and must stay where they are.
         dtype: working dtype, float32 or bfloat16. In float32 the parameters are their own masters.
         device: where the model trains.
         lr: learning rate.
         grad_clip: largest global norm of the gradient; None or 0 does not clip.
+        backend: of the step: "auto", "reference" or "triton"; "auto" is Triton on CUDA.
 
     Attributes:
+        layout: where each trainable parameter lies in a flat tensor.
         masters: float32 weights by parameter name, trainable ones only.
         fixed: float32 weights and buffers that are not trained, by name, on the CPU.
     """
 
     def __init__(
-        self, model: nn.Module, *, dtype: torch.dtype, device: torch.device, lr: float, grad_clip: float | None
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        lr: float,
+        grad_clip: float | None,
+        backend: str = "auto",
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype {dtype}: train in float32 or bfloat16")
         self.model = model
+        self.lr = lr
         self.grad_clip = grad_clip or None
-        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if not trainable:
+        self.backend = backend
+        self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        if not self._parameters:
             raise ValueError("the model has no trainable parameter: check model.freeze")
         self.fixed = {
             name: value.detach().float().cpu().clone() if value.is_floating_point() else value.detach().cpu().clone()
             for name, value in model.state_dict().items()
-            if name not in trainable
+            if name not in self._parameters
         }
-        originals = {name: parameter.detach() for name, parameter in model.named_parameters() if name in trainable}
-        if dtype == torch.float32:
-            model.to(device)
-            self.masters = {name: value for name, value in model.named_parameters() if name in trainable}
-        else:
-            self.masters = {name: nn.Parameter(value.to(device, copy=True)) for name, value in originals.items()}
-            model.to(device, dtype)
-        self._parameters = {name: value for name, value in model.named_parameters() if name in trainable}
-        # The fused step takes `found_inf`, which lets a step with a broken gradient be skipped without asking the GPU.
-        self.adam = torch.optim.AdamW(
-            list(self.masters.values()), lr=lr, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True
-        )
+        self.layout = FlatLayout({name: parameter.shape for name, parameter in self._parameters.items()})
+        self._dtype = dtype
+        self._master = self.layout.gather(self._parameters, torch.float32, device)
+        self._working = None if dtype == torch.float32 else self._master.to(dtype)
+        working = self._master if self._working is None else self._working
+        for name, view in self.layout.views(working).items():
+            self._parameters[name].data = view
+        model.to(device, dtype)
+        self.masters = self.layout.views(self._master)
+        self._moments = [torch.zeros_like(self._master) for _ in range(2)]
+        self._step = torch.zeros((), device=device)
 
     @torch.no_grad()
-    def step(self) -> Tensor:
-        """Clip, apply and clear the gradients of the model; weights and state stay as they are if they are not finite.
+    def step(self, ema: EMA | None = None) -> Tensor:
+        """Clip, apply and clear the gradients of the model; let the average follow.
+
+        Nothing changes if the gradient is not finite: weights, state and average stay as they are.
 
         Returns:
             The global gradient norm before clipping, float32 [] on the device; reading it is left to the caller.
+
+        Raises:
+            ValueError: a trainable parameter has no gradient.
         """
-        for name, parameter in self._parameters.items():
-            master = self.masters[name]
-            if parameter is not master:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-                parameter.grad = None
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        if not gradients:
-            raise ValueError("no gradient: call backward before step")
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.grad_clip, norm)
-        self.adam.found_inf = (~torch.isfinite(norm)).float()
-        self.adam.step()
-        for name, parameter in self._parameters.items():
-            if parameter is not self.masters[name]:
-                parameter.copy_(self.masters[name])
-        self.adam.zero_grad(set_to_none=True)
+        missing = [name for name, parameter in self._parameters.items() if parameter.grad is None]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"no gradient of {missing[0]}{more}: call backward before step")
+        gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
+        gradient = self.layout.gather(gradients, self._dtype, self.device)
+        del gradients
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        adamw(
+            gradient,
+            norm,
+            self._step,
+            self._master,
+            *self._moments,
+            self._working,
+            None if ema is None else ema.flat,
+            lr=self.lr,
+            betas=BETAS,
+            eps=EPSILON,
+            max_norm=self.grad_clip,
+            decay=0.0 if ema is None else ema.decay,
+            backend=self.backend,
+        )
         return norm
+
+    @property
+    def device(self) -> torch.device:
+        return self._master.device
 
     def full_state(self, trained: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """State dict of the model in float32: `trained` (the masters by default) with what is not trained."""
-        return {**self.fixed, **{name: value.detach() for name, value in (trained or self.masters).items()}}
+        return {**self.fixed, **(self.masters if trained is None else trained)}
 
     @torch.no_grad()
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
@@ -107,27 +142,24 @@ class MasterAdamW:
         self.model.load_state_dict(self.full_state())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments and step counts, `exp_avg.<parameter>` and so on; empty before the first step."""
-        return {
-            f"{kind}.{name}": tensor
-            for name, master in self.masters.items()
-            for kind, tensor in self.adam.state.get(master, {}).items()
-        }
+        """`step` [], and the moments `exp_avg.<parameter>` and `exp_avg_sq.<parameter>`."""
+        return {"step": self._step, **self._named_moments()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` gave. ValueError names the first tensor that does not fit."""
-        known = {f"{kind}.{name}" for name in self.masters for kind in ("exp_avg", "exp_avg_sq", "step")}
-        if unknown := sorted(set(state) - known):
+        own = self.state_dict()
+        if unknown := sorted(set(state) - set(own)):
             raise ValueError(f"optimizer state of another model: {unknown[0]} is not here")
-        for name, master in self.masters.items():
-            kinds = {kind: state.get(f"{kind}.{name}") for kind in ("exp_avg", "exp_avg_sq", "step")}
-            if all(tensor is None for tensor in kinds.values()):
-                self.adam.state.pop(master, None)
-                continue
-            for kind, tensor in kinds.items():
-                if tensor is None or (kind != "step" and tensor.shape != master.shape):
-                    raise ValueError(f"optimizer state of another model: {kind}.{name} is missing or of another shape")
-            self.adam.state[master] = {
-                kind: tensor.to(master.device, torch.float32, copy=True) for kind, tensor in kinds.items()
-            }
+        for name, value in own.items():
+            if name not in state or state[name].shape != value.shape:
+                raise ValueError(f"optimizer state of another model: {name} is missing or of another shape")
+        for name, value in own.items():
+            value.copy_(state[name])
+
+    def _named_moments(self) -> dict[str, Tensor]:
+        return {
+            f"{kind}.{name}": view
+            for kind, flat in zip(("exp_avg", "exp_avg_sq"), self._moments, strict=True)
+            for name, view in self.layout.views(flat).items()
+        }

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from opensora_fast.train.loop import Trainer
 
 WEIGHTS = "model.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass

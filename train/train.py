@@ -87,11 +87,18 @@ def train(
         use_kernels(model, backend)
         if start.weights is not None:
             load_initial_weights(model, start.weights, report)
-        optimizer = MasterAdamW(model, dtype=dtype, device=torch_device, lr=config.lr, grad_clip=config.grad_clip)
+        optimizer = MasterAdamW(
+            model,
+            dtype=dtype,
+            device=torch_device,
+            lr=config.lr,
+            grad_clip=config.grad_clip,
+            backend=backend,
+        )
         trainer = Trainer(
             model=model,
             optimizer=optimizer,
-            ema=EMA(optimizer.masters, config.ema_decay),
+            ema=EMA(optimizer, config.ema_decay),
             diffusion=diffusion,
             masks=masks,
             inputs=source.inputs,

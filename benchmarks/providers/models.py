@@ -57,7 +57,7 @@ def make_training(config: STDiT2Config, device: str, dtype: torch.dtype) -> Trai
                 nn.init.normal_(parameter, std=0.02)
         model.train()
         optimizer = MasterAdamW(model, dtype=dtype, device=torch.device(device), lr=LEARNING_RATE, grad_clip=GRAD_CLIP)
-    return Training(model, optimizer, EMA(optimizer.masters, EMA_DECAY))
+    return Training(model, optimizer, EMA(optimizer, EMA_DECAY))
 
 
 @dataclass(frozen=True)
@@ -240,8 +240,7 @@ def step_call(model: Model, work: ModelWork, encode: Callable[[], tuple[Latents,
         except Exception:  # out of memory: what backward has left must not add to the next provider's
             training.model.zero_grad(set_to_none=True)
             raise
-        training.optimizer.step()
-        training.ema.update(training.optimizer.masters)
+        training.optimizer.step(training.ema)
 
     return step
 

@@ -15,7 +15,7 @@ def test_every_op_of_the_package_is_listed_with_what_it_replaces() -> None:
     public = {name for name in kernels.__all__ if hasattr(torch.ops.opensora_fast, name)}
     assert public <= set(OPS) == set(described)
     for op in described.values():
-        assert op.replaces, f"{op.name}: no 'Replaces in ST-DiT-2:' in its docstring"
+        assert op.replaces, f"{op.name}: no 'Replaces in …:' in its docstring"
         assert op.limits, f"{op.name}: no 'Limits:' in its docstring"
 
 

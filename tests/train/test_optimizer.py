@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from opensora_fast.train.ema import EMA
+from opensora_fast.train.flat import ALIGNMENT
 from opensora_fast.train.optimizer import BETAS, EPSILON, MasterAdamW
 
 CPU = torch.device("cpu")
@@ -91,7 +92,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype, bad):
     # and the next good step is what it would have been
     take_gradient(model, 3)
     optimizer.step()
-    assert float(optimizer.state_dict()["step.0.weight"]) == 2
+    assert float(optimizer.state_dict()["step"]) == 2
     assert all(torch.isfinite(value).all() for value in optimizer.masters.values())
 
 
@@ -140,26 +141,46 @@ def test_errors():
         optimizer.load_weights(state | {"0.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="extra is unknown"):
         optimizer.load_weights(state | {"extra": torch.zeros(1)})
+    moments = optimizer.state_dict()
     with pytest.raises(ValueError, match="exp_avg.other is not here"):
-        optimizer.load_state_dict({"exp_avg.other": torch.zeros(1)})
+        optimizer.load_state_dict(moments | {"exp_avg.other": torch.zeros(1)})
+    del moments["exp_avg_sq.0.weight"]
     with pytest.raises(ValueError, match="exp_avg_sq.0.weight is missing"):
-        optimizer.load_state_dict({"exp_avg.0.weight": torch.zeros(7, 5)})
+        optimizer.load_state_dict(moments)
 
 
 def test_ema_is_open_soras_formula_bit_for_bit():
-    torch.manual_seed(0)
-    masters = {"a": torch.randn(100), "b": torch.randn(3, 4)}
-    ema = EMA(masters, 0.9999)
-    expected = {name: value.clone() for name, value in masters.items()}
-    for _ in range(50):
-        for value in masters.values():
-            value.add_(torch.randn_like(value), alpha=0.1)
-        ema.update(masters)
+    model = make_model()
+    optimizer = make_optimizer(model, torch.bfloat16)
+    ema = EMA(optimizer, 0.9999)
+    expected = {name: value.clone() for name, value in optimizer.masters.items()}
+    for step in range(50):
+        take_gradient(model, step)
+        optimizer.step(ema)
         for name, value in expected.items():
-            value.mul_(0.9999).add_(masters[name], alpha=1 - 0.9999)
+            value.mul_(0.9999).add_(optimizer.masters[name], alpha=1 - 0.9999)
     for name, value in expected.items():
         assert torch.equal(ema.average[name], value)
-        assert not torch.equal(value, masters[name])
-    fresh = EMA(masters, 0.9999)
+        assert not torch.equal(value, optimizer.masters[name])
+    fresh = EMA(optimizer, 0.9999)
     fresh.load(ema.average)
-    assert torch.equal(fresh.average["a"], ema.average["a"])
+    assert torch.equal(fresh.flat, ema.flat)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_are_aligned_views_of_one_tensor(dtype):
+    model = make_model()
+    make_optimizer(model, dtype)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len({parameter.untyped_storage().data_ptr() for parameter in trained}) == 1
+    assert all(parameter.storage_offset() % ALIGNMENT == 0 for parameter in trained)
+    assert all(parameter.is_contiguous() for parameter in trained)
+
+
+def test_a_parameter_without_a_gradient_is_an_error():
+    model = make_model()
+    optimizer = make_optimizer(model, torch.float32)
+    take_gradient(model, 1)
+    model[2].bias.grad = None
+    with pytest.raises(ValueError, match="no gradient of 2.bias"):
+        optimizer.step()
