@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from opensora_fast.config import TrainConfig
-from opensora_fast.data.clips import BadClip, ClipRequest, Decoder, choose_frames
+from opensora_fast.data.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.encoders.linear_autoencoder import LinearAutoencoder
 from opensora_fast.progress import Progress
@@ -81,7 +81,7 @@ def _make_request(data: TrainingData, row: int, bucket_index: int, seed: int) ->
     if not clip.is_image:
         rng = np.random.default_rng((seed, row))
         frames = choose_frames(clip.num_frames, min(FRAMES_TO_FIT, clip.num_frames), 1, rng)
-    return ClipRequest(row=row, path=clip.path, frames=frames, size=(height, width), is_image=clip.is_image)
+    return ClipRequest(row=row, path=clip.path, frames=frames, size=(height, width), is_image=is_image_path(clip.path))
 
 
 def _place(folder: Path, fill: Callable[[Path], object]) -> None:

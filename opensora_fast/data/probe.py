@@ -171,6 +171,8 @@ def probe_folder(
         raise ValueError(f"there is no video or image below {folder} (looked for {extensions})")
 
     def probe_one(path: Path) -> tuple[MediaInfo, str]:
+        if _printable(path) != str(path):
+            raise ClipError("its name is not UTF-8 text, which a manifest cannot hold: rename it")
         return probe_media(path, depth), read_caption(path)
 
     rows, unreadable = [], []
@@ -178,7 +180,7 @@ def probe_folder(
     with Progress("probe files", total=len(paths), unit="files") as progress:
         for path, result in zip(paths, map_files(probe_one, paths, workers), strict=True):
             if isinstance(result, ClipError):
-                unreadable.append((str(path), str(result)))
+                unreadable.append((_printable(path), str(result)))
             else:
                 info, caption = result
                 sizes = {"num_frames": info.num_frames, "height": info.height, "width": info.width}
@@ -218,6 +220,12 @@ def map_files(
         threads.close()
 
 
+def _printable(path: Path) -> str:
+    """The path, with \\xff for a byte that is not UTF-8 (Python holds it as half a character, which no file takes)."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def _relative_path(path: Path, home: Path) -> str:
-    absolute = path.resolve()
+    # Of a link the name counts: what it leads to may lack the ending that tells an image from a video.
+    absolute = path.parent.resolve() / path.name
     return absolute.relative_to(home).as_posix() if absolute.is_relative_to(home) else str(absolute)

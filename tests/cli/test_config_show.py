@@ -26,6 +26,15 @@ def test_json(capsys):
     assert json.loads(capsys.readouterr().out)["kind"] == "SampleConfig"
 
 
+def test_a_folder_of_the_same_name_does_not_hide_a_shipped_configuration(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "video").mkdir()
+    assert run(["config", "show", "video"]) == 0
+    (tmp_path / "mine").mkdir()
+    assert run(["config", "show", "mine"]) == 1
+    assert "mine is a folder" in capsys.readouterr().err
+
+
 def test_mistakes(capsys, tmp_path):
     assert run(["config", "show", "stage1", "modle.depth=3"]) == 1
     assert "modle: unknown key; did you mean 'model'?" in capsys.readouterr().err

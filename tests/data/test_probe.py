@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sample_media import write_image, write_video
 
+from opensora_fast.cli import run
 from opensora_fast.data.clips import ClipError
 from opensora_fast.data.manifest import Manifest
 from opensora_fast.data.probe import find_media, map_files, probe_folder, probe_media, read_caption
@@ -112,6 +113,30 @@ def test_manifest_elsewhere_names_absolute_paths(tmp_path):
     probe_folder(tmp_path / "media", tmp_path / "tables" / "meta.parquet")
     manifest = Manifest.read(tmp_path / "tables" / "meta.parquet")
     assert manifest.table["path"].tolist() == [str((tmp_path / "media" / "a.png").resolve())]
+
+
+def test_links_are_known_by_their_own_names(tmp_path):
+    """As in the cache of the Hugging Face hub, whose files have no endings."""
+    (tmp_path / "blobs").mkdir()
+    write_image(tmp_path / "a.png").rename(tmp_path / "blobs" / "4f2a")
+    write_video(tmp_path / "b.mp4", frames=9).rename(tmp_path / "blobs" / "9c1d")
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "a.png").symlink_to("../blobs/4f2a")
+    (tmp_path / "media" / "b.mp4").symlink_to("../blobs/9c1d")
+    for home in (tmp_path, tmp_path / "media", tmp_path / "tables"):
+        home.mkdir(exist_ok=True)
+        probe_folder(tmp_path / "media", home / "meta.csv")
+        clips = list(map(Manifest.read(home / "meta.csv").clip, range(2)))
+        assert [os.path.relpath(clip.path, tmp_path) for clip in clips] == ["media/a.png", "media/b.mp4"]
+
+
+def test_a_name_that_is_not_text_is_left_out_and_named(tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    write_image(tmp_path / "b.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.png"))
+    assert run(["data", "probe", str(tmp_path), "--out", str(tmp_path / "meta.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert "b\\xff.png: its name is not UTF-8 text" in printed and "1 rows, 1 files left out" in printed
+    assert Manifest.read(tmp_path / "meta.csv").table["path"].tolist() == ["a.png"]
 
 
 def test_a_caption_that_is_not_text_is_told(tmp_path):
