@@ -62,7 +62,7 @@ def list_checkpoints(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     folders = [path for path in parent.iterdir() if FOLDER_NAME.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: int(FOLDER_NAME.fullmatch(path.name)[1]), reverse=True)
+    return sorted(folders, key=_get_step, reverse=True)
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -96,6 +96,20 @@ def find_newest(parent: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def set_aside_newer(checkpoint: Path) -> list[Path]:
+    """Rename the folders of later steps, which are damaged: they would count among the newest that stay, in place of
+    whole ones. Returns the new names, `damaged-step-...`."""
+    step = _get_step(checkpoint)
+    renamed = []
+    for folder in list_checkpoints(checkpoint.parent):
+        if _get_step(folder) > step:
+            target = folder.with_name(f"damaged-{folder.name}")
+            if target.exists():
+                shutil.rmtree(target)
+            renamed.append(folder.rename(target))
+    return renamed
+
+
 def locate_checkpoint(path: Path, warn: Callable[[str], None]) -> Path:
     """The checkpoint that a person means by a path: a checkpoint, a folder of them, or the output folder of a run.
 
@@ -111,6 +125,10 @@ def locate_checkpoint(path: Path, warn: Callable[[str], None]) -> Path:
         if (found := find_newest(parent, warn)) is not None:
             return found
     raise ValueError(f"{path} holds no complete checkpoint")
+
+
+def _get_step(folder: Path) -> int:
+    return int(FOLDER_NAME.fullmatch(folder.name)[1])
 
 
 def _hash(path: Path) -> str:

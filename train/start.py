@@ -10,7 +10,7 @@ from opensora_fast.config import TrainConfig, list_values, load_train_config
 from opensora_fast.model import STDiT2
 from opensora_fast.model.pixart import initialize_from
 from opensora_fast.model.weights import load_strictly
-from opensora_fast.train.checkpoint import COMPLETE, find_newest, list_checkpoints, locate_checkpoint
+from opensora_fast.train.checkpoint import COMPLETE, find_newest, list_checkpoints, locate_checkpoint, set_aside_newer
 
 CHECKPOINT_CONFIG = "train_config.json"
 
@@ -46,6 +46,8 @@ def choose_start(
     if resume == "auto":
         newest = find_newest(checkpoints, report)
         if newest is not None:
+            for folder in set_aside_newer(newest):
+                report(f"note: the damaged checkpoint is now called {folder}")
             return Start(resume=newest)
         if list_checkpoints(checkpoints):
             raise ValueError(f"{checkpoints} holds no checkpoint that is whole; remove them to start anew")

@@ -105,9 +105,21 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, whole):
     assert code == 0, error
     assert "optimizer.safetensors is damaged" in text and "after step 3" in text
     assert read_losses(out) == read_losses(whole)
+    # The damaged one does not count among those that are kept.
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["damaged-step-00000006", "step-00000003", f"step-{STEPS:08d}"]
     shutil.rmtree(last(out) / "ema")
     code, _, error = train(tmp_path / "other", "--resume", last(out), "--steps", STEPS)
     assert code == 1 and "ema" in error and "is missing" in error
+
+
+def test_the_only_checkpoint_that_is_kept_is_a_whole_one(train, tmp_path, whole):
+    out = tmp_path / "run"
+    assert train(out, "--steps", 8, "ckpt_every=4")[0] == 0
+    (out / "checkpoints" / "step-00000008" / "complete.json").write_text("")
+    assert train(out, "--steps", 5, "--resume", "auto", "keep_checkpoints=1")[0] == 0
+    assert train(out, "--steps", STEPS, "--resume", "auto", "keep_checkpoints=1")[0] == 0
+    assert read_losses(out) == read_losses(whole)
 
 
 def test_another_order_of_batches_is_refused_by_name(train, tmp_path, table, whole):
