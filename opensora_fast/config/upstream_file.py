@@ -39,7 +39,7 @@ def read_config_file(path: str | Path) -> ConfigFile:
     if len(raw) > LARGEST_FILE_BYTES:
         raise ValueError(f"{path} is larger than {LARGEST_FILE_BYTES} bytes: this is not a configuration")
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file in UTF-8 ({error})") from None
     return _read_json(path, text) if path.suffix == ".json" else _read_python(path, text)
@@ -67,7 +67,8 @@ def _read_python(path: Path, text: str) -> ConfigFile:
     try:
         tree = ast.parse(text, filename=str(path))
     except SyntaxError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid Python: {error.msg}") from None
+        place = f", line {error.lineno}" if error.lineno else ""
+        raise ValueError(f"{path}{place}: not valid Python: {error.msg}") from None
     except (RecursionError, MemoryError, ValueError) as error:
         raise ValueError(f"{path}: cannot be parsed: {error or 'nested too deeply'}") from None
     reader = _LiteralReader(str(path))

@@ -109,7 +109,7 @@ def test_files_that_are_no_configuration(tmp_path):
     (tmp_path / "binary.py").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="UTF-8"):
         read_config_file(tmp_path / "binary.py")
-    with pytest.raises(ValueError, match="null bytes|not valid Python"):
+    with pytest.raises(ValueError, match=r"config.py: not valid Python: .*null bytes"):
         read_config_file(write(tmp_path, "a = 1\0"))
     with pytest.raises(ValueError, match="larger than"):
         read_config_file(write(tmp_path, "# " + "x" * 2_000_000))
@@ -121,6 +121,13 @@ def test_json(tmp_path):
         read_config_file(write(tmp_path, "{", "c.json"))
     with pytest.raises(ValueError, match="one JSON object"):
         read_config_file(write(tmp_path, "[1]", "c.json"))
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.py", "a = 1\r\n"), ("config.json", '{"a": 1}')])
+def test_byte_order_mark_and_line_ends_of_windows(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_config_file(path).values == {"a": 1}
 
 
 def test_parse_literal():
