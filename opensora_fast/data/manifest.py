@@ -14,6 +14,7 @@ Columns, as Open-Sora's tools write them; others are kept:
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import warnings
@@ -99,10 +100,7 @@ class Manifest:
     def read(cls, path: str | Path) -> Manifest:
         """Read a CSV or Parquet file. ValueError that names the file, and the lines of bad rows."""
         path = Path(path)
-        table = read_table(path)
-        if len(table) == 0:
-            raise ValueError(f"{path} has no rows")
-        return cls(table, folder=path.parent, source=str(path))
+        return cls(read_table(path), folder=path.parent, source=str(path))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -123,9 +121,11 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """The table of a CSV or Parquet file as it stands, with all needed columns but unchecked rows.
 
     Raises:
-        ValueError: the file is missing, of another kind, or broken, or lacks a column.
+        ValueError: the file is missing, of another kind, or broken, lacks a column, or has no rows.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; `opensora-fast data probe {path} --out META` makes a manifest of it")
     if path.suffix.lower() not in (".csv", ".parquet"):
         raise ValueError(f"manifest {path} must end in .csv or .parquet")
     if not path.is_file():
@@ -137,6 +137,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
             f"{path} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
             f"it has {', '.join(map(repr, table.columns))}. `opensora-fast data probe` writes all that are needed"
         )
+    if len(table) == 0:
+        raise ValueError(f"{path} has no rows")
     return table
 
 
@@ -263,9 +265,29 @@ def _read_csv(path: Path) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise ValueError(f"{path} is empty; its first line must name the columns {','.join(COLUMNS)}") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        raise ValueError(f"{path} is not a well-formed CSV file: {error}") from None
+        raise ValueError(f"{path} is not a well-formed CSV file: {_describe_long_lines(path) or error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _describe_long_lines(path: Path) -> str:
+    """Which lines of a CSV file have more cells than its header, and why that usually is; empty if none has."""
+    found = []
+    with open(path, newline="", encoding="utf-8-sig") as file, contextlib.suppress(csv.Error):
+        reader = csv.reader(file)
+        columns = len(next(reader))
+        line = reader.line_num + 1
+        for record in reader:
+            if len(record) > columns:
+                found.append(f"line {line} has {len(record)}")
+            line = reader.line_num + 1
+    if not found:
+        return ""
+    more = f" and {len(found) - SHOWN_ROWS} more have too many" if len(found) > SHOWN_ROWS else ""
+    return (
+        f"its header has {columns} cells, {', '.join(found[:SHOWN_ROWS])}{more}. A caption with a comma must stand in "
+        "double quotes"
+    )
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:

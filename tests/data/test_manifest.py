@@ -140,7 +140,15 @@ def test_check_table_does_not_change_its_argument():
         ("meta.csv", b"path,text,height\na,b,1\n", "lacks the columns num_frames, width, fps"),
         ("meta.csv", HEADER.encode(), "has no rows"),
         ("meta.csv", HEADER.encode() + b"a.mp4,a,b,c,1,2,3,4,5\n", "not a well-formed CSV"),
-        ("meta.csv", HEADER.encode() + b"a.mp4,x,20,480,640,24\nb.mp4,a, b,20,480,640,24\n", "CSV.*line 3"),
+        ("meta.csv", HEADER.encode() + b"a.mp4,x,20,480,640,24\nb.mp4,a, b,20,480,640,24\n", "CSV.*line 3 has 7"),
+        # a first row that is too long, which the parser does not name, and a caption over two lines
+        (
+            "meta.csv",
+            HEADER.encode() + b'a,x,y,2,3,4,5\nb,"x\ny",2,3,4,5\nc,x,y,z,2,3,4,5\n',
+            "line 2 has 7, line 5 has 8",
+        ),
+        ("meta.csv", HEADER.encode() + b"a,x,y,20,480,640,24\n" * 12, "line 11 has 7 and 2 more.*double quotes"),
+        ("meta.csv", HEADER.encode() + b'a,"x,20,480,640,24\n', "EOF inside string"),
         ("meta.csv", HEADER.encode() + b"a.mp4,\xff\xfe,20,480,640,24\n", "not UTF-8"),
         ("meta.parquet", b"PAR1 not really", "not a readable Parquet"),
         ("meta.txt", b"", "must end in .csv or .parquet"),
@@ -157,6 +165,11 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
 def test_missing_file_says_how_to_make_one(tmp_path):
     with pytest.raises(ValueError, match="does not exist.*data probe"):
         read_table(tmp_path / "meta.csv")
+
+
+def test_a_folder_is_no_manifest(tmp_path):
+    with pytest.raises(ValueError, match="is a folder; .*data probe"):
+        read_table(tmp_path)
 
 
 def test_write_refuses_other_kinds(tmp_path):

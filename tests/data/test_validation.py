@@ -89,6 +89,10 @@ def test_validate_command(meta, capsys):
     assert "--deep and --table-only" in capsys.readouterr().err
     assert run(["data", "validate", str(meta.parent / "other.csv")]) == 1
     assert "other.csv does not exist" in capsys.readouterr().err
+    empty = meta.with_name("empty.csv")
+    empty.write_text(meta.read_text().splitlines(keepends=True)[0])
+    assert run(["data", "validate", str(empty)]) == 1
+    assert "empty.csv has no rows" in capsys.readouterr().err
 
 
 def test_probe_command(tmp_path, capsys):
