@@ -108,6 +108,7 @@ class _Unwritten:
     def __init__(self, sampler: BucketSampler, writer: FeatureWriter) -> None:
         self.bucket = sampler.bucket
         self.replacement = sampler.replacement
+        self.substitutes = sampler.substitutes
         self._sampler = sampler
         self._writer = writer
 

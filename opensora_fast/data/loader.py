@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -17,15 +18,22 @@ from opensora_fast.data.reporting import print_line
 from opensora_fast.data.sampler import BucketSampler, MicroBatch
 
 REPLACEMENTS = 20
-"""How often a place in a micro-batch is filled anew before the run is stopped."""
+"""How often a place in a micro-batch is filled anew before its bucket is given up."""
+SUBSTITUTES = 5
+"""How many other buckets are tried then before the run is stopped."""
+
+
+class _NoUsableClip(Exception):
+    """A place in a micro-batch cannot be filled from its bucket."""
 
 
 class ClipLoader:
     """Yields the batches of one epoch, decoded ahead in a thread; `sampler.set_epoch` chooses the epoch.
 
-    A clip that cannot be decoded is replaced by another of its bucket (`sampler.replacement`) and listed. Nothing here
-    has a state: which frames of a clip are taken depends on (seed, epoch, row) alone, so batches are the same whatever
-    the number of threads or processes, the decoder, and where a run was resumed. (A time limit that strikes is the
+    A clip that cannot be decoded is replaced by another of its bucket (`sampler.replacement`) and listed. A bucket may
+    hold no other, as those of rare shapes do: then a micro-batch of another bucket takes the place. Nothing here has a
+    state: which frames of a clip are taken depends on (seed, epoch, row) alone, so batches are the same whatever the
+    number of threads or processes, the decoder, and where a run was resumed. (A time limit that strikes is the
     exception: it depends on the machine.) To save the position of a run: `sampler.state_dict(after=batch)`.
 
     Args:
@@ -134,7 +142,27 @@ class ClipLoader:
         return [self._complete(micro_batch, [next(results) for _ in micro_batch.rows]) for micro_batch in micro_batches]
 
     def _complete(self, micro_batch: MicroBatch, clips: list[torch.Tensor | BadClip]) -> Batch:
-        """Replace bad clips until none is left."""
+        """Replace bad clips until none is left, or the whole micro-batch by one of another bucket."""
+        substitutes = itertools.islice(self.sampler.substitutes(micro_batch), SUBSTITUTES)
+        filling = micro_batch
+        while True:
+            try:
+                return self._fill(filling, clips)
+            except _NoUsableClip as error:
+                reason = str(error)
+            filling = next(substitutes, None)
+            if filling is None:
+                raise RuntimeError(
+                    f"{reason}; nor could other buckets be used. Look at the data (`opensora-fast data validate`)"
+                )
+            self._report(
+                f"{reason}; micro-batch {micro_batch.index} of epoch {micro_batch.epoch} is of bucket "
+                f"{_name(filling)} instead"
+            )
+            clips = self.decoder.decode([self._make_request(row, filling) for row in filling.rows])
+
+    def _fill(self, micro_batch: MicroBatch, clips: list[torch.Tensor | BadClip]) -> Batch:
+        """Replace bad clips until none is left. _NoUsableClip if that cannot be."""
         rows = list(micro_batch.rows)
         for attempt in range(REPLACEMENTS + 1):
             bad = {place: clip for place, clip in enumerate(clips) if isinstance(clip, BadClip)}
@@ -146,9 +174,9 @@ class ClipLoader:
             replacements = self.decoder.decode([self._make_request(rows[place], micro_batch) for place in bad])
             for place, clip in zip(bad, replacements, strict=True):
                 clips[place] = clip
-        raise RuntimeError(
-            f"bucket {micro_batch.bucket}: {REPLACEMENTS} replacements of a clip could not be decoded either, the last "
-            f"one, {clip.path}, because: {clip.reason}. Look at the data (`opensora-fast data validate`)"
+        raise _NoUsableClip(
+            f"bucket {_name(micro_batch)}: {REPLACEMENTS} replacements of a clip could not be decoded either, the last "
+            f"one, {clip.path}, because: {clip.reason}"
         )
 
     def _make_request(self, row: int, micro_batch: MicroBatch) -> ClipRequest:
@@ -162,7 +190,7 @@ class ClipLoader:
         try:
             return self.sampler.replacement(micro_batch, row, attempt)
         except ValueError as error:
-            raise RuntimeError(f"{bad.path}: {bad.reason}; and {error}") from None
+            raise _NoUsableClip(f"{bad.path}: {bad.reason}; and {error}") from None
 
     def _record(self, clip: BadClip, micro_batch: MicroBatch) -> None:
         self._log.add(clip, epoch=micro_batch.epoch, micro_batch=micro_batch.index)
@@ -180,3 +208,7 @@ class ClipLoader:
             index=micro_batch.index,
             epoch=micro_batch.epoch,
         )
+
+
+def _name(micro_batch: MicroBatch) -> str:
+    return ", ".join(map(str, micro_batch.bucket))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -160,6 +161,17 @@ class BucketSampler:
             return list(inside)[attempt]
         name = ", ".join(map(str, plan.bucket.ids[bucket_index]))
         raise ValueError(f"bucket {name} has no further clip in place of row {row}; it has {count} in all")
+
+    def substitutes(self, micro_batch: MicroBatch) -> Iterator[MicroBatch]:
+        """Micro-batches that may stand in for one whose bucket has no usable clip: one of each other bucket, those that
+        come next in the epoch first. They have its number, for they take its place in the run."""
+        plan = self.get_plan(micro_batch.epoch)
+        place = micro_batch.index % len(plan)
+        _, first = np.unique(np.roll(plan.bucket_of, -place), return_index=True)
+        for offset in np.sort(first).tolist():
+            other = self._get_micro_batch(plan, place + offset)
+            if other.bucket != micro_batch.bucket:
+                yield dataclasses.replace(other, index=micro_batch.index)
 
     def explain(self) -> Explanation:
         """The current epoch: batches, tokens, what is left out."""

@@ -1,6 +1,7 @@
 """The clip loader: what is in a batch, bad clips, determinism, running ahead, and an end without leftovers."""
 
 import json
+import re
 import threading
 import time
 
@@ -180,15 +181,38 @@ def test_bad_clips_are_replaced_counted_and_listed(tmp_path):
     good.close()
 
 
-def test_bucket_without_a_good_clip_stops_the_run():
-    loader = make_loader(FakeDecoder(bad=range(12, 16)))
-    with pytest.raises(RuntimeError, match=r"\.png: made bad; and bucket 144p, 1, .* has no further clip"):
+def test_another_bucket_stands_in_for_one_without_a_good_clip(tmp_path):
+    said = []
+    bad = range(12, 16)  # all images
+    loader = make_loader(FakeDecoder(bad), bad_clips_path=tmp_path / "bad_clips.jsonl", report=said.append)
+    batches, expected = take_epoch(loader), take_epoch(make_loader(FakeDecoder()))
+    assert [batch.index for batch in batches] == [batch.index for batch in expected] == list(range(8))
+    for batch, planned in zip(batches, expected, strict=True):
+        if planned.bucket[1] != 1:
+            assert (batch.bucket, batch.rows) == (planned.bucket, planned.rows)
+        else:
+            following = [other for other in expected[batch.index :] + expected if other.bucket[1] != 1]
+            assert (batch.bucket, batch.rows) == (following[0].bucket, following[0].rows)
+            assert batch.video.shape[2] == batch.num_frames[0] == batch.bucket[1]
+            message = (
+                rf"bucket 144p, 1, .* has no further clip .* micro-batch {batch.index} of epoch 0 is of bucket 144p, "
+            )
+            assert any(re.search(message, text) for text in said)
+    assert {entry["row"] for entry in read_bad_clips(tmp_path / "bad_clips.jsonl")} == set(bad)
+    loader.sampler.load_state_dict(loader.sampler.state_dict(after=batches[2]))
+    assert summarize(loader) == summarize(batches[3:]), "the same on replay"
+    loader.close()
+
+
+def test_no_good_clip_in_any_bucket_stops_the_run():
+    loader = make_loader(FakeDecoder(bad=range(16)))
+    with pytest.raises(RuntimeError, match=r"made bad; and bucket 144p, .* no further clip.*nor could other buckets"):
         take_epoch(loader)
     loader.close()
 
 
 def test_so_many_bad_clips_that_something_else_is_wrong():
-    manifest = make_manifest(videos=60)
+    manifest = make_manifest(videos=60, images=0)
     loader = make_loader(FakeDecoder(bad=range(60)), manifest)
     with pytest.raises(RuntimeError, match="20 replacements of a clip could not be decoded either.*made bad"):
         take_epoch(loader)

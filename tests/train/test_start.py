@@ -27,14 +27,27 @@ def test_a_corrupt_clip_costs_one_clip(train, tmp_path, table):
     assert read_losses(tmp_path / "a") == read_losses(tmp_path / "b")
 
 
-def test_a_bucket_without_one_usable_clip_stops_with_its_name(train, tmp_path, table):
+def test_a_bucket_without_one_usable_clip_does_not_stop_the_run(train, tmp_path, table):
     folder = tmp_path / "clips"
     shutil.copytree(table.parent, folder)
     for number in range(4, 8):
         (folder / f"{number}.mp4").write_bytes(b"")
-    code, _, error = train(tmp_path / "run", "--steps", 8, "--data-path", folder / "meta.csv")
-    assert code == 1
-    assert re.search(r"144p.*2", error) and "mp4" in error and "Traceback" not in error and "unexpected" not in error
+    arguments = ("--data-path", folder / "meta.csv")
+    code, _, error = train(tmp_path / "whole", "--steps", 8, *arguments)
+    assert code == 0, error
+    assert re.search(r"[4-7]\.mp4: empty file; and bucket 144p, 2, .* has no further clip .* is of bucket", error)
+    losses = read_losses(tmp_path / "whole")
+    assert [row[0] for row in losses] == list(range(1, 9)) and not any(row[5][1] == 2 for row in losses)
+    for steps in (3, 8):
+        assert train(tmp_path / "run", "--steps", steps, "--resume", "auto", *arguments)[0] == 0
+    assert read_losses(tmp_path / "run") == losses
+    for path in (*folder.glob("*.mp4"), *folder.glob("*.png")):
+        path.write_bytes(b"")
+    vae = f"vae.from_pretrained={tmp_path / 'whole' / 'encoders' / 'vae'}"
+    code, _, error = train(tmp_path / "nothing", "--steps", 8, *arguments, vae)
+    assert (
+        code == 1 and "empty file" in error and "nor could other buckets be used" in error and "Traceback" not in error
+    )
 
 
 def test_open_sora_weights_as_a_start_are_reported(train, tmp_path):
