@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 COMPLETE = "complete.json"
 FOLDER_NAME = re.compile(r"step-(\d{8,})")
 UNFINISHED_PREFIX = ".unfinished-"
@@ -31,23 +33,24 @@ def write_checkpoint(parent: Path, step: int, fill: Callable[[Path], None], keep
 
     Returns:
         The folder of the checkpoint.
+
+    Raises:
+        ValueError: it could not be written, because the disk is full for example. What was written of it is removed,
+            older checkpoints stay.
     """
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob(f"{UNFINISHED_PREFIX}*"):
         shutil.rmtree(leftover)
     final = parent / f"step-{step:08d}"
     unfinished = parent / f"{UNFINISHED_PREFIX}{final.name}"
-    unfinished.mkdir()
-    fill(unfinished)
-    files = {}
-    for path in sorted(path for path in unfinished.rglob("*") if path.is_file()):
-        _flush(path)
-        name = path.relative_to(unfinished).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
-    marker = unfinished / COMPLETE
-    marker.write_text(json.dumps({"step": step, "files": files}, indent=1))
-    for path in (marker, *(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
-        _flush(path)
+    try:
+        _fill_and_seal(unfinished, step, fill)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise ValueError(
+            f"the checkpoint {final} could not be written: {error}. Once it can be, --resume auto continues "
+            "from the checkpoint before it"
+        ) from error
     if final.exists():  # a damaged one of the same step, which resuming has passed over
         shutil.rmtree(final)
     os.rename(unfinished, final)
@@ -57,12 +60,27 @@ def write_checkpoint(parent: Path, step: int, fill: Callable[[Path], None], keep
     return final
 
 
+def _fill_and_seal(folder: Path, step: int, fill: Callable[[Path], None]) -> None:
+    """Make the folder, let its files be written, flush them to the disk and vouch for them in `complete.json`."""
+    folder.mkdir()
+    fill(folder)
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _flush(path)
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+    marker = folder / COMPLETE
+    marker.write_text(json.dumps({"step": step, "files": files}, indent=1))
+    for path in (marker, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _flush(path)
+
+
 def list_checkpoints(parent: Path) -> list[Path]:
     """Folders named as checkpoints, newest first; whether they are whole is not looked at."""
     if not parent.is_dir():
         return []
     folders = [path for path in parent.iterdir() if FOLDER_NAME.fullmatch(path.name)]
-    return sorted(folders, key=_get_step, reverse=True)
+    return sorted(folders, key=get_step, reverse=True)
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -99,10 +117,10 @@ def find_newest(parent: Path, warn: Callable[[str], None]) -> Path | None:
 def set_aside_newer(checkpoint: Path) -> list[Path]:
     """Rename the folders of later steps, which are damaged: they would count among the newest that stay, in place of
     whole ones. Returns the new names, `damaged-step-...`."""
-    step = _get_step(checkpoint)
+    step = get_step(checkpoint)
     renamed = []
     for folder in list_checkpoints(checkpoint.parent):
-        if _get_step(folder) > step:
+        if get_step(folder) > step:
             target = folder.with_name(f"damaged-{folder.name}")
             if target.exists():
                 shutil.rmtree(target)
@@ -127,7 +145,8 @@ def locate_checkpoint(path: Path, warn: Callable[[str], None]) -> Path:
     raise ValueError(f"{path} holds no complete checkpoint")
 
 
-def _get_step(folder: Path) -> int:
+def get_step(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
     return int(FOLDER_NAME.fullmatch(folder.name)[1])
 
 

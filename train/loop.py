@@ -25,7 +25,7 @@ from opensora_fast.data.explain import count_tokens
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.model import STDiT2
 from opensora_fast.progress import Progress
-from opensora_fast.train.checkpoint import write_checkpoint
+from opensora_fast.train.checkpoint import get_step, write_checkpoint
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.host_values import HostValues
 from opensora_fast.train.metrics import MetricsWriter
@@ -122,8 +122,7 @@ class Trainer:
             with StopSignals() as stop, Progress("train", total=total, unit="steps") as self._progress:
                 with contextlib.closing(self._iterate()) as batches:
                     self._take_steps(batches, stop)
-                if self.last_checkpoint is None or self.last_checkpoint.name != f"step-{self.position.step:08d}":
-                    self.save()
+                self.save()
                 return stop.received
         finally:
             self._progress = None
@@ -137,7 +136,10 @@ class Trainer:
             print(text, file=sys.stderr)
 
     def save(self) -> None:
-        """Write a checkpoint of the present position; every step taken must have been finished."""
+        """Write a checkpoint of the present position, unless the last one is of it; every step taken must have been
+        finished."""
+        if self.last_checkpoint is not None and get_step(self.last_checkpoint) == self.position.step:
+            return
 
         def fill(folder: Path) -> None:
             write_state(self, folder)

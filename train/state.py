@@ -68,4 +68,5 @@ def resume(trainer: "Trainer", checkpoint: Path) -> None:
         )
     load_weights(trainer, checkpoint)
     trainer.position = Position(state["step"], sampler["epoch"], sampler["consumed"])
-    trainer.last_checkpoint = checkpoint if checkpoint.parent == trainer.folder / "checkpoints" else None
+    own = checkpoint.parent.resolve() == (trainer.folder / "checkpoints").resolve()
+    trainer.last_checkpoint = checkpoint if own else None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from opensora_fast.train.checkpoint import (
     find_newest,
@@ -80,15 +81,16 @@ def test_locate(tmp_path):
         locate_checkpoint(run, print)
 
 
-def test_an_error_while_filling_leaves_no_checkpoint(tmp_path):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_full_disk_leaves_the_checkpoints_before_and_nothing_of_the_new_one(tmp_path, kind):
     def fail(folder):
         (folder / "part").write_text("x")
-        raise OSError("No space left on device")
+        raise kind("No space left on device")
 
     good = write_checkpoint(tmp_path, 1, fill("a"), keep=1)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ValueError, match="step-00000002 could not be written: No space left on device.*--resume auto"):
         write_checkpoint(tmp_path, 2, fail, keep=1)
-    assert list_checkpoints(tmp_path) == [good]
+    assert list(tmp_path.iterdir()) == [good]
     write_checkpoint(tmp_path, 3, fill("b"), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 

@@ -223,6 +223,12 @@ def test_a_step_that_is_not_finite_leaves_the_state_before_it(train, tmp_path, m
     code, _, error = train(out, "--steps", STEPS)
     assert code == 1 and f"step 5: the {'loss' if where == 'loss' else 'gradient norm'} is nan" in error
     assert [row[0] for row in read_losses(out)] == [1, 2, 3, 4]
+    # A whole checkpoint of that step is left alone: replacing it would leave none to a kill in the middle.
+    folder = out / "checkpoints" / "step-00000004"
+    written = folder.stat().st_ino
+    for resume in ("auto", folder.resolve()):
+        assert train(out, "--steps", STEPS, "--resume", resume)[0] == 1
+        assert folder.stat().st_ino == written
     monkeypatch.undo()
     assert train(out, "--steps", STEPS, "--resume", "auto")[0] == 0
     assert read_losses(out) == read_losses(whole)
