@@ -62,13 +62,14 @@ def validate(
 
     Without options every file is opened and its header compared with the row. Exits with 1 if there is a bad row.
     """
+    from opensora_fast.data.manifest import check_ending
     from opensora_fast.data.validation import validate_manifest
 
     if deep and table_only:
         raise ValueError("--deep and --table-only contradict each other; give one")
-    validation = validate_manifest(meta, check="deep" if deep else "table" if table_only else "files", workers=workers)
     if keep is not None:
-        validation.write_good_rows(keep)
+        check_ending(keep)  # told before hours of checking, not after
+    validation = validate_manifest(meta, check="deep" if deep else "table" if table_only else "files", workers=workers)
     if as_json:
         rows = [vars(bad_row) for bad_row in validation.bad_rows]
         print(json.dumps({"rows": len(validation.table), "bad_rows": rows, "remarks": validation.remarks}, indent=2))
@@ -78,5 +79,7 @@ def validate(
         for remark in validation.remarks:
             print(f"remark: {remark}")
         print(f"{meta}: {len(validation.table)} rows, {len(validation.bad_rows)} bad")
+    if keep is not None:
+        validation.write_good_rows(keep)
     if validation.bad_rows:
         raise typer.Exit(1)

@@ -126,8 +126,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; `opensora-fast data probe {path} --out META` makes a manifest of it")
-    if path.suffix.lower() not in (".csv", ".parquet"):
-        raise ValueError(f"manifest {path} must end in .csv or .parquet")
+    check_ending(path)
     if not path.is_file():
         raise ValueError(f"manifest {path} does not exist; `opensora-fast data probe FOLDER --out {path}` makes one")
     table = _read_csv(path) if path.suffix.lower() == ".csv" else _read_parquet(path)
@@ -143,16 +142,22 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
 
 def write_table(table: pd.DataFrame, path: str | Path) -> None:
-    """Write a table as CSV or Parquet, by its ending; the file appears whole or not at all."""
+    """Write a table as CSV or Parquet, by its ending, into a folder that is made; it appears whole or not at all."""
     path = Path(path)
+    check_ending(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     if path.suffix.lower() == ".csv":
         table.to_csv(part, index=False)
-    elif path.suffix.lower() == ".parquet":
-        table.to_parquet(part, index=False)
     else:
-        raise ValueError(f"manifest {path} must end in .csv or .parquet")
+        table.to_parquet(part, index=False)
     os.replace(part, path)
+
+
+def check_ending(path: Path) -> None:
+    """ValueError unless the ending is that of a manifest."""
+    if path.suffix.lower() not in (".csv", ".parquet"):
+        raise ValueError(f"manifest {path} must end in .csv or .parquet")
 
 
 def check_table(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[BadRow]]:

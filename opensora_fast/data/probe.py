@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from opensora_fast.data.clips import IMAGE_EXTENSIONS, ClipError, is_image_path
-from opensora_fast.data.manifest import IMAGE_FPS, write_table
+from opensora_fast.data.manifest import IMAGE_FPS, check_ending, write_table
 from opensora_fast.data.picture_size import is_hidden
 from opensora_fast.data.pyav_decoder import count_processors, describe
 from opensora_fast.data.video_index import check_file, codec_name, open_video, read_packets
@@ -163,8 +163,7 @@ def probe_folder(
     import pandas as pd
 
     out = Path(out)
-    if out.suffix.lower() not in (".csv", ".parquet"):
-        raise ValueError(f"manifest {out} must end in .csv or .parquet")
+    check_ending(out)
     paths = find_media(folder)
     if not paths:
         extensions = ", ".join(sorted(VIDEO_EXTENSIONS | IMAGE_EXTENSIONS))
@@ -191,7 +190,6 @@ def probe_folder(
         shown = "\n".join(f"  {path}: {reason}" for path, reason in unreadable[:10])
         raise ValueError(f"none of the {len(paths)} files below {folder} can be read; nothing was written\n{shown}")
     table = pd.DataFrame(rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_table(table, out)
     return ProbeResult(table, unreadable)
 

@@ -7,6 +7,7 @@ import pytest
 from sample_media import write_image, write_video
 
 from opensora_fast.cli import run
+from opensora_fast.data import validation
 from opensora_fast.data.manifest import Manifest
 from opensora_fast.data.validation import validate_manifest
 
@@ -37,8 +38,8 @@ def meta(tmp_path):
 
 
 def test_every_bad_row_is_listed_with_line_and_reason(meta):
-    validation = validate_manifest(meta, workers=2)
-    assert [(bad_row.place, bad_row.reason) for bad_row in validation.bad_rows] == [
+    found = validate_manifest(meta, workers=2)
+    assert [(bad_row.place, bad_row.reason) for bad_row in found.bad_rows] == [
         ("line 5", "cannot be opened: No such file or directory"),
         ("line 6", "num_frames is '0', not a whole number > 0"),
         ("line 7", "the manifest says 64 x 48 pixels, the file 48 x 64"),
@@ -46,8 +47,8 @@ def test_every_bad_row_is_listed_with_line_and_reason(meta):
         ("line 9", "num_frames is 1, which means an image, but the file is a video of 20 frames"),
         ("line 11", "cannot be read as a video: InvalidDataError: Invalid data found when processing input"),
     ]
-    assert [bad_row.row for bad_row in validation.bad_rows] == [2, 3, 4, 5, 6, 8]
-    assert validation.remarks == [
+    assert [bad_row.row for bad_row in found.bad_rows] == [2, 3, 4, 5, 6, 8]
+    assert found.remarks == [
         "1 of 10 rows have no caption; they train as clips without text",
         "5 of 10 rows name a file that an earlier row names, too",
     ]
@@ -63,12 +64,23 @@ def test_table_only_opens_no_file(meta):
 
 
 def test_good_rows_can_be_kept_elsewhere(meta, tmp_path):
-    (tmp_path / "sub").mkdir()
     kept = tmp_path / "sub" / "good.parquet"
     assert run(["data", "validate", str(meta), "--keep", str(kept), "--deep"]) == 1
     assert run(["data", "validate", str(kept), "--deep"]) == 0
     manifest = Manifest.read(kept)
     assert manifest.table["text"].tolist() == ["a caption\nover two lines", "", "j"]
+
+
+def test_what_is_bad_is_listed_even_if_nothing_can_be_kept(meta, tmp_path, capsys, monkeypatch):
+    table = meta.read_text().splitlines(keepends=True)
+    bad = meta.with_name("bad.csv")
+    bad.write_text(table[0] + "missing.mp4,c,20,48,64,24\n")
+    assert run(["data", "validate", str(bad), "--keep", str(tmp_path / "good.csv")]) == 1
+    printed = capsys.readouterr()
+    assert "line 2: cannot be opened" in printed.out and "not one row is good" in printed.err
+    monkeypatch.setattr(validation, "validate_manifest", lambda *a, **k: pytest.fail("the ending is wrong"))
+    assert run(["data", "validate", str(bad), "--keep", str(tmp_path / "good.txt")]) == 1
+    assert "good.txt must end in .csv or .parquet" in capsys.readouterr().err
 
 
 def test_validate_command(meta, capsys):
