@@ -146,8 +146,15 @@ def _examine_device(report: Report) -> None:
     if find_version("torch") is None:
         report.kernels = {"cpu": "none: torch is missing", "cuda": "none: torch is missing"}
         return
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a library that its wheel was built for is missing, for example
+        report.kernels = {"cpu": "none: torch cannot be imported", "cuda": "none: torch cannot be imported"}
+        report.problems.append(
+            f"torch {find_version('torch')} cannot be imported ({error}): install the wheel for this machine's driver, "
+            "or the CPU build"
+        )
+        return
     report.machine["torch"] = torch.__version__
     report.machine["CUDA of torch"] = torch.version.cuda or "none (CPU build)"
     driver = Path("/proc/driver/nvidia/version")
@@ -160,7 +167,10 @@ def _examine_device(report: Report) -> None:
                 "memory_gib": round(properties.total_memory / 2**30, 1),
             }
             report.gpus.append(gpu)
-        report.kernels = {"cpu": cpu_kernels, "cuda": "usable"}
+        report.kernels = {
+            "cpu": cpu_kernels,
+            "cuda": "usable" if find_version("triton") else "not usable: triton is missing",
+        }
         if any(decoder.startswith("DALI") for decoder in report.decoders):
             report.decoders.append("DALI on the GPU (H.264, HEVC, AV1, VP9)")
     else:

@@ -32,11 +32,15 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line that a kill has cut off is left out."""
+    """Rows of a metrics file; a last line that a kill has cut off is left out. ValueError names a damaged line."""
     rows = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
             rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not valid JSON: {error}; remove that line") from None
     return rows
 
 

@@ -3,9 +3,11 @@
 import importlib.metadata
 import importlib.util
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from opensora_fast import doctor
 from opensora_fast.cli import run
@@ -74,6 +76,21 @@ def test_the_apex_of_pypi_is_told_from_nvidias(versions, monkeypatch, tmp_path):
     (tmp_path / "normalization").mkdir()
     versions(apex="0.1")
     assert get(doctor.examine(), "apex").state == "ok"
+
+
+def test_a_torch_that_cannot_be_imported_is_a_problem(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)  # makes the import raise
+    assert run(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "problem: torch " in out and "cannot be imported" in out and "CPU build" in out and "kernels" in out
+
+
+def test_kernels_need_triton(versions, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert doctor.examine().kernels["cuda"] == "usable"
+    versions(triton=None)
+    assert doctor.examine().kernels["cuda"] == "not usable: triton is missing"
 
 
 def test_triton_that_does_not_belong_to_torch(versions):

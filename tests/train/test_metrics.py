@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from opensora_fast.train.metrics import MetricsWriter, read_metrics
 
 
@@ -34,3 +36,11 @@ def test_a_new_run_starts_empty(tmp_path):
     path.write_text('{"step": 1}\n')
     MetricsWriter(path).close()
     assert read_metrics(path) == []
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n\0\0\0\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not valid JSON"):
+        MetricsWriter(path, last_step=3)
+    assert path.read_text().endswith('{"step": 3}\n')
