@@ -46,7 +46,7 @@ def probe(
         return
     for path, reason in result.unreadable:
         print(f"left out: {path}: {reason}")
-    print(f"{out}: {len(result.table)} rows, {len(result.unreadable)} files left out")
+    print(f"{out}: {len(result.table)} rows, {len(result.unreadable)} left out")
 
 
 @app.command()

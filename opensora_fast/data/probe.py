@@ -117,14 +117,25 @@ def _count_frames(container: InputContainer, stream: VideoStream, depth: Depth) 
     return count
 
 
-def find_media(folder: str | Path) -> list[Path]:
-    """Video and image files below a folder, by extension, sorted; hidden ones are left out."""
+def find_media(folder: str | Path, leave_out: Callable[[Path, str], None] = lambda path, reason: None) -> list[Path]:
+    """Video and image files below a folder, by extension, sorted; hidden ones are left out.
+
+    `leave_out` is told of folders that are not searched, with the reason: links, which may lead in a circle, and those
+    that this user may not read.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
+
+    def tell(error: OSError) -> None:
+        leave_out(Path(error.filename), f"cannot be searched: {error.strerror}")
+
     found = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=tell):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink():
+                leave_out(path, "a link to a folder is not followed: probe that folder, or link its files")
         found += [
             Path(parent, name)
             for name in names
@@ -164,17 +175,20 @@ def probe_folder(
 
     out = Path(out)
     check_ending(out)
-    paths = find_media(folder)
+    unreadable: list[tuple[str, str]] = []
+    paths = find_media(folder, lambda path, reason: unreadable.append((_printable(path), reason)))
     if not paths:
         extensions = ", ".join(sorted(VIDEO_EXTENSIONS | IMAGE_EXTENSIONS))
-        raise ValueError(f"there is no video or image below {folder} (looked for {extensions})")
+        raise ValueError(
+            f"there is no video or image below {folder} (looked for {extensions}){_list_left_out(unreadable)}"
+        )
 
     def probe_one(path: Path) -> tuple[MediaInfo, str]:
         if _printable(path) != str(path):
             raise ClipError("its name is not UTF-8 text, which a manifest cannot hold: rename it")
         return probe_media(path, depth), read_caption(path)
 
-    rows, unreadable = [], []
+    rows = []
     home = out.parent.resolve()
     with Progress("probe files", total=len(paths), unit="files") as progress:
         for path, result in zip(paths, map_files(probe_one, paths, workers), strict=True):
@@ -187,8 +201,10 @@ def probe_folder(
                 rows.append({**row, "fps": round(info.fps, 6), "codec": info.codec})
             progress.advance(1, unreadable=len(unreadable))
     if not rows:
-        shown = "\n".join(f"  {path}: {reason}" for path, reason in unreadable[:10])
-        raise ValueError(f"none of the {len(paths)} files below {folder} can be read; nothing was written\n{shown}")
+        raise ValueError(
+            f"none of the {len(paths)} files below {folder} can be read; nothing was written"
+            f"{_list_left_out(unreadable)}"
+        )
     table = pd.DataFrame(rows)
     write_table(table, out)
     return ProbeResult(table, unreadable)
@@ -216,6 +232,10 @@ def map_files(
                 yield ClipError(f"took longer than {time_limit:g} s") if isinstance(result, Overdue) else result
     finally:
         threads.close()
+
+
+def _list_left_out(unreadable: list[tuple[str, str]]) -> str:
+    return "".join(f"\n  {path}: {reason}" for path, reason in unreadable[:10])
 
 
 def _printable(path: Path) -> str:

@@ -130,12 +130,36 @@ def test_links_are_known_by_their_own_names(tmp_path):
         assert [os.path.relpath(clip.path, tmp_path) for clip in clips] == ["media/a.png", "media/b.mp4"]
 
 
+def test_folders_that_are_not_searched_are_named(tmp_path, monkeypatch):
+    for name in ("open", "closed"):
+        (tmp_path / "media" / name).mkdir(parents=True)
+        write_image(tmp_path / "media" / name / "a.png")
+    (tmp_path / "media" / "round").symlink_to(tmp_path / "media")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if os.path.basename(folder) == "closed":
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    result = probe_folder(tmp_path / "media", tmp_path / "meta.csv")
+    assert result.table["path"].tolist() == ["media/open/a.png"]
+    assert [(os.path.basename(path), reason.split(":")[0]) for path, reason in sorted(result.unreadable)] == [
+        ("closed", "cannot be searched"),
+        ("round", "a link to a folder is not followed"),
+    ]
+    (tmp_path / "media" / "open" / "a.png").unlink()
+    with pytest.raises(ValueError, match="no video or image below(.|\n)*closed: cannot be searched"):
+        probe_folder(tmp_path / "media", tmp_path / "meta.csv")
+
+
 def test_a_name_that_is_not_text_is_left_out_and_named(tmp_path, capsys):
     write_image(tmp_path / "a.png")
     write_image(tmp_path / "b.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.png"))
     assert run(["data", "probe", str(tmp_path), "--out", str(tmp_path / "meta.csv")]) == 0
     printed = capsys.readouterr().out
-    assert "b\\xff.png: its name is not UTF-8 text" in printed and "1 rows, 1 files left out" in printed
+    assert "b\\xff.png: its name is not UTF-8 text" in printed and "1 rows, 1 left out" in printed
     assert Manifest.read(tmp_path / "meta.csv").table["path"].tolist() == ["a.png"]
 
 

@@ -114,7 +114,7 @@ def test_probe_command(tmp_path, capsys):
     assert run(["data", "probe", str(tmp_path), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"left out: {tmp_path / 'b.mp4'}: cannot be read as a video" in printed
-    assert f"{out}: 1 rows, 1 files left out" in printed
+    assert f"{out}: 1 rows, 1 left out" in printed
     assert run(["data", "probe", str(tmp_path), "--out", str(out), "--fast", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 1
     assert len(pd.read_csv(out)) == 1
