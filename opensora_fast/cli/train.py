@@ -37,6 +37,9 @@ def command(
         return
     if out is None:
         raise ValueError("--out is missing: the folder for metrics, checkpoints and all that the run writes")
+    # Where torchrun starts several, each would write its own run into the same folder.
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"started as one of {processes} processes, but a run trains in one: start it without torchrun")
     from opensora_fast.train.train import train
 
     signal_number = train(loaded, out, resume=resume, init_from=init_from, device=device, backend=kernels)

@@ -265,6 +265,13 @@ def test_out_is_needed(config, capsys):
     assert "dataset.data_path is missing: add --data-path META" in capsys.readouterr().err
 
 
+def test_several_processes_are_refused(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, error = train(tmp_path / "run", "--steps", 1)
+    assert code == 1 and "started as one of 2 processes, but a run trains in one" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_configuration_is_never_executed(train, tmp_path):
     marker = tmp_path / "marker"
     evil = tmp_path / "evil.py"
