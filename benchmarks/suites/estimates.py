@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from ..case import Case
 from ..timing import FEWEST_ROUNDS
-from .models import RECOMPUTE_ABOVE
 from .scale import Scale
 
 STARTUP_S = 25.0  # imports, CUDA, the first model and optimizer
@@ -19,6 +18,7 @@ K_TOKENS_PER_S = (("upstream", 33.0), ("compile", 75.0), ("ours-norms", 70.0), (
 # Forward and backward; inputs whose check is on smaller ones need the graphs of both, and one without gradients.
 COMPILE_S = {"op": 6.0, "block": 15.0, "step": 18.0, "sampling": 15.0}
 GRAPHS_OF_SHORT_CHECKS = 2.5
+LONGEST_CHECKED = 40_000  # tokens of timed inputs that are compared with float64 themselves, about
 FLEX_S = 20.0
 FIXED_S = {"op": 2.0, "block": 4.0, "step": 10.0, "sampling": 8.0}  # inputs, the float64 reference, eager
 PER_PROVIDER_S = {"op": 0.4, "block": 1.0, "step": 1.0, "sampling": 0.5}
@@ -41,7 +41,7 @@ def _estimate(case: Case, scale: Scale) -> float:
     if level not in FIXED_S:
         return 0.0
     seconds = FIXED_S[level] + PER_PROVIDER_S[level] * len(names)
-    graphs = GRAPHS_OF_SHORT_CHECKS if case.template.tokens > RECOMPUTE_ABOVE else 1.0
+    graphs = GRAPHS_OF_SHORT_CHECKS if case.template.tokens > LONGEST_CHECKED else 1.0
     seconds += graphs * COMPILE_S[level] * sum(name.startswith("compile") for name in names)
     seconds += FLEX_S * ("flex" in names)
     seconds += TRITON_S * any(name.startswith("ours") for name in names)

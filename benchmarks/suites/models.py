@@ -27,7 +27,7 @@ from ..providers.variants import PACK_PEERS, PEERS, RECOMPUTING_PEERS, WATERFALL
 from ..roofline import Count, count_block, count_forward, count_optimizer, count_training_step
 from ..rows import Row
 from ..session import Session
-from ..shapes import Pack, Workload, stage_buckets, text_lengths
+from ..shapes import Pack, Workload, fill, stage_buckets, text_lengths
 from ..timing import Call, Sampling
 from .scale import Scale
 
@@ -35,7 +35,6 @@ TRAINING = "training"
 BLOCK_VALUE, STEP_VALUE, SAMPLING_VALUE, STAGE_VALUE, OTHER_VALUE = 750.0, 900.0, 600.0, 300.0, 190.0
 SUSTAINED, SUSTAINED_STEPS = "sustained", 10  # steps of one sample
 MIXED_VALUE = 540.0  # packs of mixed shapes, and the uniform ones that they are compared with
-RECOMPUTE_ABOVE = 40_000  # tokens of a step whose stored activations eager PyTorch cannot hold in 141 GB
 STAGES = ("stage1", "stage2", "stage3")
 SAMPLED_VIDEOS = 2
 
@@ -49,17 +48,20 @@ def list_block_cases(scale: Scale) -> list[Case]:
 def list_step_cases(scale: Scale) -> list[Case]:
     """Training steps: the headline with the waterfall at the first workload, then shipped buckets and other lengths."""
     cases = []
-    headline = by_importance(scale)
+    headline, waterfall = by_importance(scale), waterfall_workload(scale)
+    with_waterfall = list(dict.fromkeys([*PEERS, *WATERFALL]))
     for index, workload in enumerate(headline):
         names = list(PEERS)
-        if index == 0:
-            names = list(dict.fromkeys([*PEERS, *WATERFALL]))
-        if workload.tokens > RECOMPUTE_ABOVE:
+        if workload == waterfall:
+            names = with_waterfall
+        if workload.tokens > scale.recompute_above:
             names += RECOMPUTING_PEERS
         cases.append(step_case(scale, workload, tuple(names), STEP_VALUE - 10 * index))
+    if waterfall not in headline:
+        cases.append(step_case(scale, waterfall, tuple(with_waterfall), STEP_VALUE - 10 * len(headline)))
     if scale.device != "cuda":
         return cases
-    seen = {(workload.name, workload.batch) for workload in headline}
+    seen = {(workload.name, workload.batch) for workload in (*headline, waterfall)}
     for index, stage in enumerate(STAGES):
         for workload in stage_buckets(stage):
             if (workload.name, workload.batch) not in seen:
@@ -101,6 +103,12 @@ def by_importance(scale: Scale) -> list[Workload]:
     """The headline: 240p first, then the largest and the smallest resolution, then what lies between."""
     order = {"240p": 0, "720p": 1, "144p": 2, "480p": 3, "360p": 4}
     return sorted(scale.headline, key=lambda workload: order[workload.resolution])
+
+
+def waterfall_workload(scale: Scale) -> Workload:
+    """The first of the headline, or fewer of its videos: each technique is to fit into the memory."""
+    first = by_importance(scale)[0]
+    return fill(first.resolution, first.frames, min(first.tokens, scale.recompute_above))
 
 
 def mean_text(videos: int, text: int) -> float:

@@ -51,9 +51,9 @@ def list_cases(scale: Scale) -> list[Case]:
         [_step(scale, workload) for workload in headline[3:]],
         [only(models.block_case(scale, Pack.of(workload), 0), STEPS) for workload in headline],
         [only(ops.attention_case(scale, "spatial", _wide_pack(scale), 0, head_size=WIDE_HEAD), ("sdpa-cudnn", "ours"))],
-        [only(case, FEW) for case in models.list_mixed_step_cases(scale)],
-        [models.step_case(scale, headline[0], tuple(name for name in WATERFALL if name not in STEPS), 0)],
-        [models.step_case(scale, workload, FEW, 0) for workload in _other_frames(scale)],
+        [_few(scale, case) for case in models.list_mixed_step_cases(scale)],
+        [_waterfall(scale)],
+        [_few(scale, models.step_case(scale, workload, FEW, 0)) for workload in _other_frames(scale)],
         [models.sustained_case(scale, workload, LONGEST_S / 3, 0) for workload in headline[1:]],
         more_gemms,
         _lengths(scale, lambda kind, length: length not in FIRST_LENGTHS[kind]),
@@ -83,8 +83,23 @@ def _ceilings(scale: Scale) -> tuple[list[Case], list[Case], list[Case]]:
 
 
 def _step(scale: Scale, workload: Workload) -> Case:
-    names = LONG_STEPS if workload.tokens > models.RECOMPUTE_ABOVE else STEPS
+    names = LONG_STEPS if workload.tokens > scale.recompute_above else STEPS
     return models.step_case(scale, workload, names, 0)
+
+
+def _few(scale: Scale, case: Case) -> Case:
+    """Eager and ours; eager recomputes where its activations do not fit."""
+    eager = "eager-recompute" if case.template.tokens > scale.recompute_above else "eager"
+    return replace(case, providers=(eager, "ours"))
+
+
+def _waterfall(scale: Scale) -> Case:
+    """What the headline has not measured of it; where that is too large for some, all of it and all peers."""
+    workload = models.waterfall_workload(scale)
+    names = [name for name in WATERFALL if name not in STEPS]
+    if workload not in scale.headline:
+        names = list(dict.fromkeys([*WATERFALL, *STEPS]))
+    return models.step_case(scale, workload, tuple(names), 0)
 
 
 def _lengths(scale: Scale, chosen: Callable[[str, int], bool]) -> list[Case]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from opensora_fast.model import STDiT2Config
 
+from ..environment import query_gpu
 from ..shapes import VIDEO_SIZES, Pack, Workload, fill
 
 
@@ -18,6 +20,7 @@ class Scale:
     Attributes:
         config: of the model; exact timesteps and angles, so that errors are those of the arithmetic alone.
         tokens: of a filled step, about.
+        recompute_above: tokens of a step whose stored activations eager PyTorch cannot hold in the GPU's memory.
         check_bytes: of attention scores in float64; where those of the timed inputs are less, these are compared with
             float64, which spares compilers another shape.
         check_tokens: of the comparison with float64 of smaller inputs else, about.
@@ -36,6 +39,7 @@ class Scale:
     dtype: torch.dtype
     config: STDiT2Config
     tokens: int
+    recompute_above: int
     check_bytes: float
     check_tokens: int
     headline: tuple[Workload, ...]
@@ -61,17 +65,27 @@ class Scale:
         return str(self.dtype).removeprefix("torch.")
 
 
-FILL_TOKENS = 32768  # eager PyTorch without recomputation needs about 110 KiB per token and layer: 100 GB
+FILL_TOKENS = 32768  # eager PyTorch without recomputation stores 100 GB
+# Counted: what eager PyTorch stores per token and layer; weights, gradients, optimizer, average, and what checks leave.
+STORED_BYTES, OTHER_BYTES = 110 * 2**10, 20e9
+H200_BYTES = 143771 * 2**20
 
 
-def scale_of(device: str) -> Scale:
-    """The sizes for "cuda" or "cpu"."""
+def scale_of(device: str, memory_bytes: float | None = None) -> Scale:
+    """The sizes for "cuda" or "cpu".
+
+    Args:
+        memory_bytes: of the GPU; None: this machine's, or an H200's where no GPU answers, as in a plan.
+    """
     if device == "cuda":
+        config = STDiT2Config.xl_2(upstream_rounding=False)
+        memory_bytes = memory_bytes or _gpu_memory_bytes() or H200_BYTES
         return Scale(
             device=device,
             dtype=torch.bfloat16,
-            config=STDiT2Config.xl_2(upstream_rounding=False),
+            config=config,
             tokens=FILL_TOKENS,
+            recompute_above=max(int((memory_bytes - OTHER_BYTES) / (STORED_BYTES * config.depth)), 1),
             check_bytes=6e9,
             check_tokens=8192,
             headline=tuple(fill(name, 16, FILL_TOKENS) for name in VIDEO_SIZES),
@@ -121,6 +135,7 @@ def scale_of(device: str) -> Scale:
         dtype=torch.float32,
         config=STDiT2Config.small(upstream_rounding=False),
         tokens=512,
+        recompute_above=10**9,  # no step of these fills a host's memory
         check_bytes=0.0,
         check_tokens=400,
         headline=(Workload("144p", 4, 1), Workload("240p", 1, 1)),
@@ -135,3 +150,10 @@ def scale_of(device: str) -> Scale:
         seconds=0.2,
         step_seconds=0.6,
     )
+
+
+@lru_cache(maxsize=1)
+def _gpu_memory_bytes() -> float:
+    """Of the first GPU, 0 where none answers. Asked without torch, which would take a part of it to answer."""
+    mebibytes = query_gpu("memory.total")
+    return float(mebibytes) * 2**20 if mebibytes.isdigit() else 0.0

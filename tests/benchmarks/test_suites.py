@@ -14,6 +14,12 @@ from opensora_fast.benchmarks.suites.estimates import STARTUP_S, with_estimate
 from opensora_fast.benchmarks.suites.scale import scale_of
 
 
+@pytest.fixture(autouse=True)
+def a_plan_for_an_h200(monkeypatch):
+    """Whatever GPU this machine may have."""
+    monkeypatch.setattr("opensora_fast.benchmarks.suites.scale._gpu_memory_bytes", lambda: 0.0)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("suite", NAMES)
 def test_every_row_is_planned_once(suite, device):
@@ -91,6 +97,22 @@ def test_sizes_of_the_comparison_with_float64():
     assert long.tokens == 2 * 3600
     small = scale_of("cpu")
     assert small.check_pack(pack).tokens < pack.tokens
+
+
+def test_on_a_smaller_gpu_peers_recompute_where_their_activations_do_not_fit(monkeypatch):
+    smaller = scale_of("cuda", memory_bytes=81559 * 2**20)
+    monkeypatch.setattr("opensora_fast.benchmarks.suites.scale.scale_of", lambda device: smaller)
+    assert 18_000 < smaller.recompute_above < 23_000 < 40_000 < scale_of("cuda").recompute_above < 44_000
+    wanted = {"upstream", "eager-recompute", "compile-recompute", "ours"}
+    for suite in ("push", "step"):
+        steps = [case for case in list_cases(suite, "cuda") if case.template.level == "step" and not case.template.op]
+        for resolution in VIDEO_SIZES:
+            own = [case for case in steps if case.template.workload == f"{resolution}×16"]
+            assert any(wanted <= set(case.providers) for case in own)
+        # The techniques stand on top of each other, beside all peers, in one case that fits.
+        (waterfall,) = [case for case in steps if set(models.WATERFALL) <= set(case.providers)]
+        assert waterfall.template.workload == "240p×16" and waterfall.template.tokens <= smaller.recompute_above
+        assert {"eager-flash", "eager-cudnn", "compile"} <= set(waterfall.providers)
 
 
 def test_a_longer_case_of_more_providers_is_estimated_longer():
