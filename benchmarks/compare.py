@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from .rows import Key, Row, read_folder, read_rows
+from .session import REFUSED_FILE
 
 RELATIVE, ABSOLUTE_MS = 0.05, 0.01
 RELATIVE_MEMORY, ABSOLUTE_MEMORY = 0.05, 64 * 2**20
@@ -71,13 +73,15 @@ def compare(before: Path, after: Path, thresholds: Thresholds | None = None) -> 
     """Compares two result folders or CSV files; rows of different devices are never compared.
 
     A row regressed when it is slower by more than both thresholds, when it takes more memory (by 5 % and by 64 MiB), or
-    when its provider fails now. A row that one side did not or could not measure is no regression.
+    when its provider fails or was refused as wrong now. A row that one side did not or could not measure is no
+    regression.
 
     Raises:
         ValueError: a path without rows, or no row that both measured on the same device.
     """
     thresholds = thresholds or Thresholds()
     rows_before, rows_after = _read(before), _read(after)
+    rows_after |= _refused_rows(after, rows_before, rows_after)
     pairs = [
         (row, rows_after[key])
         for key, row in rows_before.items()
@@ -127,6 +131,24 @@ def _read(path: Path) -> dict[Key, Row]:
     if not rows:
         raise ValueError(f"{path}: holds no benchmark rows")
     return {(_device(row), *row.key): row for row in rows}
+
+
+def _refused_rows(folder: Path, before: dict[Key, Row], after: dict[Key, Row]) -> dict[Key, Row]:
+    """Those of `before` that were refused as wrong since they last had a row in the folder, as failed rows."""
+    path = folder / REFUSED_FILE
+    found: dict[Key, Row] = {}
+    for item in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+        key = (item["device_name"], *item["key"])
+        if key in before and (key not in after or _date(after[key]) < item["date"]):
+            reason = (
+                f"wrong, the error of its {item['result']} is {item['error']:.3g} of at most {item['error_limit']:.3g}"
+            )
+            found[key] = before[key].without_time("failed", reason)
+    return found
+
+
+def _date(row: Row) -> str:
+    return row.environment.date if row.environment else ""
 
 
 def _device(row: Row) -> str:

@@ -1,10 +1,13 @@
 """The regression gate: both thresholds, the same device only, the exit code."""
 
+from dataclasses import replace
+
 import pytest
 from bench_toys import make_row
 
 from opensora_fast.benchmarks.compare import Thresholds, compare
 from opensora_fast.benchmarks.rows import append_rows, level_path
+from opensora_fast.benchmarks.session import Refused, Session
 from opensora_fast.cli import run
 
 
@@ -64,6 +67,19 @@ def test_memory_and_failures_are_regressions_and_absence_is_not(folders):
         ("failure", "lost"),
     }
     assert (comparison.only_before, comparison.only_after) == (1, 1)
+
+
+def test_a_result_that_is_wrong_now_is_a_regression(folders):
+    """A refused provider has no row: `refused.jsonl` says so."""
+    before, after = folders([make_row(op="wrong"), make_row(op="again")], [make_row(op="again"), make_row(op="other")])
+    session = Session("cpu", after)
+    late = replace(make_row().environment, date="2099-01-01T00:00:00Z")
+    early = replace(late, date="1999-01-01T00:00:00Z")
+    session.record([], [Refused(replace(make_row(op="wrong"), environment=late), "gradient of q", 0.3, 0.01)])
+    session.record([], [Refused(replace(make_row(op="again"), environment=early), "output", 0.3, 0.01)])  # right since
+    comparison = compare(before, after)
+    assert [(item.before.op, item.kind) for item in comparison.regressions] == [("wrong", "lost")]
+    assert "now failed: wrong, the error of its gradient of q is 0.3 of at most 0.01" in str(comparison)
 
 
 def test_the_last_row_of_a_kind_counts(folders):
