@@ -190,7 +190,13 @@ class _Run:
         contest, device = self.contest, self.contest.work.device
         alone = [self._row(providers[name], direction) for name in calls] if len(calls) == 1 else []
         with self.session.watch(alone, "samples"), watch_clocks(device, contest.total_memory) as clocks:
-            times = time_interleaved(calls, device, contest.sampling, self.session.beat)
+            times = time_interleaved(
+                calls,
+                device,
+                contest.sampling,
+                self.session.beat,
+                lambda name, error: self._give_up([self._row(providers[name], direction)], describe(error)),
+            )
         sm_clock, memory_clock = clocks
         count = contest.counts.get(direction, Count())
         for name, measured in times.items():
@@ -235,14 +241,27 @@ class _Run:
         except Exception as error:  # a provider that crashes costs its own rows, whatever it raises
             reason = describe(error)
             directions = [direction] if direction else list(self.contest.calls)
-            failed = [self._row(provider, name).without_time("failed", reason) for name in directions]
-        gc.collect()  # the traceback held the provider's tensors
-        try:
-            release_memory(self.contest.work.device)
-        except RuntimeError as error:
-            raise DeviceLostError(failed, reason) from error
-        self.rows += failed
+        self._give_up([self._row(provider, name) for name in directions], reason)
         return None
+
+    def _give_up(self, rows: Sequence[Row], reason: str) -> None:
+        """Failed rows for a provider, and the memory that it held."""
+        failed = [row.without_time("failed", reason) for row in rows]
+        gc.collect()  # the traceback held the provider's tensors
+        release_or_lose(self.contest.work.device, failed, reason)
+        self.rows += failed
+
+
+def release_or_lose(device: str, failed: Sequence[Row], reason: str) -> None:
+    """Gives back memory after a failure.
+
+    Raises:
+        DeviceLostError: with the failed rows, where nothing runs on the GPU any more.
+    """
+    try:
+        release_memory(device)
+    except RuntimeError as error:
+        raise DeviceLostError(failed, reason) from error
 
 
 def make_yardstick(

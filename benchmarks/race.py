@@ -9,11 +9,11 @@ import torch
 
 from .case import Outcome
 from .clocks import watch_clocks
-from .contest import describe
+from .contest import describe, release_or_lose
 from .roofline import Count
 from .rows import Row
-from .session import DeviceLostError, Refused, Session
-from .timing import Call, Sampling, peak_memory, release_memory, time_interleaved
+from .session import Refused, Session
+from .timing import Call, Sampling, peak_memory, time_interleaved
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,12 @@ def run_race(
     refused: list[Refused] = []
     calls: dict[str, Call] = {}
     ready: dict[str, tuple[Row, Entry, Check, int]] = {}
+
+    def give_up(row: Row, reason: str) -> None:
+        failed = row.without_time("failed", reason)
+        release_or_lose(session.device, [failed], reason)
+        rows.append(failed)
+
     for entry in entries:
         row = replace(
             template,
@@ -67,6 +73,7 @@ def run_race(
         if entry.missing:
             rows.append(row.without_time("unavailable", entry.missing))
             continue
+        reason = ""
         try:
             with session.watch([row], "check"):
                 call, check = entry.prepare()
@@ -74,12 +81,9 @@ def run_race(
                 memory = peak_memory(call, session.device)
                 found = check()
         except Exception as error:  # an entry that crashes costs its own row, whatever it raises
-            failed = row.without_time("failed", describe(error))
-            try:
-                release_memory(session.device)
-            except RuntimeError as lost:
-                raise DeviceLostError([failed], failed.reason) from lost
-            rows.append(failed)
+            reason = describe(error)
+        if reason:
+            give_up(row, reason)
             continue
         if not found.error <= found.limit:
             refused.append(Refused(row, "result", found.error, found.limit))
@@ -90,7 +94,9 @@ def run_race(
         return rows, refused
     alone = [ready[name][0] for name in calls] if len(calls) == 1 else []
     with session.watch(alone, "samples"), watch_clocks(clock, during=False) as clocks:
-        times = time_interleaved(calls, clock, sampling, session.beat)
+        times = time_interleaved(
+            calls, clock, sampling, session.beat, lambda name, error: give_up(ready[name][0], describe(error))
+        )
     sm_clock, memory_clock = clocks
     for name, measured in times.items():
         row, entry, found, memory = ready[name]

@@ -94,8 +94,14 @@ def _measure(
         raise
     except Exception as error:  # what all its providers share failed, the float64 reference for example
         rows, refused = failed_rows(case, session, names, describe(error)), []
-    release_memory(session.device)
-    return [row for row in rows if row.key not in finished], refused
+    rows = [row for row in rows if row.key not in finished]
+    try:
+        release_memory(session.device)
+    except RuntimeError as error:  # nothing runs on the GPU any more, and nobody knows by whose fault
+        session.record(rows, refused)
+        report.rows += rows
+        raise DeviceLostError([], describe(error)) from error
+    return rows, refused
 
 
 def failed_rows(case: Case, session: Session, names: Sequence[str], reason: str) -> list[Row]:

@@ -49,7 +49,11 @@ class Sampling:
 
 
 def time_interleaved(
-    calls: Mapping[str, Call], device: str, sampling: Sampling, beat: Callable[[], None] = lambda: None
+    calls: Mapping[str, Call],
+    device: str,
+    sampling: Sampling,
+    beat: Callable[[], None] = lambda: None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Times]:
     """Times `calls` in turn, so that drifting clocks touch all alike.
 
@@ -58,28 +62,47 @@ def time_interleaved(
         device: "cuda" (events, L2 flushed before each sample) or "cpu" (wall clock).
         sampling: how many samples, and when to stop.
         beat: called between samples, to say that the process is alive.
+        failed: told of an implementation that raises, which takes no further part; None: its error passes through.
 
     Returns:
         implementation → its times. Fewer than `min_samples` says that the budget was short.
     """
-    if not sampling.large:
-        for call in calls.values():
-            for _ in range(sampling.warm_up):
-                call()
     take = _cuda_sampler() if device == "cuda" else _cpu_sample
     samples: dict[str, list[float]] = {name: [] for name in calls}
+
+    def attempt(name: str, action: Callable[[str], None]) -> None:
+        try:
+            action(name)
+            return
+        except Exception as caught:
+            if failed is None:
+                raise
+            error = caught.with_traceback(None)  # its frames hold tensors
+        del samples[name]
+        failed(name, error)
+
+    def warm_up(name: str) -> None:
+        for _ in range(sampling.warm_up):
+            calls[name]()
+
+    def take_turn(name: str) -> None:
+        if sampling.large:
+            release_memory(device)
+            calls[name]()
+        for _ in range(sampling.samples_per_turn):
+            samples[name].append(take(calls[name]))
+
+    if not sampling.large:
+        for name in calls:
+            attempt(name, warm_up)
     enabled = gc.isenabled()
     gc.disable()
     try:
         start = time.perf_counter()
         rounds = 0
-        while rounds < FEWEST_ROUNDS or time.perf_counter() - start < sampling.budget_s:
-            for name, call in calls.items():
-                if sampling.large:
-                    release_memory(device)
-                    call()
-                for _ in range(sampling.samples_per_turn):
-                    samples[name].append(take(call))
+        while samples and (rounds < FEWEST_ROUNDS or time.perf_counter() - start < sampling.budget_s):
+            for name in list(samples):
+                attempt(name, take_turn)
                 beat()
             rounds += 1
             enough = rounds * sampling.samples_per_turn >= sampling.min_samples

@@ -95,6 +95,34 @@ def test_a_crash_costs_its_own_rows(session, name, reason):
     assert all(math.isnan(row.p50_ms) for row in grouped[name])
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_a_crash_between_samples_costs_its_own_row(session, large):
+    """The call works four times, then never again: behind the first call and that for its memory."""
+    left = iter(range(4))
+
+    def works_at_first(work):
+        def call():
+            if not torch.is_grad_enabled() and next(left, None) is None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return work.leaves["a"] * work.leaves["b"]
+
+        return call
+
+    contest = toy_contest(["eager", "other"])
+    contest = replace(
+        contest,
+        providers=[Provider("tired", works_at_first), *contest.providers],
+        calls={"forward": contest.calls["forward"]},
+        sampling=replace(contest.sampling, large=large),
+    )
+    rows, refused = run_contest(contest, session)
+    assert not refused
+    grouped = by_provider(rows)
+    assert [row.status for row in grouped["eager"] + grouped["other"]] == ["ok", "ok"]
+    (failed,) = grouped["tired"]
+    assert failed.status == "failed" and failed.reason == "OutOfMemoryError: CUDA out of memory"
+
+
 def test_a_sample_of_many_calls_is_divided(session):
     contest = replace(toy_contest(["eager"]), sampling=Sampling(0.0, warm_up=0))
     slow = {"forward": lambda bound, work: lambda: time.sleep(0.02)}

@@ -12,7 +12,7 @@ from opensora_fast.benchmarks.plan import Death
 from opensora_fast.benchmarks.race import Check, Entry, run_race
 from opensora_fast.benchmarks.rows import read_folder
 from opensora_fast.benchmarks.runner import Report, run_cases
-from opensora_fast.benchmarks.session import Session, threads_of
+from opensora_fast.benchmarks.session import DeviceLostError, Session, threads_of
 from opensora_fast.benchmarks.timing import Sampling, time_interleaved
 from opensora_fast.benchmarks.worker import record_deaths
 from opensora_fast.cpu_threads import cpu_threads
@@ -87,6 +87,19 @@ def test_a_case_that_fails_as_a_whole_costs_its_rows_only():
     failed = [row for row in report.rows if row.status == "failed"]
     assert len(failed) == 4 and {row.reason for row in failed} == {"MemoryError: the float64 reference does not fit"}
     assert [row.status for row in report.rows if row.workload == "size 16"] == ["ok", "ok"]
+
+
+def test_a_device_that_is_lost_behind_a_case_needs_another_process(tmp_path, monkeypatch):
+    """As where an illegal memory access shows only when the memory is given back."""
+
+    def lost(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("opensora_fast.benchmarks.runner.release_memory", lost)
+    session = Session("cpu", tmp_path)
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        run_cases([toy_case(["eager"])], session)
+    assert {row.status for row in read_folder(tmp_path)} == {"ok"}  # what was measured is kept
 
 
 def test_an_interruption_keeps_what_was_recorded(tmp_path):
