@@ -25,6 +25,9 @@ from types import ModuleType
 import typer
 
 PROGRAM = "opensora-fast"
+# Folders beside `opensora_fast/` in a checkout, which only an installation makes its packages.
+PARTS_ELSEWHERE = ("kernels", "train", "benchmarks")
+INSTALL_CHECKOUT = "`pip install --no-deps --no-build-isolation -e .`"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,6 +58,12 @@ def describe_error(error: Exception) -> str:
     """One message for a person: the text of a user mistake as it is, anything else with its class and what to do."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package, _, part = error.name.partition(".")
+        if package == "opensora_fast" and part.partition(".")[0] in PARTS_ELSEWHERE:
+            return f"{error.name} is not installed: {INSTALL_CHECKOUT} in the checkout makes its folders packages"
+        if package != "opensora_fast":
+            return f"{package} is not installed: pip install {package}; `{PROGRAM} doctor` lists all that is missing"
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     return f"{type(error).__name__}: {error}\n(unexpected: run again with --debug for the traceback)"

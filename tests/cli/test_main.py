@@ -31,6 +31,12 @@ def command(monkeypatch):
         (ValueError("bucket 144p: broken table"), 1, "opensora-fast: error: bucket 144p: broken table\n"),
         (FileNotFoundError(2, "No such file or directory", "a.csv"), 1, "No such file or directory: a.csv\n"),
         (OSError("disk full"), 1, "opensora-fast: error: disk full\n"),
+        (ModuleNotFoundError("x", name="pydantic"), 1, "pydantic is not installed: pip install pydantic; `opensora-f"),
+        (
+            ModuleNotFoundError("x", name="opensora_fast.benchmarks"),
+            1,
+            "benchmarks is not installed: `pip",
+        ),
         (KeyError("x"), 1, "KeyError: 'x'\n(unexpected: run again with --debug for the traceback)\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
