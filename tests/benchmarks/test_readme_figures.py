@@ -1,6 +1,5 @@
 """The README's figure and tables are those of the committed rows."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,8 +55,18 @@ def test_a_measured_row_takes_its_place():
     ours = next(line for line in block.splitlines() if line.startswith("| **ours"))
     assert ours == f"| **ours on one H200** | {NOT_MEASURED} | **108** | {' | '.join([NOT_MEASURED] * 3)} |"
     assert "Measured at aaaaaaaaa." in block and "No speed" not in block
-    other = [replace(row, environment=replace(row.environment, device_name="nvidia-a100")) for row in (slow, fast)]
-    assert "108" not in build_block([Results(None, tuple(other))])
+
+
+def test_where_only_another_gpu_was_measured_it_is_named():
+    """Never under the name of an H200, and not left out as if nothing had been measured."""
+    row = make_row(**STEP, p50_ms=300.0)
+    other = make_row(**STEP, p50_ms=400.0, device_name="nvidia-h100-80gb-hbm3")
+    block = build_block([Results(None, (other,))])
+    assert f"| **ours on one H100** | {NOT_MEASURED} | **81.0** |" in block
+    assert "limit of one H100, counted" in block and "H200" not in block and "No speed" not in block
+    assert "ours on H100: 81.0" in build_figure(training_lines([Results(None, (other,))]))
+    both = build_block([Results(None, (other,)), Results(None, (row,))])
+    assert f"| **ours on one H200** | {NOT_MEASURED} | **108** |" in both
 
 
 def test_only_the_block_is_rewritten():
