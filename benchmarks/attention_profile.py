@@ -66,7 +66,7 @@ def profile_attention(
     chosen = choose_providers(ATTENTION_PROVIDERS, providers)
     if kind not in KINDS:
         raise ValueError(f"attention kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    lengths = tuple(lengths) if lengths else DEFAULT_LENGTHS[kind, device]
+    lengths = tuple(dict.fromkeys(lengths)) if lengths else DEFAULT_LENGTHS[kind, device]
     if any(length < 1 for length in lengths):
         raise ValueError(f"lengths {list(lengths)}: each must be at least 1")
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)

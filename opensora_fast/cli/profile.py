@@ -22,7 +22,7 @@ def attention(
         str | None, typer.Option(help="Implementations to compare, for example upstream,ours.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
-    budget: Annotated[float, typer.Option(help="Seconds for all samples together.")] = 60.0,
+    budget: Annotated[str, typer.Option(help="Time for all samples together, such as 60s or 2m.")] = "60s",
     trace: Annotated[
         bool, typer.Option(help="Also write a trace of each implementation at the longest length, for ui.perfetto.dev.")
     ] = False,
@@ -37,6 +37,7 @@ def attention(
         trace_attention,
         write_profile,
     )
+    from opensora_fast.benchmarks.plan import parse_budget
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
@@ -44,11 +45,11 @@ def attention(
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA GPU; use --device cpu, or see `opensora-fast doctor`")
     try:
-        lengths = [int(part) for part in seqlens.split(",")] if seqlens else None
+        lengths = None if seqlens is None else [int(part) for part in seqlens.split(",")]
     except ValueError:
         raise ValueError(f"--seqlens {seqlens!r}: write whole numbers with commas between them") from None
     names = providers.split(",") if providers else None
-    rows, refused = profile_attention(kind, lengths, names, device, None, budget)
+    rows, refused = profile_attention(kind, lengths, names, device, None, parse_budget(budget))
     typer.echo(f"{kind} attention on {device}\n{format_rows(rows)}")
     for item in refused:
         typer.echo(str(item), err=True)

@@ -71,9 +71,10 @@ def test_one_row_can_be_run_stopped_and_run_again(tmp_path):
 
 
 def test_profile_attention(tmp_path, capsys):
-    arguments = ["profile", "attention", "--device", "cpu", "--seqlens", "8,16", "--providers", "upstream,eager,ours"]
+    arguments = ["profile", "attention", "--device", "cpu", "--seqlens", "8,16,8", "--providers", "upstream,eager,ours"]
     assert run([*arguments, "--budget", "0.2", "--out", str(tmp_path), "--trace"]) == 0
     output = capsys.readouterr().out
+    assert output.count("forward+backward     eager") == 2
     assert "share of limit" in output and "ours: unavailable: needs a CUDA GPU" in output
     files = {path.name for path in tmp_path.iterdir()}
     assert {"attention_spatial.csv", "attention_spatial.svg"} <= files
@@ -86,6 +87,8 @@ def test_profile_attention(tmp_path, capsys):
         (["--kind", "diagonal"], "attention kind 'diagonal' is unknown; choose one of spatial, temporal, cross"),
         (["--seqlens", "0"], "each must be at least 1"),
         (["--seqlens", "many"], "--seqlens 'many': write whole numbers"),
+        (["--seqlens", ""], "--seqlens '': write whole numbers"),
+        (["--budget", "0"], "--budget '0': write a time such as 9m"),
         (["--providers", "flash-attn-9"], "provider 'flash-attn-9' is unknown; known: upstream, eager"),
     ],
 )
