@@ -19,11 +19,9 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
 import statistics
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -36,6 +34,7 @@ import torch
 from opensora_fast.data.bucket import Bucket
 from opensora_fast.kernels import token_grid
 
+from .parent import end_with_parent
 from .shapes import LATENT_SCALE
 
 SEEDS = (42, 43, 44)
@@ -325,15 +324,9 @@ def _check_backend(path: Path, backend: str) -> None:
         raise ValueError(f"a run with backend {backend!r} computed {', '.join(others) or 'no op'} otherwise")
 
 
-def _end_with_parent() -> None:
-    """Ends this process when its standard input ends: whoever started it may be killed without a chance to do so."""
-    sys.stdin.read()
-    os._exit(1)
-
-
 def main() -> None:
     """Runs the job in the first argument; standard input has to stay open meanwhile."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     values = json.loads(sys.argv[1])
     values["runs"] = [tuple(run) for run in values["runs"]]
     try:

@@ -71,7 +71,7 @@ def _run_worker(
 ) -> tuple[int, str | None]:
     """(exit code, why it was ended for silence or None)."""
     start = time.time()
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)  # the worker ends when this pipe does
     with _forward_signals(process) as asked:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)

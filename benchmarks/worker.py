@@ -1,5 +1,7 @@
 """The process that measures. `supervise` starts it, and starts it again where a provider took it down.
 
+Its standard input has to stay open: it ends with the process that started it, rather than measure on beside the next.
+
 python -m opensora_fast.benchmarks.worker '<Plan as JSON>'
 """
 
@@ -16,6 +18,7 @@ from typing import NoReturn
 
 from .case import Case
 from .mixed import compare_mixed
+from .parent import end_with_parent
 from .plan import DONE, ERROR, INTERRUPTED, RESTART, WRONG, Death, Plan
 from .rows import check_device, read_folder
 from .runner import Report, run_cases
@@ -26,6 +29,7 @@ from .summary import format_reasons, format_table
 
 
 def main() -> None:
+    end_with_parent()
     try:
         code = run(Plan.from_json(sys.argv[1]))
     except (ValueError, OSError) as error:  # a mistake of the user, as the command line prints them

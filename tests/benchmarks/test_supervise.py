@@ -45,6 +45,26 @@ def read_plans(folder: Path) -> list[Plan]:
     return [Plan.from_json(line) for line in (folder / "plans.jsonl").read_text().splitlines()]
 
 
+def test_a_worker_ends_with_its_supervisor(tmp_path):
+    """A supervisor that is killed cannot end it; left alone it would measure beside the next run."""
+    script = (
+        "import sys; from opensora_fast.benchmarks.plan import Plan; "
+        "from opensora_fast.benchmarks.supervise import supervise; "
+        "supervise(Plan.from_json(sys.argv[1]), command=sys.argv[2:])"
+    )
+    plan = make_plan(tmp_path).to_json()
+    supervisor = subprocess.Popen([sys.executable, "-c", script, plan, *WORKER, "slow"])
+    deadline = time.time() + 120
+    while len(read_folder(tmp_path)) < 2 and time.time() < deadline:
+        time.sleep(0.1)
+    supervisor.kill()
+    supervisor.wait()
+    time.sleep(2.0)
+    rows = len(read_folder(tmp_path))
+    time.sleep(3.0)
+    assert 2 <= len(read_folder(tmp_path)) == rows
+
+
 @pytest.mark.parametrize("code", [DONE, ERROR, WRONG, INTERRUPTED])
 def test_the_exit_code_of_a_worker_that_ends_by_itself_is_passed_on(tmp_path, code):
     assert supervise(make_plan(tmp_path), command=stub(f"sys.exit({code})")) == code
