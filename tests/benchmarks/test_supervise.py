@@ -59,9 +59,9 @@ def test_a_worker_ends_with_its_supervisor(tmp_path):
         time.sleep(0.1)
     supervisor.kill()
     supervisor.wait()
-    time.sleep(2.0)
+    time.sleep(1.0)
     rows = len(read_folder(tmp_path))
-    time.sleep(3.0)
+    time.sleep(2.0)  # three cases more, were it alive
     assert 2 <= len(read_folder(tmp_path)) == rows
 
 
