@@ -22,6 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton's kernels run: on the GPU, or interpreted on the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
 def interpreter() -> Iterator[None]:
     """Triton's interpreter as the kernel tests use it, where there is no GPU."""
     if os.environ.get("TRITON_INTERPRET") != "1":

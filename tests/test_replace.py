@@ -18,15 +18,18 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 GOLDEN = Path(__file__).parent / "golden"
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def build(model_class: type[nn.Module]) -> nn.Module:
     model = model_class(STDiT2Config.small()).eval()
     model.load_state_dict(load_file(GOLDEN / "stdit2_weights.safetensors"))
-    return model
+    return model.to(DEVICE)
 
 
 def golden_inputs(case: str) -> dict[str, torch.Tensor]:
     data = load_file(GOLDEN / f"stdit2_{case}.safetensors")
-    return {name[3:]: value for name, value in data.items() if name.startswith("in.")}
+    return {name[3:]: value.to(DEVICE) for name, value in data.items() if name.startswith("in.")}
 
 
 @pytest.mark.parametrize("case", ["plain", "frame_mask"])
@@ -62,6 +65,7 @@ def test_outputs_and_gradients_stay_and_undo_restores(model_class, case, backend
 
 def test_only_the_named_ops_change():
     model = build(STDiT2)
+    use_kernels(model, backend="reference")  # a model on CUDA has the kernels from the start
     replacement = use_kernels(model, backend="triton", gelu_tanh=True)
     assert list(replacement.replaced) == ["gelu_tanh"]
     calls.clear()

@@ -15,11 +15,6 @@ GRADIENT_FACTOR = 3.0
 FLOOR_IN_EPS = {torch.float16: 0.5, torch.bfloat16: 0.5, torch.float32: 4.0}
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.fixture(
     params=[torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
     ids=["float32", "float16", "bfloat16"],

@@ -1,16 +1,19 @@
 """What a block computes between its matrix products when every op is a kernel: nothing else of full size."""
 
+import importlib
 from collections import Counter
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora_fast import STDiT2, STDiT2Config, use_kernels
-
-pytestmark = pytest.mark.usefixtures("interpreter")
+from opensora_fast.kernels.registration import KernelOp
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+# They take memory, and neither read nor write it.
+ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default}
 
 
 class LargeOps(TorchDispatchMode):
@@ -24,39 +27,64 @@ class LargeOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
-        tensors = [item for item in (*arguments, result) if isinstance(item, torch.Tensor)]
-        if function.namespace == "opensora_fast":
-            self.kernels.add(function.name().split("::")[1])
-        elif not function.is_view and function not in PRODUCTS:
+        items = *arguments, *(keywords or {}).values(), result
+        tensors = [item for item in items if isinstance(item, torch.Tensor)]
+        if not function.is_view and function not in PRODUCTS | ALLOCATIONS:
             if any(tensor.numel() >= self.size for tensor in tensors):
                 self.found[function.name()] += 1
         return result
 
+    def call_kernel(self, op: KernelOp, *arguments):
+        """As eager calls do: around the dispatcher, so that what the op itself leaves to PyTorch is seen too."""
+        self.kernels.add(op.function.__name__.removeprefix("_"))
+        return op._direct(*arguments)
 
-def run_two_blocks(backend: str, monkeypatch) -> LargeOps:
-    """Two blocks forward and backward; the first makes the norm of the second."""
+
+@pytest.fixture
+def no_launch(monkeypatch) -> None:
+    """Interpreted kernels return at once: their results do not matter here, and the interpreter copies tensors."""
+    if not torch.cuda.is_available():
+        from triton.runtime.interpreter import GridExecutor
+
+        monkeypatch.setattr(GridExecutor, "__call__", lambda self, *arguments, **keywords: None)
+
+
+def run_two_blocks(
+    backend: str, device: torch.device, dtype: torch.dtype = torch.float32, given_frames: bool = False
+) -> LargeOps:
+    """Two blocks forward and backward on videos of two shapes; the first makes the norm of the second."""
     torch.manual_seed(0)
     model = STDiT2(STDiT2Config.small(depth=2, caption_channels=32, model_max_length=8))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
+    model.to(device, dtype)
     use_kernels(model, backend=backend)
     given = []
     real = STDiT2._run_blocks
-    monkeypatch.setattr(STDiT2, "_run_blocks", lambda self, *given_: given.append(given_) or real(self, *given_))
-    sizes = {name: torch.full((2,), value) for name, value in {"height": 64.0, "width": 64.0, "ar": 1.0}.items()}
-    x, timestep, y = torch.randn(2, 4, 4, 8, 8), torch.tensor([3.0, 500.0]), torch.randn(2, 1, 8, 32)
-    model(x, timestep, y, num_frames=torch.full((2,), 4.0), fps=torch.full((2,), 24.0), **sizes)
+    sizes = {"height": 64.0, "width": 64.0, "ar": 1.0, "num_frames": 4.0, "fps": 24.0}
+    videos = [torch.randn(4, 4, 8, 8, device=device), torch.randn(4, 3, 6, 10, device=device)]
+    with patch.object(STDiT2, "_run_blocks", lambda self, *given_: given.append(given_) or real(self, *given_)):
+        model.forward_packed(
+            videos,
+            torch.tensor([3.0, 500.0]),
+            torch.randn(2, 1, 8, 32),
+            x_masks=[torch.tensor([False, True, True, False]), None] if given_frames else None,
+            **{name: torch.full((2,), value) for name, value in sizes.items()},
+        )
     x, context = given[0]
     x = x.detach().requires_grad_()
     output_gradient = torch.ones_like(x)
-    with LargeOps(x.numel()) as ops:
+    ops = LargeOps(x.numel())
+    with ops, patch.object(KernelOp, "__call__", lambda op, *arguments: ops.call_kernel(op, *arguments)):
         real(model, x, context).backward(output_gradient)
     assert x.grad is not None and model.blocks[0].attn.qkv.bias.grad is not None
     return ops
 
 
-def test_only_kernels_and_matrix_products_touch_all_tokens(monkeypatch) -> None:
-    ops = run_two_blocks("triton", monkeypatch)
+@pytest.mark.parametrize("given_frames", [False, True], ids=["all noised", "given frames"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_only_kernels_and_matrix_products_touch_all_tokens(device, no_launch, dtype, given_frames) -> None:
+    ops = run_two_blocks("triton", device, dtype, given_frames)
     # Once a step, where the stream enters: the first block's norm is an op of its own, beside the residual connection.
     assert ops.found == {"aten::add.Tensor": 1}
     forward = {
@@ -66,6 +94,12 @@ def test_only_kernels_and_matrix_products_touch_all_tokens(monkeypatch) -> None:
     assert ops.kernels == forward | {f"{op}_backward" for op in forward}
 
 
-def test_plain_pytorch_is_noticed(monkeypatch) -> None:
-    ops = run_two_blocks("reference", monkeypatch)
+def test_plain_pytorch_is_noticed(device) -> None:
+    ops = run_two_blocks("reference", device)
     assert ops.kernels == set() and {"aten::gelu", "aten::native_layer_norm"} & set(ops.found)
+
+
+def test_plain_pytorch_within_an_op_is_noticed(device, no_launch, monkeypatch) -> None:
+    module = importlib.import_module("opensora_fast.kernels.spatial_attention")
+    monkeypatch.setattr(module, "_contiguous", lambda *tensors: [tensor.clone() for tensor in tensors])
+    assert run_two_blocks("triton", device).found["aten::clone"] >= 2
