@@ -31,19 +31,28 @@ def check_tokens(op: str, name: str, tensor: Tensor, layout: PackLayout, *sizes:
     check_tensor(op, name, tensor, (layout.num_tokens, *sizes), layout.device)
 
 
-def check_modulation(op: str, x: Tensor, layout: PackLayout, frame_rows: Tensor, **tables: Tensor | None) -> None:
-    """x [N, C]; each table [R, C] with the same R; frame_rows int32 [F]."""
-    check_tokens(op, "x", x, layout, None)
-    if frame_rows.shape != (layout.num_frames,) or frame_rows.dtype != torch.int32:
+def check_table(op: str, name: str, table: Tensor, length: int, layout: PackLayout, hint: str) -> None:
+    """A table of numbers that kernels read as they lie in memory: int32 [length], contiguous."""
+    if not isinstance(table, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {type(table).__name__}; {hint}")
+    if table.shape != (length,) or table.dtype != torch.int32 or not table.is_contiguous():
+        lies = "" if table.is_contiguous() else "not contiguous "
         raise ValueError(
-            f"{op}: frame_rows is {frame_rows.dtype} {tuple(frame_rows.shape)}, expected int32 ({layout.num_frames},); "
-            "use layout.modulation_rows(...)"
+            f"{op}: {name} is {lies}{table.dtype} {tuple(table.shape)}, expected contiguous int32 ({length},); {hint}"
         )
-    if frame_rows.device != layout.device:
-        raise ValueError(f"{op}: frame_rows is on {frame_rows.device}, but the layout is on {layout.device}")
+    if table.device != layout.device:
+        raise ValueError(f"{op}: {name} is on {table.device}, but the layout is on {layout.device}")
+
+
+def check_modulation(op: str, x: Tensor, layout: PackLayout, frame_rows: Tensor, **tables: Tensor | None) -> None:
+    """x [N, C]; each table [R, C] with the same R, only `gate` may be None; frame_rows int32 [F]."""
+    check_tokens(op, "x", x, layout, None)
+    if x.shape[1] < 2:
+        raise ValueError(f"{op}: x has {x.shape[1]} channels, expected at least 2")
+    check_table(op, "frame_rows", frame_rows, layout.num_frames, layout, "use layout.modulation_rows(...)")
     rows = None
     for name, table in tables.items():
-        if table is None:
+        if table is None and name == "gate":
             continue
         check_tensor(op, name, table, (rows, x.shape[1]), layout.device)
         rows = table.shape[0]

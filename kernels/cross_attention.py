@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .bias_gradient import collect_bias_gradient_reference
-from .checks import check_head_size, check_tensor, check_tokens
+from .checks import check_head_size, check_table, check_tensor, check_tokens
 from .layout import PackLayout, TextLayout
 from .registration import choose_backend, kernel_op
 
@@ -77,8 +77,7 @@ def cross_attention(
     if text.lengths.shape != (layout.num_videos,):
         raise ValueError(f"{op}: text describes {text.lengths.shape[0]} videos, the layout {layout.num_videos}")
     for name, table in (("starts", text.starts), ("lengths", text.lengths)):
-        if table.device != layout.device:
-            raise ValueError(f"{op}: text.{name} is on {table.device}, but the layout is on {layout.device}")
+        check_table(op, f"text.{name}", table, layout.num_videos, layout, "use TextLayout.from_lengths(...)")
     if choose_backend(op, backend, q, kv) == "reference":
         return cross_attention_reference(collect_bias_gradient_reference(q, q_bias), kv, layout, text)
     check_head_size(op, q.shape[2])

@@ -323,8 +323,14 @@ class TextLayout:
 
     @staticmethod
     def from_lengths(lengths: Sequence[int], device: torch.device) -> TextLayout:
-        """Returns the layout of texts of `lengths` tokens that lie one after another."""
+        """Returns the layout of texts of `lengths` tokens that lie one after another.
+
+        Raises:
+            ValueError: no text, or a negative length.
+        """
         counts = torch.tensor([int(length) for length in lengths], device="cpu")
+        if not len(counts) or counts.min() < 0:
+            raise ValueError(f"TextLayout: lengths {counts.tolist()}; give one for each video, each at least 0")
         return TextLayout(
             starts=_starts(counts)[:-1].to(torch.int32).to(device, non_blocking=True),
             lengths=counts.to(torch.int32).to(device, non_blocking=True),

@@ -1,5 +1,6 @@
 """`cross_attention`: Triton against float64 and against eager."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -200,3 +201,24 @@ def test_wrong_arguments_are_named(device) -> None:
         ours(**inputs | {"q": inputs["q"].double(), "kv": inputs["kv"].double()})
     with pytest.raises(ValueError, match="head size 12 has no Triton kernel"):
         ours(**inputs | {"q": torch.zeros(15, 1, 12, device=device), "kv": torch.zeros(4, 2, 1, 12, device=device)})
+    text = inputs["text"]
+    for name in ("starts", "lengths"):
+        table = getattr(text, name)
+        for wrong, said in (
+            (table.long(), "torch.int64"),
+            (table.repeat(2), r"torch.int32 \(2,\)"),
+            (table.to("meta"), "on meta"),
+        ):
+            if name == "starts" or wrong.shape == table.shape:
+                with pytest.raises(ValueError, match=f"cross_attention: text.{name} is {said}"):
+                    ours(**inputs | {"text": replace(text, **{name: wrong})})
+    inputs = make_inputs([(1, 3, 5), (1, 1, 2)], [4, 1], torch.float32, device)
+    strided = torch.tensor([[4, 9], [1, 9]], dtype=torch.int32, device=device)[:, 0]
+    with pytest.raises(ValueError, match="cross_attention: text.lengths is not contiguous"):
+        ours(**inputs | {"text": replace(inputs["text"], lengths=strided)})
+
+
+@pytest.mark.parametrize("lengths", [[], [3, -1]])
+def test_impossible_texts_are_named(device, lengths) -> None:
+    with pytest.raises(ValueError, match="TextLayout: lengths "):
+        TextLayout.from_lengths(lengths, device)

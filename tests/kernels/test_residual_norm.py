@@ -243,3 +243,11 @@ def test_wrong_arguments_are_named(op, device) -> None:
         call(**right | {"x": right["x"].detach().double()})
     with pytest.raises(ValueError, match=f"{op}: frame_rows is torch.int64"):
         make_call(op, layout, frame_rows.long(), "triton")(**right)
+    strided = torch.stack([frame_rows, frame_rows], dim=1)[:, 0]
+    with pytest.raises(ValueError, match=f"{op}: frame_rows is not contiguous"):
+        make_call(op, layout, strided, "triton")(**right)
+    for name in {"shift", "scale"} & set(right):
+        with pytest.raises(ValueError, match=f"{op}: {name} must be a tensor, got NoneType"):
+            call(**right | {name: None})
+    with pytest.raises(ValueError, match=f"{op}: x has 1 channels, expected at least 2"):
+        call(**make_inputs(op, layout, rows=1, dtype=torch.float32, channels=1))
