@@ -69,8 +69,10 @@ def compile_kernels(architectures: list[str], processes: int | None = None) -> t
         A build that fails has `error` and no numbers.
 
     Raises:
-        ValueError: an unknown architecture, or Triton is set to interpret.
+        ValueError: an unknown architecture or none, or Triton is set to interpret.
     """
+    if not architectures:
+        raise ValueError(f"--arch: none given; choose among {', '.join(ARCHITECTURES)}")
     for arch in architectures:
         if arch not in ARCHITECTURES:
             raise ValueError(f"--arch {arch}: unknown; choose among {', '.join(ARCHITECTURES)}")

@@ -51,7 +51,7 @@ def compile_all(
     from opensora_fast.kernels import compilation
     from opensora_fast.progress import Progress
 
-    architectures = [name.strip() for name in arch.split(",") if name.strip()]
+    architectures = list(dict.fromkeys(name.strip() for name in arch.split(",") if name.strip()))
     if write_budget and set(architectures) != set(compilation.ARCHITECTURES):
         raise ValueError("--write-budget: the budget is of all architectures; leave --arch out")
     total, builds = compilation.compile_kernels(architectures, processes)

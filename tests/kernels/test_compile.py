@@ -93,6 +93,8 @@ def test_faults_are_spills_missing_matrix_instructions_and_the_budget(monkeypatc
 def test_an_unknown_architecture_is_named() -> None:
     with pytest.raises(ValueError, match="--arch sm_70: unknown"):
         compile_kernels(["sm_70"])
+    with pytest.raises(ValueError, match="--arch: none given"):
+        compile_kernels([])
 
 
 def test_an_interpreter_builds_nothing(monkeypatch) -> None:
