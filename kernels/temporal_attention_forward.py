@@ -129,20 +129,24 @@ def compile_cases(arch: str) -> list[CompileCase]:
     builds = [(64, "bf16"), (64, "fp16")]
     if arch != "sm_80":  # whose videos of more than 64 frames take the kernels for long videos
         builds.append((128, "bf16"))
-    return [_compile_case(arch, *build) for build in builds]
+    cases = [_compile_case(arch, *build) for build in builds]
+    if arch != "sm_80":
+        cases.append(_compile_case(arch, 64, "bf16", with_norm=False))
+    return cases
 
 
-def _compile_case(arch: str, rows: int, dtype: str) -> CompileCase:
+def _compile_case(arch: str, rows: int, dtype: str, with_norm: bool = True) -> CompileCase:
+    absent = () if with_norm else ("q_weight", "k_weight")
     return CompileCase(
         name="temporal_attention_forward",
         kernel=_forward,
         signature={name: f"*{dtype}" for name in ("qkv", "q_weight", "k_weight", "output")}
         | {"cos": "*fp32", "sin": "*fp32", "tiles": "*i32", "eps": "fp32"},
-        constants={"HEADS": 16, "HEAD_SIZE": 72, "ROWS": rows},
+        constants=dict.fromkeys(absent) | {"HEADS": 16, "HEAD_SIZE": 72, "ROWS": rows},
         configuration=candidates_of(CONFIGURATIONS, "temporal_attention_forward", f"{rows} rows", arch)[0],
         dtype=dtype,
         attention=True,
-        note=f"{rows} rows",
+        note=f"{rows} rows" if with_norm else f"{rows} rows; no norm",
         unit="element",
         work=rows * 72,
     )
