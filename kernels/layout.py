@@ -328,9 +328,10 @@ class TextLayout:
         Raises:
             ValueError: no text, or a negative length.
         """
-        counts = torch.tensor([int(length) for length in lengths], device="cpu")
-        if not len(counts) or counts.min() < 0:
-            raise ValueError(f"TextLayout: lengths {counts.tolist()}; give one for each video, each at least 0")
+        lengths = [int(length) for length in lengths]
+        if not lengths or min(lengths) < 0:
+            raise ValueError(f"TextLayout: lengths {lengths}; give one for each video, each at least 0")
+        counts = torch.tensor(lengths, device="cpu")
         return TextLayout(
             starts=_starts(counts)[:-1].to(torch.int32).to(device, non_blocking=True),
             lengths=counts.to(torch.int32).to(device, non_blocking=True),
