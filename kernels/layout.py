@@ -19,9 +19,11 @@ from torch import Tensor
 # Every layout holds the tile tables of these sizes, so that using one neither builds nor copies anything; a kernel
 # configuration chooses among them.
 FRAME_TILE_SIZES = (16, 32, 64, 128)
-# Rows of the tiles of temporal attention, and of the blocks into which longer videos are cut.
+# Rows of the tiles of temporal attention.
 PLACE_TILE_ROWS = (64, 128)
-PLACE_BLOCK_ROWS = 64
+# The longest video that has whole places in a tile → rows of the blocks into which longer videos are cut. The first is
+# for float32, of which a thread cannot hold as many.
+PLACE_BLOCK_ROWS = {0: 32, 64: 64, 128: 64}
 # Tiles of a frame are equally long up to this many tokens.
 _TILE_STEP = 8
 
@@ -63,7 +65,7 @@ class PackLayout:
         token_frame [N]: frame of each token, counted over the whole pack.
         tile_tables: for each size of FRAME_TILE_SIZES what `frame_tiles` and `video_tiles` return.
         frame_position [F]: number of each frame within its video; the position of the rotary embedding.
-        place_tables: for each size of PLACE_TILE_ROWS what `place_tiles` returns.
+        place_tables: for each key of PLACE_BLOCK_ROWS what `place_tiles` returns.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
@@ -164,20 +166,20 @@ class PackLayout:
         """Cuts the places (all frames of one position) into tiles for temporal attention.
 
         Args:
-            longest: videos of at most so many frames have whole places in a tile; one of PLACE_TILE_ROWS.
+            longest: videos of at most so many frames have whole places in a tile; a key of PLACE_BLOCK_ROWS.
 
         Returns:
             tiles of 64 rows int32 [tiles, 4]: for videos of at most 64 frames, as many whole places as fit: token of
-                the first frame at the first place, T, S and the number of places;
+                the first frame at the first place, T, S and the number of places; none if `longest` is 0;
             tiles of 128 rows, the same for videos of 65 to 128 frames if `longest` is 128, else none;
-            blocks int32 [blocks, 4]: for longer videos, 64 frames of one place: token of the first frame at the place,
-                T, S and the first frame of the block.
+            blocks int32 [blocks, 4]: for longer videos, PLACE_BLOCK_ROWS[longest] frames of one place: token of the
+                first frame at the place, T, S and the first frame of the block.
 
         Raises:
-            ValueError: `longest` is not one of PLACE_TILE_ROWS.
+            ValueError: `longest` is no key of PLACE_BLOCK_ROWS.
         """
         if longest not in self.place_tables:
-            raise ValueError(f"place_tiles: longest {longest} is not one of PLACE_TILE_ROWS = {PLACE_TILE_ROWS}")
+            raise ValueError(f"place_tiles: longest {longest} is not one of {', '.join(map(str, PLACE_BLOCK_ROWS))}")
         return self.place_tables[longest]
 
     def modulation_rows(self, x_masks: Sequence[Tensor | None] | Tensor | None) -> Tensor:
@@ -255,7 +257,7 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
         },
         frame_position=place(torch.cat([torch.arange(shape[0], device="cpu") for shape in shapes])),
         place_tables={
-            longest: tuple(place(table) for table in _tile_places(shapes, longest)) for longest in PLACE_TILE_ROWS
+            longest: tuple(place(table) for table in _tile_places(shapes, longest)) for longest in PLACE_BLOCK_ROWS
         },
     )
 
@@ -291,7 +293,7 @@ def _tile_places(shapes: tuple[tuple[int, ...], ...], longest: int) -> tuple[Ten
             last = torch.clamp(places - first, max=rows // frames)
         else:
             rows = None
-            starts = torch.arange(0, frames, PLACE_BLOCK_ROWS, device="cpu")
+            starts = torch.arange(0, frames, PLACE_BLOCK_ROWS[longest], device="cpu")
             first = torch.arange(places, device="cpu").repeat_interleave(len(starts))
             last = starts.repeat(places)
         columns = token + first, torch.full_like(first, frames), torch.full_like(first, places), last

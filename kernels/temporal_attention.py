@@ -9,7 +9,7 @@ Limits: head size a multiple of 8 up to 128; any number of frames, and packs of 
 equal bits. No gradient of the angles.
 
 Kernels: temporal_attention_forward and _backward where a tile of 64 or 128 rows holds all frames of a place,
-temporal_attention_long_forward and _long_backward beyond.
+temporal_attention_long_forward and _long_backward beyond, and for float32 on a GPU.
 
 Letters: N tokens, H heads, D head size, T frames of a video, S tokens of a frame.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .bias_gradient import BiasPartials, collect_bias_gradient_reference
 from .checks import check_angles, check_head_size, check_self_attention
-from .layout import PLACE_TILE_ROWS, PackLayout
+from .layout import PLACE_BLOCK_ROWS, PLACE_TILE_ROWS, PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
 from .registration import choose_backend, kernel_op
 
@@ -90,18 +90,22 @@ def temporal_attention(
         return temporal_attention_reference(qkv, q_weight, k_weight, cos, sin, layout, eps)
     check_head_size(op, qkv.shape[3])
     cos, sin = cos.detach().float(), sin.detach().float()
-    tables = layout.place_tiles(longest_tile(qkv.device, qkv.dtype))
-    return _temporal_attention(qkv, q_weight, k_weight, qkv_bias, cos, sin, *tables, eps)[0]
+    longest = longest_tile(qkv.device, qkv.dtype)
+    tables = layout.place_tiles(longest)
+    return _temporal_attention(qkv, q_weight, k_weight, qkv_bias, cos, sin, *tables, PLACE_BLOCK_ROWS[longest], eps)[0]
 
 
 def longest_tile(device: torch.device, dtype: torch.dtype) -> int:
-    """The longest video whose frames one tile holds.
+    """The longest video whose frames one tile holds; 0 for none.
 
-    128 rows need the shared memory of sm_90 and sm_100, and half precision.
+    128 rows need the shared memory of sm_90 and sm_100. float32 on a GPU multiplies outside the matrix units, with
+    operands in registers, which do not hold all frames of several places.
     """
-    if device.type == "cuda" and (dtype == torch.float32 or _shared_memory(device) < 200 * 1024):
-        return 64
-    return 128
+    if device.type != "cuda":
+        return 128
+    if dtype == torch.float32:
+        return 0
+    return 64 if _shared_memory(device) < 200 * 1024 else 128
 
 
 @lru_cache(maxsize=64)
@@ -123,6 +127,7 @@ def _temporal_attention(
     tiles: Tensor,
     large_tiles: Tensor,
     blocks: Tensor,
+    block_rows: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [N, H, D], and for long videos log2 of each row's sum of exp2 [N, H] (else empty)."""
@@ -133,12 +138,12 @@ def _temporal_attention(
     inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
     for table, rows in zip((tiles, large_tiles), PLACE_TILE_ROWS, strict=True):
         launch_forward(*inputs, table, rows, output, eps)
-    launch_long_forward(*inputs, blocks, output, log_sums, eps)
+    launch_long_forward(*inputs, blocks, block_rows, output, log_sums, eps)
     return output, log_sums
 
 
 @_temporal_attention.register_fake
-def _(qkv, q_weight, k_weight, qkv_bias, cos, sin, tiles, large_tiles, blocks, eps):
+def _(qkv, q_weight, k_weight, qkv_bias, cos, sin, tiles, large_tiles, blocks, block_rows, eps):
     return _allocate_outputs(qkv, blocks)
 
 
@@ -162,6 +167,7 @@ def _temporal_attention_backward(
     tiles: Tensor,
     large_tiles: Tensor,
     blocks: Tensor,
+    block_rows: int,
     output: Tensor,
     log_sums: Tensor,
     eps: float,
@@ -188,7 +194,9 @@ def _temporal_attention_backward(
         bias_parts = bias_partials.take(table.shape[0])
         launch_backward(output_gradient, *inputs, table, rows, qkv_gradient, part, bias_parts, eps)
     bias_parts = bias_partials.take(blocks.shape[0])
-    launch_long_backward(output_gradient, *inputs, blocks, output, log_sums, qkv_gradient, parts[2], bias_parts, eps)
+    launch_long_backward(
+        output_gradient, *inputs, blocks, block_rows, output, log_sums, qkv_gradient, parts[2], bias_parts, eps
+    )
     bias_partials.add_up(bias_gradient)
     if sums is not None:
         sums = sums.sum(dim=0)
@@ -209,6 +217,7 @@ def _(
     tiles,
     large_tiles,
     blocks,
+    block_rows,
     output,
     log_sums,
     eps,
@@ -226,19 +235,19 @@ def _allocate_gradients(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    qkv, q_weight, k_weight, qkv_bias, *tables, eps = inputs
+    qkv, q_weight, k_weight, qkv_bias, *tables, ctx.block_rows, ctx.eps = inputs
     # Short videos recompute everything from qkv: without long ones the output need not be kept.
     output, log_sums = output
     qkv_bias = qkv_bias if ctx.needs_input_grad[3] else None
     output = output if log_sums.shape[0] else log_sums
     ctx.save_for_backward(qkv, q_weight, k_weight, qkv_bias, *tables, output, log_sums)
-    ctx.eps = eps
 
 
 def _backward(ctx, output_gradient, _):
     wants_q_weight, wants_k_weight = ctx.needs_input_grad[1:3]
+    *inputs, output, log_sums = ctx.saved_tensors
     gradients = _temporal_attention_backward(
-        output_gradient, *ctx.saved_tensors, ctx.eps, wants_q_weight or wants_k_weight
+        output_gradient, *inputs, ctx.block_rows, output, log_sums, ctx.eps, wants_q_weight or wants_k_weight
     )
     wanted, rest = ctx.needs_input_grad[:4], ctx.needs_input_grad[4:]
     return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), *(

@@ -38,7 +38,7 @@ from .attention_tiles import (
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .registration import on_device
 from .rotary_tiles import load_angles
-from .temporal_tiles import finish_keys, finish_queries, normed_rows, place_rows, query_factors, shape_class
+from .temporal_tiles import finish_keys, finish_queries, normed_rows, place_rows, query_factors
 
 # EARLY reads v and the output's gradient before the queries are normed, which hides the wait for them behind that work
 # and costs 40 registers.
@@ -51,10 +51,6 @@ CONFIGURATIONS = {
         ),
         "64 rows@sm_80": (Configuration(EARLY=0, num_warps=8, num_stages=1),),  # four warps would spill
         "128 rows": (Configuration(EARLY=0, num_warps=8, num_stages=1),),
-        # Whole rows of float32 do not fit into registers: 1 to 2 KB a thread are spilled. Without the limit ptxas may
-        # settle for 32 registers and spill 10 KB.
-        "64 rows float32": (Configuration(EARLY=0, maxnreg=255, num_warps=8, num_stages=1),),
-        "128 rows float32": (Configuration(EARLY=0, maxnreg=255, num_warps=8, num_stages=1),),
     },
 }
 
@@ -179,7 +175,7 @@ def launch_backward(
             HEADS=heads,
             HEAD_SIZE=head_size,
             ROWS=rows,
-            **select(CONFIGURATIONS, "temporal_attention_backward", shape_class(rows, qkv.dtype), qkv.device).launch,
+            **select(CONFIGURATIONS, "temporal_attention_backward", f"{rows} rows", qkv.device).launch,
         )
 
 

@@ -29,7 +29,7 @@ from .attention_tiles import (
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .registration import on_device
 from .rotary_tiles import load_angles
-from .temporal_tiles import normed_rows, place_rows, query_factors, shape_class
+from .temporal_tiles import normed_rows, place_rows, query_factors
 
 CONFIGURATIONS = {
     "temporal_attention_forward": {
@@ -43,8 +43,6 @@ CONFIGURATIONS = {
             Configuration(num_warps=8, num_stages=1),
             Configuration(num_warps=4, num_stages=1),
         ),
-        "64 rows float32": (Configuration(num_warps=8, num_stages=1),),
-        "128 rows float32": (Configuration(num_warps=8, num_stages=1),),
     },
 }
 
@@ -121,7 +119,7 @@ def launch_forward(
             HEADS=heads,
             HEAD_SIZE=head_size,
             ROWS=rows,
-            **select(CONFIGURATIONS, "temporal_attention_forward", shape_class(rows, qkv.dtype), qkv.device).launch,
+            **select(CONFIGURATIONS, "temporal_attention_forward", f"{rows} rows", qkv.device).launch,
         )
 
 

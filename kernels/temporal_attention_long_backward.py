@@ -3,8 +3,8 @@
 The formulas are in temporal_attention_backward; here P comes from the forward pass's log_sums, and two kernels without
 atomics follow one another, each program looping over the frames of its place in steps of STEP:
 
-    queries (first): δ = rowsum(g · output), dq and the parts of G     one program per block of 64 queries
-    keys (second):   dk and dv                                         one program per block of 64 keys
+    queries (first): δ = rowsum(g · output), dq and the parts of G     one program per block of queries
+    keys (second):   dk and dv                                         one program per block of keys
 
 They round the same numbers to the same operands as the forward pass, so probabilities sum to one however large the
 logits are. FLOPs for each token: 14·T·H·D (10 useful).
@@ -35,30 +35,39 @@ from .configurations import CompileCase, Configuration, candidates_of, select
 from .layout import PLACE_BLOCK_ROWS
 from .registration import on_device
 from .rotary_tiles import load_angles
-from .temporal_tiles import block_rows, finish_keys, finish_queries, load_block, load_normed, query_factors, shape_class
+from .temporal_tiles import (
+    COMPILED_DTYPES,
+    block_class,
+    block_rows,
+    finish_keys,
+    finish_queries,
+    load_block,
+    load_normed,
+    query_factors,
+)
 
 CONFIGURATIONS = {
     "temporal_attention_long_queries_backward": {
-        "any": (
+        "half": (
             Configuration(STEP=32, num_warps=4, num_stages=2),
             Configuration(STEP=64, num_warps=4, num_stages=2),
             Configuration(STEP=32, num_warps=4, num_stages=1),
         ),
-        "any@sm_80": (
+        "half@sm_80": (
             Configuration(STEP=32, num_warps=4, num_stages=1),
             Configuration(STEP=32, num_warps=8, num_stages=2),
         ),
-        "any float32": (Configuration(STEP=16, num_warps=8, num_stages=1),),
+        "float32": (Configuration(STEP=32, num_warps=8, num_stages=1),),
     },
     "temporal_attention_long_keys_backward": {
-        "any": (Configuration(STEP=32, num_warps=4, num_stages=2), Configuration(STEP=32, num_warps=8, num_stages=2)),
-        "any@sm_100": (Configuration(STEP=32, maxnreg=255, num_warps=4, num_stages=2),),
-        "any@sm_80": (
+        "half": (Configuration(STEP=32, num_warps=4, num_stages=2), Configuration(STEP=32, num_warps=8, num_stages=2)),
+        "half@sm_100": (Configuration(STEP=32, maxnreg=255, num_warps=4, num_stages=2),),
+        "half@sm_80": (
             Configuration(STEP=16, num_warps=4, num_stages=1),
             Configuration(STEP=16, num_warps=4, num_stages=2),
             Configuration(STEP=32, num_warps=8, num_stages=2),
         ),
-        "any float32": (Configuration(STEP=16, num_warps=8, num_stages=1),),
+        "float32": (Configuration(STEP=16, num_warps=8, num_stages=1),),
     },
 }
 
@@ -201,6 +210,7 @@ def launch_long_backward(
     cos: Tensor,
     sin: Tensor,
     blocks: Tensor,
+    rows: int,
     output: Tensor,
     log_sums: Tensor,
     qkv_gradient: Tensor,
@@ -233,9 +243,9 @@ def launch_long_backward(
             eps,
             HEADS=heads,
             HEAD_SIZE=head_size,
-            ROWS=PLACE_BLOCK_ROWS,
+            ROWS=rows,
             **select(
-                CONFIGURATIONS, "temporal_attention_long_queries_backward", shape_class(None, qkv.dtype), qkv.device
+                CONFIGURATIONS, "temporal_attention_long_queries_backward", block_class(qkv.dtype), qkv.device
             ).launch,
         )
         _keys[(blocks.shape[0] * heads,)](
@@ -253,37 +263,38 @@ def launch_long_backward(
             eps,
             HEADS=heads,
             HEAD_SIZE=head_size,
-            ROWS=PLACE_BLOCK_ROWS,
+            ROWS=rows,
             **select(
-                CONFIGURATIONS, "temporal_attention_long_keys_backward", shape_class(None, qkv.dtype), qkv.device
+                CONFIGURATIONS, "temporal_attention_long_keys_backward", block_class(qkv.dtype), qkv.device
             ).launch,
         )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    return [
-        _compile_case(
-            arch, "queries", _queries, "output output_gradient qkv_gradient", "deltas partials query_bias_partials"
-        ),
-        _compile_case(
-            arch, "keys", _keys, "output_gradient qkv_gradient", "deltas key_bias_partials value_bias_partials"
-        ),
-    ]
+    cases = []
+    for dtype in COMPILED_DTYPES:
+        tensors, sums = "output output_gradient qkv_gradient", "deltas partials query_bias_partials"
+        cases.append(_compile_case(arch, dtype, "queries", _queries, tensors, sums))
+        tensors, sums = "output_gradient qkv_gradient", "deltas key_bias_partials value_bias_partials"
+        cases.append(_compile_case(arch, dtype, "keys", _keys, tensors, sums))
+    return cases
 
 
-def _compile_case(arch: str, rows: str, kernel: object, tensors: str, sums: str) -> CompileCase:
-    name = f"temporal_attention_long_{rows}_backward"
-    types = dict.fromkeys(("qkv", "q_weight", "k_weight", *tensors.split()), "*bf16")
+def _compile_case(arch: str, dtype: str, part: str, kernel: object, tensors: str, sums: str) -> CompileCase:
+    name = f"temporal_attention_long_{part}_backward"
+    is_float32 = COMPILED_DTYPES[dtype] == torch.float32
+    rows = PLACE_BLOCK_ROWS[0 if is_float32 else 64]
+    types = dict.fromkeys(("qkv", "q_weight", "k_weight", *tensors.split()), f"*{dtype}")
     types |= dict.fromkeys(("cos", "sin", "log_sums", *sums.split()), "*fp32") | {"blocks": "*i32", "eps": "fp32"}
-    configuration = candidates_of(CONFIGURATIONS, name, "any", arch)[0]
+    configuration = candidates_of(CONFIGURATIONS, name, block_class(COMPILED_DTYPES[dtype]), arch)[0]
     return CompileCase(
         name=name,
         kernel=kernel,
         signature=types,
-        constants={"HEADS": 16, "HEAD_SIZE": 72, "ROWS": PLACE_BLOCK_ROWS},
+        constants={"HEADS": 16, "HEAD_SIZE": 72, "ROWS": rows},
         configuration=configuration,
-        dtype="bf16",
-        attention=True,
+        dtype=dtype,
+        attention=not is_float32,
         unit="score",
-        work=PLACE_BLOCK_ROWS * configuration["STEP"],
+        work=rows * configuration["STEP"],
     )

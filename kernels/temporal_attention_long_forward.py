@@ -1,8 +1,8 @@
 """Triton kernel of temporal attention, forward, for videos whose frames do not fit into one tile.
 
-One program computes 64 frames of one place and head and loops over the frames of the place in steps of STEP; qkv is
-read in place. With QK-norm |logit| ≤ sqrt(D) · max|q_weight · k_weight|; while that is small, known from the weights
-alone, exp2 needs no running maximum, and all programs of a launch take that branch.
+One program computes a block of frames of one place and head and loops over the frames of the place in steps of STEP;
+qkv is read in place. With QK-norm |logit| ≤ sqrt(D) · max|q_weight · k_weight|; while that is small, known from the
+weights alone, exp2 needs no running maximum, and all programs of a launch take that branch.
 
 FLOPs for each token: 4·T·H·D. A place's rows are read once for each of its blocks; from the second time on mostly from
 the cache, as the blocks of a place are neighbours in the grid.
@@ -19,16 +19,16 @@ from .attention_tiles import add_product, dot_rows, load_head, multiply, scale_r
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .layout import PLACE_BLOCK_ROWS
 from .registration import on_device
-from .temporal_tiles import block_rows, load_block, load_normed, query_factors, shape_class
+from .temporal_tiles import COMPILED_DTYPES, block_class, block_rows, load_block, load_normed, query_factors
 
 CONFIGURATIONS = {
     "temporal_attention_long_forward": {
-        "any": (
+        "half": (
             Configuration(STEP=32, num_warps=4, num_stages=2),
             Configuration(STEP=64, num_warps=4, num_stages=2),
             Configuration(STEP=32, num_warps=4, num_stages=1),
         ),
-        "any float32": (Configuration(STEP=16, num_warps=16, num_stages=1),),  # eight warps would spill
+        "float32": (Configuration(STEP=16, num_warps=8, num_stages=1),),
     },
 }
 
@@ -130,6 +130,7 @@ def launch_long_forward(
     cos: Tensor,
     sin: Tensor,
     blocks: Tensor,
+    rows: int,
     output: Tensor,
     log_sums: Tensor,
     eps: float,
@@ -151,29 +152,32 @@ def launch_long_forward(
             eps,
             HEADS=heads,
             HEAD_SIZE=head_size,
-            ROWS=PLACE_BLOCK_ROWS,
+            ROWS=rows,
             BOUNDED_LIMIT=BOUNDED_UP_TO[qkv.dtype],
-            **select(
-                CONFIGURATIONS, "temporal_attention_long_forward", shape_class(None, qkv.dtype), qkv.device
-            ).launch,
+            **select(CONFIGURATIONS, "temporal_attention_long_forward", block_class(qkv.dtype), qkv.device).launch,
         )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    types = dict.fromkeys(("qkv", "q_weight", "k_weight", "output"), "*bf16")
-    types |= dict.fromkeys(("cos", "sin", "log_sums"), "*fp32") | {"blocks": "*i32", "eps": "fp32"}
-    sizes = {"HEADS": 16, "HEAD_SIZE": 72, "ROWS": PLACE_BLOCK_ROWS}
-    configuration = candidates_of(CONFIGURATIONS, "temporal_attention_long_forward", "any", arch)[0]
-    return [
-        CompileCase(
-            name="temporal_attention_long_forward",
-            kernel=_forward,
-            signature=types,
-            constants=sizes | {"BOUNDED_LIMIT": BOUNDED_UP_TO[torch.bfloat16]},
-            configuration=configuration,
-            dtype="bf16",
-            attention=True,
-            unit="score",
-            work=PLACE_BLOCK_ROWS * configuration["STEP"],
+    cases = []
+    for name, dtype in COMPILED_DTYPES.items():
+        rows = PLACE_BLOCK_ROWS[0 if dtype == torch.float32 else 64]
+        types = dict.fromkeys(("qkv", "q_weight", "k_weight", "output"), f"*{name}")
+        types |= dict.fromkeys(("cos", "sin", "log_sums"), "*fp32") | {"blocks": "*i32", "eps": "fp32"}
+        sizes = {"HEADS": 16, "HEAD_SIZE": 72, "ROWS": rows, "BOUNDED_LIMIT": BOUNDED_UP_TO[dtype]}
+        kernel = "temporal_attention_long_forward"
+        configuration = candidates_of(CONFIGURATIONS, kernel, block_class(dtype), arch)[0]
+        cases.append(
+            CompileCase(
+                name=kernel,
+                kernel=_forward,
+                signature=types,
+                constants=sizes,
+                configuration=configuration,
+                dtype=name,
+                attention=dtype != torch.float32,
+                unit="score",
+                work=rows * configuration["STEP"],
+            )
         )
-    ]
+    return cases

@@ -22,13 +22,13 @@ from .rotary_tiles import (
     subtract_along,
 )
 
+# The builds of kernels for blocks.
+COMPILED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-def shape_class(rows: int | None, dtype: torch.dtype) -> str:
-    """Class of a kernel's configurations, for tiles of so many rows (None: the kernels for long videos).
 
-    float32 multiplies in full precision outside the matrix units, and needs more warps for the same tile.
-    """
-    return " ".join(["any" if rows is None else f"{rows} rows", *(["float32"] if dtype == torch.float32 else [])])
+def block_class(dtype: torch.dtype) -> str:
+    """Class of the configurations of kernels for blocks: float32 multiplies outside the matrix units, unlike others."""
+    return "float32" if dtype == torch.float32 else "half"
 
 
 @triton.jit

@@ -27,9 +27,9 @@ PACKS = {
 }
 
 
-@pytest.fixture(params=[64, 128])
+@pytest.fixture(params=[0, 64, 128])
 def longest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The longest video that has its frames in one tile: 64 makes videos of 65 to 128 frames long ones."""
+    """The longest video that has its frames in one tile: 64 makes videos of 65 to 128 frames long ones, 0 all."""
     module = importlib.import_module("opensora_fast.kernels.temporal_attention")
     monkeypatch.setattr(module, "longest_tile", lambda device, dtype: request.param)
     return request.param
@@ -174,7 +174,7 @@ def test_checkpointing_gives_the_same_gradients(device) -> None:
 def test_registration(device) -> None:
     inputs = make_inputs([(65, 1, 1)], torch.float32, device, head_size=8)
     tensors = [inputs[name] for name in ("qkv", "q_weight", "k_weight")]
-    tables = [inputs["cos"], inputs["sin"], *inputs["layout"].place_tiles(64)]
+    tables = [inputs["cos"], inputs["sin"], *inputs["layout"].place_tiles(64), PLACE_BLOCK_ROWS[64]]
     for bias in (None, torch.randn(3, *inputs["qkv"].shape[2:], device=device, requires_grad=True)):
         torch.library.opcheck(torch.ops.opensora_fast.temporal_attention.default, (*tensors, bias, *tables, 1e-6))
 
@@ -215,7 +215,7 @@ def test_wrong_arguments_are_named(device) -> None:
 
 @given(
     st.lists(st.tuples(st.integers(1, 150), st.integers(1, 3), st.integers(1, 50)), min_size=1, max_size=4),
-    st.sampled_from(PLACE_TILE_ROWS),
+    st.sampled_from(list(PLACE_BLOCK_ROWS)),
 )
 @settings(max_examples=40, deadline=None)
 def test_tables_hold_every_token_once(shapes: list[tuple[int, int, int]], longest: int) -> None:
@@ -228,7 +228,8 @@ def test_tables_hold_every_token_once(shapes: list[tuple[int, int, int]], longes
             tokens += [first + frame * frame_tokens + place for place in range(places) for frame in range(frames)]
     for first, frames, frame_tokens, start in blocks.tolist():
         assert frames > longest
-        tokens += [first + frame * frame_tokens for frame in range(start, min(start + PLACE_BLOCK_ROWS, frames))]
+        end = min(start + PLACE_BLOCK_ROWS[longest], frames)
+        tokens += [first + frame * frame_tokens for frame in range(start, end)]
     assert sorted(tokens) == list(range(layout.num_tokens))
 
 
