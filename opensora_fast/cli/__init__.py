@@ -7,7 +7,8 @@ of its docstring is its line in `--help`. A file holds one of:
 - `app`: a `typer.Typer` with a callback, for commands with words below them (`opensora-fast data probe ...`).
 
 It may also hold `MULTIPLE_VALUES = ("--prompt", ...)`: options that take several values after one name, as argparse's
-`nargs="+"` does (`--prompt a b` is read as `--prompt a --prompt b`).
+`nargs="+"` does (`--prompt a b` is read as `--prompt a --prompt b`). With `TAKES_OVERRIDES = True` a further value that
+reads `key.sub=value` is none: it is an override, wherever it stands.
 
 Only the file of the subcommand that was asked for is imported, so `--help` stays fast and needs no torch. A mistake of
 the user is raised as `ValueError` or `OSError` with a message that names the thing and the fix; `main` prints it as one
@@ -17,6 +18,7 @@ message and exits with 1 (2 for wrong usage, 130 for Ctrl-C). `--debug`, anywher
 import ast
 import importlib
 import pkgutil
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -28,6 +30,7 @@ PROGRAM = "opensora-fast"
 # Folders beside `opensora_fast/` in a checkout, which only an installation makes its packages.
 PARTS_ELSEWHERE = ("kernels", "train", "benchmarks")
 INSTALL_CHECKOUT = "`pip install --no-deps --no-build-isolation -e .`"
+OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -127,13 +130,15 @@ def _take_debug_flag(arguments: list[str]) -> tuple[list[str], bool]:
 def _repeat_options(arguments: list[str]) -> list[str]:
     """Rewrite `--name a b` as `--name a --name b` for the options that the subcommand lists in MULTIPLE_VALUES."""
     name = _find_subcommand(arguments)
-    options = getattr(_import_subcommand(name), "MULTIPLE_VALUES", ()) if name in list_subcommands() else ()
+    module = _import_subcommand(name) if name in list_subcommands() else None
+    options = getattr(module, "MULTIPLE_VALUES", ())
+    takes_overrides = getattr(module, "TAKES_OVERRIDES", False)
     rewritten: list[str] = []
     open_option, values = None, 0
     for argument in arguments:
         if argument.startswith("--"):
             open_option, values = (argument if argument in options else None), 0
-        elif open_option is not None:
+        elif open_option is not None and not (values and takes_overrides and OVERRIDE.match(argument)):
             if values:
                 rewritten.append(open_option)
             values += 1

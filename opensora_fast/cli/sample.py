@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 MULTIPLE_VALUES = ("--prompt", "--reference-path", "--mask-strategy")
+TAKES_OVERRIDES = True
 
 
 def command(

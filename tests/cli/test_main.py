@@ -95,6 +95,18 @@ def test_options_with_several_values(monkeypatch):
     assert cli._repeat_options(given) == [*expected, "--mask", "0,-1", "--mask", "-1,0", "--loop", "2"]
 
 
+def test_an_override_behind_an_option_with_several_values_is_none_of_them(monkeypatch):
+    class Module:
+        MULTIPLE_VALUES = ("--prompt",)
+        TAKES_OVERRIDES = True
+
+    monkeypatch.setattr(cli, "list_subcommands", lambda: {"sample": ""})
+    monkeypatch.setattr(cli, "_import_subcommand", lambda name: Module)
+    given = ["sample", "c.py", "--prompt", "x=1", "b = c", "vae.type=linear", "d"]
+    expected = ["sample", "c.py", "--prompt", "x=1", "--prompt", "b = c", "vae.type=linear", "--prompt", "d"]
+    assert cli._repeat_options(given) == expected
+
+
 def test_every_subcommand_has_a_summary_and_help(capsys):
     subcommands = cli.list_subcommands()
     assert {"train", "config", "doctor"} <= set(subcommands)
