@@ -13,6 +13,7 @@ import torch
 from opensora_fast import use_kernels
 from opensora_fast.config import LoadedConfig, TrainConfig, to_json
 from opensora_fast.cpu_threads import cpu_threads
+from opensora_fast.device import choose_device
 from opensora_fast.diffusion import MaskGenerator
 from opensora_fast.kernels import calls
 from opensora_fast.train.data import read_data
@@ -122,17 +123,6 @@ def train(
     report_kernels(calls - calls_before, out, report)
     report(f"step {trainer.position.step}: {trainer.last_checkpoint or start.resume}")
     return signal_number
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of a name; None is CUDA where there is one. ValueError for one that is not here."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: choose cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU; `opensora-fast doctor` says why, --device cpu works here")
-    return torch.device(name)
 
 
 def write_extra_files(config: TrainConfig, out: Path, folder: Path) -> None:

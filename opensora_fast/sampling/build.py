@@ -35,6 +35,8 @@ def build_generator(config: SampleConfig, device: torch.device | str | None = No
     """
     if config.scheduler.type == "iddpm-speed":
         raise ValueError('scheduler.type "iddpm-speed" only trains; sample with type="iddpm"')
+    if config.scheduler.type == "dpm-solver" and config.loop > 1:
+        raise ValueError(f'dpm-solver cannot go on from given frames, loop={config.loop}; use type="iddpm" or loop=1')
     if config.scheduler.num_sampling_steps is None and config.scheduler.timestep_respacing is None:
         raise ValueError("scheduler.num_sampling_steps is missing; 100 is Open-Sora's choice")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -178,9 +178,9 @@ class VideoGenerator:
                 first is sampled.
         """
         chosen = replace(self.settings, **settings)
-        tasks = _make_tasks(
-            [prompts] if isinstance(prompts, str) else prompts, reference_paths, mask_strategies, chosen
-        )
+        tasks = make_tasks([prompts] if isinstance(prompts, str) else prompts, reference_paths, mask_strategies, chosen)
+        if min(self.video_encoder.get_latent_size((chosen.num_frames, *chosen.image_size))) < 1:
+            raise ValueError(f"image_size {chosen.image_size} is smaller than one latent pixel; make it larger")
         batches = [tasks[start : start + chosen.batch_size] for start in range(0, len(tasks), chosen.batch_size)]
         if not progress:
             yield from self._run(batches, chosen, False)
@@ -232,7 +232,8 @@ class VideoGenerator:
             clips = self._sample_once(texts, loop_references, placements, loop, generators, settings, progress)
             for part, clip in zip(parts, clips, strict=True):
                 part.append(clip)
-        return [torch.cat([part[0], *(clip[:, overlap:] for clip in part[1:])], dim=1) for part in parts]
+        videos = (torch.cat([part[0], *(clip[:, overlap:] for clip in part[1:])], dim=1) for part in parts)
+        return [video.clamp(-1, 1) for video in videos]
 
     @torch.no_grad()
     def _sample_once(
@@ -245,7 +246,7 @@ class VideoGenerator:
         settings: SampleSettings,
         progress: bool | Progress,
     ) -> Tensor:
-        """One loop: videos [n, 3, T, H, W], float32 on the CPU in [-1, 1]."""
+        """One loop: videos [n, 3, T, H, W], float32 on the CPU, not clamped: the next loop goes on from them."""
         device = self.model.device
         frames, height, width = self.video_encoder.get_latent_size((settings.num_frames, *settings.image_size))
         shape = (self.video_encoder.out_channels, frames, height, width)
@@ -269,7 +270,7 @@ class VideoGenerator:
             )
         finally:
             self.model.train(was_training)
-        return self.video_encoder.decode(latents).float().clamp(-1, 1).cpu()
+        return self.video_encoder.decode(latents).float().cpu()
 
 
 def make_conditions(count: int, settings: SampleSettings) -> dict[str, Tensor]:
@@ -292,12 +293,13 @@ def _make_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
-def _make_tasks(
+def make_tasks(
     prompts: Sequence[str],
     reference_paths: Sequence[str | None] | None,
     mask_strategies: Sequence[str | None] | None,
     settings: SampleSettings,
 ) -> list[_Task]:
+    """Parse the prompts of `VideoGenerator.stream`; ValueError for a mistake in one."""
     for name, values in (("reference_path", reference_paths), ("mask_strategy", mask_strategies)):
         if values is not None and len(values) != len(prompts):
             raise ValueError(

@@ -9,7 +9,9 @@ from typing import TypeVar
 
 from opensora_fast.config import SampleConfig
 from opensora_fast.cpu_threads import cpu_threads
-from opensora_fast.sampling.generate import Sample, VideoGenerator
+from opensora_fast.device import choose_device
+from opensora_fast.sampling.build import make_settings
+from opensora_fast.sampling.generate import Sample, VideoGenerator, make_tasks
 from opensora_fast.sampling.prompts import read_prompts
 
 MAX_NAME_BYTES = 200  # file systems take 255, and an ending and a number follow
@@ -20,17 +22,28 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
     """Generate everything a configuration asks for; gives the path of each file once it is written.
 
     Raises:
-        ValueError: no prompt, no save_dir, or whatever `VideoGenerator` finds wrong.
+        ValueError: no prompt, no save_dir, no such device, or whatever `VideoGenerator` finds wrong. What the prompts,
+            the folder and the device show is found before any weights are loaded.
     """
     if config.save_dir is None:
         raise ValueError("there is no folder for the samples; give --save-dir or save_dir")
-    prompts = choose_prompts(config)
-    references = _slice(config, "reference_path", config.reference_path, prompts)
-    strategies = _slice(config, "mask_strategy", config.mask_strategy, prompts)
+    folder, torch_device = Path(config.save_dir), choose_device(device)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"save_dir {folder} is a file; give a folder")
+    all_prompts = choose_prompts(config)
+    references = _slice(config, "reference_path", config.reference_path, all_prompts)
+    strategies = _slice(config, "mask_strategy", config.mask_strategy, all_prompts)
+    prompts = _cut(config, all_prompts)
+    make_tasks(prompts, references, strategies, make_settings(config))
     with cpu_threads(config.cpu_threads):
-        generator = VideoGenerator.from_config(config, device)
-        for sample in generator.stream(_cut(config, prompts), references, strategies):
-            yield sample.save(Path(config.save_dir) / name_sample(sample, config))
+        generator = VideoGenerator.from_config(config, torch_device)
+        written: set[str] = set()
+        for sample in generator.stream(prompts, references, strategies):
+            name = name_sample(sample, config)
+            if name in written:  # prompts of one text, or long ones that begin alike
+                name = f"{name}_{sample.index}"
+            written.add(name)
+            yield sample.save(folder / name)
 
 
 def choose_prompts(config: SampleConfig) -> list[str]:

@@ -92,11 +92,12 @@ def test_each_loop_goes_on_from_the_last_frames():
     assert sample.video.shape[1] == 3 * (6 - 2) + 2
     assert [call["prompts"] for call in scheduler.calls] == [["cat"], ["cat"], ["dog"]]
     assert [call["mask"].tolist() for call in scheduler.calls] == [[[1] * 6], *[[[0, 0, 1, 1, 1, 1]]] * 2]
-    decoded = [PixelEncoder().decode(call["z"]).clamp(-1, 1)[0] for call in scheduler.calls]
+    decoded = [PixelEncoder().decode(call["z"])[0] for call in scheduler.calls]
+    assert decoded[0][:, -2:].abs().max() > 1  # as the sampler left them; clamped for saving only
     for before, after in zip(decoded, decoded[1:], strict=False):
-        torch.testing.assert_close(after[:, :2], before[:, -2:], rtol=0, atol=1e-6)
+        torch.testing.assert_close(after[:, :2], before[:, -2:], rtol=1e-6, atol=1e-6)
     expected = torch.cat([decoded[0], decoded[1][:, 2:], decoded[2][:, 2:]], dim=1)
-    assert torch.equal(sample.video, expected)
+    assert torch.equal(sample.video, expected.clamp(-1, 1))
 
 
 def test_references_may_enter_at_a_later_loop(image):

@@ -139,6 +139,12 @@ def test_the_configuration_is_one_call_from_python(folder):
         (("scheduler.type=iddpm-speed", "--save-dir", "out", "--prompt", "a"), "iddpm-speed"),
         (("scheduler.num_sampling_steps=None", "--save-dir", "out", "--prompt", "a"), "num_sampling_steps is missing"),
         (("--save-dir", "out", "--prompt", "a", "--ckpt-path", "./nothing"), "nothing"),
+        (("--save-dir", "out", "--prompt", "a", "--device", "gpu"), "choose cpu or cuda"),
+        (("--save-dir", "out", "--prompt", "a", "--image-size", "4", "48"), "image_size (4, 48)"),
+        (
+            ("--save-dir", "out", "--prompt", "a", "--loop", "2", "num_frames=6", "scheduler=dict(type='dpm-solver')"),
+            "loop=2",
+        ),
     ],
 )
 def test_a_mistake_ends_with_one_message_and_code_1(folder, tmp_path, monkeypatch, capsys, arguments, named):
@@ -147,6 +153,24 @@ def test_a_mistake_ends_with_one_message_and_code_1(folder, tmp_path, monkeypatc
     message = capsys.readouterr().err
     assert named in message and "Traceback" not in message
     assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_in_prompts_and_folders_cost_no_time(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(VideoGenerator, "from_config", lambda *_: pytest.fail("weights were loaded"))
+    (tmp_path / "file").touch()
+    assert sample(folder, "--prompt", "a", "--save-dir", str(tmp_path / "file")) == 1
+    options = ("--reference-path", "missing.png", "--mask-strategy", "0", "--save-dir", str(tmp_path))
+    assert sample(folder, "--prompt", "a", *options) == 1
+    message = capsys.readouterr().err
+    assert "file is a file; give a folder" in message and "there is no file 'missing.png'" in message
+
+
+def test_prompts_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
+    long = "x" * 300
+    prompts = ("--prompt", "a", "a", f"{long}1", f"{long}2")
+    assert sample(folder, *prompts, "--prompt-as-path", "--num-frames", "1", "--save-dir", str(tmp_path)) == 0
+    names = ["a.png", "a_1.png", f"{'x' * 200}.png", f"{'x' * 200}_3.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_without_weights_nothing_is_sampled(folder):

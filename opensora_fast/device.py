@@ -1,0 +1,16 @@
+"""The device that a person names on a command line."""
+
+from __future__ import annotations
+
+import torch
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of a name; None is CUDA where there is one. ValueError for one that is not here."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: choose cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU; `opensora-fast doctor` says why, --device cpu works here")
+    return torch.device(name)
