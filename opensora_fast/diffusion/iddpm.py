@@ -186,7 +186,7 @@ class IDDPM:
             per dimension, which trains the variance only (IDDPM section 3.1); `loss`, their sum. Without learned
             variance there is no `vb`; with `use_kl` no `mse`, and `loss` is the bound times num_timesteps.
         """
-        self._check_training_arguments(x, t, mask)
+        self._check_training_arguments(x, t, noise, mask)
         t = t.to(x.device, non_blocking=True)
         if noise is None:
             noise = draw_noise_like(x, generator)
@@ -226,9 +226,13 @@ class IDDPM:
         bound = torch.where(t == 0, -mean_per_video(log_likelihood, mask), mean_per_video(kl, mask))
         return bound / math.log(2.0)
 
-    def _check_training_arguments(self, x: Tensor, t: Tensor, mask: Tensor | None) -> None:
+    def _check_training_arguments(self, x: Tensor, t: Tensor, noise: Tensor | None, mask: Tensor | None) -> None:
         if t.shape != (x.shape[0],):
             raise ValueError(f"t must have one step for each of the {x.shape[0]} videos, got shape {tuple(t.shape)}")
+        if t.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"t must hold integers, steps 0 to {self.num_timesteps - 1}, got {t.dtype}")
+        if noise is not None and noise.shape != x.shape:
+            raise ValueError(f"noise must have the shape of x, {tuple(x.shape)}, got {tuple(noise.shape)}")
         if mask is not None and (x.dim() != 5 or mask.shape != (x.shape[0], x.shape[2])):
             raise ValueError(
                 f"mask must have shape [B, T] for x of shape [B, C, T, H, W], "

@@ -158,7 +158,7 @@ class STDiT2(nn.Module):
         Raises:
             ValueError: an argument is missing or its shape does not fit.
         """
-        if not videos:
+        if len(videos) == 0:
             raise ValueError("videos: the list is empty; give at least one")
         for index, video in enumerate(videos):
             if video.ndim != 4:
@@ -193,6 +193,8 @@ class STDiT2(nn.Module):
         for batch in batches:
             if batch.shape[1] != config.in_channels:
                 raise ValueError(f"x: {batch.shape[1]} channels, but the model takes {config.in_channels}")
+            if not batch.is_floating_point():
+                raise ValueError(f"x: {batch.dtype}, expected floating-point latents")
             if batch.device != device:
                 raise ValueError(f"x is on {batch.device}, but the model is on {device}")
         shapes = [kernels.token_grid(*batch.shape[2:], self.patch) for batch in batches for _ in range(batch.shape[0])]

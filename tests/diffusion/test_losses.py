@@ -256,6 +256,10 @@ def test_wrong_shapes_are_named():
     case, diffusion = make_case(), IDDPM()
     with pytest.raises(ValueError, match="one step for each of the 3 videos"):
         losses_of(diffusion, {**case, "t": torch.tensor([3])})
+    with pytest.raises(ValueError, match="t must hold integers"):
+        losses_of(diffusion, {**case, "t": case["t"].float()})
+    with pytest.raises(ValueError, match="noise must have the shape of x"):
+        losses_of(diffusion, {**case, "noise": case["noise"][:1]})
     with pytest.raises(ValueError, match="mask must have shape"):
         losses_of(diffusion, case, torch.ones(3, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="the model returned shape"):

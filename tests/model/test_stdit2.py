@@ -107,6 +107,14 @@ def test_videos_without_a_mask_may_stand_beside_masked_ones():
     assert relative(together[1], alone[0]) < 1e-5
 
 
+def test_a_pack_may_be_given_as_one_tensor():
+    model = random_model()
+    videos, conditions, _ = random_pack([(2, 4, 4)] * 2, masked=False)
+    as_list = model.forward_packed(videos, **conditions)
+    as_tensor = model.forward_packed(torch.stack(videos), **conditions)
+    assert torch.equal(torch.stack(as_tensor), torch.stack(as_list))
+
+
 @pytest.mark.parametrize("checkpointed", [0, 1, 2])
 def test_gradients_of_a_pack_equal_the_sum_over_its_videos(checkpointed):
     model = random_model()
@@ -307,6 +315,7 @@ def test_freezing_leaves_only_the_named_part_trainable():
         ({"mask": torch.ones(2, 5)}, "mask: shape"),
         ({"x_mask": torch.ones(2, 9, dtype=torch.bool)}, "x_mask: shape"),
         ({"x": torch.zeros(2, 3, 2, 4, 4)}, "x: 3 channels"),
+        ({"x": torch.zeros(2, 4, 2, 4, 4, dtype=torch.uint8)}, "x: torch.uint8, expected floating-point"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
