@@ -5,6 +5,7 @@ network themselves.
 """
 
 import fnmatch
+import pickle
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,11 @@ def load_completely(owner: str, model_class: Any, folder: Path, **options: Any) 
 
     try:
         model, info = model_class.from_pretrained(str(folder), output_loading_info=True, **options)
+    except pickle.UnpicklingError as error:  # the library's own text advises to load it all the same
+        raise ValueError(
+            f"{owner}.from_pretrained: the weights in {folder} hold more than tensors; reading them could execute "
+            f"code, so they are refused. Take them as .safetensors"
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(
             f"{owner}.from_pretrained: {folder} does not load as {model_class.__name__}: {error}"

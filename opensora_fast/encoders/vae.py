@@ -133,6 +133,8 @@ class VideoAutoencoderKL(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 4, T, h, w] to frames [B, 3, T, 8 h, 8 w], about [-1, 1], not clamped."""
+        if latents.ndim != 5 or latents.shape[1] != self.out_channels:
+            raise ValueError(f"latents must be [B, {self.out_channels}, T, h, w], got {list(latents.shape)}")
         frames, clips = _to_frames(latents), latents.shape[0]
 
         def decode_frames(start: int, stop: int) -> Tensor:

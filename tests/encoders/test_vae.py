@@ -169,6 +169,12 @@ def test_wrong_videos_are_refused(vae_folder: Path, video: torch.Tensor, message
         build(vae_folder).encode(video)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 1, 2, 2), (4, 1, 2, 2)])
+def test_wrong_latents_are_refused(vae_folder: Path, shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=r"latents must be \[B, 4, T, h, w\]"):
+        build(vae_folder).decode(torch.zeros(shape))
+
+
 @pytest.mark.parametrize("keys", [{"micro_batch_size": 0}, {"latents": "mean"}])
 def test_wrong_settings_are_refused(vae_folder: Path, keys: dict):
     with pytest.raises(ValueError, match=next(iter(keys))):
