@@ -226,8 +226,8 @@ def _load_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    while isinstance(content, dict):
+        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict) and content[key]), None)
         if wrapper is None:
             break
         content = content[wrapper]

@@ -127,7 +127,7 @@ def test_a_longer_caption_is_cut():
     assert weights["y_embedder.y_embedding"].shape[0] == 11 and "pos_embed" in weights  # the input is left as it was
 
 
-@pytest.mark.parametrize("wrap", ["bare", "state_dict", "model", "ema", "module.", "nested"])
+@pytest.mark.parametrize("wrap", ["bare", "state_dict", "model", "ema", "module.", "nested", "beside a tensor"])
 def test_open_sora_files(tmp_path: Path, wrap: str):
     golden = load_file(GOLDEN)
     state = golden | {"pos_embed": torch.zeros(1, 4, CHANNELS), "pos_embed_temporal": torch.zeros(1, 4, CHANNELS)}
@@ -135,6 +135,7 @@ def test_open_sora_files(tmp_path: Path, wrap: str):
         "bare": state,
         "module.": {f"module.{key}": value for key, value in state.items()},
         "nested": {"model": {"state_dict": state}, "optimizer": {"lr": 0.1}},
+        "beside a tensor": {"model": state, "ema": {}, "step": torch.tensor(3)},
     }.get(wrap, {wrap: state})
     torch.save(content, tmp_path / "open_sora.pt")
     model = make_model()
