@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 # Keys that the released config.json files hold and that say nothing about the computation.
 IGNORED_KEYS = {
+    "_attn_implementation_autoset": "note of transformers 4.46 and later on its own attention",
     "_name_or_path": "name of the repository the file came from",
     "architectures": "class name of upstream's implementation",
     "auto_map": "names upstream's code files, which are never executed",

@@ -225,6 +225,7 @@ def test_a_saved_model_loads_again_bit_for_bit(tmp_path):
 
 def test_released_configuration_files_load_and_unknown_keys_are_named(tmp_path):
     released = {
+        "_attn_implementation_autoset": True,
         "architectures": ["STDiT2"],
         "auto_map": {"AutoModel": "stdit2.STDiT2"},
         "model_type": "STDiT2",
