@@ -12,7 +12,6 @@ import torch
 
 from opensora_fast import cli
 from opensora_fast.data.video_files import save_image, save_video
-from opensora_fast.train.metrics import read_metrics
 
 SIZE = (144, 256)
 CONFIG = """
@@ -105,20 +104,3 @@ def train_process(config, table):
         )
 
     return start
-
-
-def read_losses(out: Path) -> list[tuple]:
-    """What must be equal bit for bit between two runs, one tuple a step."""
-    return [
-        (
-            row["step"],
-            row["loss"],
-            row["mse"],
-            row["vb"],
-            row["grad_norm"],
-            row["bucket"],
-            row["epoch"],
-            row["micro_batch"],
-        )
-        for row in read_metrics(out / "metrics.jsonl")
-    ]

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import read_losses
+from losses import read_losses
 from safetensors.torch import load_file
 
 from opensora_fast.model import STDiT2

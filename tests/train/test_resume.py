@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import read_losses
+from losses import read_losses
 from safetensors.torch import load_file
 
 from opensora_fast import cli

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import torch
-from conftest import read_losses
+from losses import read_losses
 from safetensors.torch import load_file
 
 from opensora_fast.data.bad_clips import read_bad_clips
