@@ -48,7 +48,8 @@ def train(
         resume: "auto" continues the newest complete checkpoint of `out` if there is one; a path continues that one.
         init_from: weights to start from, in place of `model.from_pretrained`.
         device: "cpu" or "cuda"; CUDA where there is one by default.
-        backend: of every op: "triton", "reference", or "auto" (Triton on CUDA, reference elsewhere).
+        backend: of every op: "triton", "reference", or "auto" (Triton on CUDA, reference elsewhere). The optimizer's
+            step is never interpreted.
         report: is given lines for a person.
 
     Returns:
@@ -94,7 +95,8 @@ def train(
             device=torch_device,
             lr=config.lr,
             grad_clip=config.grad_clip,
-            backend=backend,
+            # On a GPU "triton" and "auto" are the same; an interpreter would take longer for it than for the model.
+            backend="reference" if backend == "reference" else "auto",
         )
         trainer = Trainer(
             model=model,
