@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora_fast.parallel.operations import Count
+
 from .accuracy import OUTPUT, Judgement, Named, Yardstick, norm
 from .clocks import watch_clocks
 from .providers.provider import Bound, Outputs, Provider
-from .roofline import Count
 from .rows import Row
 from .session import DeviceLostError, Refused, Session
 from .timing import Call, Sampling, peak_memory, release_memory, time_interleaved

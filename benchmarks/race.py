@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from opensora_fast.parallel.operations import Count
+
 from .case import Outcome
 from .clocks import watch_clocks
 from .contest import describe, release_or_lose
-from .roofline import Count
 from .rows import Row
 from .session import Refused, Session
 from .timing import Call, Sampling, peak_memory, time_interleaved

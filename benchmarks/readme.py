@@ -15,10 +15,11 @@ import torch
 
 from opensora_fast import kernels
 from opensora_fast.model import STDiT2
+from opensora_fast.parallel.hardware import DATASHEETS
 
 from .convergence import AGAINST_ROUNDING
 from .report_rows import Results, Work, is_ours, published_for
-from .roofline import DATASHEETS, floor_tokens_per_s
+from .roofline import floor_tokens_per_s
 from .rows import Row, read_folder
 from .shapes import VIDEO_SIZES, fill
 from .suites.scale import FILL_TOKENS, scale_of

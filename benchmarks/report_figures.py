@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from opensora_fast.html_report import ACCENT
+from opensora_fast.parallel.hardware import Gpu
 
 from .report_rows import Results, is_ours, time_text
-from .roofline import Gpu
 from .rows import Row
 
 SIZE = (4.9, 3.5)

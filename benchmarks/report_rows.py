@@ -11,7 +11,10 @@ from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
-from .roofline import DATASHEETS, Count, Gpu, project
+from opensora_fast.parallel.hardware import Gpu, recognize_gpu
+from opensora_fast.parallel.operations import Count
+
+from .roofline import project
 from .rows import Row, read_folder
 from .session import REFUSED_FILE, SINGLE_KERNEL_LEVELS
 
@@ -108,7 +111,7 @@ class Results:
 
     @property
     def datasheet(self) -> Gpu | None:
-        return next((gpu for name, gpu in DATASHEETS.items() if name.lower() in self.device_name), None)
+        return recognize_gpu(self.device_name)
 
     def select(self, level: str, op: str | None = None) -> list[Row]:
         """Rows of a level, whatever their status."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from opensora_fast.html_report import Bar, HtmlReport
+from opensora_fast.parallel.hardware import DATASHEETS
 
 from .mixed import compare_mixed
 from .providers.variants import PEERS, WATERFALL
@@ -22,7 +23,6 @@ from .report_rows import (
     rate,
     time_text,
 )
-from .roofline import DATASHEETS
 from .rows import Row
 from .suites.scale import scale_of
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from opensora_fast.cpu_threads import cpu_threads
+from opensora_fast.parallel.hardware import Gpu
+from opensora_fast.parallel.operations import Count
 
 from .environment import describe_environment
-from .roofline import Count, Gpu
 from .rows import Key, Row, append_rows, level_path
 
 RUNNING_FILE = "running.json"  # what is running now; left behind where the process died

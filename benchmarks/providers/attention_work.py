@@ -17,8 +17,7 @@ from torch import Tensor
 
 from opensora_fast.kernels import PackLayout, TextLayout
 from opensora_fast.kernels.qk_norm_rotary import rms_norm_reference, rotary_reference
-
-from ..roofline import Count
+from opensora_fast.parallel.operations import Count
 
 KINDS = ("spatial", "temporal", "cross")
 # q, k, v each [sequences, H, length, D] → [sequences, H, length, D]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from opensora_fast import kernels
 from opensora_fast.kernels import PackLayout
+from opensora_fast.parallel.operations import Count
 
-from ..roofline import Count
 from ..shapes import Pack
 from .provider import (
     Bound,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from opensora_fast import kernels
+from opensora_fast.parallel.operations import Count
 
 from ..case import Case, Outcome, make_template
 from ..race import Check, Entry, relative_check, run_race
-from ..roofline import Count
 from ..session import Session
 from ..timing import Call, Sampling
 from .scale import Scale, scale_of

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opensora_fast.encoders.t5 import T5Encoder
 from opensora_fast.encoders.vae import VideoAutoencoderKL
+from opensora_fast.parallel.operations import Count, count_training_step
 
 from ..case import Case, Outcome
 from ..contest import run_contest
 from ..providers.models import BoundModel, ModelWork, step_call
 from ..providers.provider import Bound, Provider
-from ..roofline import Count, count_training_step
 from ..session import Session
 from ..shapes import Pack, Workload, text_lengths
 from ..timing import Call

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from opensora_fast.parallel.operations import Count, count_block, count_forward, count_optimizer, count_training_step
+
 from ..case import Case, Outcome, make_template
 from ..contest import FORWARD, FORWARD_BACKWARD, OP_CALLS, Contest, run_contest
 from ..mixed import uniform_parts
@@ -24,7 +26,6 @@ from ..providers.models import (
 )
 from ..providers.provider import Bound, choose_providers
 from ..providers.variants import PACK_PEERS, PEERS, RECOMPUTING_PEERS, WATERFALL
-from ..roofline import Count, count_block, count_forward, count_optimizer, count_training_step
 from ..rows import Row
 from ..session import Session
 from ..shapes import Pack, Workload, fill, stage_buckets, text_lengths

@@ -14,10 +14,10 @@ from opensora_fast.benchmarks.case import Case, Outcome, make_template
 from opensora_fast.benchmarks.contest import OP_CALLS, Contest, run_contest
 from opensora_fast.benchmarks.environment import Environment
 from opensora_fast.benchmarks.providers.provider import Provider, choose_providers, of_function
-from opensora_fast.benchmarks.roofline import Count
 from opensora_fast.benchmarks.rows import Row
 from opensora_fast.benchmarks.session import Session
 from opensora_fast.benchmarks.timing import Sampling
+from opensora_fast.parallel.operations import Count
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from opensora_fast.benchmarks.report import CPU_NOTE, SECTIONS, write_report
 from opensora_fast.benchmarks.report_ops import judge_prediction
 from opensora_fast.benchmarks.report_rows import Results, group, published_for, rate, time_text
 from opensora_fast.benchmarks.report_steps import speed_ups
-from opensora_fast.benchmarks.roofline import DATASHEETS
 from opensora_fast.benchmarks.rows import append_rows, level_path
 from opensora_fast.benchmarks.session import Refused, Session
 from opensora_fast.benchmarks.shapes import Pack
 from opensora_fast.benchmarks.suites import NAMES
 from opensora_fast.benchmarks.suites.scale import scale_of
 from opensora_fast.cli import run
+from opensora_fast.parallel.hardware import DATASHEETS
 
 STEP = {"level": "step", "op": "", "direction": "training", "shape": "B=5 T=16 S=405", "tokens": 32400}
 # 4.2 TB/s and 800 TFLOP/s.
