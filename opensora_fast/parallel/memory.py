@@ -1,0 +1,162 @@
+"""Memory of a training step on one GPU, counted.
+
+What stays: weights, their float32 masters, two Adam moments and the average; of W processes each holds 1/W of the last
+four (ZeRO stage 1). What comes and goes: what the ops keep for backward, and gradients. Per token and block, in rows of
+C elements (r = MLP ratio), with the Triton ops:
+
+    4    residual stream behind each of the four sublayers
+    3    inputs of both qkv Linears and of the MLP
+    6+1  queries, keys and values of both self-attentions; queries of cross-attention
+    3    outputs of the three attentions, which are inputs of their projections
+    3    branches in front of their gates: space, time, MLP (cross-attention has no gate)
+    2·r  MLP before and after GELU
+
+28 rows for r = 4, and besides in float32 the sums of softmax, the factors of QK-norm and the moments of the norms. Text
+adds its keys and values, 2 rows per text token and block. A recomputed block keeps the residual stream only; all else
+comes back when backward reaches it. `tests/parallel/test_memory.py` holds the count to what autograd saves and to the
+allocations of a whole step.
+
+Not counted: what encoders need while they encode, and the loss, which is over before backward reaches the blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from opensora_fast.parallel.operations import VideoBatch, Videos
+
+if TYPE_CHECKING:
+    from opensora_fast.model import STDiT2Config
+
+FLOAT = 4
+# Gradients that backward holds at its worst moment, in rows; seen in the allocations of a step, see the test.
+BACKWARD_ROWS = 3
+# Share of a GPU's memory that nothing is planned for: CUDA's context, buffers of cuBLAS and NCCL, and gaps that the
+# allocator cannot use. Assumed.
+RESERVE = 0.06
+LARGEST_BATCH = 4096
+
+
+def usable_memory(memory: int) -> int:
+    """Bytes of a GPU's memory without the reserve."""
+    return int(memory * (1 - RESERVE))
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of parameters: all, the trained ones, and the trained ones of one block (the mean)."""
+
+    parameters: int
+    trained: int
+    trained_in_block: int
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Counts the memory of a process.
+
+    Attributes:
+        config: of the model.
+        size: its parameters.
+        text: tokens of each caption.
+        element: bytes of a weight and of an activation, 2 (bfloat16) or 4 (float32).
+        processes: that share the optimizer's state.
+        encoders: bytes of the encoders' weights on the GPU.
+        activation_factor: measured over counted peak of activations; 1 where nothing was measured.
+    """
+
+    config: STDiT2Config
+    size: ModelSize
+    text: int
+    element: int = 2
+    processes: int = 1
+    encoders: int = 0
+    activation_factor: float = 1.0
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the working weights."""
+        return self.element * self.size.parameters
+
+    @property
+    def optimizer(self) -> int:
+        """Bytes of masters (in float32 the weights are their own), moments and average, this process's share."""
+        copies = 3 if self.element == FLOAT else 4
+        return FLOAT * copies * self.size.trained // self.processes
+
+    @property
+    def standing(self) -> int:
+        """Bytes held from the first step to the last."""
+        return self.weights + self.optimizer + self.encoders
+
+    def stream(self, videos: Videos) -> int:
+        """Bytes of the residual stream."""
+        return videos.tokens * self.config.hidden_size * self.element
+
+    def saved_by_block(self, videos: Videos) -> int:
+        """Bytes that one block keeps for backward."""
+        config, element = self.config, self.element
+        channels = config.hidden_size
+        rows = 4 + 3 + 7 + 3 + 3 + 2 * config.mlp_ratio
+        # Spatial attention: one number per token and head for q, k and softmax each; cross-attention: one; three norms:
+        # two per token.
+        in_float32 = FLOAT * (4 * config.num_heads + 6)
+        per_token = rows * channels * element + in_float32
+        per_video = 11 * channels * element  # modulation
+        return int(videos.tokens * per_token + videos.batch * (per_video + self.text * 2 * channels * element))
+
+    def saved_outside(self, videos: Videos) -> int:
+        """Bytes that the rest of the model keeps for backward: patches, position, final layer, captions."""
+        config, element = self.config, self.element
+        patch = config.in_channels * config.patch_size[1] ** 2
+        per_token = (2 * config.hidden_size + patch) * element + 2 * FLOAT
+        per_text = (config.caption_channels + 3 * config.hidden_size) * element
+        return int(videos.tokens * per_token + videos.batch * self.text * per_text)
+
+    def inputs(self, videos: Videos) -> int:
+        """Bytes of latents and text embeddings as the trainer holds them, in float32."""
+        config = self.config
+        latents = videos.tokens * config.in_channels * config.patch_size[1] ** 2
+        return FLOAT * (latents + videos.batch * self.text * config.caption_channels)
+
+    def activations(self, videos: Videos, recomputed: int) -> int:
+        """Most bytes that a step needs beside what stands: at the worst moment of backward, or in the optimizer.
+
+        Args:
+            recomputed: the first so many blocks recompute.
+        """
+        depth = self.config.depth
+        stream, saved = self.stream(videos), self.saved_by_block(videos)
+        always = self.inputs(videos) + self.saved_outside(videos) + BACKWARD_ROWS * stream
+
+        def at(block: int) -> int:
+            """While backward is in this block."""
+            stored = min(block + 1, recomputed) * stream + max(block + 1 - recomputed, 0) * saved
+            again = saved - stream if block < recomputed else 0
+            gradients = self.element * self.size.trained_in_block * (depth - 1 - block)
+            return int(self.activation_factor * (always + stored + again)) + gradients
+
+        # Between these blocks memory rises or falls steadily.
+        worst = max(at(block) for block in {0, recomputed - 1, min(recomputed, depth - 1), depth - 1} if block >= 0)
+        return max(worst, 2 * self.element * self.size.trained)  # gradients, and the flat copy of them
+
+    def peak(self, videos: Videos, recomputed: int) -> int:
+        """Most bytes that a training step needs."""
+        return self.standing + self.activations(videos, recomputed)
+
+    def largest_batch(self, videos: Videos, recomputed: int, memory: int) -> int:
+        """How many videos of this shape fit into so many bytes; 0 if not one does. At most `LARGEST_BATCH`."""
+        fits, too_many = 0, LARGEST_BATCH + 1
+        while too_many - fits > 1:
+            batch = (fits + too_many) // 2
+            if self.peak(VideoBatch(batch, videos.frames, videos.frame_tokens), recomputed) <= memory:
+                fits = batch
+            else:
+                too_many = batch
+        return fits
+
+    def fewest_recomputed(self, videos: Videos, memory: int) -> int | None:
+        """The smallest number of recomputed blocks with which the videos fit into so many bytes; None if none does."""
+        numbers = range(self.config.depth + 1)
+        return next((number for number in numbers if self.peak(videos, number) <= memory), None)
