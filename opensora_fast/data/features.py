@@ -29,7 +29,7 @@ from opensora_fast.data.bucket import Bucket
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, FeatureWriter
 from opensora_fast.data.loader import ClipLoader
 from opensora_fast.data.manifest import Manifest
-from opensora_fast.data.plan import ClipSizes, EpochPlan, plan_epoch
+from opensora_fast.data.plan import ClipSizes, EpochPlan, balance_plan, plan_epoch
 from opensora_fast.data.prefetch import EpochPrefetcher
 from opensora_fast.data.sampler import KEPT_PLANS, BucketSampler, MicroBatch
 from opensora_fast.encoders import TextEncoder, VideoEncoder
@@ -172,7 +172,7 @@ class FeatureSampler(BucketSampler):
         manifest: the table of clips that the features were made from.
         bucket: resolutions, frames and keep probabilities as when they were made; batch sizes are free.
         reader: of the features.
-        rank, world_size, shuffle, drop_last: as for `BucketSampler`.
+        rank, world_size, shuffle, drop_last, costs: as for `BucketSampler`.
 
     Raises:
         FeatureError: the features belong to other clips or buckets, or are not complete.
@@ -214,7 +214,10 @@ class FeatureSampler(BucketSampler):
             )
             if epoch != draw and self.shuffle:
                 plan = _shuffle_again(plan, self.seed, epoch)
-            self._plans[epoch] = dataclasses.replace(plan, epoch=epoch)
+            plan = dataclasses.replace(plan, epoch=epoch)
+            if self.costs is not None and self.shuffle:
+                plan = balance_plan(plan, self.costs, self.seed)
+            self._plans[epoch] = plan
             while len(self._plans) > KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
         return self._plans[epoch]

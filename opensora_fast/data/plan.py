@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from opensora_fast.data.assignment import DROPPED, assign_buckets
+from opensora_fast.data.balance import balance
 from opensora_fast.data.bucket import Bucket
 
 
@@ -69,6 +70,7 @@ def plan_epoch(
     epoch: int = 0,
     shuffle: bool = True,
     drop_last: bool = False,
+    costs: np.ndarray | None = None,
 ) -> EpochPlan:
     """Put the clips into buckets, cut the buckets into micro-batches, and shuffle.
 
@@ -81,6 +83,8 @@ def plan_epoch(
         shuffle: False keeps the clips of a bucket in the order of the table, and the buckets in their own.
         drop_last: leave out what does not fill a micro-batch. Otherwise the last micro-batch of a bucket is filled up
             with clips of the bucket, again and again if need be, so that every clip is used.
+        costs: [buckets] of a micro-batch of each bucket, in any unit: those that follow each other are to cost about
+            the same (see `balance`). None leaves the shuffled order; without `shuffle` it changes nothing.
     """
     assigned = assign_buckets(
         clips.num_frames, clips.height, clips.width, bucket, frame_interval=frame_interval, seed=seed, epoch=epoch
@@ -97,7 +101,7 @@ def plan_epoch(
     if shuffle:
         order = _random_order(len(bucket_of), seed, epoch, purpose=1)
         bucket_of, number_of = bucket_of[order], number_of[order]
-    return EpochPlan(
+    plan = EpochPlan(
         epoch=epoch,
         bucket=bucket,
         assigned=assigned,
@@ -108,9 +112,23 @@ def plan_epoch(
         bucket_of=bucket_of,
         number_of=number_of,
     )
+    return balance_plan(plan, costs, seed) if shuffle and costs is not None else plan
+
+
+def balance_plan(plan: EpochPlan, costs: np.ndarray, seed: int) -> EpochPlan:
+    """The micro-batches of a shuffled plan in an order in which those that follow each other cost about the same.
+
+    Args:
+        costs: [buckets] of a micro-batch of each bucket.
+    """
+    order = balance(costs[plan.bucket_of], _random_numbers(seed, plan.epoch, purpose=3))
+    return replace(plan, bucket_of=plan.bucket_of[order], number_of=plan.number_of[order])
 
 
 def _random_order(count: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
     """A random permutation that stays the same in all versions of NumPy, which its `permutation` need not."""
-    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count)
-    return np.argsort(keys, kind="stable")
+    return np.argsort(_random_numbers(seed, epoch, purpose).random_raw(count), kind="stable")
+
+
+def _random_numbers(seed: int, epoch: int, purpose: int) -> np.random.PCG64:
+    return np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose]))

@@ -40,9 +40,9 @@ class MicroBatch:
 class BucketSampler:
     """Yields the micro-batches of one process.
 
-    The micro-batches of an epoch form one shuffled list that depends on table, buckets, seed and epoch only. In each
-    step the processes take consecutive ones. So a run that stops and goes on with another number of processes keeps the
-    order of the list, and loses or repeats nothing.
+    The micro-batches of an epoch form one shuffled list that depends on table, buckets, costs, seed and epoch only. In
+    each step the processes take consecutive ones. So a run that stops and goes on with another number of processes
+    keeps the order of the list, and loses or repeats nothing.
 
     One iteration is one epoch, from the place that `load_state_dict` set; `set_epoch` moves on. An epoch in which
     every clip lost the draw of its keep probability (it takes a very small table) yields nothing.
@@ -57,6 +57,8 @@ class BucketSampler:
         shuffle: False keeps the order of the table within a bucket, and takes the buckets one after the other.
         drop_last: True leaves out clips that do not fill a micro-batch, and micro-batches that do not fill a step.
             False fills up with other clips of the bucket and with the first micro-batches of the epoch.
+        costs: [buckets] of a micro-batch of each bucket: the processes of a step are to have about the same to do, see
+            `plan_epoch`. None: the order is random.
 
     Raises:
         ValueError: there would be nothing to do for a process; the message has the counts per bucket and the fix.
@@ -73,6 +75,7 @@ class BucketSampler:
         world_size: int = 1,
         shuffle: bool = True,
         drop_last: bool = False,
+        costs: np.ndarray | None = None,
     ) -> None:
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..world_size-1, got rank {rank} and world_size {world_size}")
@@ -84,6 +87,7 @@ class BucketSampler:
         self.world_size = world_size
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.costs = costs
         self.epoch = 0
         self._start = 0
         self._handed_out = 0
@@ -194,6 +198,7 @@ class BucketSampler:
                 epoch=epoch,
                 shuffle=self.shuffle,
                 drop_last=self.drop_last,
+                costs=self.costs,
             )
             while len(self._plans) > KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]

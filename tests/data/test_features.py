@@ -126,6 +126,21 @@ def test_first_epochs_are_those_of_training_from_clips(tmp_path):
     clips.close()
 
 
+def test_a_balanced_order_is_that_of_training_from_clips_too(tmp_path):
+    write(tmp_path, draws=2)
+    costs = np.linspace(1, 5, len(BUCKETS))[::-1]
+    features = open_loader(tmp_path, costs=costs)
+    clips = BucketSampler(make_manifest(), BUCKETS, frame_interval=INTERVAL, seed=SEED, costs=costs)
+    for epoch in range(2):
+        clips.set_epoch(epoch)
+        found = take_epoch(features, epoch)
+        assert [(batch.bucket, batch.rows) for batch in found] == [(batch.bucket, batch.rows) for batch in clips]
+    plan = features.sampler.get_plan(2)
+    small = [costs[plan.bucket_of[first : first + 8]].tolist() for first in range(0, len(plan), 8)]
+    assert all(group == sorted(group) for group in small) and plan.epoch == 2
+    features.close()
+
+
 def test_later_epochs_use_the_draws_again_in_another_order(tmp_path):
     write(tmp_path, draws=2)
     loader = open_loader(tmp_path)
