@@ -10,6 +10,7 @@ from opensora_fast.data.bucket import Bucket
 from opensora_fast.data.explain import Explanation
 from opensora_fast.data.manifest import Manifest
 from opensora_fast.data.sampler import BucketSampler
+from opensora_fast.train.costs import RunCosts
 
 
 @dataclass
@@ -22,13 +23,15 @@ class TrainingData:
     explanation: Explanation
 
     def get_fingerprint(self) -> str:
-        """Hash of all that decides the order of batches beside the seed: sizes of the clips and the bucket table."""
+        """Hash of all that decides the order of batches beside the seed: sizes of clips, the bucket table, costs."""
         digest = hashlib.sha256()
         for column in (self.manifest.num_frames, self.manifest.height, self.manifest.width):
             digest.update(np.ascontiguousarray(column, dtype="<i8").tobytes())
         sampler = self.sampler
         order = (self.bucket.config, sampler.frame_interval, sampler.drop_last, sampler.seed, type(sampler).__name__)
         digest.update(repr(order).encode())
+        if sampler.costs is not None:
+            digest.update(np.ascontiguousarray(sampler.costs, dtype="<f8").tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -53,6 +56,7 @@ def read_data(config: TrainConfig, rank: int = 0, world_size: int = 1) -> Traini
         rank=rank,
         world_size=world_size,
         drop_last=config.drop_last,
+        costs=RunCosts(config, bucket).get_order_costs() if config.balance else None,
     )
     data = TrainingData(manifest, bucket, sampler, sampler.explain())
     starved = [pair for pair in data.explanation.get_empty_pairs() if pair.clips > 0]

@@ -122,6 +122,7 @@ def open_features(
         rank=data.sampler.rank,
         world_size=data.sampler.world_size,
         drop_last=config.drop_last,
+        costs=data.sampler.costs,
     )
     latents = reader.get_latents(*next(iter(reader.latent_places)))
     report(f"features: {len(reader.latent_places)} clips and {len(reader.text_places)} captions in {folder}")

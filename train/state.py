@@ -62,9 +62,9 @@ def resume(trainer: "Trainer", checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint} was written with seed={sampler['seed']}; the seed is now {trainer.seed}")
     if state["data"] != trainer.data_fingerprint:
         raise ValueError(
-            f"{checkpoint} was written with another table of clips, bucket_config, frame_interval or drop_last, so its "
-            "order of batches cannot be continued; to take its weights and optimizer state into a new order, use "
-            f"load={checkpoint} start_from_scratch=True in place of --resume"
+            f"{checkpoint} was written with another table of clips, bucket_config, frame_interval, drop_last or "
+            "balance, so its order of batches cannot be continued; to take its weights and optimizer state into a new "
+            f"order, use load={checkpoint} start_from_scratch=True in place of --resume"
         )
     load_weights(trainer, checkpoint)
     trainer.position = Position(state["step"], sampler["epoch"], sampler["consumed"])

@@ -20,6 +20,7 @@ from opensora_fast.train.data import read_data
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.encoders import adopt_fitted, copy_fitted
 from opensora_fast.train.loop import Limits, Trainer
+from opensora_fast.train.memory_check import warn_of_memory
 from opensora_fast.train.optimizer import MasterAdamW
 from opensora_fast.train.parts import build_diffusion, build_model, make_model_config
 from opensora_fast.train.sources import open_clips, open_features
@@ -120,6 +121,7 @@ def train(
             load_weights(trainer, start.state)
         write_config(config, out / "config.json")
         report(describe_run(trainer, source.data.explanation.steps, start))
+        warn_of_memory(config, source.data, trainer.model.device, report)
         calls_before = calls.copy()
         signal_number = trainer.run()
     report_kernels(calls - calls_before, out, report)

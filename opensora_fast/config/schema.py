@@ -64,6 +64,7 @@ class TrainConfig(Section):
     decoder: Literal["auto", "pyav", "dali"] = "auto"
     prefetch: int = Field(2, ge=0)
     drop_last: bool = True
+    balance: bool = False
     allow_empty_buckets: bool = False
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     keep_checkpoints: int = Field(2, ge=1)

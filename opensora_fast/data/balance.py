@@ -18,15 +18,17 @@ import numpy as np
 
 BLOCKS = (1536, 512, 64, 8)
 WINDOW = 32 * BLOCKS[0]
+PURPOSE = 3  # tells its random numbers from those of other draws of the same seed and epoch
 
 
-def balance(costs: np.ndarray, random: np.random.PCG64) -> np.ndarray:
+def balance(costs: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """The new order of a shuffled list: int64 [micro-batches], which one comes at each place.
 
     Args:
         costs: [micro-batches] in the shuffled order.
-        random: gives the same order again where it starts the same, in all versions of NumPy.
+        seed, epoch: the same ones give the same order, in all versions of NumPy.
     """
+    random = np.random.PCG64(np.random.SeedSequence([seed, epoch, PURPOSE]))
     windows = []
     for first in range(0, len(costs), WINDOW):
         by_cost = first + np.argsort(costs[first : first + WINDOW], kind="stable")

@@ -121,14 +121,11 @@ def balance_plan(plan: EpochPlan, costs: np.ndarray, seed: int) -> EpochPlan:
     Args:
         costs: [buckets] of a micro-batch of each bucket.
     """
-    order = balance(costs[plan.bucket_of], _random_numbers(seed, plan.epoch, purpose=3))
+    order = balance(costs[plan.bucket_of], seed, plan.epoch)
     return replace(plan, bucket_of=plan.bucket_of[order], number_of=plan.number_of[order])
 
 
 def _random_order(count: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
     """A random permutation that stays the same in all versions of NumPy, which its `permutation` need not."""
-    return np.argsort(_random_numbers(seed, epoch, purpose).random_raw(count), kind="stable")
-
-
-def _random_numbers(seed: int, epoch: int, purpose: int) -> np.random.PCG64:
-    return np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose]))
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch, purpose])).random_raw(count)
+    return np.argsort(keys, kind="stable")

@@ -1,0 +1,103 @@
+"""Before step 0 on a GPU, buckets that will not fit are named with a fix that works."""
+
+import re
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+from opensora_fast.config import load_train_config
+from opensora_fast.data.bucket import Bucket
+from opensora_fast.parallel.memory import usable_memory
+from opensora_fast.train.costs import RunCosts
+from opensora_fast.train.data import read_data
+from opensora_fast.train.locate_config import locate_config
+from opensora_fast.train.memory_check import GIB, count_buckets, warn_of_memory
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of so many GiB, of which so many are taken by what stands."""
+
+    def use(gib: float, allocated: float) -> None:
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: int(allocated * GIB))
+        properties = SimpleNamespace(total_memory=int(gib * GIB))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    return use
+
+
+def load(*overrides: str):
+    return load_train_config(
+        locate_config("stage1"), ["allow_empty_buckets=True", "drop_last=False", *overrides]
+    ).config
+
+
+@pytest.fixture
+def clips(tmp_path) -> str:
+    """Clips of 144p and 240p, 16 frames each."""
+    rows = [("a.mp4", "x", 60, 144, 256, 24.0)] * 20 + [("b.mp4", "x", 60, 240, 426, 24.0)] * 20
+    path = tmp_path / "clips.csv"
+    pd.DataFrame(rows, columns=["path", "text", "num_frames", "height", "width", "fps"]).to_csv(path, index=False)
+    return str(path)
+
+
+def warn(config) -> list[str]:
+    lines: list[str] = []
+    warn_of_memory(config, read_data(config), torch.device("cuda", 0), lines.append)
+    return lines
+
+
+def test_nothing_is_said_on_a_cpu_or_where_all_fits(clips, gpu):
+    config = load(f"dataset.data_path={clips}")
+    lines: list[str] = []
+    warn_of_memory(config, read_data(config), torch.device("cpu"), lines.append)
+    gpu(80, allocated=14)
+    assert lines == [] and warn(config) == []
+
+
+def test_a_bucket_that_does_not_fit_is_named_with_fixes_that_work(clips, gpu):
+    overrides = (f"dataset.data_path={clips}", "bucket_config.144p.16=(1.0, 40)")
+    gpu(80, allocated=14)
+    (line,) = warn(load(*overrides))
+    pattern = (
+        r"warning: bucket_config\['144p'\]\[16\]: batch size 40 needs (\d+\.\d) GiB \(counted\), the GPU has 75.2 "
+    )
+    match = re.match(pattern + r"GiB .*: lower the batch size to (\d+), or set grad_checkpoint=(\d+)$", line)
+    assert match and float(match[1]) > 75.2
+    assert warn(load(overrides[0], f"bucket_config.144p.16=(1.0, {match[2]})")) == []
+    assert warn(load(overrides[0], f"bucket_config.144p.16=(1.0, {int(match[2]) + 1})")) != []
+    assert warn(load(*overrides, f"grad_checkpoint={match[3]}")) == []
+    assert warn(load(*overrides, f"grad_checkpoint={int(match[3]) - 1}")) != []
+
+
+def test_what_is_allocated_counts_not_what_is_guessed(clips, gpu):
+    config = load(f"dataset.data_path={clips}", "bucket_config.144p.16=(1.0, 12)")
+    gpu(80, allocated=14)
+    assert warn(config) == []
+    gpu(80, allocated=45)
+    assert "bucket_config['144p'][16]" in warn(config)[0]
+
+
+def test_buckets_without_clips_are_not_looked_at(clips, gpu):
+    gpu(80, allocated=14)
+    assert warn(load(f"dataset.data_path={clips}", "bucket_config.1024.1=(0.3, 4000)")) == []
+
+
+def test_a_clip_that_never_fits_is_to_be_removed():
+    config = load("bucket_config={'720p': {4000: (1.0, 1)}}")
+    costs = RunCosts(config, Bucket(config.bucket_config))
+    (line,) = count_buckets(costs, costs.get_memory_model(1), 80 * GIB)
+    assert (line.fits, line.largest_batch, line.fewest_recomputed) == (False, 0, None)
+    assert line.describe_misfit(80 * GIB).endswith("remove it: one clip is too much even with grad_checkpoint=True")
+
+
+def test_the_aspect_ratio_with_the_most_tokens_decides():
+    config = load()
+    costs = RunCosts(config, Bucket(config.bucket_config))
+    model, memory = costs.get_memory_model(64), 80 * GIB
+    for line in count_buckets(costs, model, memory):
+        ids = [bucket_id for bucket_id in costs.bucket.ids if bucket_id[:2] == (line.resolution, line.frames)]
+        peaks = [model.peak(costs.get_videos(bucket_id), costs.recomputed) for bucket_id in ids]
+        assert line.peak == max(peaks) and line.fits == (line.peak <= usable_memory(memory))

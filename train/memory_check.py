@@ -1,0 +1,111 @@
+"""Whether the micro-batches of a configuration fit into a GPU's memory, and what to do where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+import torch
+
+from opensora_fast.config import TrainConfig
+from opensora_fast.parallel.memory import RESERVE, MemoryModel, usable_memory
+from opensora_fast.train.costs import RunCosts
+from opensora_fast.train.data import TrainingData
+
+GIB = 2**30
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class BucketMemory:
+    """The memory of one (resolution, frames) pair, at its aspect ratio with the most tokens.
+
+    Attributes:
+        tokens: of a micro-batch.
+        peak: bytes that a step needs.
+        fits: whether they are there.
+        largest_batch: clips that fit with as many recomputed blocks as configured; 0 if not one does.
+        fewest_recomputed: recomputed blocks with which the configured batch size fits; None if it never does.
+    """
+
+    resolution: str
+    frames: int
+    aspect_ratio: str
+    batch_size: int
+    tokens: int
+    peak: int
+    fits: bool
+    largest_batch: int
+    fewest_recomputed: int | None
+
+    @property
+    def key(self) -> str:
+        """Where the configuration has its batch size."""
+        return f"bucket_config[{self.resolution!r}][{self.frames}]"
+
+    def describe_misfit(self, memory: int) -> str:
+        """A sentence that says what does not fit into a GPU of so many bytes, and the fix."""
+        fixes = []
+        if self.largest_batch:
+            fixes.append(f"lower the batch size to {self.largest_batch}")
+        if self.fewest_recomputed is not None:
+            fixes.append(f"set grad_checkpoint={self.fewest_recomputed}")
+        if not fixes:
+            fixes.append("remove it: one clip is too much even with grad_checkpoint=True")
+        usable = usable_memory(memory)
+        return (
+            f"{self.key}: batch size {self.batch_size} needs {self.peak / GIB:.1f} GiB (counted), the GPU has "
+            f"{usable / GIB:.1f} GiB without a reserve of {100 * RESERVE:.0f} %: {', or '.join(fixes)}"
+        )
+
+
+def count_buckets(
+    costs: RunCosts, model: MemoryModel, memory: int, pairs: Collection[tuple[str, int]] | None = None
+) -> list[BucketMemory]:
+    """The memory of every (resolution, frames) pair that keeps clips, on a GPU of so many bytes.
+
+    Args:
+        pairs: only these, for example those for which there are clips.
+    """
+    found = []
+    usable = usable_memory(memory)
+    for resolution in costs.bucket.resolutions:
+        for entry in resolution.frames:
+            if entry.keep_probability == 0 or (pairs is not None and (resolution.name, entry.frames) not in pairs):
+                continue
+            bucket_id = costs.get_largest(resolution, entry)
+            videos = costs.get_videos(bucket_id)
+            peak = model.peak(videos, costs.recomputed)
+            found.append(
+                BucketMemory(
+                    resolution=resolution.name,
+                    frames=entry.frames,
+                    aspect_ratio=bucket_id[2],
+                    batch_size=videos.batch,
+                    tokens=videos.tokens,
+                    peak=peak,
+                    fits=peak <= usable,
+                    largest_batch=model.largest_batch(videos, costs.recomputed, usable),
+                    fewest_recomputed=model.fewest_recomputed(videos, usable),
+                )
+            )
+    return found
+
+
+def warn_of_memory(
+    config: TrainConfig, data: TrainingData, device: torch.device, report: Callable[[str], None]
+) -> None:
+    """Before step 0 on a GPU, with all that stands already allocated: warn of buckets that will not fit."""
+    if device.type != "cuda":
+        return
+    costs = RunCosts(config, data.bucket)
+    model = costs.get_memory_model(data.sampler.world_size)
+    # What is allocated is known better than counted: model, optimizer, average and encoders.
+    model = replace(model, encoders=torch.cuda.memory_allocated(device) - model.weights - model.optimizer)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    pairs = {(line.resolution, line.frames) for line in data.explanation.buckets if line.micro_batches}
+    misfits = [line for line in count_buckets(costs, model, memory, pairs) if not line.fits]
+    for line in misfits[:SHOWN]:
+        report(f"warning: {line.describe_misfit(memory)}")
+    if len(misfits) > SHOWN:
+        report(f"warning: and {len(misfits) - SHOWN} more buckets; `opensora-fast plan` lists them")
