@@ -1,0 +1,115 @@
+"""Plan a run on several GPUs: what fits into memory, how long processes wait for each other, tokens per second."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from opensora_fast.parallel.cost import StepTime
+    from opensora_fast.parallel.hardware import Gpu
+    from opensora_fast.train.costs import RunCosts
+
+ASSUMED_GPU = "H200"
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="Training configuration, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]")] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of processes, one a GPU.")] = 1,
+    data_path: Annotated[str | None, typer.Option(help="Table of clips, .csv or .parquet.")] = None,
+    mix: Annotated[
+        Path | None,
+        typer.Option(help="In place of a table: .csv or .json of resolution, frames, aspect_ratio, clips or share."),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help=f"A100, H100, H800, H200 or B200; that of the rows, of this machine, or {ASSUMED_GPU}."),
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="Folder of benchmark rows to fit times to; committed ones of the GPU if any.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Plan a run on several GPUs: what fits into memory, how long processes wait for each other, tokens per second.
+
+    Needs no GPU. Memory is counted from what the kernels keep for backward. Times are fitted to measured training steps
+    where there are benchmark rows of the GPU; otherwise they are a counted limit that nothing reaches, and say so.
+    Micro-batches come from --data-path, from --mix, or are assumed: as many of every entry of bucket_config.
+    """
+    from opensora_fast.config import load_train_config
+    from opensora_fast.data.bucket import Bucket
+    from opensora_fast.train.cluster_plan import make_plan
+    from opensora_fast.train.costs import RunCosts
+    from opensora_fast.train.locate_config import locate_config
+    from opensora_fast.train.mix import mix_assumed, mix_of_file, mix_of_table
+
+    if data_path is not None and mix is not None:
+        raise ValueError("--data-path and --mix both say what the micro-batches are: give one")
+    options = {"dataset.data_path": data_path and os.path.abspath(data_path)}
+    settings = load_train_config(locate_config(config), overrides or [], options).config
+    bucket = Bucket(settings.bucket_config)
+    costs = RunCosts(settings, bucket)
+    if mix is not None:
+        micro_batches = mix_of_file(mix, settings, bucket, world_size)
+    elif settings.dataset.data_path is not None:
+        micro_batches = mix_of_table(settings, bucket, world_size)
+    else:
+        micro_batches = mix_assumed(settings, bucket)
+    time, memory_ratios, gpu_note, notes = _choose_time(costs, gpu, rows)
+    plan = make_plan(
+        costs,
+        config.stem,
+        world_size,
+        time,
+        micro_batches,
+        gpu_note=gpu_note,
+        memory_ratios=memory_ratios,
+        notes=notes,
+    )
+    print(json.dumps(plan.to_dict(), indent=2) if as_json else plan.to_text())
+
+
+def _choose_time(
+    costs: "RunCosts", gpu_name: str | None, folder: Path | None
+) -> tuple["StepTime", list[float], str, list[str]]:
+    """The model of a step's time, measured over counted memory, how the GPU was chosen, and notes."""
+    from opensora_fast.benchmarks.step_rows import find_committed_rows, read_step_rows
+    from opensora_fast.parallel.cost import FEWEST_ROWS, StepTime, fit_step_time
+    from opensora_fast.parallel.hardware import find_gpu
+
+    dtype = {2: "bfloat16", 4: "float32"}[costs.element]
+    model, memory = costs.model, costs.get_memory_model(world_size=1)
+    gpu, gpu_note = (find_gpu(gpu_name), "") if gpu_name is not None else _choose_gpu()
+    if folder is not None:
+        measured = read_step_rows(folder, model, dtype)
+        if gpu_name is not None and measured.gpu is not gpu:
+            raise ValueError(
+                f"--rows {folder} are of {measured.gpu.name}, --gpu is {gpu.name}: give rows of {gpu.name}, or "
+                f"--gpu {measured.gpu.name}"
+            )
+        time = fit_step_time(measured.gpu, measured.list_steps(model, costs.element))
+        return time, measured.compare_memory(memory), "", []
+    committed = find_committed_rows(gpu)
+    if committed is None:
+        return StepTime(gpu), [], gpu_note, []
+    measured = read_step_rows(committed, model, dtype)
+    if len(measured.rows) < FEWEST_ROWS:
+        note = f"{committed} has {len(measured.rows)} training steps of this model, too few for a fit ({FEWEST_ROWS})"
+        return StepTime(gpu), [], gpu_note, [note]
+    time = fit_step_time(gpu, measured.list_steps(model, costs.element))
+    return time, measured.compare_memory(memory), gpu_note, []
+
+
+def _choose_gpu() -> tuple["Gpu", str]:
+    """This machine's GPU, or the assumed one."""
+    import torch
+
+    from opensora_fast.parallel.hardware import find_gpu, recognize_gpu
+
+    here = recognize_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if here is not None:
+        return here, "this machine's"
+    return find_gpu(ASSUMED_GPU), "assumed, as --gpu is not given"

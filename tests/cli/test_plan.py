@@ -1,0 +1,213 @@
+"""`opensora-fast plan`: what it rests on stands beside every number, and --world-size and the mix matter."""
+
+import json
+import re
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from opensora_fast.benchmarks.environment import Environment
+from opensora_fast.benchmarks.rows import Row, append_rows
+from opensora_fast.cli import run
+from opensora_fast.parallel.hardware import DATASHEETS
+
+LABEL = "counted, not measured"
+
+
+@pytest.fixture
+def plan(capsys):
+    """plan(*words) runs the command; returns (exit code, standard output, standard error)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run(["plan", *map(str, words)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def plan_json(plan):
+    def call(*words: object) -> dict:
+        code, out, error = plan(*words, "--json")
+        assert code == 0, error
+        return json.loads(out)
+
+    return call
+
+
+def test_every_line_with_a_time_says_that_it_is_counted(plan):
+    code, out, error = plan("stage1", "--world-size", 64, "--gpu", "H800")
+    assert code == 0, error
+    lines = out.splitlines()
+    assert lines[0] == "stage1 on 64 × H800"
+    buckets = [line for line in lines if re.match(r"\d+p?, \d+ frame", line)]
+    assert len(buckets) == 11 and all(line.endswith(LABEL) for line in buckets)
+    projections = [line for line in lines if "projection" in line]
+    assert len(projections) == 2 and all(line.endswith(f"({LABEL})") for line in projections)
+    assert "balance=False (as configured)" in projections[0]
+    assert any("not in them: communication between GPUs" in line for line in lines)
+    assert any("assumed, as no --data-path or --mix is given" in line for line in lines)
+
+
+def test_the_gpu_is_assumed_aloud(plan):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert "64 × H200 (assumed, as --gpu is not given)" in plan("image", "--world-size", 64)[1]
+
+
+def test_more_processes_hold_less_of_the_optimizer_each_and_wait_longer(plan_json):
+    one, many = (plan_json("stage3", "--gpu", "H800", "--world-size", number) for number in (2, 256))
+    assert many["memory"]["optimizer"] < one["memory"]["optimizer"] / 100
+    assert many["projections"][0]["idle"] > one["projections"][0]["idle"] > 0
+    assert all(plan["projections"][1]["idle"] < 0.02 for plan in (one, many))
+
+
+def test_balance_raises_the_projection_and_the_configuration_chooses(plan_json):
+    plan = plan_json("stage2", "--gpu", "H800", "--world-size", 64, "balance=True")
+    shuffled, balanced = plan["projections"]
+    assert plan["balance"] is True and (shuffled["balanced"], balanced["balanced"]) == (False, True)
+    assert balanced["tokens_per_s"] > 1.5 * shuffled["tokens_per_s"]
+    # Idle shares and rates tell the same: the same work in less time.
+    assert shuffled["tokens_per_s"] / balanced["tokens_per_s"] == pytest.approx(
+        (1 - shuffled["idle"]) / (1 - balanced["idle"]), rel=1e-3
+    )
+
+
+def test_one_process_never_waits(plan_json):
+    plan = plan_json("stage3", "--gpu", "H200")
+    assert [order["idle"] for order in plan["projections"]] == pytest.approx([0, 0])
+
+
+def test_what_does_not_fit_is_named_with_its_fix(plan):
+    code, out, error = plan("stage3", "--gpu", "H800", "--world-size", 64, "grad_checkpoint=False")
+    assert code == 0, error
+    assert re.search(
+        r"warning: bucket_config\['720p'\]\[16\]: batch size 3 needs \d+\.\d GiB .*grad_checkpoint=\d+", out
+    )
+    fewest = int(re.search(r"every bucket fits with grad_checkpoint=(\d+) or more; grad_checkpoint is 0", out)[1])
+    assert "warning" in plan("stage3", "--gpu", "H800", "--world-size", 64, f"grad_checkpoint={fewest - 1}")[1]
+    assert "warning" not in plan("stage3", "--gpu", "H800", "--world-size", 64, f"grad_checkpoint={fewest}")[1]
+
+
+def test_a_table_gives_the_steps_of_an_epoch(plan_json, tmp_path):
+    rows = [("a.mp4", "x", 60, 144, 256, 24.0)] * 600 + [("b.mp4", "x", 60, 240, 426, 24.0)] * 400
+    path = tmp_path / "clips.csv"
+    pd.DataFrame(rows, columns=["path", "text", "num_frames", "height", "width", "fps"]).to_csv(path, index=False)
+    words = ("stage1", "--gpu", "H200", "--world-size", 8, "--data-path", path, "allow_empty_buckets=True")
+    plan = plan_json(*words)
+    explained = json.loads(run_explain(path))
+    assert plan["steps_per_epoch"] == explained["steps"] > 10
+    assert all(order["epoch_seconds"] > 0 for order in plan["projections"])
+
+
+def run_explain(path) -> str:
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run(["buckets", "explain", str(path), "--config", "stage1", "--world-size", "8", "--json"]) == 0
+    return out.getvalue()
+
+
+def test_a_mix_file(plan_json, tmp_path):
+    path = tmp_path / "mix.csv"
+    path.write_text("resolution,frames,share\n144p,16,1\n")
+    plan = plan_json("stage1", "--gpu", "H200", "--world-size", 64, "--mix", path)
+    assert plan["mix"] == f"shares of {path}" and plan["steps_per_epoch"] is None
+    # One bucket only: nobody waits, and the cluster is 64 times as fast as a GPU.
+    shuffled = plan["projections"][0]
+    assert shuffled["idle"] == pytest.approx(0)
+    (one,) = [bucket for bucket in plan["buckets"] if (bucket["resolution"], bucket["frames"]) == ("144p", 16)]
+    assert shuffled["tokens_per_s"] == pytest.approx(64 * one["tokens_per_s"], rel=0.02)
+
+
+# ---- fitted ----
+
+ENVIRONMENT = Environment("nvidia-h200", "550", "2.13.0", "3.7.1", "3.11", "a" * 40, False, "2026-01-01T00:00:00Z")
+
+
+def step_row(batch: int, frame_tokens: int, milliseconds: float) -> Row:
+    tokens = 16 * batch * frame_tokens
+    return Row(
+        level="step", workload="made up", op="", direction="training", provider="ours", provider_version="",
+        shape=f"B={batch} T=16 S={frame_tokens} L=120 C=1152 layers=28", tokens=tokens, dtype="bfloat16", status="ok",
+        p50_ms=milliseconds, flops=tokens * (4e9 + 4e5 * frame_tokens), bytes=tokens * 2.3e6 + 3e10,
+        memory_bytes=14_000_000_000 + int(2.1e6 * tokens), error=0.0, error_limit=1.0, environment=ENVIRONMENT,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Steps of an H200 that take 1.6 times the time of its datasheet. No run produced these numbers."""
+    gpu, made = DATASHEETS["H200"], []
+    for batch, frame_tokens in ((1, 144), (4, 144), (20, 144), (1, 405), (6, 405), (1, 1590), (2, 1590), (1, 3600)):
+        row = step_row(batch, frame_tokens, 1.0)
+        seconds = 1.6 * (row.flops / gpu.matrix_flops + row.bytes / gpu.bandwidth)
+        made.append(replace(row, p50_ms=1e3 * seconds))
+    folder = tmp_path / "rows"
+    append_rows(folder / "step.csv", made)
+    return folder
+
+
+def test_times_are_fitted_to_rows_and_say_so(plan, plan_json, rows):
+    fitted = plan_json("stage1", "--world-size", 64, "--rows", rows)
+    counted = plan_json("stage1", "--world-size", 64, "--gpu", "H200")
+    assert fitted["gpu"]["name"] == "H200" and fitted["times"]["rows"] == 8
+    assert fitted["times"]["basis"] == "fitted to 8 rows of H200, worst residual 0.0 %"
+    for one, other in zip(fitted["buckets"], counted["buckets"], strict=True):
+        assert one["seconds"] == pytest.approx(1.6 * other["seconds"], rel=1e-3)
+    assert "8 rows measured" in fitted["memory"]["basis"]
+    out = plan("stage1", "--world-size", 64, "--rows", rows)[1]
+    assert f"times: {fitted['times']['basis']}\n" in out and LABEL not in out
+
+
+def test_rows_of_another_gpu_and_too_few_are_refused(plan, rows, tmp_path):
+    code, _, error = plan("stage1", "--world-size", 64, "--rows", rows, "--gpu", "H800")
+    assert code == 1 and "are of H200, --gpu is H800: give rows of H800, or --gpu H200" in error
+    few = tmp_path / "few"
+    append_rows(few / "step.csv", [step_row(1, 144, 50.0)])
+    code, _, error = plan("stage1", "--world-size", 64, "--rows", few)
+    assert code == 1 and "1 measured training steps of H200 are too few for a fit" in error
+
+
+def test_committed_rows_are_used_unasked_and_too_few_are_told(plan, rows, monkeypatch, tmp_path):
+    monkeypatch.setattr("opensora_fast.benchmarks.step_rows.find_committed_rows", lambda gpu: rows)
+    assert "fitted to 8 rows of H200" in plan("stage1", "--world-size", 64, "--gpu", "H200")[1]
+    few = tmp_path / "few"
+    append_rows(few / "step.csv", [step_row(1, 144, 50.0)])
+    monkeypatch.setattr("opensora_fast.benchmarks.step_rows.find_committed_rows", lambda gpu: few)
+    out = plan("stage1", "--world-size", 64, "--gpu", "H200")[1]
+    assert f"note: {few} has 1 training steps of this model, too few for a fit" in out and LABEL in out
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("stage1", "--gpu", "H20"), "no GPU 'H20': did you mean H200?"),
+        (("stage1", "--mix", "a.csv", "--data-path", "b.csv"), "--data-path and --mix both say"),
+        (("stage1", "--mix", "missing.csv"), "No such file or directory: missing.csv"),
+        (("stage9",), "no shipped configuration of that name"),
+        (("stage1", "--rows", "nowhere"), "nowhere: holds no benchmark rows"),
+        (("stage1", "balanced=True"), "balanced: unknown key; did you mean 'balance'?"),
+    ],
+)
+def test_mistakes_name_the_thing_and_the_fix(plan, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = plan(*words)
+    assert code == 1 and message in error and "Traceback" not in error
+    assert plan("stage1", "--world-size", 0)[0] == 2
+
+
+def test_too_few_micro_batches_for_the_processes(plan, tmp_path):
+    path = tmp_path / "mix.csv"
+    path.write_text("resolution,frames,clips\n144p,16,60\n")
+    code, _, error = plan("stage1", "--world-size", 64, "--mix", path)
+    assert code == 1 and "10 micro-batches do not fill one step of 64 processes: use fewer" in error

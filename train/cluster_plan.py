@@ -1,0 +1,282 @@
+"""What a run on several GPUs will take: memory of every bucket, time of its steps, waiting, and tokens per second."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from opensora_fast.data.balance import balance
+from opensora_fast.parallel.cost import StepTime
+from opensora_fast.parallel.idle import idle_share, slowest_of_each_step
+from opensora_fast.parallel.memory import RESERVE, MemoryModel, usable_memory
+from opensora_fast.train.costs import RunCosts
+from opensora_fast.train.memory_check import GIB, BucketMemory, count_buckets
+from opensora_fast.train.mix import Mix
+
+NOT_IN_TIMES = "times are of the model alone; not in them: communication between GPUs, encoding, loading, checkpoints"
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """One (resolution, frames) pair: its memory, and the time of a step on one micro-batch in seconds."""
+
+    memory: BucketMemory
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.memory.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Order:
+    """An epoch's micro-batches in one order.
+
+    Attributes:
+        balanced: whether it is that of `balance=True`.
+        idle: share of all processes' time that is spent waiting for the slowest.
+        tokens_per_s: of the cluster.
+        epoch_seconds: where the length of an epoch is known.
+    """
+
+    balanced: bool
+    idle: float
+    tokens_per_s: float
+    epoch_seconds: float | None
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    """A configuration on `world_size` GPUs.
+
+    Attributes:
+        name: of the configuration.
+        world_size: processes, one a GPU.
+        time: the model of a step's time.
+        gpu_note: how the GPU was chosen, "" where it was named.
+        memory_model: of a process; `memory_rows` measured steps stand behind its activations.
+        encoders: what of the encoders is in the memory.
+        recomputed: blocks that recompute as configured.
+        buckets: pairs that keep clips, largest resolution and longest first.
+        mix: where the micro-batches come from; `steps` of an epoch if known.
+        orders: shuffled, and balanced.
+        is_balanced: whether the configuration balances.
+        notes: what a reader must know besides.
+    """
+
+    name: str
+    world_size: int
+    time: StepTime
+    gpu_note: str
+    memory_model: MemoryModel
+    memory_rows: int
+    encoders: str
+    recomputed: int
+    buckets: list[BucketPlan]
+    mix: str
+    steps: int | None
+    orders: list[Order]
+    is_balanced: bool
+    notes: list[str]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What does not fit, and the fix."""
+        memory = self.time.gpu.memory
+        return [bucket.memory.describe_misfit(memory) for bucket in self.buckets if not bucket.memory.fits]
+
+    @property
+    def fewest_recomputed(self) -> int | None:
+        """The fewest recomputed blocks with which every bucket fits; None if one never does."""
+        fewest = [bucket.memory.fewest_recomputed for bucket in self.buckets]
+        return None if None in fewest else max(fewest, default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        gpu = self.time.gpu
+        model = self.memory_model
+        return {
+            "config": self.name,
+            "world_size": self.world_size,
+            "gpu": asdict(gpu) | {"usable_memory": usable_memory(gpu.memory), "note": self.gpu_note},
+            "times": {
+                "basis": self.time.basis,
+                "matrix": self.time.matrix,
+                "bandwidth": self.time.bandwidth,
+                "constant_seconds": self.time.constant,
+                "rows": self.time.rows,
+                "worst_residual": self.time.worst_residual,
+                "not_counted": NOT_IN_TIMES,
+            },
+            "memory": {
+                "basis": self._memory_basis,
+                "weights": model.weights,
+                "optimizer": model.optimizer,
+                "encoders": model.encoders,
+                "about_encoders": self.encoders,
+                "recomputed_blocks": self.recomputed,
+                "fewest_recomputed_blocks": self.fewest_recomputed,
+            },
+            "buckets": [
+                {"key": line.memory.key}
+                | asdict(line.memory)
+                | {"seconds": line.seconds, "tokens_per_s": line.tokens_per_s}
+                for line in self.buckets
+            ],
+            "mix": self.mix,
+            "steps_per_epoch": self.steps,
+            "projections": [asdict(order) for order in self.orders],
+            "balance": self.is_balanced,
+            "warnings": self.warnings,
+            "notes": self.notes,
+        }
+
+    def to_text(self) -> str:
+        """The same as text for a person. Every line with a time says what it rests on."""
+        gpu, model, basis = self.time.gpu, self.memory_model, self.time.basis
+        lines = [
+            f"{self.name} on {self.world_size} × {gpu.name}{self.gpu_note and f' ({self.gpu_note})'}",
+            f"times: {basis}" + ("" if self.time.rows else f"; the limit at the rates of its {gpu.source}"),
+            f"memory: {self._memory_basis}; a GPU has {gpu.memory / GIB:.1f} GiB, "
+            f"{usable_memory(gpu.memory) / GIB:.1f} without a reserve of {100 * RESERVE:.0f} % (assumed)",
+            f"standing: {model.standing / GIB:.1f} GiB (weights {model.weights / GIB:.1f}, optimizer and average "
+            f"{model.optimizer / GIB:.1f}, encoders {model.encoders / GIB:.1f}); {self.recomputed} of "
+            f"{model.config.depth} blocks recompute; captions of {model.text} tokens",
+            self.encoders,
+            "",
+            _format_row(
+                "bucket", "tokens", "batch size", "GiB", "largest", "recompute", "ms a step", "k tokens/s", "times are"
+            ),
+        ]
+        lines += [self._format_bucket(bucket) for bucket in self.buckets]
+        lines += [
+            "(bucket: at the aspect ratio with the most tokens. largest: batch size that fits as configured. "
+            "recompute: fewest blocks with which the configured one fits, for grad_checkpoint)",
+            *(f"warning: {warning}" for warning in self.warnings),
+            self._advise_on_recomputing(),
+            "",
+            f"micro-batches: {self.mix}" + ("" if self.steps is None else f": {self.steps} steps an epoch"),
+            *(self._format_order(order) for order in self.orders),
+            NOT_IN_TIMES,
+            *(f"note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+    def _advise_on_recomputing(self) -> str:
+        configured = f"grad_checkpoint is {self.recomputed}"
+        if self.fewest_recomputed is None:
+            return f"no number of recomputed blocks makes every bucket fit; {configured}"
+        return f"every bucket fits with grad_checkpoint={self.fewest_recomputed} or more; {configured}"
+
+    @property
+    def _memory_basis(self) -> str:
+        if not self.memory_rows:
+            return "counted, not measured"
+        factor = self.memory_model.activation_factor
+        return f"activations {factor:.2f} × the counted ones, the most that {self.memory_rows} rows measured"
+
+    @property
+    def _short_basis(self) -> str:
+        return "fitted" if self.time.rows else "counted, not measured"
+
+    def _format_bucket(self, bucket: BucketPlan) -> str:
+        memory = bucket.memory
+        return _format_row(
+            f"{memory.resolution}, {memory.frames} frame{'s' * (memory.frames > 1)}, {memory.aspect_ratio}",
+            memory.tokens,
+            memory.batch_size,
+            f"{memory.peak / GIB:.1f}{'' if memory.fits else ' !'}",
+            memory.largest_batch,
+            "never fits" if memory.fewest_recomputed is None else memory.fewest_recomputed,
+            f"{1e3 * bucket.seconds:.0f}",
+            f"{bucket.tokens_per_s / 1e3:.1f}",
+            self._short_basis,
+        )
+
+    def _format_order(self, order: Order) -> str:
+        used = " (as configured)" if order.balanced == self.is_balanced else ""
+        epoch = "" if order.epoch_seconds is None else f", {order.epoch_seconds / 3600:.2f} hours an epoch"
+        return (
+            f"balance={order.balanced}{used}: {100 * order.idle:.1f} % of the GPUs' time is waiting for the slowest; "
+            f"projection {order.tokens_per_s / 1e6:.2f} M tokens/s{epoch} ({self._short_basis})"
+        )
+
+
+def make_plan(
+    costs: RunCosts,
+    name: str,
+    world_size: int,
+    time: StepTime,
+    mix: Mix,
+    *,
+    gpu_note: str = "",
+    memory_ratios: list[float] | None = None,
+    notes: list[str] | None = None,
+) -> ClusterPlan:
+    """Plan a run.
+
+    Args:
+        costs: of the configuration.
+        name: of it.
+        world_size: processes, one a GPU.
+        time: of a step on the GPU.
+        mix: the micro-batches of an epoch.
+        gpu_note: how the GPU was chosen, "" where it was named.
+        memory_ratios: measured over counted memory of activations; the largest is taken.
+        notes: what a reader must know besides.
+
+    Raises:
+        ValueError: there are too few micro-batches for one step.
+    """
+    ratios = memory_ratios or []
+    model = costs.get_memory_model(world_size)
+    if ratios:
+        model = replace(model, activation_factor=max(ratios))
+    buckets = []
+    for line in count_buckets(costs, model, time.gpu.memory):
+        videos = costs.get_videos((line.resolution, line.frames, line.aspect_ratio))
+        buckets.append(BucketPlan(line, time.seconds(costs.count_step(videos, world_size))))
+    return ClusterPlan(
+        name=name,
+        world_size=world_size,
+        time=time,
+        gpu_note=gpu_note,
+        memory_model=model,
+        memory_rows=len(ratios),
+        encoders=costs.describe_encoders(),
+        recomputed=costs.recomputed,
+        buckets=buckets,
+        mix=mix.source,
+        steps=mix.steps,
+        orders=project_orders(costs, world_size, time, mix),
+        is_balanced=costs.config.balance,
+        notes=notes or [],
+    )
+
+
+def project_orders(costs: RunCosts, world_size: int, time: StepTime, mix: Mix) -> list[Order]:
+    """The shuffled order of a mix and the balanced one."""
+    videos = [costs.get_videos(bucket_id) for bucket_id in costs.bucket.ids]
+    seconds = np.array([time.seconds(costs.count_step(part, world_size)) for part in videos])
+    tokens = np.array([part.tokens for part in videos])
+    balanced = mix.bucket_of[balance(costs.get_order_costs()[mix.bucket_of], costs.config.seed, epoch=0)]
+    orders = []
+    for bucket_of in (mix.bucket_of, balanced):
+        slowest = slowest_of_each_step(seconds[bucket_of], world_size)
+        used = len(slowest) * world_size
+        orders.append(
+            Order(
+                balanced=bucket_of is balanced,
+                idle=idle_share(seconds[bucket_of], world_size),
+                tokens_per_s=float(tokens[bucket_of[:used]].sum() / slowest.sum()),
+                epoch_seconds=None if mix.steps is None else float(slowest.mean() * mix.steps),
+            )
+        )
+    return orders
+
+
+def _format_row(name: str, *cells: object) -> str:
+    widths = (9, 12, 9, 9, 12, 11, 12, 23)
+    return f"{name:<24}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
