@@ -93,7 +93,11 @@ def read_step_rows(folder: Path, config: STDiT2Config, dtype: str) -> StepRows:
 def find_committed_rows(gpu: Gpu) -> Path | None:
     """The folder of committed rows of a GPU; None while there is none."""
     folders = sorted(Path(str(files("opensora_fast.benchmarks").joinpath("results"))).iterdir())
-    return next((folder for folder in folders if folder.is_dir() and recognize_gpu(folder.name) is gpu), None)
+    for folder in folders:
+        found = recognize_gpu(folder.name) if folder.is_dir() else None
+        if found is not None and found.name == gpu.name:
+            return folder
+    return None
 
 
 def _is_wanted(row: Row, config: STDiT2Config, dtype: str) -> bool:

@@ -25,7 +25,6 @@ from opensora_fast.config import TrainConfig
 from opensora_fast.data.aspect import get_aspect_table
 from opensora_fast.data.balance import WINDOW
 from opensora_fast.data.bucket import Bucket, BucketId
-from opensora_fast.data.plan import plan_epoch
 from opensora_fast.train.data import read_data
 
 NAMES = ("resolution", "frames", "aspect_ratio", "clips", "share")
@@ -51,14 +50,8 @@ class Mix:
 
 def mix_of_table(config: TrainConfig, bucket: Bucket, world_size: int) -> Mix:
     """The first epoch of the configuration's table of clips; ValueError as training would raise."""
-    data = read_data(config, world_size=world_size)
-    plan = plan_epoch(
-        data.manifest,
-        bucket,
-        frame_interval=config.dataset.frame_interval,
-        seed=config.seed,
-        drop_last=config.drop_last,
-    )
+    data = read_data(config.model_copy(update={"balance": False}), world_size=world_size)
+    plan = data.sampler.get_plan(0)
     return Mix(f"{len(plan)} micro-batches of {config.dataset.data_path}", plan.bucket_of, data.explanation.steps)
 
 

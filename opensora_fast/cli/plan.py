@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,7 +86,7 @@ def _choose_time(
     gpu, gpu_note = (find_gpu(gpu_name), "") if gpu_name is not None else _choose_gpu()
     if folder is not None:
         measured = read_step_rows(folder, model, dtype)
-        if gpu_name is not None and measured.gpu is not gpu:
+        if gpu_name is not None and measured.gpu.name != gpu.name:
             raise ValueError(
                 f"--rows {folder} are of {measured.gpu.name}, --gpu is {gpu.name}: give rows of {gpu.name}, or "
                 f"--gpu {measured.gpu.name}"
@@ -104,12 +105,12 @@ def _choose_time(
 
 
 def _choose_gpu() -> tuple["Gpu", str]:
-    """This machine's GPU, or the assumed one."""
+    """This machine's GPU, with the memory that it has, or the assumed one."""
     import torch
 
     from opensora_fast.parallel.hardware import find_gpu, recognize_gpu
 
     here = recognize_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if here is not None:
-        return here, "this machine's"
+        return replace(here, memory=torch.cuda.get_device_properties().total_memory), "this machine's"
     return find_gpu(ASSUMED_GPU), "assumed, as --gpu is not given"

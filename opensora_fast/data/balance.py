@@ -1,15 +1,15 @@
 """An order of micro-batches in which those that are taken at once cost about the same.
 
 Several processes take consecutive micro-batches of one list, and each step waits for the slowest. In a shuffled list
-that costs a sixth to a half of the time. Here the list is cut into windows, each window is sorted by cost and cut into
+that is a tenth to a half of the time (counted for Open-Sora's stages). Here the list is cut into windows, each window is sorted by cost and cut into
 blocks, and the blocks are shuffled. They are nested: the blocks of 512 within one of 1536, those of 64 within one of
 512 and those of 8 within one of 64 change places too. So
 
 - nothing depends on the number of processes, and a run goes on with another number in the same order;
 - a number of processes that divides a block never mixes two of them in a step; any other number mixes small blocks
   inside a larger one, which are alike, and now and then two of the largest;
-- a bucket comes up throughout the epoch. With 64 processes, 24 steps in a row are of similar cost; a window is 768
-  steps and takes its share of every bucket.
+- a step holds few buckets, where a shuffled one holds all, but every bucket comes up throughout the epoch: with 64
+  processes 24 steps in a row are of similar cost, and a window of 768 steps takes its share of every bucket.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ adds its keys and values, 2 rows per text token and block. A recomputed block ke
 comes back when backward reaches it. `tests/parallel/test_memory.py` holds the count to what autograd saves and to the
 allocations of a whole step.
 
-Not counted: what encoders need while they encode, and the loss, which is over before backward reaches the blocks.
+Not counted: what encoders need while they encode, and the few numbers per token that the loss keeps.
 """
 
 from __future__ import annotations

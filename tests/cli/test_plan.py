@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -58,6 +59,16 @@ def test_the_gpu_is_assumed_aloud(plan):
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     assert "64 × H200 (assumed, as --gpu is not given)" in plan("image", "--world-size", 64)[1]
+
+
+def test_this_machines_gpu_is_taken_with_the_memory_it_has(plan_json, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(total_memory=40 * 2**30))
+    gpu = plan_json("image", "--world-size", 64)["gpu"]
+    assert (gpu["name"], gpu["memory"], gpu["note"]) == ("A100", 40 * 2**30, "this machine's")
 
 
 def test_more_processes_hold_less_of_the_optimizer_each_and_wait_longer(plan_json):
