@@ -112,5 +112,5 @@ def _choose_gpu() -> tuple["Gpu", str]:
 
     here = recognize_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if here is not None:
-        return replace(here, memory=torch.cuda.get_device_properties().total_memory), "this machine's"
+        return replace(here, memory=torch.cuda.get_device_properties("cuda").total_memory), "this machine's"
     return find_gpu(ASSUMED_GPU), "assumed, as --gpu is not given"

@@ -1,9 +1,9 @@
 """An order of micro-batches in which those that are taken at once cost about the same.
 
 Several processes take consecutive micro-batches of one list, and each step waits for the slowest. In a shuffled list
-that is a tenth to a half of the time (counted for Open-Sora's stages). Here the list is cut into windows, each window is sorted by cost and cut into
-blocks, and the blocks are shuffled. They are nested: the blocks of 512 within one of 1536, those of 64 within one of
-512 and those of 8 within one of 64 change places too. So
+that is a tenth to a half of the time (counted for Open-Sora's stages). Here the list is cut into windows, each window
+is sorted by cost and cut into blocks, and the blocks are shuffled. They are nested: the blocks of 512 within one of
+1536, those of 64 within one of 512 and those of 8 within one of 64 change places too. So
 
 - nothing depends on the number of processes, and a run goes on with another number in the same order;
 - a number of processes that divides a block never mixes two of them in a step; any other number mixes small blocks

@@ -66,7 +66,7 @@ def test_this_machines_gpu_is_taken_with_the_memory_it_has(plan_json, monkeypatc
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-40GB")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(total_memory=40 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=40 * 2**30))
     gpu = plan_json("image", "--world-size", 64)["gpu"]
     assert (gpu["name"], gpu["memory"], gpu["note"]) == ("A100", 40 * 2**30, "this machine's")
 
