@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from opensora_fast.model import STDiT2Config
+from opensora_fast.parallel.hardware import DATASHEETS
 
 from ..environment import query_gpu
 from ..shapes import VIDEO_SIZES, Pack, Workload, fill
@@ -68,7 +69,6 @@ class Scale:
 FILL_TOKENS = 32768  # eager PyTorch without recomputation stores 100 GB
 # Counted: what eager PyTorch stores per token and layer; weights, gradients, optimizer, average, and what checks leave.
 STORED_BYTES, OTHER_BYTES = 110 * 2**10, 20e9
-H200_BYTES = 143771 * 2**20
 
 
 def scale_of(device: str, memory_bytes: float | None = None) -> Scale:
@@ -79,7 +79,7 @@ def scale_of(device: str, memory_bytes: float | None = None) -> Scale:
     """
     if device == "cuda":
         config = STDiT2Config.xl_2(upstream_rounding=False)
-        memory_bytes = memory_bytes or _gpu_memory_bytes() or H200_BYTES
+        memory_bytes = memory_bytes or _gpu_memory_bytes() or DATASHEETS["H200"].memory
         return Scale(
             device=device,
             dtype=torch.bfloat16,

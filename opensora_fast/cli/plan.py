@@ -23,7 +23,9 @@ def command(
     data_path: Annotated[str | None, typer.Option(help="Table of clips, .csv or .parquet.")] = None,
     mix: Annotated[
         Path | None,
-        typer.Option(help="In place of a table: .csv or .json of resolution, frames, aspect_ratio, clips or share."),
+        typer.Option(
+            help="In place of a table: .csv or .json of resolution, frames, aspect_ratio (or none), clips or share."
+        ),
     ] = None,
     gpu: Annotated[
         str | None,
