@@ -115,6 +115,7 @@ class RunCosts:
             element=self.element,
             processes=world_size,
             encoders=sum(self._list_encoders().values()),
+            given_frames=self.config.mask_ratios is not None,
         )
 
     def _list_encoders(self) -> dict[str, int]:

@@ -63,6 +63,7 @@ class MemoryModel:
         element: bytes of a weight and of an activation, 2 (bfloat16) or 4 (float32).
         processes: that share the optimizer's state.
         encoders: bytes of the encoders' weights on the GPU.
+        given_frames: whether some frames may be given (masks in training): they have a modulation of their own.
         activation_factor: measured over counted peak of activations; 1 where nothing was measured.
     """
 
@@ -72,6 +73,7 @@ class MemoryModel:
     element: int = 2
     processes: int = 1
     encoders: int = 0
+    given_frames: bool = False
     activation_factor: float = 1.0
 
     @property
@@ -103,14 +105,14 @@ class MemoryModel:
         # two per token.
         in_float32 = FLOAT * (4 * config.num_heads + 6)
         per_token = rows * channels * element + in_float32
-        per_video = 11 * channels * element  # modulation
+        per_video = 11 * channels * element * (1 + self.given_frames)  # modulation
         return int(videos.tokens * per_token + videos.batch * (per_video + self.text * 2 * channels * element))
 
     def saved_outside(self, videos: Videos) -> int:
         """Bytes that the rest of the model keeps for backward: patches, position, final layer, captions."""
         config, element = self.config, self.element
         patch = config.in_channels * config.patch_size[1] ** 2
-        per_token = (2 * config.hidden_size + patch) * element + 2 * FLOAT
+        per_token = ((2 + self.given_frames) * config.hidden_size + patch) * element + 2 * FLOAT
         per_text = (config.caption_channels + 3 * config.hidden_size) * element
         return int(videos.tokens * per_token + videos.batch * self.text * per_text)
 

@@ -1,5 +1,7 @@
 """The counted memory is what autograd saves and what a training step allocates; advice about it holds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,6 +75,18 @@ def test_blocks_of_the_real_width_save_what_is_counted(device):
     count, videos = steps[0].count, steps[0].videos
     assert two - one == pytest.approx(count.saved_by_block(videos), rel=0.01)
     assert one == pytest.approx(count.saved_by_block(videos) + count.saved_outside(videos), rel=0.01)
+
+
+def test_given_frames_add_their_modulation_and_a_row(device):
+    step = Step(STDiT2Config.small(depth=2, model_max_length=TEXT), torch.float32, (4, 3, 12, 16), device)
+    plain = step.saved()
+    step.inputs["x_mask"] = torch.tensor([[False, True, True]] * 4)
+    given = replace(step.count, given_frames=True)
+
+    def total(count: MemoryModel) -> int:
+        return 2 * count.saved_by_block(step.videos) + count.saved_outside(step.videos)
+
+    assert total(given) - total(step.count) == pytest.approx(step.saved() - plain, rel=0.05)
 
 
 def test_text_and_videos_without_frames_between_them_are_counted_too(device):
