@@ -45,7 +45,7 @@ def predict_for(row: Row, device: str) -> str:
         return ""
     if row.level == "op" and row.provider == "ours":
         return _predict_op(row)
-    if row.level == "gemm" and row.op in PRODUCTS:
+    if row.level == "gemm" and row.op in PRODUCTS and row.provider == "cublas":
         return _span(PRODUCTS[row.op], "TFLOP/s")
     if row.level == "launch" and row.provider == "ours-op":
         return _span(LAUNCH, "µs")

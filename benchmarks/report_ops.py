@@ -197,7 +197,10 @@ def add_ceilings(report: HtmlReport, results: Results) -> None:
     for workload in dict.fromkeys(row.workload for row in products):
         bars = [
             Bar(
-                joined(row.op, row.direction), row.tflops_per_s / most, f"{row.tflops_per_s:.3g} TFLOP/s", tip=row.shape
+                joined(row.op, row.direction, row.provider),
+                row.tflops_per_s / most,
+                f"{row.tflops_per_s:.3g} TFLOP/s",
+                tip=row.shape,
             )
             for row in products
             if row.workload == workload

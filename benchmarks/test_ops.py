@@ -14,6 +14,7 @@ from opensora_fast.benchmarks.providers.elementwise import (
     OPS,
     make_elementwise_work,
 )
+from opensora_fast.benchmarks.providers.mlp import MLP_PROVIDERS, MLP_REFERENCE, make_mlp_work
 from opensora_fast.benchmarks.pytest_support import current_scale, time_provider
 from opensora_fast.benchmarks.shapes import Pack
 
@@ -40,6 +41,15 @@ def test_elementwise(benchmark, scale, op, provider, direction):
     work = make_elementwise_work(op, small_pack(scale), scale.device, scale.dtype, scale.config.hidden_size)
     references = (ELEMENTWISE_REFERENCE,)
     time_provider(benchmark, provider, references, work, direction, OP_CALLS[direction], op_results)
+
+
+@pytest.mark.parametrize("provider", MLP_PROVIDERS, ids=lambda provider: provider.name)
+def test_mlp(benchmark, scale, provider, direction):
+    benchmark.group = f"mlp {direction}"
+    channels = scale.config.hidden_size
+    hidden = int(channels * scale.config.mlp_ratio)
+    work = make_mlp_work(small_pack(scale).tokens, channels, hidden, scale.device, scale.dtype)
+    time_provider(benchmark, provider, (MLP_REFERENCE,), work, direction, OP_CALLS[direction], op_results)
 
 
 @pytest.mark.parametrize("provider", ATTENTION_PROVIDERS, ids=lambda provider: provider.name)

@@ -15,6 +15,8 @@ from opensora_fast import kernels
 from opensora_fast.parallel.operations import Count
 
 from ..case import Case, Outcome, make_template
+from ..providers.products import DIRECTIONS, PRODUCT_PROVIDERS, Product, make_product
+from ..providers.provider import Provider, choose_providers
 from ..race import Check, Entry, relative_check, run_race
 from ..session import Session
 from ..timing import Call, Sampling
@@ -23,7 +25,6 @@ from .scale import Scale, scale_of
 VALUE = 1000.0
 GEMM_SECONDS = 0.5
 LAUNCHES = 1000
-GEMM_DIRECTIONS = ("forward", "backward of input", "backward of weight")
 CHECKED_ROWS = 64
 # Rounding of the result (bfloat16), or of a long sum (float32), relative to the norm.
 GEMM_LIMIT_IN_EPS = {torch.bfloat16: 1.0, torch.float16: 1.0, torch.float32: 32.0}
@@ -99,13 +100,13 @@ def _gemm_case(
         tokens=tokens,
         dtype=str(dtype).removeprefix("torch."),
     )
-    provider, version = "torch-cpu", torch.__version__
-    if scale.device == "cuda":
-        provider, version = "cublas", f"CUDA {torch.version.cuda}"
     element = dtype.itemsize
     moved = element * (tokens * width_in + width_in * width_out + tokens * width_out)
     count = Count(2.0 * tokens * width_in * width_out, float(moved))
-    directions = GEMM_DIRECTIONS[:1] if layer == "square" else GEMM_DIRECTIONS
+    providers = PRODUCT_PROVIDERS[scale.device]
+    directions = DIRECTIONS
+    if layer == "square":  # the ceiling itself: what the others are compared with
+        providers, directions = providers[:1], DIRECTIONS[:1]
 
     def measure(session: Session, names: Sequence[str]) -> Outcome:
         generator = torch.Generator(scale.device).manual_seed(0)
@@ -114,29 +115,25 @@ def _gemm_case(
             return torch.randn(*shape, generator=generator, device=scale.device).to(dtype)
 
         x, weight, gradient = draw(tokens, width_in), draw(width_out, width_in), draw(tokens, width_out)
-        pairs = {
-            "forward": (x, weight.T),
-            "backward of input": (gradient, weight),
-            "backward of weight": (gradient.T, x),
-        }
-        entries = [
-            Entry(provider, version, direction, partial(_prepare_product, *pairs[direction]), count=count)
-            for direction in directions
-        ]
+        entries = []
+        for direction in directions:
+            product = make_product(direction, x, weight, gradient)
+            for provider in choose_providers(providers, names):
+                prepare = partial(_prepare_product, provider, product)
+                missing = provider.missing(product)
+                entries.append(Entry(provider.name, provider.version(), direction, prepare, missing, count))
         return run_race(template, entries, _sampling(session, GEMM_SECONDS * len(directions), scale), session)
 
-    return Case(template, directions, (provider,), value, measure)
+    return Case(template, directions, tuple(provider.name for provider in providers), value, measure)
 
 
-def _prepare_product(left: Tensor, right: Tensor) -> tuple[Call, Callable[[], Check]]:
-    output = torch.empty(left.shape[0], right.shape[1], dtype=left.dtype, device=left.device)
-
+def _prepare_product(provider: Provider, product: Product) -> tuple[Call, Callable[[], Check]]:
     def check() -> Check:
-        limit = GEMM_LIMIT_IN_EPS[left.dtype] * torch.finfo(left.dtype).eps
+        limit = GEMM_LIMIT_IN_EPS[product.dtype] * torch.finfo(product.dtype).eps
         rows = slice(0, CHECKED_ROWS)
-        return relative_check(output[rows], left[rows].double() @ right.double(), limit)
+        return relative_check(product.output[rows], product.left[rows].double() @ product.right.double(), limit)
 
-    return partial(torch.mm, left, right, out=output), check
+    return provider.prepare(product), check
 
 
 # ---- launches ----

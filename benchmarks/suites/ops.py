@@ -18,6 +18,7 @@ from ..providers.elementwise import (
     count_elementwise,
     make_elementwise_work,
 )
+from ..providers.mlp import MLP_PROVIDERS, MLP_REFERENCE, count_mlp, make_mlp_work
 from ..providers.provider import choose_providers
 from ..rows import Row
 from ..session import Session
@@ -39,6 +40,7 @@ def list_cases(scale: Scale) -> list[Case]:
         value = HEADLINE_VALUE - 20 * index
         cases += [attention_case(scale, kind, pack, value) for kind in KINDS]
         cases += [elementwise_case(scale, op, pack, value - 5) for op in OPS]
+        cases.append(mlp_case(scale, pack, value - 10))
     uniform = _headline(scale)[0]
     cases += [elementwise_case(scale, op, uniform, MIXED_VALUE, given=True) for op in OPS if op != "gelu_tanh"]
     cases.append(attention_case(scale, "spatial", uniform, MIXED_VALUE, norm_weight=WIDE_NORM_WEIGHT))
@@ -80,6 +82,26 @@ def elementwise_case(scale: Scale, op: str, pack: Pack, value: float, given: boo
 
     counts = count_elementwise(op, pack.tokens, config.hidden_size, dtype.itemsize)
     return _op_case(scale, template, pack, make, ELEMENTWISE_PROVIDERS, ELEMENTWISE_REFERENCE, counts, value)
+
+
+def mlp_case(scale: Scale, pack: Pack, value: float) -> Case:
+    """The two Linears of a block's MLP and what lies between them."""
+    channels, dtype = scale.config.hidden_size, scale.dtype
+    hidden = int(channels * scale.config.mlp_ratio)
+    template = make_template(
+        "op",
+        pack.name,
+        op="mlp",
+        shape=f"{pack.text} C={channels} K={hidden}",
+        tokens=pack.tokens,
+        dtype=scale.dtype_name,
+    )
+
+    def make(short: Pack) -> Any:
+        return make_mlp_work(short.tokens, channels, hidden, scale.device, dtype)
+
+    counts = count_mlp(pack.tokens, channels, hidden, dtype.itemsize)
+    return _op_case(scale, template, pack, make, MLP_PROVIDERS, MLP_REFERENCE, counts, value)
 
 
 def attention_case(

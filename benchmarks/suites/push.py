@@ -41,6 +41,7 @@ def list_cases(scale: Scale) -> list[Case]:
     parts: list[Sequence[Case]] = [
         basics,
         gemms,
+        [ops.mlp_case(scale, first, 0)],
         [only(ops.elementwise_case(scale, op, first, 0), BANDWIDTH) for op in ops.OPS],
         [only(ops.attention_case(scale, kind, first, 0), LIBRARIES) for kind in ops.KINDS],
         # Scores that need the ordinary softmax, beside those above, which do not.

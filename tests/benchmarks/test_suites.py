@@ -55,7 +55,8 @@ def test_the_peers_stand_beside_ours_at_all_five_resolutions(level):
 PUSHED = [
     ("copy", "", "", {"torch-cuda"}),
     ("launch", "", "", {"ours-op", "cuda-graph"}),
-    *(("gemm", op, "32768", {"cublas"}) for op in ("qkv", "proj", "fc1", "fc2")),
+    *(("gemm", op, "32768", {"cublas", "cublas-split", "quack"}) for op in ("qkv", "proj", "fc1", "fc2")),
+    ("op", "mlp", "240p×16", {"compile", "quack", "ours"}),
     *(("op", op, "240p×16", {"compile", "ours"}) for op in ("modulated_norm", "gate_residual_modulated_norm")),
     ("op", "spatial_attention", "240p×16", {"sdpa-cudnn", "sdpa-flash", "flash-attn-4", "ours"}),
     ("op", "spatial_attention", "240p×16 wide", {"sdpa-cudnn", "ours"}),

@@ -1,0 +1,93 @@
+"""Every implementation of a Linear's matrix products that this machine may have, on the same operands.
+
+Letters: N tokens, K and O the widths of a Linear before and behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .provider import Bound, Provider, needs_half, needs_module, version_of
+
+FORWARD, OF_INPUT, OF_WEIGHT = DIRECTIONS = ("forward", "backward of input", "backward of weight")
+
+# The gradient of a weight of 1152 × 1152 has 54 tiles of 128 × 192 for 132 multiprocessors, each summing over all
+# tokens. As so many sums over a part of the tokens each, they fill it; float32 until they are added up.
+TOKEN_SPLITS = 4
+QUACK = ("quack-kernels", "quack_kernels")
+
+
+@dataclass(frozen=True)
+class Product:
+    """left [M, S] @ right [S, P], written into `output` [M, P]."""
+
+    direction: str
+    left: Tensor
+    right: Tensor
+    output: Tensor
+
+    @property
+    def device(self) -> str:
+        return self.left.device.type
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.left.dtype
+
+
+def make_product(direction: str, x: Tensor, weight: Tensor, gradient: Tensor) -> Product:
+    """One of DIRECTIONS for x [N, K], weight [O, K] and the gradient [N, O] of their product."""
+    left, right = {
+        FORWARD: (x, weight.T),
+        OF_INPUT: (gradient, weight),
+        OF_WEIGHT: (gradient.T, x),
+    }[direction]
+    return Product(direction, left, right, left.new_empty(left.shape[0], right.shape[1]))
+
+
+def _prepare_library(product: Product) -> Bound:
+    return partial(torch.mm, product.left, product.right, out=product.output)
+
+
+def split_over_tokens(product: Product) -> Bound:
+    """The gradient of a weight as `TOKEN_SPLITS` products of cuBLAS in one call, and their sum."""
+    parts = (TOKEN_SPLITS, -1)
+    left, right = product.left.T.unflatten(0, parts).transpose(1, 2), product.right.unflatten(0, parts)
+    in_float32 = {} if product.dtype == torch.float32 else {"out_dtype": torch.float32}
+
+    def call() -> Tensor:
+        return product.output.copy_(torch.bmm(left, right, **in_float32).sum(0))
+
+    return call
+
+
+def _may_be_split(product: Product) -> str:
+    if product.direction != OF_WEIGHT:
+        return "is for the gradient of a weight"
+    if product.right.shape[0] % TOKEN_SPLITS:
+        return f"needs tokens in multiples of {TOKEN_SPLITS}, not {product.right.shape[0]}"
+    return ""
+
+
+def _prepare_quack(product: Product) -> Bound:
+    """Its default configuration: finding the best of dozens takes minutes for each shape."""
+    from quack.gemm_interface import gemm
+
+    splits = TOKEN_SPLITS if product.direction == OF_WEIGHT else 1
+    return partial(gemm, product.left, product.right, out=product.output, tuned=False, split_k=splits)
+
+
+LIBRARY = Provider("torch-cpu", _prepare_library)
+CUBLAS = Provider("cublas", _prepare_library, version=lambda: f"CUDA {torch.version.cuda}")
+PRODUCT_PROVIDERS = {
+    "cpu": (LIBRARY,),
+    "cuda": (
+        CUBLAS,
+        Provider("cublas-split", split_over_tokens, _may_be_split, CUBLAS.version),
+        Provider("quack", _prepare_quack, needs_module("quack.gemm_interface", QUACK, needs_half), version_of(QUACK)),
+    ),
+}
