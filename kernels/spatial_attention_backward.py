@@ -55,10 +55,14 @@ CONFIGURATIONS = {
         "small@sm_100": (Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),),
         "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
         "large": (
+            # Steps of 128: a fifth fewer instructions a score than steps of 64, and half as many waits.
+            Configuration(ROWS=128, STEP=128, REMAINDER=32, num_warps=8, num_stages=2),
             Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=3),
+            Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
         ),
+        # Steps of 128 need more tensor memory than there is, and the build is a kernel that only traps.
+        "large@sm_100": (Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),),
         "large@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
         "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, num_warps=8, num_stages=1),),
     },

@@ -83,10 +83,12 @@ def test_faults_are_spills_missing_matrix_instructions_and_the_budget(monkeypatc
     monkeypatch.setattr(
         "opensora_fast.kernels.compilation.read_budget", lambda: {"triton": triton.__version__, "rows": [row()]}
     )
-    build = row(attention=True, hgmma=4, spills=0)
+    build = row(attention=True, matrix=4, hgmma=4, spills=0)
     assert find_faults([build]) == []
     assert find_faults([build | {"spills": 8}]) == ["a / sm_90 /  / bf16 / : 8 bytes of spills"]
     assert find_faults([build | {"hgmma": 0}]) == ["a / sm_90 /  / bf16 / : no HGMMA"]
+    trap = build | {"arch": "sm_100", "matrix": 0, "hgmma": 0}
+    assert "a / sm_100 /  / bf16 / : no matrix instruction" in find_faults([trap])
     assert find_faults([build | {"registers": 65}]) == ["a / sm_90 /  / bf16 / : 65 registers, budget 64"]
 
 
