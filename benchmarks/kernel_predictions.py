@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opensora_fast.kernels.attention_tiles import row_width
 from opensora_fast.kernels.compilation import compile_kernels
 from opensora_fast.kernels.cross_attention_backward import chunk_length
 from opensora_fast.kernels.spatial_attention_forward import LONGEST_SMALL_FRAME
@@ -113,17 +114,18 @@ def launches(workload: Workload, builds: dict[tuple[str, str], dict[str, Any]]) 
     size = "small" if length <= LONGEST_SMALL_FRAME else "large"
     note = f"QK-norm; {size} frames"
     scores = 1.0 * tokens * HEADS * length
-    large = size == "large"
-    if large:
-        yield Launch("spatial_attention_normed_keys", "", tokens * HEADS / 64, 1, 2 * row)
-    for kernel, rows, flops in (
-        ("spatial_attention_forward", 4, 4),
-        ("spatial_attention_queries_backward", 7, 5),
-        ("spatial_attention_keys_backward", 6 + large, 5),
+    # Rows that carry a number in their padding: keys, and in the backward pass queries and gradients.
+    wide = row_width(HEAD_SIZE) / HEAD_SIZE if size == "large" else 1.0
+    if size == "large":
+        yield Launch("spatial_attention_normed_keys", "", tokens * HEADS / 64, 1, (1 + wide) * row)
+    for kernel, rows, flops, streamed_row in (
+        ("spatial_attention_forward", 3 + wide, 4, pair),
+        ("spatial_attention_queries_backward", 5 + 3 * wide if size == "large" else 7, 5, (1 + wide) * pair / 2),
+        ("spatial_attention_keys_backward", 4 + 3 * wide if size == "large" else 6, 5, wide * pair),
     ):
         config = config_of(builds[kernel, note])
         programs = workload.batch * workload.frames * HEADS * -(-length // config["ROWS"])
-        streamed = programs * length * pair
+        streamed = programs * length * streamed_row
         useful = flops * HEAD_SIZE * scores
         yield Launch(kernel, note, programs, steps(length, config), rows * row, streamed, useful)
 

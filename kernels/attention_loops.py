@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .attention_tiles import (
     add_product,
+    carries_number,
     dot_rows,
     has_padding,
     load_head,
@@ -32,6 +33,16 @@ NO_NORM = tl.constexpr(0)
 NORM_COMPUTED = tl.constexpr(1)  # by a factor found from the tile at hand; it is kept where `keep_factors` is true
 NORM_LOADED = tl.constexpr(2)  # by a factor from memory
 NORM_DONE = tl.constexpr(3)  # already, in memory
+
+
+@triton.constexpr_function
+def is_folded(norm, head_size):
+    """True where a score minus the log-sum of its query is one product in the backward pass.
+
+    Rows of queries, output gradients and normed keys carry a number beside their head then (see
+    `attention_tiles.row_width`): minus the log-sum, minus delta, and one.
+    """
+    return norm == NORM_DONE.value and carries_number(head_size)
 
 
 @triton.jit
@@ -128,8 +139,10 @@ def query_gradient(
     """Σ over `length` keys of logit gradient · (normed) key: float32 head tile [m, D] for ROWS queries.
 
     `gradient` is that of the output, `delta` [m] its product with the output. `log_sum` [m] must be +inf for rows
-    outside the sequence: their probabilities are then zero.
+    outside the sequence: their probabilities are then zero. Where `is_folded`, q and keys carry it and one, and rows
+    outside need a gradient and a delta of zero.
     """
+    FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     sums = zero_head(ROWS, HEAD_SIZE)
     whole = length // STEP * STEP
     for masked in tl.static_range(1, -1, -1):
@@ -138,13 +151,14 @@ def query_gradient(
         for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
             rows = start + tl.arange(0, REMAINDER if masked else STEP)
             inside = rows < end if masked else None
-            k = load_head(keys, rows, inside, KEY_STRIDE, HEAD_SIZE)  # [n, D]
+            k = load_head(keys, rows, inside, KEY_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
             v = load_head(values, rows, inside, VALUE_STRIDE, HEAD_SIZE)  # [n, D]
             scores = dot_rows(q, k)  # [m, n]
             if NORM == NORM_LOADED:
                 factors = load_numbers(key_factors, rows, inside, 0.0)[None, :]
                 scores *= factors
-            scores = scores * SCALE - log_sum[:, None]
+            if not FOLDED:
+                scores = scores * SCALE - log_sum[:, None]
             if masked:
                 scores = tl.where(inside[None, :], scores, float("-inf"))
             score_gradient = dot_rows(gradient, v)  # [m, n]
@@ -176,9 +190,12 @@ def key_gradient(
 ):
     """Sums over `length` queries for ROWS keys; under NORM_LOADED their reciprocal RMS is `key_factors` [m].
 
+    Where `is_folded`, queries and gradients carry `minus log_sum` and `minus delta`, k and v carry ones.
+
     Returns:
         (Σ logit gradient · query, Σ probability · output gradient), float32 head tiles [m, D]; the queries as given.
     """
+    FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     key_sums = zero_head(ROWS, HEAD_SIZE)
     value_sums = zero_head(ROWS, HEAD_SIZE)
     whole = length // STEP * STEP
@@ -188,17 +205,21 @@ def key_gradient(
         for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
             rows = start + tl.arange(0, REMAINDER if masked else STEP)
             inside = rows < end if masked else None
-            q = load_head(queries, rows, inside, QUERY_STRIDE, HEAD_SIZE)  # [n, D]
-            gradient = load_head(gradients, rows, inside, GRADIENT_STRIDE, HEAD_SIZE)  # [n, D]
-            log_sum = load_numbers(log_sums, rows, inside, float("inf"))[None, :]  # beyond the end: p = 0
-            delta = load_numbers(deltas, rows, inside, 0.0)[None, :]
+            q = load_head(queries, rows, inside, QUERY_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
+            gradient = load_head(gradients, rows, inside, GRADIENT_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
             scores = dot_rows(k, q)  # [m, n]: transposed, keys are the rows
             if NORM == NORM_LOADED:
                 scores *= key_factors[:, None]
-            scores = scores * SCALE - log_sum
+            if not FOLDED:
+                log_sum = load_numbers(log_sums, rows, inside, float("inf"))[None, :]  # beyond the end: p = 0
+                scores = scores * SCALE - log_sum
+            elif masked:
+                scores = tl.where(inside[None, :], scores, float("-inf"))
             score_gradient = dot_rows(v, gradient)  # [m, n]
             probabilities = tl.exp2(scores)
-            score_gradient = (score_gradient - delta) * probabilities
+            if not FOLDED:
+                score_gradient -= load_numbers(deltas, rows, inside, 0.0)[None, :]
+            score_gradient *= probabilities
             value_sums = add_product(value_sums, probabilities.to(gradient[0].dtype), gradient)
             key_sums = settle(add_product(key_sums, score_gradient.to(q[0].dtype), q))
     return key_sums, value_sums

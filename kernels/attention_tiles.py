@@ -2,7 +2,8 @@
 
 A head of D columns is held as two tiles side by side, a pair (wide, tail) of power-of-two widths: 72 = 64 + 16, of
 which 8 are padding. Every matrix product then has a shape that the matrix units take: 80 columns of work for 72, where
-one tile would need 128. Padding columns are read as zero and never written.
+one tile would need 128. Padding columns are read as zero and never written, but in rows that carry a number there: see
+`row_width`.
 
 Letters: D head size, m n rows of tiles. "A head tile [m, D]" below is such a pair ([m, wide], [m, tail]).
 """
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 SMALLEST_TILE = 16  # the matrix units take nothing narrower
+PARTS = tl.constexpr(3)  # numbers of 8 bits (bfloat16) or more that add up to one of float32's 24
 
 
 @triton.constexpr_function
@@ -38,6 +40,22 @@ def has_padding(head_size):
     return sum(split_head(head_size)) > head_size
 
 
+@triton.constexpr_function
+def carries_number(head_size):
+    """True where a row's padding has room for a number beside its head."""
+    return sum(split_head(head_size)) - head_size >= PARTS.value
+
+
+@triton.constexpr_function
+def row_width(head_size):
+    """Columns of a row that carries a number beside its head: of both tiles, with their padding.
+
+    A float32 number lies in the padding as `PARTS` numbers of the row's dtype (`append_number`), or ones lie there
+    (`append_ones`). The product of a row of each kind is that of their heads plus the number, at no cost.
+    """
+    return sum(split_head(head_size))
+
+
 @triton.jit
 def _load_part(pointer, rows, inside, ROW_STRIDE: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_SIZE):
     columns = FIRST + tl.arange(0, WIDTH)
@@ -56,16 +74,19 @@ def _load_part(pointer, rows, inside, ROW_STRIDE: tl.constexpr, FIRST: tl.conste
 
 
 @triton.jit
-def load_head(pointer, rows, inside, ROW_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr):
+def load_head(
+    pointer, rows, inside, ROW_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr, WITH_PADDING: tl.constexpr = False
+):
     """The given rows of one head: a head tile [m, D] in the pointer's dtype, zero where not `inside` (None = all are).
 
     `pointer` points to the head's first column in row 0; its tile of rows is reached with 32-bit offsets. Strides and
-    sizes are constexpr so that loads are sixteen bytes wide.
+    sizes are constexpr so that loads are sixteen bytes wide. WITH_PADDING: rows of `row_width`.
     """
     WIDE: tl.constexpr = wide_of(HEAD_SIZE)
+    COLUMNS: tl.constexpr = row_width(HEAD_SIZE) if WITH_PADDING else HEAD_SIZE
     return (
-        _load_part(pointer, rows, inside, ROW_STRIDE, 0, WIDE, HEAD_SIZE),
-        _load_part(pointer, rows, inside, ROW_STRIDE, WIDE, tail_of(HEAD_SIZE), HEAD_SIZE),
+        _load_part(pointer, rows, inside, ROW_STRIDE, 0, WIDE, COLUMNS),
+        _load_part(pointer, rows, inside, ROW_STRIDE, WIDE, tail_of(HEAD_SIZE), COLUMNS),
     )
 
 
@@ -88,10 +109,33 @@ def _store_part(pointer, tile, rows, inside, ROW_STRIDE: tl.constexpr, FIRST: tl
 
 
 @triton.jit
-def store_head(pointer, head, rows, inside, ROW_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr):
+def store_head(
+    pointer, head, rows, inside, ROW_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr, WITH_PADDING: tl.constexpr = False
+):
     """Writes a head tile in the pointer's dtype, as `load_head` reads it."""
-    _store_part(pointer, head[0], rows, inside, ROW_STRIDE, 0, HEAD_SIZE)
-    _store_part(pointer, head[1], rows, inside, ROW_STRIDE, wide_of(HEAD_SIZE), HEAD_SIZE)
+    COLUMNS: tl.constexpr = row_width(HEAD_SIZE) if WITH_PADDING else HEAD_SIZE
+    _store_part(pointer, head[0], rows, inside, ROW_STRIDE, 0, COLUMNS)
+    _store_part(pointer, head[1], rows, inside, ROW_STRIDE, wide_of(HEAD_SIZE), COLUMNS)
+
+
+@triton.jit
+def append_ones(head, HEAD_SIZE: tl.constexpr):
+    """A head tile with ones in the columns behind it, which take what `append_number` puts there."""
+    columns = wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE))
+    ones = (columns >= HEAD_SIZE) & (columns < HEAD_SIZE + PARTS)
+    return head[0], tl.where(ones[None, :], 1.0, head[1]).to(head[1].dtype)
+
+
+@triton.jit
+def append_number(head, numbers, HEAD_SIZE: tl.constexpr):
+    """A head tile with a finite float32 number for each row [m] behind it, in parts of its dtype that add up to it."""
+    columns = (wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE)))[None, :]
+    tail = head[1]
+    for part in tl.static_range(PARTS):
+        rounded = numbers.to(tail.dtype)
+        tail = tl.where(columns == HEAD_SIZE + part, rounded[:, None], tail)
+        numbers -= rounded.to(tl.float32)
+    return head[0], tail
 
 
 @triton.jit

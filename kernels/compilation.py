@@ -184,8 +184,10 @@ def write_budget(rows: list[dict[str, Any]]) -> None:
 
 
 def find_faults(rows: list[dict[str, Any]]) -> list[str]:
-    """Returns a line for each build that spills, attends without matrix instructions (on sm_90: HGMMA), or does not keep
-    the budget. What needs more tensor memory than sm_100 has is built without an error, as a kernel that only traps.
+    """Returns a line for each build that spills, attends without matrix instructions, or does not keep the budget.
+
+    On sm_90 they must be HGMMA. What needs more tensor memory than sm_100 has is built without an error, as a kernel
+    that only traps and has none.
 
     Raises:
         ValueError: the budget belongs to another Triton.

@@ -9,9 +9,12 @@ k_weight, q̂ = q · r_q and k̂ = k · r_k (r the reciprocal RMS),
     d q̂ = W · (dS · k̂) / sqrt(D)     d k̂ = W · (dSᵀ · q̂) / sqrt(D), then the gradient of the RMS norm
 
 The first kernel leaves the queries as the forward pass scaled and rounded them, q' = q̂ · W · log2(e) / sqrt(D), for
-the second, which then needs no weights: d k̂ = dSᵀ · q' / log2(e). Both weights' gradients come from the one sum
-G = Σ (dS · k̂) · q̂ / sqrt(D) over all rows: dq_weight = k_weight · G, dk_weight = q_weight · G. Each program of the
-first kernel writes its part of G to a row of its own; the rows are summed afterwards.
+the second, which then needs no weights: d k̂ = dSᵀ · q' / log2(e). In large frames it leaves a copy of the output's
+gradient, too, and both carry a number beside each head (see `attention_loops.is_folded`).
+
+Both weights' gradients come from the one sum G = Σ (dS · k̂) · q̂ / sqrt(D) over all rows: dq_weight = k_weight · G,
+dk_weight = q_weight · G. Each program of the first kernel writes its part of G to a row of its own; the rows are summed
+afterwards.
 
 Per call: 14·S·H·D FLOPs (10 useful) and 28·H·D bytes (half precision) for each token.
 """
@@ -23,15 +26,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_loops import NO_NORM, NORM_DONE, NORM_LOADED, key_gradient, query_gradient
+from .attention_loops import NO_NORM, NORM_DONE, NORM_LOADED, is_folded, key_gradient, query_gradient
 from .attention_tables import row_tiles
 from .attention_tiles import (
+    append_number,
+    append_ones,
     fold_query,
     load_head,
     load_tile,
     load_weight_product,
     multiply,
     rms_norm_gradient,
+    row_width,
     scale_rows,
     store_column_sums,
     store_head,
@@ -73,10 +79,13 @@ CONFIGURATIONS = {
         ),
         "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
         "large": (
+            Configuration(ROWS=128, STEP=128, REMAINDER=32, num_warps=8, num_stages=2),
             Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
+            Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=32, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=3),
         ),
+        # As for the queries.
+        "large@sm_100": (Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),),
         "large@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
         "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, num_warps=8, num_stages=1),),
         "float32@sm_80": (Configuration(ROWS=32, STEP=16, REMAINDER=16, maxnreg=128, num_warps=8, num_stages=1),),
@@ -95,6 +104,7 @@ def _queries(
     statistics,
     deltas,
     scaled_queries,
+    padded_gradient,
     qkv_gradient,
     weight_partials,
     bias_partials,
@@ -109,7 +119,9 @@ def _queries(
 ):
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
-    KEY_STRIDE: tl.constexpr = OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE
+    FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
+    WIDTH: tl.constexpr = row_width(HEAD_SIZE) if FOLDED else HEAD_SIZE
+    STRIDE: tl.constexpr = HEADS * WIDTH  # of normed keys and of what is left for the second kernel
     LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
@@ -124,20 +136,26 @@ def _queries(
     o = multiply(o, to_float32(g))
     delta = tl.sum(o[0], axis=1) + tl.sum(o[1], axis=1)
     tl.store(deltas + in_statistics + rows, delta, mask=inside)
-    log_sum = tl.load(statistics + in_statistics + rows, mask=inside, other=float("inf"))
+    log_sum = tl.load(statistics + in_statistics + rows, mask=inside, other=0.0 if FOLDED else float("inf"))
+    in_rows = first_token * STRIDE + head * WIDTH
+    if FOLDED:
+        g = append_number(g, -delta, HEAD_SIZE)
+        store_head(padded_gradient + in_rows, g, rows, inside, STRIDE, HEAD_SIZE, FOLDED)
 
     q = load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
     if NORM != NO_NORM:
         query_factors = statistics + HEADS * num_tokens + in_statistics + rows
         factors = tl.load(query_factors, mask=inside, other=0.0)
         q = fold_query(q, factors * (SCALE * LOG2_E), load_weight_product(q_weight, k_weight, HEAD_SIZE))
-        store_head(scaled_queries + in_output, q, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
+        if FOLDED:
+            q = append_number(q, -log_sum, HEAD_SIZE)
+        store_head(scaled_queries + in_rows, q, rows, inside, STRIDE, HEAD_SIZE, FOLDED)
     sums = query_gradient(
         q,
         g,
         log_sum,
         delta,
-        normed_keys + in_output if NORM == NORM_DONE else frame + HEADS * HEAD_SIZE,
+        normed_keys + in_rows if NORM == NORM_DONE else frame + HEADS * HEAD_SIZE,
         frame + 2 * HEADS * HEAD_SIZE,
         statistics + 2 * HEADS * num_tokens + in_statistics,
         length,
@@ -146,7 +164,7 @@ def _queries(
         REMAINDER=REMAINDER,
         NORM=NORM,
         SCALE=SCALE * LOG2_E if NORM == NO_NORM else 1.0,
-        KEY_STRIDE=KEY_STRIDE,
+        KEY_STRIDE=STRIDE if NORM == NORM_DONE else TOKEN_STRIDE,
         VALUE_STRIDE=TOKEN_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
     )
@@ -193,10 +211,13 @@ def _keys(
     REMAINDER: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """`queries` are those of qkv without QK-norm, else the scaled ones [N, H, D]."""
+    """`queries` are those of qkv without QK-norm, else the scaled ones [N, H, D]; with `output_gradient` [N, H, D] they
+    carry a number in each row where `is_folded`."""
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
-    OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
-    QUERY_STRIDE: tl.constexpr = TOKEN_STRIDE if NORM == NO_NORM else OUTPUT_STRIDE
+    FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
+    WIDTH: tl.constexpr = row_width(HEAD_SIZE) if FOLDED else HEAD_SIZE
+    STRIDE: tl.constexpr = HEADS * WIDTH
+    QUERY_STRIDE: tl.constexpr = TOKEN_STRIDE if NORM == NO_NORM else STRIDE
     LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
@@ -204,13 +225,15 @@ def _keys(
     inside = rows < length
 
     keys = qkv + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
-    in_output = first_token * OUTPUT_STRIDE + head * HEAD_SIZE
+    in_rows = first_token * STRIDE + head * WIDTH
     in_statistics = head * num_tokens + first_token
     if NORM == NORM_DONE:
-        k = load_head(normed_keys + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)  # [ROWS, D]
+        k = load_head(normed_keys + in_rows, rows, inside, STRIDE, HEAD_SIZE, FOLDED)  # [ROWS, D]
     else:
         k = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
     v = load_head(keys + HEADS * HEAD_SIZE, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if FOLDED:
+        v = append_ones(v, HEAD_SIZE)
     factors = None
     if NORM == NORM_LOADED:
         factors = tl.load(statistics + 2 * HEADS * num_tokens + in_statistics + rows, mask=inside, other=0.0)
@@ -218,8 +241,8 @@ def _keys(
         k,
         v,
         factors,
-        queries + first_token * QUERY_STRIDE + head * HEAD_SIZE,
-        output_gradient + in_output,
+        queries + first_token * QUERY_STRIDE + head * WIDTH,
+        output_gradient + in_rows,
         statistics + in_statistics,
         deltas + in_statistics,
         length,
@@ -229,7 +252,7 @@ def _keys(
         NORM=NORM,
         SCALE=SCALE * LOG2_E if NORM == NO_NORM else 1.0,
         QUERY_STRIDE=QUERY_STRIDE,
-        GRADIENT_STRIDE=OUTPUT_STRIDE,
+        GRADIENT_STRIDE=STRIDE,
         HEAD_SIZE=HEAD_SIZE,
     )
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS, AGAIN=True)
@@ -273,7 +296,6 @@ def launch_backward(
     num_tokens, _, heads, head_size = qkv.shape
     device = qkv.device
     deltas = torch.empty(heads, num_tokens, dtype=torch.float32, device=device)
-    queries = qkv if q_weight is None else torch.empty_like(output)
     partials = []
     classes = shape_classes(qkv, runs)
     normed_keys = None
@@ -288,10 +310,23 @@ def launch_backward(
         chosen = [(name, select(CONFIGURATIONS, kernel, name, device), bounds) for name, bounds in classes]
         return [(name, found, row_tiles(tuple(runs), found["ROWS"], device, *bounds)) for name, found, bounds in chosen]
 
+    # Of each class, as rows are of another width where scores are folded; only packs of both have two.
+    left = {}
+
+    def leave(shape_class: str) -> tuple[Tensor, Tensor]:
+        """(queries, output gradient) as the first kernel leaves them for the second."""
+        if q_weight is None:
+            return qkv, output_gradient
+        if not is_folded(norm_of(shape_class), head_size):
+            return torch.empty_like(output), output_gradient
+        rows = output.new_empty(2, num_tokens, heads, row_width(head_size))
+        return rows[0], rows[1]
+
     launches = plan("spatial_attention_queries_backward")
     bias_partials = BiasPartials(bias_gradient, 1, sum(tiles.shape[0] for *_, tiles in launches))
     for shape_class, configuration, tiles in launches:
         programs = tiles.shape[0] * heads
+        left[shape_class] = leave(shape_class)
         partials.append(torch.empty(0 if q_weight is None else programs, head_size, dtype=torch.float32, device=device))
         with on_device(qkv):
             _queries[(programs,)](
@@ -303,7 +338,7 @@ def launch_backward(
                 output_gradient,
                 statistics,
                 deltas,
-                queries,
+                *left[shape_class],
                 qkv_gradient,
                 partials[-1],
                 bias_partials.take(tiles.shape[0])[0],
@@ -323,8 +358,7 @@ def launch_backward(
             _keys[(tiles.shape[0] * heads,)](
                 qkv,
                 normed_keys,
-                queries,
-                output_gradient,
+                *left[shape_class],
                 statistics,
                 deltas,
                 qkv_gradient,
@@ -346,7 +380,7 @@ def launch_backward(
 def compile_cases(arch: str) -> list[CompileCase]:
     cases = []
     types = ("qkv", "normed_keys", "q_weight", "k_weight", "output", "output_gradient", "scaled_queries", "queries")
-    types += ("qkv_gradient",)
+    types += ("padded_gradient", "qkv_gradient")
     tables = {
         "statistics": "*fp32",
         "deltas": "*fp32",

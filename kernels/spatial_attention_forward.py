@@ -22,14 +22,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_loops import NO_NORM, NORM_COMPUTED, NORM_DONE, attend
+from .attention_loops import NO_NORM, NORM_COMPUTED, NORM_DONE, attend, is_folded
 from .attention_tables import row_tiles
 from .attention_tiles import (
+    append_ones,
     fold_query,
     load_head,
     load_tile,
     load_weight_product,
     reciprocal_rms,
+    row_width,
     scale_rows,
     store_head,
     to_float32,
@@ -102,9 +104,11 @@ def _normed_keys(
     HEAD_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """k · r_k into normed_keys [N, H, D], rounded, and r_k into statistics[2]."""
+    """k · r_k into normed_keys [N, H, D], rounded, with ones behind it where `is_folded`; r_k into statistics[2]."""
+    FOLDED: tl.constexpr = is_folded(NORM_DONE, HEAD_SIZE)
+    KEY_WIDTH: tl.constexpr = row_width(HEAD_SIZE) if FOLDED else HEAD_SIZE
+    KEY_STRIDE: tl.constexpr = HEADS * KEY_WIDTH
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
-    OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     program = tl.program_id(0).to(tl.int64)
     head = program % HEADS
     token = program // HEADS * ROWS
@@ -115,7 +119,9 @@ def _normed_keys(
     factors = reciprocal_rms(k, eps, HEAD_SIZE)
     tl.store(statistics + (2 * HEADS + head) * num_tokens + token + rows, factors, mask=inside)
     normed = scale_rows(to_float32(k), factors)
-    store_head(normed_keys + token * OUTPUT_STRIDE + head * HEAD_SIZE, normed, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
+    if FOLDED:
+        normed = append_ones(normed, HEAD_SIZE)
+    store_head(normed_keys + token * KEY_STRIDE + head * KEY_WIDTH, normed, rows, inside, KEY_STRIDE, HEAD_SIZE, FOLDED)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -139,14 +145,17 @@ def _forward(
 ):
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
-    KEY_STRIDE: tl.constexpr = OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE
+    KEY_WIDTH: tl.constexpr = row_width(HEAD_SIZE) if is_folded(NORM, HEAD_SIZE) else HEAD_SIZE
+    KEY_STRIDE: tl.constexpr = HEADS * KEY_WIDTH if NORM == NORM_DONE else TOKEN_STRIDE
     SCALE: tl.constexpr = 1.4426950408889634 / HEAD_SIZE**0.5
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
     frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
     in_output = first_token * OUTPUT_STRIDE + head * HEAD_SIZE
-    keys = normed_keys + in_output if NORM == NORM_DONE else frame + HEADS * HEAD_SIZE
+    keys = frame + HEADS * HEAD_SIZE
+    if NORM == NORM_DONE:
+        keys = normed_keys + first_token * KEY_STRIDE + head * KEY_WIDTH
     values = frame + 2 * HEADS * HEAD_SIZE
     key_factors = statistics + (2 * HEADS + head) * num_tokens + first_token
     keep_factors = first_row == 0  # the first tile of a frame writes down the norm of its keys
@@ -250,9 +259,10 @@ def launch_forward(
 
 
 def launch_normed_keys(qkv: Tensor, statistics: Tensor, eps: float) -> Tensor:
-    """Returns k · r_k [N, H, D] in the dtype of qkv, and fills statistics[2]."""
+    """Returns k · r_k [N, H, D] in the dtype of qkv, and fills statistics[2]; rows of `row_width` where `is_folded`."""
     num_tokens, _, heads, head_size = qkv.shape
-    normed_keys = torch.empty(num_tokens, heads, head_size, dtype=qkv.dtype, device=qkv.device)
+    width = row_width(head_size) if is_folded(NORM_DONE, head_size) else head_size
+    normed_keys = torch.empty(num_tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
     configuration = select(CONFIGURATIONS, "spatial_attention_normed_keys", "any", qkv.device)
     with on_device(qkv):
         _normed_keys[(triton.cdiv(num_tokens, configuration["ROWS"]) * heads,)](

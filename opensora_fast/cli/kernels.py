@@ -41,7 +41,10 @@ def compile_all(
         bool, typer.Option(help="Make this the budget; needs all architectures, the tests hold sm_90 to it.")
     ] = False,
     check_budget: Annotated[
-        bool, typer.Option(help="Exit with 1 if a build spills, needs more than the budget, or attends without the matrix units.")
+        bool,
+        typer.Option(
+            help="Exit with 1 if a build spills, needs more than the budget, or attends without the matrix units."
+        ),
     ] = False,
 ) -> None:
     """Build every kernel as the model of hidden size 1152 and head size 72 uses it, and print what each build needs.

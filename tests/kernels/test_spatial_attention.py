@@ -80,7 +80,7 @@ def test_on_both_sides_of_the_bound(weight, dtype, device, compare) -> None:
 
 
 @pytest.mark.parametrize("weight", [1.0, None], ids=["norm", "no norm"])
-def test_equal_logits(weight, dtype, device) -> None:
+def test_equal_logits(weight, frame_class, dtype, device) -> None:
     """Equal keys: the output is the mean of V, and what pushes the queries cancels to zero."""
     inputs = make_inputs([(2, 5, 8)], dtype, device, weight=weight)
     qkv = inputs["qkv"].detach()
@@ -112,6 +112,33 @@ def test_logits_near_the_bound(sign, dtype, device, compare) -> None:
     for name in ("q_weight", "k_weight"):
         inputs[name] = torch.full((size,), weight * 0.99, device=device, dtype=dtype, requires_grad=True)
     assert 0.9 * BOUNDED_UP_TO[dtype] < score_bound(inputs) < BOUNDED_UP_TO[dtype]
+    compare(inputs)
+
+
+@pytest.fixture(params=["small", "large"])
+def frame_class(request, monkeypatch) -> str:
+    """Every frame as one of this class. Those of large ones carry numbers in their padding, see attention_tiles."""
+    longest = 0 if request.param == "large" else 10**6
+    monkeypatch.setattr("opensora_fast.kernels.spatial_attention_forward.LONGEST_SMALL_FRAME", longest)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "head_size", [72, 88, 64, 80], ids=lambda size: f"head {size}"
+)  # with room for a number, and without
+def test_both_classes_of_frames(frame_class, head_size, dtype, device, compare) -> None:
+    compare(make_inputs([(2, 3, 3), (1, 9, 15), (1, 1, 1)], dtype, device, heads=2, head_size=head_size))
+
+
+@pytest.mark.parametrize("weight", [0.05, 8.0])
+def test_both_classes_of_frames_with_small_and_large_scores(frame_class, weight, dtype, device, compare) -> None:
+    compare(make_inputs([(1, 9, 15)], dtype, device, weight=weight))
+
+
+def test_small_gradients_keep_their_precision(frame_class, device, compare) -> None:
+    """What a row carries in its padding is not rounded to the row's dtype."""
+    inputs = make_inputs([(1, 9, 15)], torch.float16, device)
+    inputs["qkv"] = (inputs["qkv"].detach() * 0.01).requires_grad_()
     compare(inputs)
 
 
