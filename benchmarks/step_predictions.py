@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from opensora_fast.model import STDiT2Config
+from opensora_fast.parallel.operations import OPTIMIZER_BYTES
 
 from .kernel_predictions import DEFAULT_PATH as KERNELS_PATH
 from .kernel_predictions import H200, write_predictions
 from .predictions import PRODUCTS, RESOLUTIONS, STEPS
-from .roofline import OPTIMIZER_BYTES
 
 DEFAULT_PATH = KERNELS_PATH.with_name("h200_steps.csv")
 PARTS = ("spatial_attention", "temporal_attention", "cross_attention", "norms and gates", "gelu_tanh")

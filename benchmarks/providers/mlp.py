@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 from opensora_fast import kernels
+from opensora_fast.parallel.operations import Count
 
-from ..roofline import Count
 from .elementwise import APEX
 from .products import QUACK
 from .provider import (

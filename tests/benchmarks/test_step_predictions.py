@@ -5,7 +5,6 @@ import csv
 import pytest
 
 from opensora_fast.benchmarks.predictions import RESOLUTIONS
-from opensora_fast.benchmarks.roofline import linear_flops_per_token
 from opensora_fast.benchmarks.step_predictions import (
     DEFAULT_PATH,
     predict_steps,
@@ -13,6 +12,7 @@ from opensora_fast.benchmarks.step_predictions import (
     read_kernels,
 )
 from opensora_fast.model import STDiT2Config
+from opensora_fast.parallel.operations import linear_flops_per_token
 
 
 def kernel(name, microseconds, workload):
