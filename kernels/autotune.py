@@ -3,15 +3,18 @@
 A workload calls one op at a shape of the model. The kernels that it launches, and their shape classes, are those that
 ask `configurations.select` meanwhile; each candidate is then forced in turn, its results are compared with those of the
 present choice, and it is timed: kernels named `…_backward` over the backward alone, others over the forward. The
-candidate with the least time over all workloads of its shape class wins.
+candidate with the least time over all workloads of its shape class wins. One that cannot be built or launched, or whose
+results differ, costs itself alone; what has been measured is kept when the time is over.
 """
 
 from __future__ import annotations
 
+import csv
 import json
+import time as clock
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,14 +146,15 @@ def make_workload(
     raise ValueError(f"no workload for op {op!r}; choose one of {', '.join(TUNED_OPS)}")
 
 
+# Those with the most at stake first.
 TUNED_OPS = (
-    "modulated_norm",
-    "gate_residual",
-    "gate_residual_modulated_norm",
-    "gelu_tanh",
     "spatial_attention",
     "temporal_attention",
     "cross_attention",
+    "gate_residual_modulated_norm",
+    "gelu_tanh",
+    "gate_residual",
+    "modulated_norm",
 )
 
 
@@ -161,7 +165,7 @@ def time_on_gpu(function: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Timing:
-    """One candidate on one workload; `microseconds` is None where the GPU cannot run it."""
+    """One candidate on one workload; `microseconds` is None where it failed, for the `reason`."""
 
     op: str
     pack: str
@@ -169,13 +173,14 @@ class Timing:
     shape_class: str
     configuration: Configuration
     microseconds: float | None
+    reason: str = ""
 
 
 def measure_workload(workload: Workload, time: Callable[[Callable[[], object]], float] = time_on_gpu) -> list[Timing]:
     """Times every candidate of every kernel that the workload launches.
 
     Raises:
-        RuntimeError: a candidate's results are not those of the present choice.
+        Exception: what the present choice raises, or the GPU after a candidate that has left it unusable.
     """
     with record_selections() as selections:
         expected = workload.forward(), workload.prepare_backward()()
@@ -183,34 +188,34 @@ def measure_workload(workload: Workload, time: Callable[[Callable[[], object]], 
     for (kernel, shape_class), candidates in list(selections.items()):
         backward = kernel.endswith("_backward")
         for configuration in candidates if len(candidates) > 1 else ():
+            microseconds, reason = None, ""
             with force(kernel, shape_class, configuration):
                 try:
                     run = workload.prepare_backward() if backward else workload.forward
-                    results = run()
-                    microseconds = time(run)
-                except triton.runtime.errors.OutOfResources:
-                    microseconds = None
-                else:
-                    _check_results(f"{kernel} ({configuration}) on {workload.pack}", results, expected[backward])
-            timings.append(Timing(workload.op, workload.pack, kernel, shape_class, configuration, microseconds))
+                    reason = _compare(run(), expected[backward])
+                    microseconds = None if reason else time(run)
+                except Exception as error:  # compilers and drivers raise anything; the candidate loses, and says why
+                    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+            if reason and torch.cuda.is_available():
+                torch.cuda.synchronize()  # raises where nothing that follows could be measured
+            timings.append(Timing(workload.op, workload.pack, kernel, shape_class, configuration, microseconds, reason))
     return timings
 
 
-def _check_results(name: str, results: list[Tensor], expected: list[Tensor]) -> None:
+def _compare(results: list[Tensor], expected: list[Tensor]) -> str:
+    """How the results differ from those of the present choice, "" where they agree."""
     for result, right in zip(results, expected, strict=True):
         error = (result.double() - right.double()).abs().max().item()
         limit = TOLERANCE[right.dtype] * right.double().abs().max().item()
         if not error <= limit:
-            raise RuntimeError(
-                f"{name}: results differ by {error:.3g} from those of the present choice, allowed {limit:.3g}"
-            )
+            return f"results differ by {error:.3g} from those of the present choice, allowed {limit:.3g}"
+    return ""
 
 
 def choose_fastest(timings: Sequence[Timing]) -> list[dict[str, Any]]:
     """One row for each (kernel, shape class): the candidate with the least time over all of its workloads.
 
-    Raises:
-        RuntimeError: a kernel none of whose candidates runs on this GPU.
+    A kernel none of whose candidates ran on all of them has no row.
     """
     groups: dict[tuple[str, str], dict[Configuration, list[float | None]]] = defaultdict(lambda: defaultdict(list))
     for timing in timings:
@@ -219,7 +224,7 @@ def choose_fastest(timings: Sequence[Timing]) -> list[dict[str, Any]]:
     for (kernel, shape_class), candidates in groups.items():
         totals = {configuration: sum(times) for configuration, times in candidates.items() if None not in times}
         if not totals:
-            raise RuntimeError(f"{kernel} / {shape_class}: no candidate runs on this GPU")
+            continue
         best, default = min(totals, key=totals.__getitem__), totals.get(next(iter(candidates)))
         rows.append(
             {
@@ -234,8 +239,22 @@ def choose_fastest(timings: Sequence[Timing]) -> list[dict[str, Any]]:
     return rows
 
 
-def tune(ops: Sequence[str], device: torch.device) -> tuple[int, Iterator[list[Timing]]]:
+def write_timings(timings: Sequence[Timing], path: Path) -> None:
+    """Every candidate on every workload as CSV, losers and failures too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in fields(Timing)])
+        for timing in timings:
+            values = (getattr(timing, field.name) for field in fields(Timing))
+            writer.writerow(["" if value is None else value for value in values])
+
+
+def tune(ops: Sequence[str], device: torch.device, deadline: float | None = None) -> tuple[int, Iterator[list[Timing]]]:
     """Measures the ops on every pack in bf16.
+
+    Args:
+        deadline: no workload is begun after it, in seconds since the epoch.
 
     Returns:
         How many workloads there are, and an iterator over the timings of each.
@@ -252,6 +271,8 @@ def tune(ops: Sequence[str], device: torch.device) -> tuple[int, Iterator[list[T
     def run() -> Iterator[list[Timing]]:
         for op in ops:
             for pack, shapes in PACKS.items():
+                if deadline is not None and clock.time() > deadline:
+                    return
                 yield measure_workload(make_workload(op, pack, shapes, device, torch.bfloat16))
                 torch.cuda.empty_cache()
 

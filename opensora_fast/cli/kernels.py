@@ -1,6 +1,7 @@
 """List the kernels, build them for any GPU without having one, or measure their configurations on this one."""
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,27 +101,39 @@ def format_builds(rows: list[dict[str, Any]]) -> str:
 def autotune(
     out: Annotated[Path | None, typer.Option(help="File to write; default: the one that the kernels read.")] = None,
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Begin nothing after this time, such as 5m; default: all.")] = None,
+    timings: Annotated[Path | None, typer.Option(help="CSV to write with every candidate's times.")] = None,
 ) -> None:
     """Measure every candidate configuration on this GPU and write the fastest of each shape class.
 
-    The kernels read `kernels/configurations/<gpu>.json`. Needs a CUDA GPU.
+    The kernels read `kernels/configurations/<gpu>.json`. Both files are written anew after every workload. Needs a CUDA
+    GPU.
     """
     import torch
 
     from opensora_fast.benchmarks.environment import describe_environment
-    from opensora_fast.kernels.autotune import TUNED_OPS, choose_fastest, tune, write_measured
+    from opensora_fast.benchmarks.plan import parse_budget
+    from opensora_fast.kernels.autotune import TUNED_OPS, choose_fastest, tune, write_measured, write_timings
     from opensora_fast.progress import Progress
 
-    total, measured = tune(op or TUNED_OPS, torch.device("cuda"))
-    timings = []
-    with Progress("measure configurations", total=total, unit="workloads") as progress:
-        for of_workload in measured:
-            timings += of_workload
-            progress.advance(1, op=of_workload[0].op if of_workload else "nothing to choose")
-    rows = choose_fastest(timings)
+    deadline = time.time() + parse_budget(budget) if budget else None
+    total, measured = tune(op or TUNED_OPS, torch.device("cuda"), deadline)
     about = describe_environment("cuda")
     versions = {"torch": about.torch, "triton": about.triton, "commit": about.commit, "date": about.date}
-    path = write_measured(rows, torch.cuda.get_device_name(), versions, out)
+    found, rows = [], []
+    with Progress("measure configurations", total=total, unit="workloads") as progress:
+        for of_workload in measured:
+            found += of_workload
+            rows = choose_fastest(found)
+            path = write_measured(rows, torch.cuda.get_device_name(), versions, out)
+            if timings is not None:
+                write_timings(found, timings)
+            progress.advance(1, op=of_workload[0].op if of_workload else "nothing to choose")
+    if not rows:
+        raise ValueError("no candidate was measured: give a longer --budget")
+    for failed in found:
+        if failed.reason:
+            print(f"{failed.kernel} / {failed.shape_class} on {failed.pack}, {failed.configuration}: {failed.reason}")
     for row in rows:
         choice = " ".join(f"{name}={value}" for name, value in row["configuration"].items())
         default = row["default_microseconds"]

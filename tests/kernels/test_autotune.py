@@ -1,6 +1,8 @@
 """The tuner's choice among candidates, with the clock replaced: it measures on a GPU only."""
 
+import csv
 import json
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -54,16 +56,60 @@ def test_the_least_total_time_wins() -> None:
 def test_a_candidate_that_does_not_run_everywhere_loses() -> None:
     rows = choose_fastest([timing(FIRST, 1), timing(SECOND, 4), timing(FIRST, None, "b"), timing(SECOND, 4, "b")])
     assert rows[0]["configuration"] == SECOND.choices and rows[0]["default_microseconds"] is None
-    with pytest.raises(RuntimeError, match="op_forward / any: no candidate runs"):
-        choose_fastest([timing(FIRST, None)])
+    assert choose_fastest([timing(FIRST, None)]) == []
 
 
-def test_wrong_results_are_an_error(device) -> None:
+def test_candidates_with_wrong_results_lose_and_say_so(device) -> None:
     right = make_workload("gelu_tanh", "tiny", [(1, 1, 2)], device, torch.float32)
     calls = count()
     wrong = Workload("gelu_tanh", "tiny", right.inputs, lambda *inputs: right.call(*inputs) + next(calls))
-    with pytest.raises(RuntimeError, match="gelu_tanh_forward .* on tiny: results differ"):
-        measure_workload(wrong, time=lambda run: 1.0)
+    timings = measure_workload(wrong, time=lambda run: 1.0)
+    forward = [timing for timing in timings if timing.kernel == "gelu_tanh_forward"]
+    assert {timing.microseconds for timing in forward} == {None}
+    assert all("differ" in timing.reason for timing in forward)
+    assert [row["kernel"] for row in choose_fastest(timings)] == ["gelu_tanh_backward"]
+
+
+def test_a_candidate_that_fails_costs_itself(device) -> None:
+    workload = make_workload("gelu_tanh", "tiny", [(1, 1, 2)], device, torch.float32)
+    ticks = count()
+
+    def time(run) -> float:
+        if next(ticks) == 1:
+            raise RuntimeError("PTXAS error:\nno such instruction")
+        return 1.0
+
+    first, second, *others = measure_workload(workload, time)
+    assert (second.microseconds, second.reason) == (None, "RuntimeError: no such instruction")
+    assert all(timing.microseconds == 1.0 and not timing.reason for timing in [first, *others])
+
+
+def test_every_timing_is_written(tmp_path) -> None:
+    path = tmp_path / "new" / "candidates.csv"
+    autotune.write_timings([timing(FIRST, 3.5), replace(timing(SECOND, None), reason="too large")], path)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["configuration"], row["microseconds"], row["reason"]) for row in rows] == [
+        (str(FIRST), "3.5", ""),
+        (str(SECOND), "", "too large"),
+    ]
+
+
+def test_nothing_is_begun_after_the_deadline(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(autotune.clock, "time", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(autotune, "make_workload", lambda op, pack, *others: (op, pack))
+
+    def measure(workload):
+        now[0] += 1.0
+        return [workload]
+
+    monkeypatch.setattr(autotune, "measure_workload", measure)
+    total, measured = autotune.tune(["gelu_tanh"], torch.device("cuda"), deadline=102.5)
+    assert total == len(autotune.PACKS)
+    assert len(list(measured)) == 3  # begun at 100, 101 and 102
 
 
 def test_the_file_keeps_the_rows_of_other_kernels(tmp_path) -> None:
