@@ -41,9 +41,15 @@ def has_padding(head_size):
 
 
 @triton.constexpr_function
+def number_column(head_size):
+    """The first column of the tail that is padding: where a number beside the head begins."""
+    return max(head_size, wide_of(head_size))
+
+
+@triton.constexpr_function
 def carries_number(head_size):
     """True where a row's padding has room for a number beside its head."""
-    return sum(split_head(head_size)) - head_size >= PARTS.value
+    return sum(split_head(head_size)) - number_column(head_size) >= PARTS.value
 
 
 @triton.constexpr_function
@@ -122,7 +128,7 @@ def store_head(
 def append_ones(head, HEAD_SIZE: tl.constexpr):
     """A head tile with ones in the columns behind it, which take what `append_number` puts there."""
     columns = wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE))
-    ones = (columns >= HEAD_SIZE) & (columns < HEAD_SIZE + PARTS)
+    ones = (columns >= number_column(HEAD_SIZE)) & (columns < number_column(HEAD_SIZE) + PARTS)
     return head[0], tl.where(ones[None, :], 1.0, head[1]).to(head[1].dtype)
 
 
@@ -133,7 +139,7 @@ def append_number(head, numbers, HEAD_SIZE: tl.constexpr):
     tail = head[1]
     for part in tl.static_range(PARTS):
         rounded = numbers.to(tail.dtype)
-        tail = tl.where(columns == HEAD_SIZE + part, rounded[:, None], tail)
+        tail = tl.where(columns == number_column(HEAD_SIZE) + part, rounded[:, None], tail)
         numbers -= rounded.to(tl.float32)
     return head[0], tail
 

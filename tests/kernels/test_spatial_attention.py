@@ -123,10 +123,9 @@ def frame_class(request, monkeypatch) -> str:
     return request.param
 
 
-@pytest.mark.parametrize(
-    "head_size", [72, 88, 64, 80], ids=lambda size: f"head {size}"
-)  # with room for a number, and without
+@pytest.mark.parametrize("head_size", [72, 8, 64], ids=lambda size: f"head {size}")
 def test_both_classes_of_frames(frame_class, head_size, dtype, device, compare) -> None:
+    """A head of 64 columns has no padding for a number; one of 8 leaves all of the second tile to it."""
     compare(make_inputs([(2, 3, 3), (1, 9, 15), (1, 1, 1)], dtype, device, heads=2, head_size=head_size))
 
 
