@@ -243,7 +243,7 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
         tensor = tensor.to(torch.int32)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    return PackLayout(
+    layout = PackLayout(
         shapes=shapes,
         device=device,
         token_offsets=place(_starts(tokens)),
@@ -260,6 +260,11 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
             longest: tuple(place(table) for table in _tile_places(shapes, longest)) for longest in PLACE_BLOCK_ROWS
         },
     )
+    # Now, not when first asked for: torch.compile would take that for a change and compile everything a second time.
+    for name, member in vars(PackLayout).items():
+        if isinstance(member, cached_property):
+            getattr(layout, name)
+    return layout
 
 
 def _tile_frames(tokens_of_frame: Tensor, frames: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -5,15 +5,16 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from opensora_fast import STDiT2Config
 from opensora_fast.benchmarks.accuracy import distance, norm
 from opensora_fast.benchmarks.contest import op_results
-from opensora_fast.benchmarks.providers import attention, elementwise, flex
+from opensora_fast.benchmarks.providers import attention, blocks, elementwise, flex
 from opensora_fast.benchmarks.providers.attention_work import KINDS, make_pack_attention_work, sequence_lengths
-from opensora_fast.benchmarks.providers.blocks import BLOCK_PROVIDERS, make_block_work
+from opensora_fast.benchmarks.providers.blocks import BLOCK_PROVIDERS, block_provider, make_block_work
 from opensora_fast.benchmarks.providers.models import (
     MODEL_PROVIDERS,
     compute_losses,
@@ -140,6 +141,19 @@ def test_a_block_is_built_on_another_device_than_the_host():
     assert work.device == "meta" and work.layout.num_tokens == pack.tokens
     tensors = [*work.leaves.values(), work.frequencies, work.layout.video_table]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_blocks_on_one_layout_share_one_compiled_graph(monkeypatch):
+    """What the first block asks a layout is no change to it, for which the second would be compiled anew."""
+    counter = CompileCounter()
+    monkeypatch.setattr(blocks, "compiled", lambda function: torch.compile(function, backend=counter, dynamic=False))
+    pack = Pack("mixed", (Workload("144p", 2, 2), Workload("256", 1, 1)))  # sizes that no other test has
+    work = make_block_work(CONFIG, pack, 5, "cpu", torch.float32)
+    compute = block_provider(VARIANT_OF["compile"]).prepare(work)
+    torch._dynamo.reset()
+    first, second = compute(), compute()
+    assert counter.frame_count == 1
+    assert_same({"output": second}, {"output": first})
 
 
 @pytest.fixture(scope="module")
