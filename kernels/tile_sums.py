@@ -20,7 +20,8 @@ from .registration import on_device
 CONFIGURATION = Configuration(BLOCK_TILES=64, BLOCK_COLUMNS=32, num_warps=4, num_stages=1)
 
 
-@triton.jit
+# Nothing is gained by knowing that these are 1 or multiples of 16, and each would be a build of its own.
+@triton.jit(do_not_specialize=["num_tiles", "num_videos"])
 def sum_tiles(
     partials,  # float32 [sums, tiles, C]
     tiles,  # int32 [tiles, 3] or None: their third column is the frame
