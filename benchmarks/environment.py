@@ -45,7 +45,7 @@ def describe_environment(device: str, commit: str | None = None) -> Environment:
         commit: of a copied tree, as `git describe --always --abbrev=40 --dirty` prints it where the copy was made.
 
     Raises:
-        ValueError: a commit is given for a tree that knows its own, or it is no commit.
+        ValueError: the commit is no commit, or the tree is a checkout of another.
     """
     commit, dirty = find_source_state(commit)
     return Environment(
@@ -86,7 +86,8 @@ def find_source_state(commit: str | None = None, root: Path | None = None) -> tu
     found = _run_git(root, "rev-parse", "HEAD")
     # A source tree copied into another project's checkout must not take that one's commit.
     if found is not None and _run_git(root, "ls-files", "--error-unmatch", "benchmarks/environment.py") is not None:
-        if commit is not None:
+        given = found if commit is None else commit.removesuffix(DIRTY_SUFFIX)
+        if not given or not found.startswith(given):  # its own may be given: one command serves it and a copy
             raise ValueError(f"--commit {commit}: the sources are a checkout of {found[:12]}; leave --commit out")
         changes = _run_git(root, "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
         return found, changes != ""

@@ -38,7 +38,17 @@ def test_a_checkout_knows_its_commit_and_whether_it_is_changed(checkout):
     (checkout / "new.py").write_text("")
     assert find_source_state(root=checkout) == (commit, True)
     with pytest.raises(ValueError, match=f"a checkout of {commit[:12]}; leave --commit out"):
-        find_source_state(commit, checkout)
+        find_source_state("a" * 40, checkout)
+
+
+def test_a_checkout_may_be_told_its_own_commit(checkout):
+    """So that one command serves it and a copy of it; whether it is changed is found out, not believed."""
+    commit, _ = find_source_state(root=checkout)
+    for given in (commit, commit[:12], f"{commit}-dirty"):
+        assert find_source_state(given, checkout) == (commit, False)
+    for given in ("", "-dirty"):
+        with pytest.raises(ValueError, match="leave --commit out"):
+            find_source_state(given, checkout)
 
 
 @pytest.mark.parametrize(
