@@ -29,6 +29,11 @@ def use_interpreter(interpreter: None) -> None:
     pass
 
 
+# What `with torch.device(…)` applies to is kept from its first use on, which must not be while `poison` is in force.
+with torch.device("cpu"):
+    torch.empty(0)
+
+
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills uninitialized memory with NaN (or the largest integer), so that an element nobody writes shows."""
