@@ -71,6 +71,7 @@ def examine() -> Report:
     _examine_required(report)
     _examine_dali(report)
     _examine_apex(report)
+    _examine_interpreter(report)
     for name, (purpose, fix) in OPTIONAL.items():
         version = find_version(name)
         report.packages.append(
@@ -115,6 +116,15 @@ def _examine_dali(report: Report) -> None:
     report.decoders = ["PyAV (CPU, any codec)"] if find_version("av") else []
     if real is not None:
         report.decoders.append("DALI on the CPU (VP8, VP9, MJPEG)")
+
+
+def _examine_interpreter(report: Report) -> None:
+    version = find_version("numpy")
+    if version and tuple(map(int, version.split(".")[:2])) >= (2, 4):
+        report.notes.append(
+            f"Triton's interpreter, which runs kernels on the CPU (TRITON_INTERPRET=1), needs numpy below 2.4, "
+            f"but {version} is installed: pip install 'numpy<2.4'"
+        )
 
 
 def _examine_apex(report: Report) -> None:

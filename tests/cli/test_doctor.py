@@ -57,6 +57,14 @@ def test_optional_packages_are_no_problem(versions):
     assert not any("DALI" in decoder for decoder in report.decoders)
 
 
+@pytest.mark.parametrize(("version", "is_told"), [("2.3.5", False), ("2.4.0", True), ("3.0.0rc1", True)])
+def test_a_numpy_that_the_interpreter_does_not_take_is_told(versions, version, is_told):
+    versions(numpy=version)
+    report = doctor.examine()
+    assert any(f"needs numpy below 2.4, but {version} is installed" in note for note in report.notes) == is_told
+    assert report.problems == []
+
+
 def test_the_dali_placeholder_is_told(versions):
     versions(nvidia_dali="1.0.0", nvidia_dali_cuda130="2.4.0")
     report = doctor.examine()

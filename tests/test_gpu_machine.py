@@ -1,0 +1,41 @@
+"""A GPU machine without network has torch, triton and little else: what is meant for it must start there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Neither the suites nor the GPU tests of the kernels may need these.
+ABSENT = ("av", "bs4", "diffusers", "ftfy", "matplotlib", "nvidia.dali", "pandas", "pyarrow", "PIL", "transformers")
+
+
+@pytest.fixture
+def run_there():
+    """Runs Python code in a process in which ABSENT cannot be imported; returns what it prints."""
+
+    def run(code: str) -> str:
+        code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); {code}"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+        return result.stdout
+
+    return run
+
+
+def test_the_gpu_tests_of_the_readme_are_collected(run_there):
+    folders = re.search(r"pytest -m gpu ((?:tests/\w+ ?)+)", (ROOT / "README.md").read_text())[1].split()
+    arguments = ["-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", *folders]
+    output = run_there(f"import pytest; sys.exit(pytest.main({arguments!r}))")
+    assert "bfloat16" in output and "test_losses_never_wait_for_the_gpu" in output
+    assert "error" not in output.splitlines()[-1]
+
+
+def test_the_plan_of_the_first_runs_is_printed(run_there):
+    words = ["bench", "--list", "--suite", "push", "--device", "cuda"]
+    output = run_there(
+        f"import opensora_fast.benchmarks.worker; from opensora_fast.cli import run; sys.exit(run({words!r}))"
+    )
+    assert "fits into 540 s" in output
