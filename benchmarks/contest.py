@@ -20,8 +20,8 @@ from .accuracy import OUTPUT, Judgement, Named, Yardstick, norm
 from .clocks import watch_clocks
 from .providers.provider import Bound, Outputs, Provider
 from .rows import Row
-from .session import DeviceLostError, Refused, Session
-from .timing import Call, Sampling, peak_memory, release_memory, time_interleaved
+from .session import CaseStopped, DeviceLostError, Refused, Session
+from .timing import Call, Sampling, SamplingStopped, peak_memory, release_memory, time_interleaved
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 
@@ -70,8 +70,13 @@ def run_contest(contest: Contest, session: Session) -> tuple[list[Row], list[Ref
 
     Raises:
         DeviceLostError: a provider left the GPU in a state in which nothing else can run; its row is in the error.
+        CaseStopped: for a KeyboardInterrupt, with what is measured.
     """
-    return _Run(contest, session).measure()
+    run = _Run(contest, session)
+    try:
+        return run.measure()
+    except KeyboardInterrupt:
+        raise CaseStopped(run.rows, run.refused) from None
 
 
 class _Run:
@@ -191,13 +196,17 @@ class _Run:
         contest, device = self.contest, self.contest.work.device
         alone = [self._row(providers[name], direction) for name in calls] if len(calls) == 1 else []
         with self.session.watch(alone, "samples"), watch_clocks(device, contest.total_memory) as clocks:
-            times = time_interleaved(
-                calls,
-                device,
-                contest.sampling,
-                self.session.beat,
-                lambda name, error: self._give_up([self._row(providers[name], direction)], describe(error)),
-            )
+            stopped = None
+            try:
+                times = time_interleaved(
+                    calls,
+                    device,
+                    contest.sampling,
+                    self.session.beat,
+                    lambda name, error: self._give_up([self._row(providers[name], direction)], describe(error)),
+                )
+            except SamplingStopped as stop:
+                times, stopped = stop.times, stop
         sm_clock, memory_clock = clocks
         count = contest.counts.get(direction, Count())
         for name, measured in times.items():
@@ -220,6 +229,8 @@ class _Run:
                 memory_clock_mhz=memory_clock,
             )
             self.rows.append(self.session.with_roofline_share(row))
+        if stopped is not None:
+            raise stopped
 
     # ---- what a provider costs ----
 

@@ -13,8 +13,8 @@ from .case import Outcome
 from .clocks import watch_clocks
 from .contest import describe, release_or_lose
 from .rows import Row
-from .session import Refused, Session
-from .timing import Call, Sampling, peak_memory, time_interleaved
+from .session import CaseStopped, Refused, Session
+from .timing import Call, Sampling, SamplingStopped, peak_memory, time_interleaved
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,30 @@ def run_race(
 
     Args:
         clock: "cpu" for work that the host does, whatever the session's device is; None: the device's.
+
+    Raises:
+        DeviceLostError: an entry left the GPU in a state in which nothing else can run; its row is in the error.
+        CaseStopped: for a KeyboardInterrupt, with what is measured.
     """
-    clock = clock or session.device
     rows: list[Row] = []
     refused: list[Refused] = []
+    try:
+        _race(template, entries, sampling, session, clock or session.device, rows, refused)
+    except KeyboardInterrupt:
+        raise CaseStopped(rows, refused) from None
+    return rows, refused
+
+
+def _race(
+    template: Row,
+    entries: Sequence[Entry],
+    sampling: Sampling,
+    session: Session,
+    clock: str,
+    rows: list[Row],
+    refused: list[Refused],
+) -> None:
+    """As `run_race`, into `rows` and `refused`."""
     calls: dict[str, Call] = {}
     ready: dict[str, tuple[Row, Entry, Check, int]] = {}
 
@@ -92,12 +112,16 @@ def run_race(
         name = f"{entry.provider} {entry.direction}"
         calls[name], ready[name] = call, (row, entry, found, memory)
     if not calls:
-        return rows, refused
+        return
     alone = [ready[name][0] for name in calls] if len(calls) == 1 else []
     with session.watch(alone, "samples"), watch_clocks(clock, during=False) as clocks:
-        times = time_interleaved(
-            calls, clock, sampling, session.beat, lambda name, error: give_up(ready[name][0], describe(error))
-        )
+        stopped = None
+        try:
+            times = time_interleaved(
+                calls, clock, sampling, session.beat, lambda name, error: give_up(ready[name][0], describe(error))
+            )
+        except SamplingStopped as stop:
+            times, stopped = stop.times, stop
     sm_clock, memory_clock = clocks
     for name, measured in times.items():
         row, entry, found, memory = ready[name]
@@ -119,7 +143,8 @@ def run_race(
         )
         session.learn([row])
         rows.append(session.with_roofline_share(row))
-    return rows, refused
+    if stopped is not None:
+        raise stopped
 
 
 def relative_check(actual: torch.Tensor, exact: torch.Tensor, limit: float) -> Check:

@@ -11,7 +11,7 @@ from opensora_fast.progress import Progress
 from .case import Case
 from .contest import describe
 from .rows import Key, Row
-from .session import DeviceLostError, Refused, Session
+from .session import CaseStopped, DeviceLostError, Refused, Session
 from .timing import release_memory
 
 SHORTEST_CASE_S = 2.0  # no case is begun with less of the budget left, nor with less than its estimate
@@ -91,6 +91,12 @@ def _measure(
     except DeviceLostError as error:
         session.record(error.rows)
         report.rows += error.rows
+        raise
+    except CaseStopped as stop:
+        rows = [row for row in stop.rows if row.key not in finished]
+        session.record(rows, stop.refused)
+        report.rows += rows
+        report.refused += stop.refused
         raise
     except Exception as error:  # what all its providers share failed, the float64 reference for example
         rows, refused = failed_rows(case, session, names, describe(error)), []

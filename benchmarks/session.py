@@ -48,6 +48,14 @@ class DeviceLostError(Exception):
         self.rows = list(rows)
 
 
+class CaseStopped(KeyboardInterrupt):
+    """Someone stopped a case; `rows` and `refused` are what it knew by then."""
+
+    def __init__(self, rows: Sequence[Row], refused: Sequence[Refused]):
+        super().__init__()
+        self.rows, self.refused = list(rows), list(refused)
+
+
 def threads_of(device: str) -> AbstractContextManager[None]:
     """On the CPU everything is measured with one thread.
 

@@ -28,6 +28,14 @@ class Times:
         return self.milliseconds[index]
 
 
+class SamplingStopped(KeyboardInterrupt):
+    """Someone stopped the sampling; `times` are of the implementations that had samples enough by then."""
+
+    def __init__(self, times: dict[str, Times]):
+        super().__init__()
+        self.times = times
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How samples are taken.
@@ -66,6 +74,9 @@ def time_interleaved(
 
     Returns:
         implementation → its times. Fewer than `min_samples` says that the budget was short.
+
+    Raises:
+        SamplingStopped: for a KeyboardInterrupt.
     """
     take = _cuda_sampler() if device == "cuda" else _cpu_sample
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -108,10 +119,16 @@ def time_interleaved(
             enough = rounds * sampling.samples_per_turn >= sampling.min_samples
             if enough and time.perf_counter() - start > sampling.budget_s / 4:
                 break
+    except KeyboardInterrupt:
+        raise SamplingStopped(_times(samples, FEWEST_ROUNDS)) from None
     finally:
         if enabled:
             gc.enable()
-    return {name: Times(tuple(sorted(values))) for name, values in samples.items()}
+    return _times(samples)
+
+
+def _times(samples: Mapping[str, list[float]], fewest: int = 1) -> dict[str, Times]:
+    return {name: Times(tuple(sorted(values))) for name, values in samples.items() if len(values) >= fewest}
 
 
 def peak_memory(call: Call, device: str, total: bool = False) -> int:

@@ -12,8 +12,8 @@ from opensora_fast.benchmarks.plan import Death
 from opensora_fast.benchmarks.race import Check, Entry, run_race
 from opensora_fast.benchmarks.rows import read_folder
 from opensora_fast.benchmarks.runner import Report, run_cases
-from opensora_fast.benchmarks.session import DeviceLostError, Session, threads_of
-from opensora_fast.benchmarks.timing import Sampling, time_interleaved
+from opensora_fast.benchmarks.session import CaseStopped, DeviceLostError, Session, threads_of
+from opensora_fast.benchmarks.timing import FEWEST_ROUNDS, Sampling, time_interleaved
 from opensora_fast.benchmarks.worker import record_deaths
 from opensora_fast.cpu_threads import cpu_threads
 
@@ -114,6 +114,30 @@ def test_an_interruption_keeps_what_was_recorded(tmp_path):
             report=report,
         )
     assert len(report.rows) == len(read_folder(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("samples", [FEWEST_ROUNDS - 1, FEWEST_ROUNDS])
+def test_a_race_that_is_stopped_keeps_what_is_known(samples):
+    """The entry that cannot run, the one that is wrong, and the times of the third, if there are enough."""
+    calls = []
+
+    def third() -> None:
+        calls.append(None)
+        if len(calls) > 2 + 3 + samples:  # check and memory, warming up, samples
+            raise KeyboardInterrupt
+
+    entries = [
+        Entry("absent", "1", "copy", lambda: None, missing="not here"),
+        Entry("wrong", "1", "copy", lambda: (lambda: None, lambda: Check(1.0, 0.5))),
+        Entry("third", "1", "copy", lambda: (third, lambda: Check(0.0, 0.0))),
+    ]
+    template = make_row(level="copy", op="", workload="x")
+    with pytest.raises(CaseStopped) as stopped:
+        run_race(template, entries, Sampling(10.0, min_samples=10**9), Session("cpu"))
+    known = [(row.provider, row.status, row.samples) for row in stopped.value.rows]
+    third_row = [("third", "ok", samples)] if samples >= FEWEST_ROUNDS else []
+    assert known == [("absent", "unavailable", 30), *third_row]
+    assert [item.row.provider for item in stopped.value.refused] == ["wrong"]
 
 
 def test_without_time_left_nothing_begins():

@@ -14,6 +14,7 @@ from opensora_fast.benchmarks import supervise as supervise_module
 from opensora_fast.benchmarks.plan import DONE, ERROR, INTERRUPTED, RESTART, WRONG, Plan, parse_budget
 from opensora_fast.benchmarks.rows import read_folder
 from opensora_fast.benchmarks.supervise import supervise
+from opensora_fast.benchmarks.timing import FEWEST_ROUNDS
 
 HERE = Path(__file__).parent
 WORKER = [sys.executable, str(HERE / "toy_worker.py")]
@@ -146,15 +147,42 @@ def test_providers_that_take_the_process_down_cost_their_own_rows(tmp_path, capf
     assert "wrong, so no time: op toy forward size 64 ours" in capfd.readouterr().out
 
 
-def test_an_interrupted_run_keeps_its_rows_and_goes_on_later(tmp_path):
+def start_worker(folder, cases):
+    """A supervisor in a process of its own, over the real worker."""
     code = f"""
 import sys
 from opensora_fast.benchmarks.plan import Plan
 from opensora_fast.benchmarks.supervise import supervise
-sys.exit(supervise(Plan.from_json(sys.argv[1]), command={[*WORKER, "slow"]!r}))
+from opensora_fast.benchmarks.timing import FEWEST_ROUNDS
+sys.exit(supervise(Plan.from_json(sys.argv[1]), command={[*WORKER, cases]!r}))
 """
-    command = [sys.executable, "-c", code, make_plan(tmp_path).to_json()]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-c", code, make_plan(folder).to_json()]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_a_case_that_is_stopped_writes_what_it_has_measured(tmp_path):
+    """While forward is sampled: that has its times, backward has not begun, and the next run measures only that."""
+    process = start_worker(tmp_path, "long")
+    deadline, state = time.time() + 100, ""
+    while "samples" not in state and time.time() < deadline:
+        time.sleep(0.1)
+        state = (tmp_path / "running.json").read_text() if (tmp_path / "running.json").exists() else ""
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED and f"rows: {tmp_path}" in output
+    rows = {(row.provider, row.direction): row for row in read_folder(tmp_path)}
+    assert {key: row.status for key, row in rows.items()} == {
+        ("absent", "forward"): "unavailable",
+        ("absent", "forward+backward"): "unavailable",
+        ("eager", "forward"): "ok",
+        ("other", "forward"): "ok",
+    }
+    assert all(row.samples >= FEWEST_ROUNDS and row.p50_ms > 0 for row in rows.values() if row.status == "ok")
+
+
+def test_an_interrupted_run_keeps_its_rows_and_goes_on_later(tmp_path):
+    process = start_worker(tmp_path, "slow")
     deadline = time.time() + 100
     while len(read_folder(tmp_path)) < 4 and time.time() < deadline:
         time.sleep(0.1)

@@ -63,8 +63,18 @@ def slow_case(index: int) -> Case:
     return replace(toy_case(["eager"], size=100 + index, value=1.0 - index / 100), measure=measure)
 
 
+def long_case() -> Case:
+    """Samples for ten minutes, if it may."""
+
+    def measure(session: Session, chosen: Sequence[str]) -> Outcome:
+        return run_contest(replace(toy_contest(chosen), sampling=Sampling(600.0, min_samples=10**9)), session)
+
+    return replace(toy_case(["absent", "eager", "other"]), measure=measure)
+
+
 CASES = {
     "evil": lambda: [lost_case(), case_with(EVIL, 48, 2.0), case_with(WRONG, 64, 1.0), toy_case(["eager"], 80, 0.5)],
+    "long": lambda: [long_case()],
     "slow": lambda: [slow_case(index) for index in range(100)],
 }
 
