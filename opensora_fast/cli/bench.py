@@ -47,11 +47,12 @@ def command(
         for folder in report:
             _write_report(folder)
         return
-    device = device if show and device else _choose_device(device)
+    from opensora_fast.benchmarks.suites import list_cases
+    from opensora_fast.device import choose_device
+
+    device = device if show and device else choose_device(device).type
     words = [word for text in only or () for word in text.split()]
     names = providers.split(",") if providers else None
-    from opensora_fast.benchmarks.suites import list_cases
-
     cases = list_cases(suite, device, names, words)
     if show:
         from opensora_fast.benchmarks.summary import format_plan
@@ -61,17 +62,6 @@ def command(
     if out is None:
         raise ValueError("--out is missing: give a folder for the rows, for example --out outputs/bench")
     raise typer.Exit(_measure(out, suite, device, budget, names, words, commit, refresh))
-
-
-def _choose_device(device: str | None) -> str:
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device!r}: use cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA GPU; use --device cpu, or see `opensora-fast doctor`")
-    return device
 
 
 def _measure(

@@ -28,8 +28,6 @@ def attention(
     ] = False,
 ) -> None:
     """One table, length by length; a plot; the rows as CSV."""
-    import torch
-
     from opensora_fast.benchmarks.attention_profile import (
         DEFAULT_LENGTHS,
         format_rows,
@@ -38,12 +36,9 @@ def attention(
         write_profile,
     )
     from opensora_fast.benchmarks.plan import parse_budget
+    from opensora_fast.device import choose_device
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device!r}: use cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA GPU; use --device cpu, or see `opensora-fast doctor`")
+    device = choose_device(device).type
     try:
         lengths = None if seqlens is None else [int(part) for part in seqlens.split(",")]
     except ValueError:

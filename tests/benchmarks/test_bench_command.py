@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from opensora_fast.benchmarks.rows import read_folder
 from opensora_fast.cli import run
@@ -25,7 +26,6 @@ COMMAND = [sys.executable, "-m", "opensora_fast", "bench", "--device", "cpu"]
         (["--out", "x", "--budget", "soon"], "--budget 'soon': write a time such as 9m"),
         (["--out", "x", "--commit", "main"], "--commit main: "),
         ([], "--out is missing: give a folder for the rows"),
-        (["--device", "tpu"], "--device 'tpu': use cpu or cuda"),
     ],
 )
 def test_a_mistake_is_one_message(tmp_path, monkeypatch, capsys, arguments, message):
@@ -34,6 +34,17 @@ def test_a_mistake_is_one_message(tmp_path, monkeypatch, capsys, arguments, mess
     captured = capsys.readouterr()
     assert message in captured.err and "Traceback" not in captured.err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", [["bench"], ["profile", "attention"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda", "torch finds no GPU; `opensora-fast doctor` says why"), ("tpu", "choose cpu or cuda")]
+)
+def test_a_device_that_is_not_here_is_refused_as_in_training(tmp_path, monkeypatch, capsys, command, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run([*command, "--device", device, "--out", str(tmp_path / "rows")]) == 1
+    assert f"--device {device}: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "rows").exists()
 
 
 def test_the_plan_can_be_read_without_measuring(capsys):
