@@ -38,7 +38,8 @@ def test_a_mistake_is_one_message(tmp_path, monkeypatch, capsys, arguments, mess
 
 @pytest.mark.parametrize("command", [["bench"], ["profile", "attention"]], ids=" ".join)
 @pytest.mark.parametrize(
-    ("device", "message"), [("cuda", "torch finds no GPU; `opensora-fast doctor` says why"), ("tpu", "choose cpu or cuda")]
+    ("device", "message"),
+    [("cuda", "torch finds no GPU; `opensora-fast doctor` says why"), ("tpu", "choose cpu or cuda")],
 )
 def test_a_device_that_is_not_here_is_refused_as_in_training(tmp_path, monkeypatch, capsys, command, device, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
