@@ -122,8 +122,8 @@ def adamw(
     Raises:
         ValueError: a shape, dtype, device or stride that does not fit, naming the argument.
     """
+    check_tensor("adamw", "gradient", gradient, (None,), None)
     size = (gradient.numel(),)
-    check_tensor("adamw", "gradient", gradient, size, gradient.device)
     floats = {"norm": norm, "step": step, "master": master, "first_moment": first_moment}
     floats |= {"second_moment": second_moment, "average": average}
     for name, tensor in {**floats, "working": working}.items():

@@ -10,8 +10,10 @@ from .layout import PackLayout
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensor(op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
-    """`shape` may hold None for a size that is free."""
+def check_tensor(
+    op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device | None
+) -> None:
+    """`shape` may hold None for a size that is free; a `device` of None stands for any."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     fits = tensor.ndim == len(shape) and all(
@@ -20,7 +22,7 @@ def check_tensor(op: str, name: str, tensor: Tensor, shape: tuple[int | None, ..
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({wanted})")
-    if tensor.device != device:
+    if device is not None and tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, but the tokens are on {device}")
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected a floating-point dtype")

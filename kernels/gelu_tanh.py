@@ -37,7 +37,7 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
     """
-    check_tensor("gelu_tanh", "x", x, (None, None), x.device)
+    check_tensor("gelu_tanh", "x", x, (None, None), None)
     if bias is not None:
         check_tensor("gelu_tanh", "bias", bias, (x.shape[1],), x.device)
     dtype = output_dtype(x, bias)

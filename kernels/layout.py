@@ -9,6 +9,7 @@ N tokens of all videos together, P places (sum of S over videos), M text tokens 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -89,7 +90,11 @@ class PackLayout:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        return _layout_of(tuple(tuple(int(size) for size in shape) for shape in shapes), device)
+        try:
+            whole = tuple(tuple(operator.index(size) for size in shape) for shape in shapes)
+        except TypeError:
+            raise ValueError(f"PackLayout: shapes {shapes}; give whole numbers (T, H, W) for each video") from None
+        return _layout_of(whole, device)
 
     @property
     def num_videos(self) -> int:
@@ -333,9 +338,12 @@ class TextLayout:
         """Returns the layout of texts of `lengths` tokens that lie one after another.
 
         Raises:
-            ValueError: no text, or a negative length.
+            ValueError: no text, or a length that is negative or not whole.
         """
-        lengths = [int(length) for length in lengths]
+        try:
+            lengths = [operator.index(length) for length in lengths]
+        except TypeError:
+            raise ValueError(f"TextLayout: lengths {lengths}; give a whole number for each video") from None
         if not lengths or min(lengths) < 0:
             raise ValueError(f"TextLayout: lengths {lengths}; give one for each video, each at least 0")
         counts = torch.tensor(lengths, device="cpu")

@@ -80,8 +80,10 @@ class STDiT2(nn.Module):
         """Recomputes activations in backward for the first `blocks` blocks (True: all, False: none).
 
         Raises:
-            ValueError: more blocks than the model has, or a negative number.
+            ValueError: more blocks than the model has, or a number that is negative or not whole.
         """
+        if not isinstance(blocks, int):
+            raise ValueError(f"set_checkpointing: {blocks!r}; give True, False or a whole number of blocks")
         blocks = len(self.blocks) if blocks is True else int(blocks)
         if not 0 <= blocks <= len(self.blocks):
             raise ValueError(f"set_checkpointing: {blocks} blocks, but the model has {len(self.blocks)}")

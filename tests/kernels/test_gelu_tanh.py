@@ -93,6 +93,8 @@ def test_registration_and_full_graph_compilation(device) -> None:
 
 def test_wrong_arguments_are_named(device) -> None:
     x = torch.zeros(3, 8, device=device)
+    with pytest.raises(ValueError, match="gelu_tanh: x must be a tensor, got NoneType"):
+        ours(None)
     with pytest.raises(ValueError, match="gelu_tanh: x has shape"):
         ours(x[0])
     with pytest.raises(ValueError, match="gelu_tanh: bias has shape"):

@@ -1,5 +1,6 @@
 """Tile tables of the pack layout."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,6 +45,23 @@ def test_tiles_of_a_frame_are_equally_long() -> None:
 def test_an_unknown_tile_size_is_named() -> None:
     with pytest.raises(ValueError, match="size 48 is not one of"):
         PackLayout.of([(1, 2, 2)], "cpu").frame_tiles(48)
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3.5, 4)], [(2, 3.0, 4)], [2, 3, 4], [("2", 3, 4)], [(None, 3, 4)]])
+def test_shapes_that_are_not_whole_numbers_are_named(shapes) -> None:
+    with pytest.raises(ValueError, match="give whole numbers"):
+        PackLayout.of(shapes, "cpu")
+
+
+def test_lengths_of_texts_that_are_not_whole_numbers_are_named() -> None:
+    with pytest.raises(ValueError, match="TextLayout: lengths .*2.5.*; give a whole number for each video"):
+        TextLayout.from_lengths([3, 2.5], torch.device("cpu"))
+
+
+def test_whole_numbers_of_any_type_make_a_layout() -> None:
+    given = PackLayout.of([torch.tensor([2, 3, 4]), np.array([1, 5, 6])], "cpu")
+    assert given is PackLayout.of([(2, 3, 4), (1, 5, 6)], "cpu")
+    assert TextLayout.from_lengths(torch.tensor([3, 2]), torch.device("cpu")).num_tokens == 5
 
 
 def test_a_layout_first_made_in_inference_mode_serves_training_later() -> None:

@@ -287,6 +287,16 @@ def test_broken_files_of_a_model_folder_are_named(tmp_path, name, content, messa
         STDiT2.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("blocks", [1.5, "2", None, -1, 3])
+def test_checkpointing_takes_a_number_of_blocks_that_the_model_has(blocks):
+    model = random_model()
+    with pytest.raises(ValueError, match=f"set_checkpointing: {blocks!r}"):
+        model.set_checkpointing(blocks)
+    for given, kept in ((True, len(model.blocks)), (False, 0), (1, 1)):
+        model.set_checkpointing(given)
+        assert model.checkpointed_blocks == kept
+
+
 def test_upstreams_rounding_is_an_option_that_only_matters_below_float32():
     videos, conditions, _ = random_pack([(4, 4, 4)], masked=False)
     conditions["timestep"] = torch.tensor([333.0])
