@@ -47,7 +47,12 @@ def check_table(op: str, name: str, table: Tensor, length: int, layout: PackLayo
 
 
 def check_modulation(op: str, x: Tensor, layout: PackLayout, frame_rows: Tensor, **tables: Tensor | None) -> None:
-    """x [N, C]; each table [R, C] with the same R, only `gate` may be None; frame_rows int32 [F]."""
+    """x [N, C]; each table [R, C] with the same R, only `gate` may be None; frame_rows int32 [F].
+
+    Reading the numbers in frame_rows would wait for the GPU, and kernels trust them. So they must be those of the
+    layout: tables of B rows go with `frame_video`, which `modulation_rows` returns where no frame is given, and any
+    others need the 2·B rows that they may point to.
+    """
     check_tokens(op, "x", x, layout, None)
     if x.shape[1] < 2:
         raise ValueError(f"{op}: x has {x.shape[1]} channels, expected at least 2")
@@ -63,6 +68,11 @@ def check_modulation(op: str, x: Tensor, layout: PackLayout, frame_rows: Tensor,
                 f"{op}: {name} has {rows} rows, expected {layout.num_videos} (one per video) or "
                 f"{2 * layout.num_videos} (noised rows, then given rows)"
             )
+    if rows == layout.num_videos and frame_rows is not layout.frame_video:
+        raise ValueError(
+            f"{op}: tables of {rows} rows go with layout.frame_video; these frame_rows may point to given rows, so the "
+            f"tables need {2 * rows}"
+        )
 
 
 def check_qk_weights(

@@ -64,7 +64,7 @@ def gate_residual(
         x: [N, C] residual stream.
         branch: [N, C] output of the branch's last matrix product, its bias not yet added.
         gate: [R, C], or None for a gate of one.
-        frame_rows: int32 [F], from `layout.modulation_rows`.
+        frame_rows: int32 [F], from `layout.modulation_rows`; tables of B rows go with `layout.frame_video` only.
         layout: the pack's layout.
         bias: [C] or None.
         backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.

@@ -43,7 +43,7 @@ def modulated_norm(
     Args:
         x: [N, C] tokens.
         shift, scale: [R, C]; may be strided views of one table.
-        frame_rows: int32 [F], from `layout.modulation_rows`.
+        frame_rows: int32 [F], from `layout.modulation_rows`; tables of B rows go with `layout.frame_video` only.
         layout: the pack's layout.
         eps: added to the variance.
         backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.

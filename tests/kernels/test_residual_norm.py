@@ -251,3 +251,14 @@ def test_wrong_arguments_are_named(op, device) -> None:
             call(**right | {name: None})
     with pytest.raises(ValueError, match=f"{op}: x has 1 channels, expected at least 2"):
         call(**make_inputs(op, layout, rows=1, dtype=torch.float32, channels=1))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_rows_of_given_frames_need_tables_that_hold_them(op, device) -> None:
+    """A kernel would read behind tables of one row a video; nobody waits for the GPU to look at the numbers."""
+    layout, frame_rows = make_layout([(2, 1, 3), (3, 2, 2)], device, masked=True)
+    for backend in ("triton", "reference"):
+        with pytest.raises(ValueError, match=f"{op}: tables of 2 rows go with layout.frame_video.* need 4"):
+            make_call(op, layout, frame_rows, backend)(**make_inputs(op, layout, 2, torch.float32))
+        for rows, number in ((layout.frame_video, 2), (layout.frame_video, 4), (frame_rows, 4)):
+            make_call(op, layout, rows, backend)(**make_inputs(op, layout, number, torch.float32))
