@@ -1,7 +1,7 @@
 """What carries the plan of this project, in the order of what each second of a GPU tells: for two runs of nine minutes.
 
     opensora-fast bench --suite push --list                          the plan, with what fits into which time
-    opensora-fast bench --suite push --budget 9m --out results       and again with the same --out: it goes on
+    opensora-fast bench --suite push --budget 9m --out outputs/push       and again with the same --out: it goes on
 
 Ceilings at the exact shapes, the memory-bound ops and the attention libraries at head size 72, whole steps at five
 resolutions beside their peers, a sustained step, attention over length, blocks, packs of mixed shapes, the steps
