@@ -20,17 +20,20 @@ class EMA:
         decay: 0.9999 in Open-Sora.
 
     Attributes:
-        flat: float32, laid out as the optimizer's weights.
-        average: views of it by parameter name.
+        flat: float32, of the optimizer's shard, as its masters.
     """
 
     def __init__(self, optimizer: "MasterAdamW", decay: float) -> None:
         self.decay = decay
-        self.flat = optimizer.layout.gather(optimizer.masters, torch.float32, optimizer.device)
-        self.average = optimizer.layout.views(self.flat)
+        self.flat = optimizer.master.clone()
+        self._optimizer = optimizer
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """The average by parameter name; see `MasterAdamW.collect`."""
+        return self._optimizer.collect(self.flat)
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Set the average from a state dict that holds at least its names."""
-        for name, value in self.average.items():
-            value.copy_(state[name])
+        self._optimizer.layout.fill(self.flat, state, self._optimizer.shard.start)

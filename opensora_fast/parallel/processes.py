@@ -1,0 +1,173 @@
+"""What the processes of a run say to each other, and one that is alone.
+
+Each process trains on micro-batches of its own with the same weights, and owns one shard of the optimizer's state
+(ZeRO stage 1, https://arxiv.org/abs/1910.02054). Gradients and weights travel between the devices, over NCCL or, on the
+CPU, gloo. Everything else is small and goes from host to host over gloo, as JSON: a host may wait for another as long
+as it takes, while NCCL takes ten minutes without an answer for a failure. As the hosts meet in every step before the
+devices do, no device waits for another one's data either.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Elements of a flat tensor that are on the way from one host to another at a time: 256 MB of float32.
+CHUNK = 1 << 26
+
+# torch 2.13 calls them so, and warns of the names before.
+reduce_scatter_single: Callable = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single: Callable = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class ProcessLostError(ValueError):
+    """Another process of the run has ended."""
+
+
+class Processes:
+    """The only process of a run: nothing is communicated, nothing copied.
+
+    Args:
+        device: where it trains.
+
+    Attributes:
+        rank: number of this process, 0 .. world_size - 1; 0 writes the files of the run.
+        world_size: number of processes.
+        local_world_size: how many of them run on this machine.
+    """
+
+    rank = 0
+    world_size = 1
+    local_world_size = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gave, in the order of ranks, on every one; each waits for all.
+
+        Args:
+            value: of JSON's types; comes back as JSON gives it (a tuple as a list) where there are several processes.
+        """
+        return [value]
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Rank 0 runs the block while the others wait, then they run it: what rank 0 makes, they find. The block must
+        not communicate."""
+        yield
+
+    def average(self, gradient: Tensor) -> Tensor:
+        """This process's shard of the mean of all processes' gradients.
+
+        Args:
+            gradient: [world_size · shard], float32 or bfloat16, on the device.
+
+        Returns:
+            [shard]: of one process the gradient itself, otherwise float32.
+        """
+        return gradient
+
+    def join_norms(self, norm: Tensor) -> Tensor:
+        """The norm [] of a tensor, from the norm [] of each process's shard; the same bits on every process."""
+        return norm
+
+    def spread(self, flat: Tensor) -> None:
+        """Let every process have all shards: `flat` [world_size · shard] holds its own at its place, others' come in."""
+
+    def collect(self, shard: Tensor) -> Tensor | None:
+        """The flat tensor [world_size · shard] of which each process gives a shard: on rank 0, elsewhere None.
+
+        Of several processes it comes to the host, so that no device has to hold it.
+        """
+        return shard
+
+
+class JoinedProcesses(Processes):
+    """One of several processes; made by `join_processes`.
+
+    Args:
+        device: where it trains, one of its own.
+        local_world_size: processes on this machine.
+        host_group: gloo's, for what hosts say to each other; the default group joins the devices.
+
+    Raises (all methods):
+        ProcessLostError: another process has ended. It says itself why.
+    """
+
+    def __init__(self, device: torch.device, local_world_size: int, host_group: dist.ProcessGroup) -> None:
+        super().__init__(device)
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.local_world_size = local_world_size
+        self._host_group = host_group
+        self._divisor = torch.full((1,), float(self.world_size), device=device)
+
+    def gather(self, value: Any) -> list[Any]:
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = torch.empty(self.world_size, dtype=torch.int64)
+        with _naming_the_loss():
+            all_gather_single(lengths, torch.tensor([len(content)]), group=self._host_group)
+        contents = torch.zeros(self.world_size, int(lengths.max()), dtype=torch.uint8)
+        own = contents[self.rank].clone()
+        own[: len(content)] = content
+        with _naming_the_loss():
+            all_gather_single(contents.view(-1), own, group=self._host_group)
+        return [
+            json.loads(row[:length].numpy().tobytes()) for row, length in zip(contents, lengths.tolist(), strict=True)
+        ]
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        if self.rank != 0:
+            self.gather(None)
+        yield
+        if self.rank == 0:
+            self.gather(None)
+
+    def average(self, gradient: Tensor) -> Tensor:
+        """The sum is taken in the gradient's own dtype, as Open-Sora's ZeRO does and with half of float32's traffic in
+        bfloat16; the division by the number of processes is in float32 and loses nothing more."""
+        total = gradient.new_empty(len(gradient) // self.world_size)
+        with _naming_the_loss():
+            reduce_scatter_single(total, gradient)
+        return total / self._divisor
+
+    def join_norms(self, norm: Tensor) -> Tensor:
+        norms = norm.new_empty(self.world_size)
+        with _naming_the_loss():
+            all_gather_single(norms, norm.reshape(1))
+        return torch.linalg.vector_norm(norms)
+
+    def spread(self, flat: Tensor) -> None:
+        with _naming_the_loss():
+            all_gather_single(flat, flat.view(self.world_size, -1)[self.rank])
+
+    def collect(self, shard: Tensor) -> Tensor | None:
+        chunks = range(0, len(shard), CHUNK)
+        with _naming_the_loss():
+            if self.rank != 0:
+                for start in chunks:
+                    dist.send(shard[start : start + CHUNK].cpu(), 0, group=self._host_group)
+                return None
+            whole = torch.empty(self.world_size, len(shard), dtype=shard.dtype)
+            whole[0].copy_(shard)
+            for rank in range(1, self.world_size):
+                for start in chunks:
+                    dist.recv(whole[rank, start : start + CHUNK], rank, group=self._host_group)
+        return whole.view(-1)
+
+
+@contextmanager
+def _naming_the_loss() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ProcessLostError(
+            f"another process of this run has ended or cannot be reached; its own message says why ({reason})"
+        ) from error
