@@ -1,16 +1,24 @@
 """What a run would do, without doing it."""
 
+import os
+
 from opensora_fast.config import LoadedConfig, TrainConfig, format_values
 from opensora_fast.data.bucket import Bucket
+from opensora_fast.parallel.join import read_place
 from opensora_fast.train.data import read_data
 
 
 def print_plan(loaded: LoadedConfig[TrainConfig]) -> None:
     """Print the effective configuration with the origin of each value, and the buckets of the first epoch.
 
+    Of several processes that torchrun has started only rank 0 prints, for all of them.
+
     Raises:
         ValueError: what would also stop the run: broken buckets, a broken table, entries that give no batch.
     """
+    place = read_place(os.environ)
+    if place.rank != 0:
+        return
     config = loaded.config
     print(format_values(loaded))
     for note in loaded.notes:
@@ -20,7 +28,7 @@ def print_plan(loaded: LoadedConfig[TrainConfig]) -> None:
         print(format_table(config))
         print("no table of clips is given (--data-path META), so what falls into the buckets is not known")
         return
-    data = read_data(config)
+    data = read_data(config, world_size=place.world_size)
     print(data.explanation.to_text())
 
 

@@ -4,6 +4,9 @@ A step never asks the GPU for a number it has to wait for. The loss is copied to
 read before the optimizer runs, so a loss that is not finite changes nothing. The gradient norm is read one step later:
 a step whose gradient is not finite is skipped on the device itself (see `MasterAdamW`). Either way the run stops with
 the weights of the step before.
+
+Several processes tell each other their losses at the same place, while their GPUs do backward, and with them whether a
+signal has come: so all stop before the same step, or after it.
 """
 
 import contextlib
@@ -24,6 +27,7 @@ from opensora_fast.data.batch import Batch
 from opensora_fast.data.explain import count_tokens
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.model import STDiT2
+from opensora_fast.parallel import Processes
 from opensora_fast.progress import Progress
 from opensora_fast.train.checkpoint import get_step, write_checkpoint
 from opensora_fast.train.ema import EMA
@@ -66,11 +70,11 @@ class Taken:
 
 @dataclass
 class Trainer:
-    """Everything a run needs, and the loop over it.
+    """Everything a run needs, and the loop over it. Of several processes each has one, and rank 0 writes the files.
 
     Args:
         model: in train mode, on its device, in its working dtype.
-        optimizer: owns the weights.
+        optimizer: owns the weights, and knows the processes of the run.
         ema: average of the weights.
         diffusion: IDDPM or SpeeDiffusion.
         masks: None for no masks.
@@ -82,7 +86,6 @@ class Trainer:
         limits: when to stop, log and save.
         seed: of the run.
         data_fingerprint: says whether a checkpoint's order of batches is that of this run.
-        rank, world_size: of this process.
     """
 
     model: STDiT2
@@ -98,8 +101,6 @@ class Trainer:
     limits: Limits
     seed: int
     data_fingerprint: str
-    rank: int = 0
-    world_size: int = 1
     position: Position = field(default_factory=Position)
     last_checkpoint: Path | None = None
 
@@ -107,9 +108,14 @@ class Trainer:
         self._progress: Progress | None = None
         self._metrics: MetricsWriter | None = None
         self._recent_losses: list[float] = []
+        self._signal: int | None = None
+
+    @property
+    def processes(self) -> Processes:
+        return self.optimizer.processes
 
     def run(self) -> int | None:
-        """Train to the end. Returns the number of the signal that stopped the run before it, or None.
+        """Train to the end. Returns the number of the signal, to any process, that stopped the run before it, or None.
 
         Raises:
             NonFiniteError: after a checkpoint of the step before and `nonfinite.json` have been written.
@@ -117,23 +123,26 @@ class Trainer:
         """
         first = self.position.step
         total = None if self.limits.steps is None else max(0, self.limits.steps - first)
-        self._metrics = MetricsWriter(self.folder / "metrics.jsonl", last_step=first)
-        try:
-            with StopSignals() as stop, Progress("train", total=total, unit="steps") as self._progress:
+        with StopSignals() as stop, contextlib.ExitStack() as stack:
+            if self.processes.rank == 0:
+                metrics = MetricsWriter(self.folder / "metrics.jsonl", last_step=first)
+                self._metrics = stack.enter_context(contextlib.closing(metrics))
+                self._progress = stack.enter_context(Progress("train", total=total, unit="steps"))
+            try:
                 with contextlib.closing(self._iterate()) as batches:
                     self._take_steps(batches, stop)
                 self.save()
-                return stop.received
-        finally:
-            self._progress = None
-            self._metrics.close()
+            finally:
+                self._progress = None
+        return self._signal
 
     def note(self, text: str) -> None:
         """Tell a person one line, without disturbing the progress bar."""
         if self._progress is not None:
             self._progress.note(text)
         else:
-            print(text, file=sys.stderr)
+            rank = self.processes.rank
+            print(text if rank == 0 else f"rank {rank}: {text}", file=sys.stderr)
 
     def save(self) -> None:
         """Write a checkpoint of the present position, unless the last one is of it; every step taken must have been
@@ -145,13 +154,17 @@ class Trainer:
             write_state(self, folder)
             self.extra_files(folder)
 
-        self.last_checkpoint = write_checkpoint(
-            self.folder / "checkpoints", self.position.step, fill, self.limits.keep_checkpoints
-        )
+        written = None
+        if self.processes.rank == 0:
+            parent = self.folder / "checkpoints"
+            written = str(write_checkpoint(parent, self.position.step, fill, self.limits.keep_checkpoints))
+        else:
+            write_state(self, None)
+        self.last_checkpoint = Path(self.processes.gather(written)[0])
 
     def compute_losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """`loss` and its parts, each [] on the device, for a batch at a step; draws all randomness of the step."""
-        seed_step(self.seed, step, self.rank)
+        seed_step(self.seed, step, self.processes.rank)
         latents, conditions = self.inputs.prepare(batch)
         videos, _, frames = latents.shape[:3]
         mask = None
@@ -166,23 +179,30 @@ class Trainer:
     def _take_steps(self, batches: Iterator[Batch], stop: StopSignals) -> None:
         taken: Taken | None = None
         started = time.perf_counter()
-        while not stop.received and (self.limits.steps is None or self.position.step < self.limits.steps):
+        while self._signal is None and (self.limits.steps is None or self.position.step < self.limits.steps):
             batch = next(batches, None)
             if batch is None:
                 break
             data_wait = time.perf_counter() - started
-            taken = self._take_step(batch, taken)
+            taken = self._take_step(batch, taken, data_wait, stop)
             now = time.perf_counter()
-            taken.row |= self._measure(batch, now - started, data_wait)
+            row = taken.row
+            row["step_time"] = now - started
+            row["tokens_per_s"] = row["tokens"] / row["step_time"]
+            row["memory"] = max(row["memory"], _peak_memory(self.model.device))
             started = now
             self.position.step += 1
-            self.position.consumed = batch.index - self.rank + self.world_size
+            self.position.consumed = self._first_index(batch) + self.processes.world_size
             if self.limits.checkpoint_every and self.position.step % self.limits.checkpoint_every == 0:
                 self._finish(taken)
                 taken = None
                 self.save()
                 started = time.perf_counter()
         self._finish(taken)
+
+    def _first_index(self, batch: Batch) -> int:
+        """Number in the epoch of the first of the micro-batches that the processes take in a step."""
+        return batch.index - self.processes.rank
 
     def _iterate(self) -> Iterator[Batch]:
         empty_epochs = 0
@@ -196,7 +216,7 @@ class Trainer:
             self.position.epoch += 1
             self.position.consumed = 0
 
-    def _take_step(self, batch: Batch, before: Taken | None) -> Taken:
+    def _take_step(self, batch: Batch, before: Taken | None, data_wait: float, stop: StopSignals) -> Taken:
         step = self.position.step + 1
         try:
             losses = self.compute_losses(batch, step)
@@ -204,12 +224,44 @@ class Trainer:
             losses["loss"].backward()
         except torch.OutOfMemoryError as error:
             raise ValueError(_describe_out_of_memory(batch, step, error)) from error
-        numbers = values.get()
+        own_losses = dict(zip(losses, values.get(), strict=True))
+        told = self.processes.gather(self._describe(batch, own_losses, data_wait, stop))
         self._finish(before)
-        if not math.isfinite(numbers[0]):
-            self._stop_not_finite("loss", numbers[0], step, batch)
-        row = {"step": step, **dict(zip(losses, numbers, strict=True))}
+        if not all(math.isfinite(process["losses"]["loss"]) for process in told):
+            self._stop_not_finite("loss", own_losses["loss"], step, batch)
+        self._signal = next((process["signal"] for process in told if process["signal"] is not None), None)
+        row = {"step": step, **self._make_row(batch, told)}
         return Taken(step, batch, HostValues(self.optimizer.step(self.ema)), row)
+
+    def _describe(self, batch: Batch, losses: dict[str, float], data_wait: float, stop: StopSignals) -> dict[str, Any]:
+        """What the other processes should know of this one's part of a step."""
+        size = (int(values[0]) for values in (batch.num_frames, batch.height, batch.width))
+        return {
+            "losses": losses,
+            "tokens": len(batch) * count_tokens(*size),
+            "clips": len(batch),
+            "bucket": list(batch.bucket),
+            "data_wait": data_wait,
+            "memory": _peak_memory(self.model.device),
+            "signal": stop.received,
+        }
+
+    def _make_row(self, batch: Batch, told: list[dict[str, Any]]) -> dict[str, Any]:
+        """The row of a step: means of losses, sums of tokens and clips, the longest wait and the most memory."""
+        row = {key: sum(process["losses"][key] for process in told) / len(told) for key in told[0]["losses"]}
+        row |= {
+            "lr": self.optimizer.lr,
+            "tokens": sum(process["tokens"] for process in told),
+            "data_wait": max(process["data_wait"] for process in told),
+            "bucket": told[0]["bucket"],
+            "batch_size": sum(process["clips"] for process in told),
+            "epoch": batch.epoch,
+            "micro_batch": self._first_index(batch),
+            "memory": max(process["memory"] for process in told),
+        }
+        if len(told) > 1:
+            row["buckets"] = [process["bucket"] for process in told]
+        return row
 
     def _finish(self, taken: Taken | None) -> None:
         """Read the gradient norm of a step and write its row."""
@@ -218,6 +270,8 @@ class Trainer:
         (norm,) = taken.norm.get()
         if not math.isfinite(norm):
             self._stop_not_finite("gradient norm", norm, taken.step, taken.batch)
+        if self._metrics is None:
+            return
         row = taken.row | {"grad_norm": norm}
         self._metrics.write(row)
         self._recent_losses = [*self._recent_losses, row["loss"]][-self.limits.log_every :]
@@ -228,45 +282,40 @@ class Trainer:
         }
         self._progress.advance(1, **shown)
 
-    def _measure(self, batch: Batch, step_time: float, data_wait: float) -> dict[str, Any]:
-        size = (int(values[0]) for values in (batch.num_frames, batch.height, batch.width))
-        tokens = len(batch) * count_tokens(*size)
-        return {
-            "lr": self.optimizer.lr,
-            "tokens": tokens,
-            "tokens_per_s": tokens / step_time,
-            "step_time": step_time,
-            "data_wait": data_wait,
-            "bucket": list(batch.bucket),
-            "batch_size": len(batch),
-            "epoch": batch.epoch,
-            "micro_batch": batch.index,
-            "memory": _peak_memory(self.model.device),
-        }
-
     def _stop_not_finite(self, what: str, value: float, step: int, batch: Batch) -> NoReturn:
         # The state is that before the step: step back to its batch.
-        self.position = Position(step - 1, batch.epoch, batch.index - self.rank)
+        self.position = Position(step - 1, batch.epoch, self._first_index(batch))
         self.save()
-        command = self.replay(self.last_checkpoint, step)
-        report = {
-            "step": step,
-            "what": what,
+        own = {
+            "rank": self.processes.rank,
             "value": str(value),
             "bucket": list(batch.bucket),
             "rows": list(batch.rows),
             "texts": list(batch.text),
             "epoch": batch.epoch,
             "micro_batch": batch.index,
-            "replay": command,
         }
+        batches = [told for told in self.processes.gather(own) if not math.isfinite(float(told["value"]))]
+        if self.processes.rank != 0:
+            # Rank 0 says what has happened. Were another the first to end, torchrun could end rank 0 before it does.
+            self.processes.gather(None)
+        command = self.replay(self.last_checkpoint, step)
         path = self.folder / "nonfinite.json"
+        report = {"step": step, "what": what, "batches": batches, "replay": command}
         path.write_text(json.dumps(report, indent=2) + "\n")
+        described = "\n".join(f"  {_describe_batch(told, self.processes.world_size)}" for told in batches)
         raise NonFiniteError(
-            f"step {step}: the {what} is {value}. The weights are those of step {step - 1} ({self.last_checkpoint}). "
-            f"Batch: bucket {batch.bucket}, rows {', '.join(map(str, batch.rows))} of the table, micro-batch "
-            f"{batch.index} of epoch {batch.epoch} (also in {path}). To run this step again:\n  {command}"
+            f"step {step}: the {what} is {batches[0]['value']}. The weights are those of step {step - 1} "
+            f"({self.last_checkpoint}). Batch (also in {path}):\n{described}\nTo run this step again:\n  {command}"
         )
+
+
+def _describe_batch(told: dict[str, Any], world_size: int) -> str:
+    process = "" if world_size == 1 else f"rank {told['rank']}: "
+    return (
+        f"{process}bucket {tuple(told['bucket'])}, rows {', '.join(map(str, told['rows']))} of the table, micro-batch "
+        f"{told['micro_batch']} of epoch {told['epoch']}"
+    )
 
 
 def _describe_out_of_memory(batch: Batch, step: int, error: BaseException) -> str:

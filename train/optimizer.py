@@ -102,7 +102,7 @@ class MasterAdamW:
         Nothing changes if the gradient is not finite: weights, state and average stay as they are.
 
         Returns:
-            The norm of the averaged gradient before clipping, float32 [] on the device; reading it is left to the caller.
+            The norm of the averaged gradient before clipping, float32 [] on the device; the caller reads it.
 
         Raises:
             ValueError: a trainable parameter has no gradient.

@@ -1,5 +1,6 @@
 """Where a run begins: afresh, with other weights, or with a checkpoint to continue."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from opensora_fast.config import TrainConfig, list_values, load_train_config
 from opensora_fast.model import STDiT2
 from opensora_fast.model.pixart import initialize_from
 from opensora_fast.model.weights import load_strictly
+from opensora_fast.parallel import Processes
 from opensora_fast.train.checkpoint import COMPLETE, find_newest, list_checkpoints, locate_checkpoint, set_aside_newer
 
 CHECKPOINT_CONFIG = "train_config.json"
@@ -22,6 +24,25 @@ class Start:
     resume: Path | None = None
     state: Path | None = None
     weights: str | None = None
+
+
+def agree_on_start(
+    processes: Processes,
+    config: TrainConfig,
+    out: Path,
+    resume: str | None,
+    init_from: str | None,
+    report: Callable[[str], None],
+) -> Start:
+    """The same decision on every process: rank 0 makes it, see `choose_start`."""
+    chosen = None
+    if processes.rank == 0:
+        start = choose_start(config, out, resume, init_from, report)
+        chosen = {"resume": start.resume and str(start.resume), "state": start.state and str(start.state)}
+        chosen["weights"] = start.weights
+    chosen = processes.gather(chosen)[0]
+    resume_from, state, weights = chosen["resume"], chosen["state"], chosen["weights"]
+    return Start(resume_from and Path(resume_from), state and Path(state), weights)
 
 
 def choose_start(
@@ -81,8 +102,14 @@ def load_initial_weights(model: STDiT2, source: str, report: Callable[[str], Non
     report(f"weights: all {len(state)} tensors of {source}")
 
 
-def report_changes(checkpoint: Path, config: TrainConfig, report: Callable[[str], None]) -> None:
-    """Say which values differ from those that the checkpoint was trained with."""
+def report_changes(checkpoint: Path, config: TrainConfig, world_size: int, report: Callable[[str], None]) -> None:
+    """Say which values, and whether the number of processes, differ from those that the checkpoint was trained with."""
+    processes = json.loads((checkpoint / "state.json").read_text())["world_size"]
+    if processes != world_size:
+        report(
+            f"note: {world_size} processes continue what {processes} trained: the order of the micro-batches goes on, "
+            f"but each step takes {world_size} of them now, and random numbers are drawn for each process"
+        )
     before = dict(list_values(load_train_config(checkpoint / CHECKPOINT_CONFIG).config))
     for key, value in list_values(config):
         if key in before and value != before[key] and key not in ("steps", "load", "dataset.data_path", "features"):

@@ -23,15 +23,26 @@ class Position:
     consumed: int = 0
 
 
-def write_state(trainer: "Trainer", folder: Path) -> None:
+def write_state(trainer: "Trainer", folder: Path | None) -> None:
     """Fill a checkpoint folder: `model/` and `ema/` in float32 as `STDiT2.from_pretrained` reads them, the optimizer,
-    and the position of sampler and random numbers."""
-    for name, trained in (("model", None), ("ema", trainer.ema.average)):
+    and the position of sampler and random numbers.
+
+    What is written does not depend on the number of processes. Rank 0 writes; the others give it their shards, in the
+    same order, and have no folder.
+    """
+    optimizer = trainer.optimizer
+    for name, shard in (("model", optimizer.master), ("ema", trainer.ema.flat)):
+        state = optimizer.full_state(optimizer.collect(shard))
+        if folder is None:
+            continue
         (folder / name).mkdir()
-        state = {key: value.cpu().contiguous() for key, value in trainer.optimizer.full_state(trained).items()}
+        state = {key: value.cpu().contiguous() for key, value in state.items()}
         save_file(state, folder / name / WEIGHTS, metadata={"format": "pt"})
         (folder / name / "config.json").write_text(trainer.model.config.model_dump_json(indent=2) + "\n")
-    moments = {key: value.cpu().contiguous() for key, value in trainer.optimizer.state_dict().items()}
+    state = optimizer.state_dict()
+    if folder is None:
+        return
+    moments = {key: value.cpu().contiguous() for key, value in state.items()}
     save_file(moments, folder / "optimizer.safetensors")
     position = trainer.position
     state = {
@@ -39,7 +50,7 @@ def write_state(trainer: "Trainer", folder: Path) -> None:
         "step": position.step,
         "sampler": {"seed": trainer.seed, "epoch": position.epoch, "consumed": position.consumed},
         "random": {"seed": trainer.seed, "rule": "every step draws from (seed, step, rank)"},
-        "world_size": trainer.world_size,
+        "world_size": trainer.processes.world_size,
         "data": trainer.data_fingerprint,
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")

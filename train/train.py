@@ -1,11 +1,11 @@
-"""Train from a configuration: put the parts together and run the loop."""
+"""Train from a configuration: put the parts together and run the loop, in each process that torchrun has started."""
 
 import json
 import os
 import shlex
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -13,9 +13,10 @@ import torch
 from opensora_fast import use_kernels
 from opensora_fast.config import LoadedConfig, TrainConfig, to_json
 from opensora_fast.cpu_threads import cpu_threads
-from opensora_fast.device import choose_device
+from opensora_fast.data.pyav_decoder import count_processors
 from opensora_fast.diffusion import MaskGenerator
 from opensora_fast.kernels import calls
+from opensora_fast.parallel import Processes, join_processes
 from opensora_fast.train.data import read_data
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.encoders import adopt_fitted, copy_fitted
@@ -24,7 +25,7 @@ from opensora_fast.train.memory_check import warn_of_memory
 from opensora_fast.train.optimizer import MasterAdamW
 from opensora_fast.train.parts import build_diffusion, build_model, make_model_config
 from opensora_fast.train.sources import open_clips, open_features
-from opensora_fast.train.start import CHECKPOINT_CONFIG, Start, choose_start, load_initial_weights, report_changes
+from opensora_fast.train.start import CHECKPOINT_CONFIG, Start, agree_on_start, load_initial_weights, report_changes
 from opensora_fast.train.state import load_weights
 from opensora_fast.train.state import resume as resume_state
 
@@ -43,12 +44,16 @@ def train(
 ) -> int | None:
     """Train to the end of the configured steps or epochs.
 
+    Started by torchrun as one of several processes, it trains one model together with the others; all must be able to
+    read and write the same folders. Rank 0 makes what is made once (fitted encoders, cached features), writes what is
+    written of a run, and reports.
+
     Args:
         loaded: the configuration.
         out: output folder of the run.
         resume: "auto" continues the newest complete checkpoint of `out` if there is one; a path continues that one.
         init_from: weights to start from, in place of `model.from_pretrained`.
-        device: "cpu" or "cuda"; CUDA where there is one by default.
+        device: "cpu" or "cuda"; CUDA where there is one by default. Of several processes each takes its own GPU.
         backend: of every op: "triton", "reference", or "auto" (Triton on CUDA, reference elsewhere). The optimizer's
             step is never interpreted.
         report: is given lines for a person.
@@ -57,23 +62,43 @@ def train(
         The number of the signal that stopped the run early, after a checkpoint, or None.
 
     Raises:
-        ValueError: a mistake in the configuration, the data or the folder; NonFiniteError from the loop.
+        ValueError: a mistake in the configuration, the data or the folder; NonFiniteError from the loop;
+            ProcessLostError where another process has failed.
     """
+    with join_processes(device) as processes:
+        return _train(
+            loaded, out, processes, resume, init_from, backend, report if processes.rank == 0 else _report_nothing
+        )
+
+
+def _report_nothing(text: str) -> None:
+    """What processes other than rank 0 report: rank 0 has said it."""
+
+
+def _train(
+    loaded: LoadedConfig[TrainConfig],
+    out: Path,
+    processes: Processes,
+    resume: str | None,
+    init_from: str | None,
+    backend: str,
+    report: Callable[[str], None],
+) -> int | None:
     config = loaded.config
     for note in loaded.notes:
         report(f"note: {note}")
-    torch_device = choose_device(device)
     diffusion = build_diffusion(config)
     masks = MaskGenerator(config.mask_ratios) if config.mask_ratios is not None else None
-    data = read_data(config)
+    data = read_data(config, processes.rank, processes.world_size)
     for warning in data.explanation.warnings:
         report(f"warning: {warning}")
-    start = choose_start(config, out, resume, init_from, report)
+    start = agree_on_start(processes, config, out, resume, init_from, report)
 
-    out.mkdir(parents=True, exist_ok=True)
-    for origin in (start.resume, start.state, start.weights):
-        if origin is not None:
-            adopt_fitted(Path(origin), out)
+    with processes.first():
+        out.mkdir(parents=True, exist_ok=True)
+        for origin in (start.resume, start.state, start.weights):
+            if origin is not None:
+                adopt_fitted(Path(origin), out)
     dtype = DTYPES[config.dtype]
     trainer: Trainer | None = None
 
@@ -84,7 +109,10 @@ def train(
             trainer.note(text)
 
     open_source = open_clips if config.features is None else open_features
-    with cpu_threads(config.cpu_threads), closing(open_source(config, data, out, torch_device, dtype, tell)) as source:
+    with cpu_threads(choose_cpu_threads(config, processes)), ExitStack() as stack:
+        # Rank 0 fits, downloads and writes features; the others find them.
+        with processes.first():
+            source = stack.enter_context(closing(open_source(config, data, out, processes.device, dtype, tell)))
         model_config = make_model_config(config, source.in_channels, source.caption_channels, source.model_max_length)
         model = build_model(model_config, config.seed, config.grad_checkpoint)
         use_kernels(model, backend)
@@ -93,11 +121,12 @@ def train(
         optimizer = MasterAdamW(
             model,
             dtype=dtype,
-            device=torch_device,
+            device=processes.device,
             lr=config.lr,
             grad_clip=config.grad_clip,
             # On a GPU "triton" and "auto" are the same; an interpreter would take longer for it than for the model.
             backend="reference" if backend == "reference" else "auto",
+            processes=processes,
         )
         trainer = Trainer(
             model=model,
@@ -109,24 +138,36 @@ def train(
             batches=source.iterate,
             extra_files=lambda folder: write_extra_files(config, out, folder),
             folder=out,
-            replay=lambda checkpoint, step: describe_replay(out, checkpoint, step, torch_device),
+            replay=lambda checkpoint, step: describe_replay(out, checkpoint, step, processes),
             limits=Limits(config.steps, config.epochs, config.log_every, config.ckpt_every, config.keep_checkpoints),
             seed=config.seed,
             data_fingerprint=source.data.get_fingerprint(),
         )
         if start.resume is not None:
             resume_state(trainer, start.resume)
-            report_changes(start.resume, config, report)
+            report_changes(start.resume, config, processes.world_size, report)
         elif start.state is not None:
             load_weights(trainer, start.state)
-        write_config(config, out / "config.json")
+        if processes.rank == 0:
+            write_config(config, out / "config.json")
         report(describe_run(trainer, source.data.explanation.steps, start))
         warn_of_memory(config, source.data, trainer.model.device, report)
         calls_before = calls.copy()
         signal_number = trainer.run()
-    report_kernels(calls - calls_before, out, report)
+    if processes.rank == 0:
+        report_kernels(calls - calls_before, out, report)
     report(f"step {trainer.position.step}: {trainer.last_checkpoint or start.resume}")
+    if signal_number is not None:
+        report(f"stopped by signal {signal_number}; --resume auto continues")
     return signal_number
+
+
+def choose_cpu_threads(config: TrainConfig, processes: Processes) -> int | None:
+    """Threads of one operation on the CPU: as configured; otherwise several processes share the processors of their
+    machine, in place of the one thread each that torchrun sets."""
+    if config.cpu_threads is not None or processes.world_size == 1:
+        return config.cpu_threads
+    return max(1, count_processors() // processes.local_world_size)
 
 
 def write_extra_files(config: TrainConfig, out: Path, folder: Path) -> None:
@@ -145,21 +186,28 @@ def write_config(config: TrainConfig, path: Path) -> None:
     path.write_text(to_json(absolute) + "\n")
 
 
-def describe_replay(out: Path, checkpoint: Path, step: int, device: torch.device) -> str:
-    """The command that runs one step again, from the checkpoint before it, into another folder."""
-    words = ["opensora-fast", "train", str(out / "config.json"), "--resume", str(checkpoint)]
-    words += ["--out", f"{out}-replay-{step}", "--steps", str(step), "--device", device.type]
+def describe_replay(out: Path, checkpoint: Path, step: int, processes: Processes) -> str:
+    """The command that runs one step again, from the checkpoint before it, into another folder, as it was run."""
+    words = ["opensora-fast"]
+    if processes.world_size > 1:
+        machines = processes.world_size // processes.local_world_size
+        where = ["--standalone"] if machines == 1 else ["--nnodes", str(machines)]
+        words = ["torchrun", *where, "--nproc-per-node", str(processes.local_world_size), "-m", "opensora_fast"]
+    words += ["train", str(out / "config.json"), "--resume", str(checkpoint)]
+    words += ["--out", f"{out}-replay-{step}", "--steps", str(step), "--device", processes.device.type]
     return shlex.join(words)
 
 
 def describe_run(trainer: Trainer, steps_per_epoch: int, start: Start) -> str:
     """One line on what is about to be trained."""
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    trained = sum(master.numel() for master in trainer.optimizer.masters.values())
+    trained = sum(shape.numel() for shape in trainer.optimizer.layout.shapes.values())
+    count = trainer.processes.world_size
+    where = str(trainer.model.device) if count == 1 else f"{count} processes on {trainer.model.device.type}"
     begins = "from the start" if trainer.position.step == 0 else f"after step {trainer.position.step} of {start.resume}"
     return (
         f"model: {parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, {trainer.model.dtype} on "
-        f"{trainer.model.device}; {steps_per_epoch} steps an epoch; {begins}"
+        f"{where}; {steps_per_epoch} steps an epoch; {begins}"
     )
 
 

@@ -24,6 +24,10 @@ def command(
     Writes to the output folder: metrics.jsonl (one object a step), checkpoints/ (weights, their average, optimizer
     state), config.json, encoders/ (what was fitted on the data), bad_clips.jsonl and kernels.json. Ctrl-C stops after
     the step, with a checkpoint; --resume auto continues.
+
+    Several GPUs train together, each on micro-batches of its own, where torchrun starts a process for each:
+
+        torchrun --standalone --nproc-per-node 8 -m opensora_fast train CONFIG ...
     """
     from opensora_fast.config import load_train_config
     from opensora_fast.train.locate_config import locate_config
@@ -37,12 +41,8 @@ def command(
         return
     if out is None:
         raise ValueError("--out is missing: the folder for metrics, checkpoints and all that the run writes")
-    # Where torchrun starts several, each would write its own run into the same folder.
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"started as one of {processes} processes, but a run trains in one: start it without torchrun")
     from opensora_fast.train.train import train
 
     signal_number = train(loaded, out, resume=resume, init_from=init_from, device=device, backend=kernels)
     if signal_number is not None:
-        print(f"stopped by signal {signal_number}; --resume auto continues")
         raise typer.Exit(128 + signal_number)

@@ -144,7 +144,7 @@ IDLE_KEYS = {
 }
 IDLE_TRAINING_KEYS = {
     "num_bucket_build_workers": "has no effect: clips are put into buckets in one vectorized pass",
-    "plugin": "has no effect: ColossalAI is not used, one process holds the whole optimizer state",
+    "plugin": "has no effect: ColossalAI is not used; torchrun's processes share the optimizer state (ZeRO 1)",
     "outputs": "has no effect: --out names the folder of the run",
     "wandb": "starts no tracker: metrics are written to DIR/metrics.jsonl",
     "batch_size": "has no effect: bucket_config gives the batch sizes",

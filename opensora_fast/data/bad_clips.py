@@ -36,9 +36,9 @@ class BadClipLog:
             "micro_batch": micro_batch,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write of one line, opened for appending: lines of several processes do not mix.
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        # One unbuffered write of one line, opened for appending: lines of several processes do not mix.
+        with open(self.path, "ab", buffering=0) as file:
+            file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
 
 
 def read_bad_clips(path: str | os.PathLike[str]) -> list[dict]:

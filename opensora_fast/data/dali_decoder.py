@@ -133,7 +133,9 @@ class DaliDecoder:
             for place, result in zip(batch, self._run_or_split([results[place] for place in batch]), strict=True):
                 results[place] = result
         if self.device == "gpu":
-            results = [result.to("cuda") if isinstance(result, torch.Tensor) else result for result in results]
+            # By number: which GPU is the current one is a matter of the thread.
+            gpu = torch.device("cuda", self.device_id)
+            results = [result.to(gpu) if isinstance(result, torch.Tensor) else result for result in results]
         return results
 
     def close(self) -> None:
@@ -220,7 +222,7 @@ class DaliDecoder:
         # The memory of the outputs belongs to the pipeline, which uses it again in the next run.
         results = [torch.from_dlpack(clips[place]).clone() for place in range(len(samples))]
         if self.device == "gpu":
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(self.device_id).synchronize()
         return [_check_shape(*checked) for checked in zip(samples, results, np.array(shapes.as_tensor()), strict=True)]
 
 

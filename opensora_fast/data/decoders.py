@@ -112,7 +112,7 @@ class RoutedDecoder:
             decoded = decoder.decode([requests[place] for place in places])
             for place, result in zip(places, decoded, strict=True):
                 if self.dali.device == "gpu" and isinstance(result, torch.Tensor):
-                    result = result.to("cuda")
+                    result = result.to(torch.device("cuda", self.dali.device_id))
                 results[place] = result
         return results
 

@@ -71,7 +71,8 @@ def join_processes(device_name: str | None) -> Iterator[Processes]:
         "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
     )
     try:
-        processes = JoinedProcesses(device, place.local_world_size, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+        host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+        processes = JoinedProcesses(device, place.local_world_size, host_group)
         yield processes
         # torchrun ends all processes when one has ended with an error code: only after rank 0 has written everything.
         processes.gather(None)

@@ -77,7 +77,7 @@ class Processes:
         return norm
 
     def spread(self, flat: Tensor) -> None:
-        """Let every process have all shards: `flat` [world_size · shard] holds its own at its place, others' come in."""
+        """Give every process all shards: `flat` [world_size · shard] has its own at its place, and gets the others'."""
 
     def collect(self, shard: Tensor) -> Tensor | None:
         """The flat tensor [world_size · shard] of which each process gives a shard: on rank 0, elsewhere None.

@@ -192,7 +192,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_can_be_replayed(tra
     report = json.loads((out / "nonfinite.json").read_text())
     step = report["step"]
     assert re.search(rf"step {step}: the (loss|gradient norm) is (nan|inf)", error), error
-    assert f"rows {', '.join(map(str, report['rows']))}" in error and "Traceback" not in error
+    (batch,) = report["batches"]
+    assert f"bucket {tuple(batch['bucket'])}, rows {', '.join(map(str, batch['rows']))}" in error and "Traceback" not in error
     assert len(read_losses(out)) == step - 1
     checkpoint = out / "checkpoints" / f"step-{step - 1:08d}"
     assert all(torch.isfinite(value).all() for value in load_file(checkpoint / "model" / "model.safetensors").values())
@@ -200,8 +201,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_can_be_replayed(tra
     capsys.readouterr()
     assert cli.run(shlex.split(report["replay"])[1:]) == 1
     replayed = json.loads((tmp_path / f"run-replay-{step}" / "nonfinite.json").read_text())
-    for key in ("step", "what", "value", "rows", "epoch", "micro_batch", "bucket"):
+    for key in ("step", "what", "batches"):
         assert replayed[key] == report[key]
+    assert batch["rank"] == 0 and batch["value"] in ("nan", "inf") and len(batch["texts"]) == len(batch["rows"])
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
