@@ -17,6 +17,7 @@ message and exits with 1 (2 for wrong usage, 130 for Ctrl-C). `--debug`, anywher
 
 import ast
 import importlib
+import os
 import pkgutil
 import re
 import sys
@@ -149,5 +150,8 @@ def _repeat_options(arguments: list[str]) -> list[str]:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    # The processes of torchrun write to one terminal.
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    name = PROGRAM if rank is None else f"{PROGRAM}, rank {rank}"
+    print(f"{name}: error: {message}", file=sys.stderr)
     return code

@@ -167,7 +167,6 @@ def _naming_the_loss() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
         raise ProcessLostError(
-            f"another process of this run has ended or cannot be reached; its own message says why ({reason})"
+            "another process of this run has ended or cannot be reached; its own message, or torchrun's, says why"
         ) from error

@@ -1,5 +1,6 @@
 """A handful of small clips and images, a tiny model, and helpers to run `opensora-fast train` on them."""
 
+import json
 import math
 import os
 import subprocess
@@ -104,3 +105,32 @@ def train_process(config, table):
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """See `forked_processes.py`."""
+    with subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("forked_processes.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def train_together(launcher, config, table):
+    """train_together(world_size, out, *more, fault=None) trains in several processes and returns, of each rank,
+    `code`, `out` and `error`. A fault is dict(kind=..., rank=..., step=...)."""
+
+    def run(world_size, out, *more, fault=None, seconds=120):
+        arguments = ["train", str(config), "--data-path", str(table), "--out", str(out), "--device", "cpu"]
+        job = {"world_size": world_size, "arguments": [*arguments, *map(str, more)], "fault": fault, "seconds": seconds}
+        launcher.stdin.write(json.dumps(job) + "\n")
+        launcher.stdin.flush()
+        return json.loads(launcher.stdout.readline())
+
+    return run

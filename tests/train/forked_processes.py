@@ -1,0 +1,173 @@
+"""Runs `opensora-fast train` in several processes as torchrun does, but each a fork of this one, which has imported
+everything once.
+
+Reads a job a line, in JSON, from standard input: `world_size`, `arguments` of the command, and perhaps a `fault`, which
+happens in the process `rank` at `step`. Answers with a line: of each rank the exit code (negative: killed by that
+signal; null: it had to be ended after `seconds`), standard output and standard error.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from opensora_fast import cli
+from opensora_fast.encoders import build_text_encoder
+from opensora_fast.train import checkpoint, train  # noqa: F401
+from opensora_fast.train.loop import Trainer
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    build_text_encoder({"type": "bytes"})  # imports transformers
+    for line in sys.stdin:
+        print(json.dumps(run_job(**json.loads(line))), flush=True)
+
+
+def run_job(world_size: int, arguments: list[str], fault: dict | None, seconds: float) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        port = find_free_port()
+        children = []
+        for rank in range(world_size):
+            pid = os.fork()
+            if pid == 0:
+                become_rank(rank, world_size, port, Path(folder), arguments, fault)
+            children.append(pid)
+        codes = wait_for(children, seconds)
+        return [
+            {
+                "code": code,
+                "out": (Path(folder) / f"{rank}.out").read_text(),
+                "error": (Path(folder) / f"{rank}.err").read_text(),
+            }
+            for rank, code in enumerate(codes)
+        ]
+
+
+def become_rank(rank: int, world_size: int, port: int, folder: Path, arguments: list[str], fault: dict | None) -> None:
+    code = 70
+    try:
+        for name, number in (("out", 1), ("err", 2)):
+            os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        if fault is not None and fault["rank"] == rank:
+            FAULTS[fault["kind"]](fault["step"])
+        code = cli.run(arguments)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait_for(children: list[int], seconds: float) -> list[int | None]:
+    """Exit codes; whoever is still there after that time is killed and has None."""
+    codes = {}
+    deadline = time.monotonic() + seconds
+    while len(codes) < len(children) and time.monotonic() < deadline:
+        for pid in set(children) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    for pid in set(children) - set(codes):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return [codes.get(pid) for pid in children]
+
+
+def find_free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def at_step(happen):
+    """A fault: `happen(trainer, losses)` returns the losses of that step, or does something else."""
+
+    def install(step: int) -> None:
+        real = Trainer.compute_losses
+
+        def faulty(self, batch, number):
+            losses = real(self, batch, number)
+            return happen(self, losses) if number == step else losses
+
+        Trainer.compute_losses = faulty
+
+    return install
+
+
+def nan_loss(trainer, losses):
+    return losses | {"loss": losses["loss"] * float("nan")}
+
+
+def nan_gradient(trainer, losses):
+    # 0 * sqrt'(0) has the value 0 and the gradient nan
+    return losses | {"loss": losses["loss"] + torch.sqrt((trainer.model.final_layer.linear.bias.sum() * 0).abs()) * 0}
+
+
+def sigterm(trainer, losses):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return losses
+
+
+def kill(trainer, losses):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def out_of_memory(trainer, losses):
+    raise torch.OutOfMemoryError("tried to allocate more than there is")
+
+
+def kill_while_giving_a_shard(step: int) -> None:
+    """`kill -9` of a process that has given the checkpoint of that step its weights, but not yet the average."""
+    sent = 0
+    real = dist.send
+
+    def count(*arguments, **options):
+        nonlocal sent
+        sent += 1
+        if sent % 4 == 2 and sent // 4 == step - 1:  # four shards a checkpoint: weights, average, two moments
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*arguments, **options)
+
+    dist.send = count
+
+
+def kill_while_writing(step: int) -> None:
+    """`kill -9` of rank 0 when the checkpoint of that step has been written, but does not have its name yet."""
+    real = os.rename
+
+    def rename(source, target):
+        if str(target).endswith(f"step-{step:08d}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+
+    os.rename = rename
+
+
+FAULTS = {
+    "nan loss": at_step(nan_loss),
+    "nan gradient": at_step(nan_gradient),
+    "sigterm": at_step(sigterm),
+    "kill": at_step(kill),
+    "out of memory": at_step(out_of_memory),
+    "kill while giving a shard": kill_while_giving_a_shard,
+    "kill while writing": kill_while_writing,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""Several processes train one model: the steps of one process on all their micro-batches, stopped and resumed exactly,
+and they all stop where one has to."""
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, closing
+from types import SimpleNamespace
+
+import pytest
+import torch
+from losses import read_losses
+from safetensors.torch import load_file
+
+from opensora_fast.config import load_train_config
+from opensora_fast.data.bad_clips import read_bad_clips
+from opensora_fast.diffusion import MaskGenerator
+from opensora_fast.train.checkpoint import find_newest
+from opensora_fast.train.data import read_data
+from opensora_fast.train.loop import Trainer
+from opensora_fast.train.metrics import read_metrics
+from opensora_fast.train.optimizer import BETAS, EPSILON
+from opensora_fast.train.parts import build_diffusion, build_model, make_model_config
+from opensora_fast.train.sources import open_clips
+
+STEPS = 4
+CPU = torch.device("cpu")
+LOST = "another process of this run has ended"
+
+
+def checkpoint_of(out, step):
+    return out / "checkpoints" / f"step-{step:08d}"
+
+
+def assert_same_state(first, second):
+    for name in ("model/model.safetensors", "ema/model.safetensors", "optimizer.safetensors"):
+        a, b = load_file(first / name), load_file(second / name)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert torch.equal(a[key], b[key]), (name, key)
+
+
+def assert_all_end_with(results, code):
+    assert [result["code"] for result in results] == [code] * len(results), results
+    assert all("Traceback" not in result["error"] for result in results)
+
+
+@pytest.fixture(scope="module")
+def folder_of_wholes(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture
+def whole(train_together, folder_of_wholes):
+    """whole(world_size): a run that was never stopped; made once, and only read by the tests."""
+
+    def get(world_size):
+        out = folder_of_wholes / str(world_size)
+        if not out.exists():
+            assert_all_end_with(train_together(world_size, out, "--steps", STEPS, "ckpt_every=2"), 0)
+        return out
+
+    return get
+
+
+class OneProcess:
+    """The same training in plain PyTorch: micro-batch by micro-batch, their mean gradient and AdamW in float64."""
+
+    def __init__(self, config, world_size, encoders, stack):
+        sources = [
+            stack.enter_context(closing(open_clips(config, data, encoders, CPU, torch.float32, print)))
+            for data in (read_data(config, rank, world_size) for rank in range(world_size))
+        ]
+        self.batches = [stack.enter_context(closing(source.iterate(0, 0))) for source in sources]
+        source = sources[0]
+        channels = source.in_channels, source.caption_channels, source.model_max_length
+        self.model = build_model(make_model_config(config, *channels), config.seed, False)
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        self.weights = {name: value.detach().double() for name, value in trained.items()}
+        self.average = {name: value.clone() for name, value in self.weights.items()}
+        self.model.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+        self.parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.weights.values(), lr=config.lr, betas=BETAS, eps=EPSILON, weight_decay=0.0
+        )
+        self.config = config
+        self.inputs = source.inputs
+        self.diffusion = build_diffusion(config)
+        self.masks = MaskGenerator(config.mask_ratios)
+
+    def step(self, number):
+        """Mean of the losses, and norm of the mean gradient."""
+        losses, gradients = [], []
+        for rank, batches in enumerate(self.batches):
+            trainer = SimpleNamespace(seed=self.config.seed, processes=SimpleNamespace(rank=rank), inputs=self.inputs)
+            trainer.model, trainer.diffusion, trainer.masks = self.model, self.diffusion, self.masks
+            loss = Trainer.compute_losses(trainer, next(batches), number)["loss"]
+            gradients.append([gradient.double() for gradient in torch.autograd.grad(loss, self.parameters.values())])
+            losses.append(loss.item())
+        for weight, *parts in zip(self.weights.values(), *gradients, strict=True):
+            weight.grad = sum(parts) / len(parts)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.grad_clip)
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                self.parameters[name].copy_(weight)
+                self.average[name] = self.config.ema_decay * self.average[name] + (1 - self.config.ema_decay) * weight
+        return sum(losses) / len(losses), float(norm)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "dtype", "steps", "tolerance"),
+    # In bfloat16 gradients are rounded when they are added. A second step is not compared: AdamW's first one is the
+    # sign of the gradient, whatever its size, and so of the rounding where the gradient is nearly zero.
+    [(2, "fp32", 2, 1e-6), (3, "fp32", 2, 1e-6), (3, "bf16", 1, 2**-7)],
+)
+def test_steps_are_those_of_one_process_on_the_mean_gradient(
+    train_together, config, table, tmp_path, world_size, dtype, steps, tolerance
+):
+    out = tmp_path / "run"
+    more = [f"dtype={dtype}", "grad_clip=0.25"]
+    assert_all_end_with(train_together(world_size, out, "--steps", steps, *more), 0)
+    loaded = load_train_config(config, more, {"dataset.data_path": str(table)}).config
+    with ExitStack() as stack:
+        one = OneProcess(loaded, world_size, out, stack)
+        rows = read_metrics(out / "metrics.jsonl")
+        for number, row in enumerate(rows, start=1):
+            loss, norm = one.step(number)
+            assert row["loss"] == pytest.approx(loss, rel=tolerance)
+            assert row["grad_norm"] == pytest.approx(norm, rel=tolerance) and norm > loaded.grad_clip
+    assert len(rows) == steps
+    stored = {name: load_file(checkpoint_of(out, steps) / name / "model.safetensors") for name in ("model", "ema")}
+    moments = load_file(checkpoint_of(out, steps) / "optimizer.safetensors")
+    for name, weight in one.weights.items():
+        for kind in ("exp_avg", "exp_avg_sq"):
+            expected = one.optimizer.state[weight][kind]
+            assert (moments[f"{kind}.{name}"] - expected).norm() <= 2 * tolerance * expected.norm(), (kind, name)
+        for kind, expected in (("model", weight), ("ema", one.average[name])):
+            wrong = (stored[kind][name] - expected).abs() > 1e-3 * loaded.lr
+            assert wrong.float().mean() <= (0 if dtype == "fp32" else 0.05), (kind, name)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_stop_and_resume_is_exact(train_together, whole, tmp_path, world_size):
+    expected = whole(world_size)
+    out = tmp_path / "run"
+    for steps in (1, STEPS):  # the second epoch begins with step 3 of 3 processes, step 4 of 2
+        results = train_together(world_size, out, "--steps", steps, "--resume", "auto")
+        assert_all_end_with(results, 0)
+    assert "after step 1" in results[0]["out"] and not any(result["out"] for result in results[1:])
+    assert len(read_losses(out)) == STEPS
+    assert read_losses(out) == read_losses(expected)
+    assert_same_state(checkpoint_of(out, STEPS), checkpoint_of(expected, STEPS))
+
+
+def test_the_order_goes_on_with_another_number_of_processes(train_together, train, tmp_path, table, config):
+    """3 processes, then 1, then 2: together they take every micro-batch of the epoch once, in its order."""
+    out = tmp_path / "run"
+    assert_all_end_with(train_together(3, out, "--steps", 1), 0)
+    code, text, error = train(out, "--steps", 2, "--resume", "auto")
+    assert code == 0, error
+    assert "note: 1 processes continue what 3 trained" in text
+    results = train_together(2, out, "--steps", 4, "--resume", "auto")
+    assert_all_end_with(results, 0)
+    assert "note: 2 processes continue what 1 trained" in results[0]["out"]
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [(row["epoch"], row["micro_batch"]) for row in rows] == [(0, 0), (0, 3), (0, 4), (1, 0)]
+    sampler = read_data(load_train_config(config, [], {"dataset.data_path": str(table)}).config).sampler
+    order = [list(micro_batch.bucket) for micro_batch in sampler]
+    assert sum((row.get("buckets", [row["bucket"]]) for row in rows[:3]), []) == order
+    assert json.loads((checkpoint_of(out, 4) / "state.json").read_text())["sampler"]["consumed"] == 2
+
+
+def test_a_step_is_described_for_all_processes(whole, table):
+    rows = read_metrics(whole(3) / "metrics.jsonl")
+    for row in rows:
+        sizes = [(1 if bucket[1] == 4 else 2, bucket[1]) for bucket in row["buckets"]]
+        assert len(sizes) == 3 and row["bucket"] == row["buckets"][0]
+        assert row["batch_size"] == sum(clips for clips, _ in sizes)
+        assert row["tokens"] == sum(clips * frames * 9 * 16 for clips, frames in sizes)
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_time"])
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    names = {path.name for path in whole(3).iterdir()}
+    assert names == {"checkpoints", "config.json", "encoders", "kernels.json", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize(("what", "ranks"), [("loss", [1]), ("gradient", [0, 1])])
+def test_what_is_not_finite_in_one_process_stops_all_before_the_step(train_together, whole, tmp_path, what, ranks):
+    out = tmp_path / "run"
+    results = train_together(2, out, "--steps", STEPS, fault={"kind": f"nan {what}", "rank": 1, "step": 3})
+    assert_all_end_with(results, 1)
+    name = "loss" if what == "loss" else "gradient norm"
+    assert f"rank 0: error: step 3: the {name} is nan" in results[0]["error"] and LOST in results[1]["error"]
+    report = json.loads((out / "nonfinite.json").read_text())
+    assert [batch["rank"] for batch in report["batches"]] == ranks
+    assert [batch["micro_batch"] for batch in report["batches"]] == [4 + rank for rank in ranks]
+    assert report["replay"] in results[0]["error"]
+    assert report["replay"].startswith("torchrun --standalone --nproc-per-node 2 -m opensora_fast train ")
+    assert len(read_losses(out)) == 2
+    assert_same_state(checkpoint_of(out, 2), checkpoint_of(whole(2), 2))
+    assert_all_end_with(train_together(2, out, "--steps", STEPS, "--resume", "auto"), 0)
+    assert read_losses(out) == read_losses(whole(2))
+
+
+def test_a_signal_to_one_process_stops_all_after_the_step(train_together, whole, tmp_path):
+    out = tmp_path / "run"
+    results = train_together(2, out, "--steps", STEPS, fault={"kind": "sigterm", "rank": 1, "step": 2})
+    assert_all_end_with(results, 128 + signal.SIGTERM)
+    assert "stopped by signal 15; --resume auto continues" in results[0]["out"]
+    assert read_losses(out) == read_losses(whole(2))[:2]
+    assert list((out / "checkpoints").iterdir()) == [checkpoint_of(out, 2)]
+    assert_same_state(checkpoint_of(out, 2), checkpoint_of(whole(2), 2))
+
+
+def test_an_error_in_one_process_ends_all_with_its_message(train_together, tmp_path):
+    out = tmp_path / "run"
+    fault = {"kind": "out of memory", "rank": 1, "step": 2}
+    results = train_together(3, out, "--steps", STEPS, "ckpt_every=1", fault=fault)
+    assert_all_end_with(results, 1)
+    assert "opensora-fast, rank 1: error: step 2: out of GPU memory with 1 clips of bucket" in results[1]["error"]
+    assert all(f"rank {rank}: error: {LOST}" in results[rank]["error"] for rank in (0, 2))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("kill", 1), ("kill while giving a shard", 1), ("kill while writing", 0)])
+def test_kill_minus_9_of_one_process_ends_the_others_and_leaves_a_good_checkpoint(
+    train_together, whole, tmp_path, kind, rank
+):
+    out = tmp_path / "run"
+    fault = {"kind": kind, "rank": rank, "step": 3}
+    results = train_together(2, out, "--steps", STEPS, "ckpt_every=1", "keep_checkpoints=1", fault=fault)
+    assert [result["code"] for result in results] == [-signal.SIGKILL if rank == other else 1 for other in range(2)]
+    assert LOST in results[1 - rank]["error"]
+    told = []
+    assert find_newest(out / "checkpoints", told.append) == checkpoint_of(out, 2) and not told
+    assert_same_state(checkpoint_of(out, 2), checkpoint_of(whole(2), 2))
+    if kind == "kill":
+        return
+    # What is left of the checkpoint does not stand in the way.
+    assert any(path.name.startswith(".unfinished") for path in (out / "checkpoints").iterdir())
+    assert_all_end_with(train_together(2, out, "--steps", STEPS, "--resume", "auto"), 0)
+    assert read_losses(out) == read_losses(whole(2))
+    assert_same_state(checkpoint_of(out, STEPS), checkpoint_of(whole(2), STEPS))
+    assert not any(path.name.startswith(".unfinished") for path in (out / "checkpoints").iterdir())
+
+
+def test_bad_clips_of_every_process_are_listed_and_told(train_together, tmp_path, table):
+    folder = tmp_path / "clips"
+    shutil.copytree(table.parent, folder)
+    for number in (0, 4, 8):
+        path = next(folder.glob(f"{number}.*"))
+        path.write_bytes(path.read_bytes()[:100])
+    out = tmp_path / "run"
+    results = train_together(2, out, "--steps", 3, "--data-path", folder / "meta.csv")
+    assert_all_end_with(results, 0)
+    bad = read_bad_clips(out / "bad_clips.jsonl")
+    assert {clip["row"] for clip in bad} == {0, 4, 8}
+    by_rank = [{int(row) for row in re.findall(r"bad clip \(row (\d+)", result["error"])} for result in results]
+    assert all(by_rank) and by_rank[0] | by_rank[1] == {0, 4, 8}
+    assert f"rank 1: bad clip (row {next(iter(by_rank[1]))}, replaced)" in results[1]["error"]
+
+
+@pytest.fixture
+def features(train_together, folder_of_wholes):
+    """The override that trains from cached features; two processes have written them."""
+    folder = folder_of_wholes / "features"
+    if not folder.exists():
+        results = train_together(2, folder_of_wholes / "writes_features", "--steps", 3, f"features={folder}")
+        assert_all_end_with(results, 0)
+        assert "features: encoding 10 clips" in results[0]["out"]
+    return f"features={folder}"
+
+
+def test_features_are_written_by_one_process_and_read_by_all(
+    train_together, whole, features, folder_of_wholes, tmp_path
+):
+    results = train_together(2, tmp_path / "reads", "--steps", 3, features)
+    assert_all_end_with(results, 0)
+    assert "features: encoding" not in results[0]["out"]
+    expected = read_losses(whole(2))[:3]
+    assert read_losses(tmp_path / "reads") == read_losses(folder_of_wholes / "writes_features") == expected
+
+
+def test_mistakes_are_the_same_message_in_every_process(train_together, tmp_path):
+    for more, message in (
+        (["--device", "tpu"], "choose cpu or cuda"),
+        (["bucket_config={'144p': {1: (1.0, 2)}}"], "2 micro-batches cannot serve 3 processes"),
+    ):
+        results = train_together(3, tmp_path / "run", "--steps", 1, *more)
+        assert_all_end_with(results, 1)
+        assert all(message in result["error"] for result in results)
+    # what only rank 0 looks at
+    results = train_together(2, tmp_path / "run", "--resume", tmp_path / "nothing")
+    assert_all_end_with(results, 1)
+    assert "no such folder" in results[0]["error"] and LOST in results[1]["error"]
+    assert not (tmp_path / "run").exists()
+
+
+def torchrun(arguments):
+    """torchrun of this environment, whatever `PATH` is."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_torchrun_stops_all_on_sigterm(config, table, features, tmp_path):
+    out = tmp_path / "run"
+    words = ["--standalone", "--nproc-per-node", "2", "-m", "opensora_fast", "train", str(config)]
+    words += ["--data-path", str(table), "--out", str(out), "--device", "cpu", "--steps", "5000", features]
+    process = torchrun(words)
+    for _ in range(2400):
+        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > 2:
+            break
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "stopped by signal 15; --resume auto continues" in text, error
+    assert list((out / "checkpoints").iterdir()) == [checkpoint_of(out, len(read_losses(out)))]
+
+
+def test_torchrun_replays_a_step_that_is_not_finite(train_together, features, tmp_path):
+    out = tmp_path / "run"
+    assert_all_end_with(train_together(2, out, "--steps", 9, "lr=1e25", "grad_clip=None", features), 1)
+    report = json.loads((out / "nonfinite.json").read_text())
+    words = shlex.split(report["replay"])
+    assert words[0] == "torchrun"
+    process = torchrun(words[1:])
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0 and f"rank 0: error: step {report['step']}: the {report['what']} is" in error
+    replayed = json.loads((tmp_path / f"run-replay-{report['step']}" / "nonfinite.json").read_text())
+    assert all(replayed[key] == report[key] for key in ("step", "what", "batches"))
