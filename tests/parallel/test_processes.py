@@ -1,0 +1,61 @@
+"""The place that torchrun gives a process, and what a process that is alone does not do."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from opensora_fast import parallel
+from opensora_fast.parallel import Processes, join_processes
+from opensora_fast.parallel.join import Place, read_place
+
+TORCHRUN = {
+    "RANK": "13",
+    "WORLD_SIZE": "16",
+    "LOCAL_RANK": "5",
+    "LOCAL_WORLD_SIZE": "8",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_the_place_is_torchruns():
+    assert read_place(TORCHRUN) == Place(rank=13, world_size=16, local_rank=5, local_world_size=8)
+    assert read_place({}) == read_place({"WORLD_SIZE": "1"}) == read_place(TORCHRUN | {"WORLD_SIZE": "1"}) == Place()
+
+
+@pytest.mark.parametrize("name", [name for name in TORCHRUN if name != "WORLD_SIZE"])
+def test_what_is_missing_is_named(name):
+    with pytest.raises(ValueError, match=f"WORLD_SIZE=16 is set, but not {name}: start .* with torchrun"):
+        read_place({key: value for key, value in TORCHRUN.items() if key != name})
+
+
+def test_what_is_no_number_is_named():
+    with pytest.raises(ValueError, match="RANK='x', LOCAL_RANK='-1' is no number"):
+        read_place(TORCHRUN | {"RANK": "x", "LOCAL_RANK": "-1"})
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for key, value in TORCHRUN.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match="8 processes on this machine, but 4 GPUs.*--nproc-per-node 4"):
+        with join_processes("cuda"):
+            pass
+    assert not dist.is_initialized()
+
+
+def test_a_process_alone_copies_and_communicates_nothing(monkeypatch):
+    for name in ("init_process_group", "new_group", "send", "recv"):
+        monkeypatch.setattr(dist, name, None)
+    for name in ("reduce_scatter_single", "all_gather_single"):
+        monkeypatch.setattr(parallel.processes, name, None)
+    with join_processes("cpu") as processes:
+        assert type(processes) is Processes and (processes.rank, processes.world_size) == (0, 1)
+        value, tensor = object(), torch.ones(64)
+        assert processes.gather(value) == [value]
+        for method in (processes.average, processes.join_norms, processes.collect):
+            assert method(tensor) is tensor
+        processes.spread(tensor)
+        with processes.first():
+            pass
