@@ -6,13 +6,17 @@ import shlex
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from opensora_fast.cli import list_subcommands, run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-COMMANDS = [shlex.split(line, comments=True) for line in BASH.splitlines() if line.startswith("opensora-fast ")]
+LINES = [shlex.split(line, comments=True) for line in BASH.splitlines()]
+UNDER_TORCHRUN = [words for words in LINES if words and words[0] == "torchrun"]
+COMMANDS = [words for words in LINES if words and words[0] == "opensora-fast"]
+COMMANDS += [words[words.index("opensora_fast") :] for words in UNDER_TORCHRUN]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -29,6 +33,12 @@ def test_commands_and_their_options_exist(words, capsys):
     for word in rest:
         if word.startswith("--"):
             assert word in help_text, f"{' '.join(command)} has no {word}"
+
+
+@pytest.mark.parametrize("words", UNDER_TORCHRUN, ids=" ".join)
+def test_torchrun_takes_its_options(words):
+    options = get_args_parser().parse_args(words[1:])
+    assert options.module and options.training_script == "opensora_fast" and options.nproc_per_node.isdecimal()
 
 
 def test_there_are_commands_of_every_part():

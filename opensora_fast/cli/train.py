@@ -28,6 +28,10 @@ def command(
     Several GPUs train together, each on micro-batches of its own, where torchrun starts a process for each:
 
         torchrun --standalone --nproc-per-node 8 -m opensora_fast train CONFIG ...
+
+    Of a step of several processes metrics.jsonl has the mean of the losses, the sum of tokens and clips (batch_size),
+    the tokens a second of all, the longest data_wait and the most memory of any; bucket is that of rank 0, buckets has
+    all.
     """
     from opensora_fast.config import load_train_config
     from opensora_fast.train.locate_config import locate_config
