@@ -107,8 +107,8 @@ def report_changes(checkpoint: Path, config: TrainConfig, world_size: int, repor
     processes = json.loads((checkpoint / "state.json").read_text())["world_size"]
     if processes != world_size:
         report(
-            f"note: {world_size} processes continue what {processes} trained: the order of the micro-batches goes on, "
-            f"but each step takes {world_size} of them now, and random numbers are drawn for each process"
+            f"note: the number of processes is now {world_size}, the checkpoint was trained with {processes}: the "
+            f"order of the micro-batches goes on, {world_size} a step, and random numbers are drawn in each process"
         )
     before = dict(list_values(load_train_config(checkpoint / CHECKPOINT_CONFIG).config))
     for key, value in list_values(config):

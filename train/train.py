@@ -117,7 +117,8 @@ def _train(
         model = build_model(model_config, config.seed, config.grad_checkpoint)
         use_kernels(model, backend)
         if start.weights is not None:
-            load_initial_weights(model, start.weights, report)
+            with processes.first():
+                load_initial_weights(model, start.weights, report)
         optimizer = MasterAdamW(
             model,
             dtype=dtype,

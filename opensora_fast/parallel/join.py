@@ -51,7 +51,8 @@ def read_place(environment: Mapping[str, str]) -> Place:
 def join_processes(device_name: str | None) -> Iterator[Processes]:
     """The processes of this run, of which torchrun may have started several, connected while the block runs.
 
-    Nobody leaves the block before all have come to its end, or one has failed.
+    Nobody leaves the block before all have come to its end, or one has failed. Once in the life of several processes:
+    torchrun keeps the addresses of the first time.
 
     Args:
         device_name: "cpu" or "cuda"; None is CUDA where there is one. On CUDA the process takes the GPU of its number
@@ -66,7 +67,7 @@ def join_processes(device_name: str | None) -> Iterator[Processes]:
         yield Processes(device)
         return
     if device.type == "cuda":
-        device = _take_gpu(place)
+        device = take_gpu(place)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
     )
@@ -80,7 +81,8 @@ def join_processes(device_name: str | None) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def _take_gpu(place: Place) -> torch.device:
+def take_gpu(place: Place) -> torch.device:
+    """Make the GPU of a process's number on its machine the current one. ValueError if there are too few."""
     gpus = torch.cuda.device_count()
     if place.local_world_size > gpus:
         raise ValueError(

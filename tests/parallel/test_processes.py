@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from opensora_fast import parallel
 from opensora_fast.parallel import Processes, join_processes
-from opensora_fast.parallel.join import Place, read_place
+from opensora_fast.parallel.join import Place, read_place, take_gpu
 
 TORCHRUN = {
     "RANK": "13",
@@ -43,6 +43,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         with join_processes("cuda"):
             pass
     assert not dist.is_initialized()
+
+
+def test_a_process_takes_the_gpu_of_its_number_on_the_machine(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert take_gpu(read_place(TORCHRUN)) == torch.device("cuda", 5)
+    assert chosen == [torch.device("cuda", 5)]
 
 
 def test_a_process_alone_copies_and_communicates_nothing(monkeypatch):

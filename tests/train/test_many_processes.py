@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from opensora_fast.config import load_train_config
 from opensora_fast.data.bad_clips import read_bad_clips
 from opensora_fast.diffusion import MaskGenerator
+from opensora_fast.parallel import Processes
+from opensora_fast.train import train as training
 from opensora_fast.train.checkpoint import find_newest
 from opensora_fast.train.data import read_data
 from opensora_fast.train.loop import Trainer
@@ -27,8 +29,10 @@ from opensora_fast.train.metrics import read_metrics
 from opensora_fast.train.optimizer import BETAS, EPSILON
 from opensora_fast.train.parts import build_diffusion, build_model, make_model_config
 from opensora_fast.train.sources import open_clips
+from opensora_fast.train.train import choose_cpu_threads, describe_replay
 
 STEPS = 4
+DTYPES = {2: "dtype=fp32", 3: "dtype=bf16"}
 CPU = torch.device("cpu")
 LOST = "another process of this run has ended"
 
@@ -57,12 +61,14 @@ def folder_of_wholes(tmp_path_factory):
 
 @pytest.fixture
 def whole(train_together, folder_of_wholes):
-    """whole(world_size): a run that was never stopped; made once, and only read by the tests."""
+    """whole(world_size): a run that was never stopped; made once, and only read by the tests. That of 3 in bfloat16."""
 
     def get(world_size):
         out = folder_of_wholes / str(world_size)
         if not out.exists():
-            assert_all_end_with(train_together(world_size, out, "--steps", STEPS, "ckpt_every=2"), 0)
+            assert_all_end_with(
+                train_together(world_size, out, "--steps", STEPS, "ckpt_every=2", DTYPES[world_size]), 0
+            )
         return out
 
     return get
@@ -150,7 +156,7 @@ def test_stop_and_resume_is_exact(train_together, whole, tmp_path, world_size):
     expected = whole(world_size)
     out = tmp_path / "run"
     for steps in (1, STEPS):  # the second epoch begins with step 3 of 3 processes, step 4 of 2
-        results = train_together(world_size, out, "--steps", steps, "--resume", "auto")
+        results = train_together(world_size, out, "--steps", steps, "--resume", "auto", DTYPES[world_size])
         assert_all_end_with(results, 0)
     assert "after step 1" in results[0]["out"] and not any(result["out"] for result in results[1:])
     assert len(read_losses(out)) == STEPS
@@ -164,10 +170,10 @@ def test_the_order_goes_on_with_another_number_of_processes(train_together, trai
     assert_all_end_with(train_together(3, out, "--steps", 1), 0)
     code, text, error = train(out, "--steps", 2, "--resume", "auto")
     assert code == 0, error
-    assert "note: 1 processes continue what 3 trained" in text
+    assert "note: the number of processes is now 1, the checkpoint was trained with 3" in text
     results = train_together(2, out, "--steps", 4, "--resume", "auto")
     assert_all_end_with(results, 0)
-    assert "note: 2 processes continue what 1 trained" in results[0]["out"]
+    assert "note: the number of processes is now 2, the checkpoint was trained with 1" in results[0]["out"]
     rows = read_metrics(out / "metrics.jsonl")
     assert [(row["epoch"], row["micro_batch"]) for row in rows] == [(0, 0), (0, 3), (0, 4), (1, 0)]
     sampler = read_data(load_train_config(config, [], {"dataset.data_path": str(table)}).config).sampler
@@ -299,6 +305,33 @@ def test_mistakes_are_the_same_message_in_every_process(train_together, tmp_path
     assert_all_end_with(results, 1)
     assert "no such folder" in results[0]["error"] and LOST in results[1]["error"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_is_printed_once_for_all(train, tmp_path, monkeypatch):
+    places = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for rank in ("0", "1"):
+        for key, value in (places | {"RANK": rank, "LOCAL_RANK": rank}).items():
+            monkeypatch.setenv(key, value)
+        code, text, _ = train(tmp_path / "run", "--dry-run")
+        assert code == 0
+        assert "2 steps for each of 3 processes" in text if rank == "0" else text == ""
+
+
+def test_the_processors_of_a_machine_are_shared(monkeypatch):
+    monkeypatch.setattr(training, "count_processors", lambda: 12)
+    alone, many = Processes(CPU), SimpleNamespace(world_size=16, local_world_size=8)
+    configured, free = SimpleNamespace(cpu_threads=5), SimpleNamespace(cpu_threads=None)
+    assert [choose_cpu_threads(configured, processes) for processes in (alone, many)] == [5, 5]
+    assert choose_cpu_threads(free, alone) is None and choose_cpu_threads(free, many) == 1
+    many.local_world_size = 4
+    assert choose_cpu_threads(free, many) == 3
+
+
+def test_the_replay_of_several_machines_names_their_number(tmp_path):
+    processes = SimpleNamespace(world_size=16, local_world_size=8, device=torch.device("cuda", 3))
+    command = describe_replay(tmp_path / "run", tmp_path / "step-00000004", 5, processes)
+    assert command.startswith("torchrun --nnodes 2 --nproc-per-node 8 -m opensora_fast train ")
+    assert command.endswith("run-replay-5 --steps 5 --device cuda")
 
 
 def torchrun(arguments):
