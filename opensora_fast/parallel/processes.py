@@ -2,13 +2,15 @@
 
 Each process trains on micro-batches of its own with the same weights, and owns one shard of the optimizer's state
 (ZeRO stage 1, https://arxiv.org/abs/1910.02054). Gradients and weights travel between the devices, over NCCL or, on the
-CPU, gloo. Everything else is small and goes from host to host over gloo, as JSON: a host may wait for another as long
+CPU, gloo. Everything else goes from host to host over gloo, what is small as JSON: a host may wait for another as long
 as it takes, while NCCL takes ten minutes without an answer for a failure. As the hosts meet in every step before the
 devices do, no device waits for another one's data either.
 """
 
+from __future__ import annotations
+
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +20,6 @@ from torch import Tensor
 
 # Elements of a flat tensor that are on the way from one host to another at a time: 256 MB of float32.
 CHUNK = 1 << 26
-
-# torch 2.13 calls them so, and warns of the names before.
-reduce_scatter_single: Callable = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather_single: Callable = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class ProcessLostError(ValueError):
@@ -111,12 +109,12 @@ class JoinedProcesses(Processes):
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = torch.empty(self.world_size, dtype=torch.int64)
         with _naming_the_loss():
-            all_gather_single(lengths, torch.tensor([len(content)]), group=self._host_group)
+            _all_gather(lengths, torch.tensor([len(content)]), group=self._host_group)
         contents = torch.zeros(self.world_size, int(lengths.max()), dtype=torch.uint8)
         own = contents[self.rank].clone()
         own[: len(content)] = content
         with _naming_the_loss():
-            all_gather_single(contents.view(-1), own, group=self._host_group)
+            _all_gather(contents.view(-1), own, group=self._host_group)
         return [
             json.loads(row[:length].numpy().tobytes()) for row, length in zip(contents, lengths.tolist(), strict=True)
         ]
@@ -134,18 +132,18 @@ class JoinedProcesses(Processes):
         bfloat16; the division by the number of processes is in float32 and loses nothing more."""
         total = gradient.new_empty(len(gradient) // self.world_size)
         with _naming_the_loss():
-            reduce_scatter_single(total, gradient)
+            _reduce_scatter(total, gradient)
         return total / self._divisor
 
     def join_norms(self, norm: Tensor) -> Tensor:
         norms = norm.new_empty(self.world_size)
         with _naming_the_loss():
-            all_gather_single(norms, norm.reshape(1))
+            _all_gather(norms, norm.reshape(1))
         return torch.linalg.vector_norm(norms)
 
     def spread(self, flat: Tensor) -> None:
         with _naming_the_loss():
-            all_gather_single(flat, flat.view(self.world_size, -1)[self.rank])
+            _all_gather(flat, flat.view(self.world_size, -1)[self.rank])
 
     def collect(self, shard: Tensor) -> Tensor | None:
         chunks = range(0, len(shard), CHUNK)
@@ -160,6 +158,17 @@ class JoinedProcesses(Processes):
                 for start in chunks:
                     dist.recv(whole[rank, start : start + CHUNK], rank, group=self._host_group)
         return whole.view(-1)
+
+
+def _reduce_scatter(output: Tensor, tensor: Tensor) -> None:
+    # torch 2.13 has renamed it, and warns of the name before.
+    function = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    function(output, tensor)
+
+
+def _all_gather(output: Tensor, tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    function(output, tensor, group=group)
 
 
 @contextmanager

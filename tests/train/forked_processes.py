@@ -3,7 +3,7 @@ everything once.
 
 Reads a job a line, in JSON, from standard input: `world_size`, `arguments` of the command, and perhaps a `fault`, which
 happens in the process `rank` at `step`. Answers with a line: of each rank the exit code (negative: killed by that
-signal; null: it had to be ended after `seconds`), standard output and standard error.
+signal; null: it had to be ended after `seconds`), the time of its end, standard output and standard error.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from opensora_fast import cli
 from opensora_fast.encoders import build_text_encoder
-from opensora_fast.train import checkpoint, train  # noqa: F401
+from opensora_fast.train import train
 from opensora_fast.train.loop import Trainer
 
 
@@ -40,14 +40,15 @@ def run_job(world_size: int, arguments: list[str], fault: dict | None, seconds: 
             if pid == 0:
                 become_rank(rank, world_size, port, Path(folder), arguments, fault)
             children.append(pid)
-        codes = wait_for(children, seconds)
+        ends = wait_for(children, seconds)
         return [
             {
                 "code": code,
+                "time": end,
                 "out": (Path(folder) / f"{rank}.out").read_text(),
                 "error": (Path(folder) / f"{rank}.err").read_text(),
             }
-            for rank, code in enumerate(codes)
+            for rank, (code, end) in enumerate(ends)
         ]
 
 
@@ -73,20 +74,20 @@ def become_rank(rank: int, world_size: int, port: int, folder: Path, arguments: 
         os._exit(code)
 
 
-def wait_for(children: list[int], seconds: float) -> list[int | None]:
-    """Exit codes; whoever is still there after that time is killed and has None."""
-    codes = {}
+def wait_for(children: list[int], seconds: float) -> list[tuple[int | None, float]]:
+    """Exit codes and when each ended; whoever is still there after that time is killed and has no code."""
+    ends = {}
     deadline = time.monotonic() + seconds
-    while len(codes) < len(children) and time.monotonic() < deadline:
-        for pid in set(children) - set(codes):
+    while len(ends) < len(children) and time.monotonic() < deadline:
+        for pid in set(children) - set(ends):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
+                ends[pid] = os.waitstatus_to_exitcode(status), time.monotonic()
         time.sleep(0.01)
-    for pid in set(children) - set(codes):
+    for pid in set(children) - set(ends):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    return [codes.get(pid) for pid in children]
+    return [ends.get(pid, (None, deadline)) for pid in children]
 
 
 def find_free_port() -> int:
@@ -159,7 +160,19 @@ def kill_while_writing(step: int) -> None:
     os.rename = rename
 
 
+def report_slowly(step: int) -> None:
+    """Rank 0 takes two seconds for what it writes and prints in the end."""
+    real = train.report_kernels
+
+    def slow(*arguments):
+        time.sleep(2)
+        real(*arguments)
+
+    train.report_kernels = slow
+
+
 FAULTS = {
+    "report slowly": report_slowly,
     "nan loss": at_step(nan_loss),
     "nan gradient": at_step(nan_gradient),
     "sigterm": at_step(sigterm),

@@ -223,6 +223,14 @@ def test_a_signal_to_one_process_stops_all_after_the_step(train_together, whole,
     assert_same_state(checkpoint_of(out, 2), checkpoint_of(whole(2), 2))
 
 
+def test_nobody_ends_before_rank_0_has_written_everything(train_together, features, tmp_path):
+    """Or torchrun would end rank 0 when another process ends with the number of a signal."""
+    fault = {"kind": "report slowly", "rank": 0, "step": 0}
+    results = train_together(2, tmp_path / "run", "--steps", 1, features, fault=fault)
+    assert_all_end_with(results, 0)
+    assert abs(results[0]["time"] - results[1]["time"]) < 1
+
+
 def test_an_error_in_one_process_ends_all_with_its_message(train_together, tmp_path):
     out = tmp_path / "run"
     fault = {"kind": "out of memory", "rank": 1, "step": 2}
