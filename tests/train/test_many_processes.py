@@ -9,26 +9,22 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 import torch
 from losses import read_losses
+from one_process import OneProcess
 from safetensors.torch import load_file
 
 from opensora_fast.config import load_train_config
 from opensora_fast.data.bad_clips import read_bad_clips
-from opensora_fast.diffusion import MaskGenerator
 from opensora_fast.parallel import Processes
 from opensora_fast.train import train as training
 from opensora_fast.train.checkpoint import find_newest
 from opensora_fast.train.data import read_data
-from opensora_fast.train.loop import Trainer
 from opensora_fast.train.metrics import read_metrics
-from opensora_fast.train.optimizer import BETAS, EPSILON
-from opensora_fast.train.parts import build_diffusion, build_model, make_model_config
-from opensora_fast.train.sources import open_clips
 from opensora_fast.train.train import choose_cpu_threads, describe_replay
 
 STEPS = 4
@@ -74,56 +70,11 @@ def whole(train_together, folder_of_wholes):
     return get
 
 
-class OneProcess:
-    """The same training in plain PyTorch: micro-batch by micro-batch, their mean gradient and AdamW in float64."""
-
-    def __init__(self, config, world_size, encoders, stack):
-        sources = [
-            stack.enter_context(closing(open_clips(config, data, encoders, CPU, torch.float32, print)))
-            for data in (read_data(config, rank, world_size) for rank in range(world_size))
-        ]
-        self.batches = [stack.enter_context(closing(source.iterate(0, 0))) for source in sources]
-        source = sources[0]
-        channels = source.in_channels, source.caption_channels, source.model_max_length
-        self.model = build_model(make_model_config(config, *channels), config.seed, False)
-        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        self.weights = {name: value.detach().double() for name, value in trained.items()}
-        self.average = {name: value.clone() for name, value in self.weights.items()}
-        self.model.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
-        self.parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.weights.values(), lr=config.lr, betas=BETAS, eps=EPSILON, weight_decay=0.0
-        )
-        self.config = config
-        self.inputs = source.inputs
-        self.diffusion = build_diffusion(config)
-        self.masks = MaskGenerator(config.mask_ratios)
-
-    def step(self, number):
-        """Mean of the losses, and norm of the mean gradient."""
-        losses, gradients = [], []
-        for rank, batches in enumerate(self.batches):
-            trainer = SimpleNamespace(seed=self.config.seed, processes=SimpleNamespace(rank=rank), inputs=self.inputs)
-            trainer.model, trainer.diffusion, trainer.masks = self.model, self.diffusion, self.masks
-            loss = Trainer.compute_losses(trainer, next(batches), number)["loss"]
-            gradients.append([gradient.double() for gradient in torch.autograd.grad(loss, self.parameters.values())])
-            losses.append(loss.item())
-        for weight, *parts in zip(self.weights.values(), *gradients, strict=True):
-            weight.grad = sum(parts) / len(parts)
-        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.grad_clip)
-        self.optimizer.step()
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                self.parameters[name].copy_(weight)
-                self.average[name] = self.config.ema_decay * self.average[name] + (1 - self.config.ema_decay) * weight
-        return sum(losses) / len(losses), float(norm)
-
-
 @pytest.mark.parametrize(
     ("world_size", "dtype", "steps", "tolerance"),
     # In bfloat16 gradients are rounded when they are added. A second step is not compared: AdamW's first one is the
     # sign of the gradient, whatever its size, and so of the rounding where the gradient is nearly zero.
-    [(2, "fp32", 2, 1e-6), (3, "fp32", 2, 1e-6), (3, "bf16", 1, 2**-7)],
+    [(3, "fp32", 2, 1e-6), (2, "bf16", 1, 2**-7)],
 )
 def test_steps_are_those_of_one_process_on_the_mean_gradient(
     train_together, config, table, tmp_path, world_size, dtype, steps, tolerance
@@ -142,13 +93,14 @@ def test_steps_are_those_of_one_process_on_the_mean_gradient(
     assert len(rows) == steps
     stored = {name: load_file(checkpoint_of(out, steps) / name / "model.safetensors") for name in ("model", "ema")}
     moments = load_file(checkpoint_of(out, steps) / "optimizer.safetensors")
+    wrong = []
     for name, weight in one.weights.items():
         for kind in ("exp_avg", "exp_avg_sq"):
             expected = one.optimizer.state[weight][kind]
             assert (moments[f"{kind}.{name}"] - expected).norm() <= 2 * tolerance * expected.norm(), (kind, name)
         for kind, expected in (("model", weight), ("ema", one.average[name])):
-            wrong = (stored[kind][name] - expected).abs() > 1e-3 * loaded.lr
-            assert wrong.float().mean() <= (0 if dtype == "fp32" else 0.05), (kind, name)
+            wrong.append(((stored[kind][name] - expected).abs() > 1e-3 * loaded.lr).flatten())
+    assert torch.cat(wrong).float().mean() <= (0 if dtype == "fp32" else 0.005)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -209,8 +161,6 @@ def test_what_is_not_finite_in_one_process_stops_all_before_the_step(train_toget
     assert report["replay"].startswith("torchrun --standalone --nproc-per-node 2 -m opensora_fast train ")
     assert len(read_losses(out)) == 2
     assert_same_state(checkpoint_of(out, 2), checkpoint_of(whole(2), 2))
-    assert_all_end_with(train_together(2, out, "--steps", STEPS, "--resume", "auto"), 0)
-    assert read_losses(out) == read_losses(whole(2))
 
 
 def test_a_signal_to_one_process_stops_all_after_the_step(train_together, whole, tmp_path):
@@ -300,18 +250,16 @@ def test_features_are_written_by_one_process_and_read_by_all(
     assert read_losses(tmp_path / "reads") == read_losses(folder_of_wholes / "writes_features") == expected
 
 
-def test_mistakes_are_the_same_message_in_every_process(train_together, tmp_path):
-    for more, message in (
-        (["--device", "tpu"], "choose cpu or cuda"),
-        (["bucket_config={'144p': {1: (1.0, 2)}}"], "2 micro-batches cannot serve 3 processes"),
+def test_mistakes_are_told_and_leave_no_folder(train_together, tmp_path):
+    for more, errors in (
+        # every process sees it
+        (["bucket_config={'144p': {1: (1.0, 4)}}"], ["1 micro-batch cannot serve 2 processes"] * 2),
+        # only rank 0 looks
+        (["--resume", tmp_path / "nothing"], ["no such folder", LOST]),
     ):
-        results = train_together(3, tmp_path / "run", "--steps", 1, *more)
+        results = train_together(2, tmp_path / "run", "--steps", 1, *more)
         assert_all_end_with(results, 1)
-        assert all(message in result["error"] for result in results)
-    # what only rank 0 looks at
-    results = train_together(2, tmp_path / "run", "--resume", tmp_path / "nothing")
-    assert_all_end_with(results, 1)
-    assert "no such folder" in results[0]["error"] and LOST in results[1]["error"]
+        assert all(error in result["error"] for error, result in zip(errors, results, strict=True))
     assert not (tmp_path / "run").exists()
 
 
