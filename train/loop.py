@@ -27,7 +27,7 @@ from opensora_fast.data.batch import Batch
 from opensora_fast.data.explain import count_tokens
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.model import STDiT2
-from opensora_fast.parallel import Processes
+from opensora_fast.parallel.processes import Processes
 from opensora_fast.progress import Progress
 from opensora_fast.train.checkpoint import get_step, write_checkpoint
 from opensora_fast.train.ema import EMA

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_fast.kernels import adamw
-from opensora_fast.parallel import Processes
+from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.flat import FlatLayout
 

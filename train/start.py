@@ -11,7 +11,7 @@ from opensora_fast.config import TrainConfig, list_values, load_train_config
 from opensora_fast.model import STDiT2
 from opensora_fast.model.pixart import initialize_from
 from opensora_fast.model.weights import load_strictly
-from opensora_fast.parallel import Processes
+from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.checkpoint import COMPLETE, find_newest, list_checkpoints, locate_checkpoint, set_aside_newer
 
 CHECKPOINT_CONFIG = "train_config.json"

@@ -16,7 +16,8 @@ from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.data.pyav_decoder import count_processors
 from opensora_fast.diffusion import MaskGenerator
 from opensora_fast.kernels import calls
-from opensora_fast.parallel import Processes, join_processes
+from opensora_fast.parallel.join import join_processes
+from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.data import read_data
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.encoders import adopt_fitted, copy_fitted

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from opensora_fast import parallel
-from opensora_fast.parallel import Processes, join_processes
-from opensora_fast.parallel.join import Place, read_place, take_gpu
+import opensora_fast.parallel.processes as processes_module
+from opensora_fast.parallel.join import Place, join_processes, read_place, take_gpu
+from opensora_fast.parallel.processes import Processes
 
 TORCHRUN = {
     "RANK": "13",
@@ -57,7 +57,7 @@ def test_a_process_alone_copies_and_communicates_nothing(monkeypatch):
     for name in ("init_process_group", "new_group", "send", "recv"):
         monkeypatch.setattr(dist, name, None)
     for name in ("_reduce_scatter", "_all_gather"):
-        monkeypatch.setattr(parallel.processes, name, None)
+        monkeypatch.setattr(processes_module, name, None)
     with join_processes("cpu") as processes:
         assert type(processes) is Processes and (processes.rank, processes.world_size) == (0, 1)
         value, tensor = object(), torch.ones(64)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from opensora_fast.config import load_train_config
 from opensora_fast.data.bad_clips import read_bad_clips
-from opensora_fast.parallel import Processes
+from opensora_fast.parallel.processes import Processes
 from opensora_fast.train import train as training
 from opensora_fast.train.checkpoint import find_newest
 from opensora_fast.train.data import read_data
