@@ -134,7 +134,7 @@ class Trainer:
                 self.save()
             finally:
                 self._progress = None
-        return self._signal
+            return self._find_signal(stop)
 
     def note(self, text: str) -> None:
         """Tell a person one line, without disturbing the progress bar."""
@@ -179,7 +179,7 @@ class Trainer:
     def _take_steps(self, batches: Iterator[Batch], stop: StopSignals) -> None:
         taken: Taken | None = None
         started = time.perf_counter()
-        while self._signal is None and (self.limits.steps is None or self.position.step < self.limits.steps):
+        while not self._find_signal(stop) and (self.limits.steps is None or self.position.step < self.limits.steps):
             batch = next(batches, None)
             if batch is None:
                 break
@@ -199,6 +199,10 @@ class Trainer:
                 self.save()
                 started = time.perf_counter()
         self._finish(taken)
+
+    def _find_signal(self, stop: StopSignals) -> int | None:
+        """The signal that stops the run: one process need not wait for the others to know of it."""
+        return stop.received if self.processes.world_size == 1 else self._signal
 
     def _first_index(self, batch: Batch) -> int:
         """Number in the epoch of the first of the micro-batches that the processes take in a step."""
