@@ -25,6 +25,7 @@ class BucketMemory:
         peak: bytes that a step needs.
         fits: whether they are there.
         largest_batch: clips that fit with as many recomputed blocks as configured; 0 if not one does.
+        largest_batch_recomputing: clips that fit if all blocks recompute; 0 if not one does.
         fewest_recomputed: recomputed blocks with which the configured batch size fits; None if it never does.
     """
 
@@ -36,6 +37,7 @@ class BucketMemory:
     peak: int
     fits: bool
     largest_batch: int
+    largest_batch_recomputing: int
     fewest_recomputed: int | None
 
     @property
@@ -50,6 +52,8 @@ class BucketMemory:
             fixes.append(f"lower the batch size to {self.largest_batch}")
         if self.fewest_recomputed is not None:
             fixes.append(f"set grad_checkpoint={self.fewest_recomputed}")
+        if not fixes and self.largest_batch_recomputing:
+            fixes.append(f"lower the batch size to {self.largest_batch_recomputing} with grad_checkpoint=True")
         if not fixes:
             fixes.append("remove it: one clip is too much even with grad_checkpoint=True")
         usable = usable_memory(memory)
@@ -86,6 +90,7 @@ def count_buckets(
                     peak=peak,
                     fits=peak <= usable,
                     largest_batch=model.largest_batch(videos, costs.recomputed, usable),
+                    largest_batch_recomputing=model.largest_batch(videos, costs.model.depth, usable),
                     fewest_recomputed=model.fewest_recomputed(videos, usable),
                 )
             )

@@ -93,6 +93,21 @@ def test_a_clip_that_never_fits_is_to_be_removed():
     assert line.describe_misfit(80 * GIB).endswith("remove it: one clip is too much even with grad_checkpoint=True")
 
 
+def test_a_clip_that_fits_only_with_recomputation_in_a_smaller_batch_is_not_to_be_removed():
+    """Not one clip fits as configured, and the batch size not even with recomputation; some clips do."""
+
+    def count(*overrides: str):
+        config = load("bucket_config={'720p': {64: (1.0, 40)}}", *overrides)
+        costs = RunCosts(config, Bucket(config.bucket_config))
+        return count_buckets(costs, costs.get_memory_model(64), 80 * GIB)[0]
+
+    line = count()
+    assert (line.largest_batch, line.fewest_recomputed) == (0, None)
+    fix = re.search(r": lower the batch size to (\d+) with grad_checkpoint=True$", line.describe_misfit(80 * GIB))
+    assert fix and count(f"bucket_config.720p.64=(1.0, {fix[1]})", "grad_checkpoint=True").fits
+    assert not count(f"bucket_config.720p.64=(1.0, {int(fix[1]) + 1})", "grad_checkpoint=True").fits
+
+
 def test_the_aspect_ratio_with_the_most_tokens_decides():
     config = load()
     costs = RunCosts(config, Bucket(config.bucket_config))
