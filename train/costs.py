@@ -75,9 +75,11 @@ class RunCosts:
 
     @property
     def recomputed(self) -> int:
-        """Blocks that recompute their activations."""
-        blocks = self.config.grad_checkpoint
-        return self.model.depth if blocks is True else int(blocks)
+        """Blocks that recompute their activations; ValueError if the model has fewer, as training would raise."""
+        blocks, depth = self.config.grad_checkpoint, self.model.depth
+        if blocks > depth:
+            raise ValueError(f"grad_checkpoint={blocks}, but the model has {depth} blocks: at most {depth}, or True")
+        return depth if blocks is True else int(blocks)
 
     def get_videos(self, bucket_id: BucketId) -> VideoBatch:
         """A micro-batch of a bucket."""

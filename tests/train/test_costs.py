@@ -94,6 +94,12 @@ def test_true_recomputes_every_block_and_a_number_so_many():
     assert again == pytest.approx(count_forward(none.model, videos, none.text).flops, rel=0.02)
 
 
+def test_more_recomputed_blocks_than_the_model_has_are_refused():
+    assert costs_of("stage1", "grad_checkpoint=28").recomputed == 28
+    with pytest.raises(ValueError, match="grad_checkpoint=29, but the model has 28 blocks: at most 28, or True"):
+        _ = costs_of("stage1", "grad_checkpoint=29").recomputed
+
+
 def test_order_costs_do_not_depend_on_recomputation():
     costs = costs_of("stage3").get_order_costs()
     assert np.array_equal(costs, costs_of("stage3", "grad_checkpoint=3").get_order_costs())
