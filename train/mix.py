@@ -14,6 +14,7 @@ of objects; in both the same names:
 from __future__ import annotations
 
 import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ NAMES = ("resolution", "frames", "aspect_ratio", "clips", "share")
 VIDEO_RATIO, IMAGE_RATIO = 9 / 16, 1.0
 # Micro-batches that shares are turned into: enough that the idle share does not depend on the number.
 MADE_UP = 2 * WINDOW
+LARGEST_NUMBER = 1e12
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,11 @@ def read_mix(path: Path, bucket: Bucket) -> tuple[np.ndarray, bool]:
     """(clips or shares [buckets], whether they are clips) of a mix file."""
     if path.suffix not in (".csv", ".json"):
         raise ValueError(f"--mix {path}: write a .csv or a .json file with {', '.join(NAMES)}")
-    records = _read_csv(path) if path.suffix == ".csv" else _read_json(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8: {error}") from None
+    records = _read_csv(path, text) if path.suffix == ".csv" else _read_json(path, text)
     if not records:
         raise ValueError(f"{path}: holds no bucket")
     weights = np.zeros(len(bucket))
@@ -109,19 +115,26 @@ def read_mix(path: Path, bucket: Bucket) -> tuple[np.ndarray, bool]:
             raise ValueError(f"{path}, {place}: give clips in all lines, or share in all lines")
         weights[bucket.ids.index(bucket_id)] += _read_number(f"{path}, {place}", given[0], record[given[0]])
     if not weights.any():
-        raise ValueError(f"{path}: all {kinds.pop()} are 0")
+        raise ValueError(f"{path}: {kinds.pop()} is 0 everywhere")
     return weights, kinds == {"clips"}
 
 
-def _read_csv(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        return [(f"line {reader.line_num}", {str(name): value for name, value in row.items()}) for row in reader]
-
-
-def _read_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_csv(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    records = []
     try:
-        content = json.loads(path.read_text())
+        for row in reader:
+            if None in row:
+                raise ValueError(f"{path}, line {reader.line_num}: more values than names in the header")
+            records.append((f"line {reader.line_num}", row))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    return records
+
+
+def _read_json(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
@@ -135,12 +148,12 @@ def _read_bucket(place: str, record: dict[str, Any], bucket: Bucket) -> BucketId
         raise ValueError(f"{place}: {missing[0]} is missing")
     frames = _read_number(place, "frames", record["frames"])
     resolution, ratio = str(record["resolution"]), record.get("aspect_ratio")
+    given = None if ratio in (None, "") else _read_number(place, "aspect_ratio", ratio)
     try:
         probability = bucket.get_prob((resolution, int(frames)))
-        if ratio in (None, ""):
+        if given is None:
             bucket_id = choose_ratio(bucket, resolution, int(frames))
         else:
-            given = _read_number(place, "aspect_ratio", ratio)
             names = {float(name): name for name in get_aspect_table(resolution).names}  # "1.0", "0.56"
             bucket_id = (resolution, int(frames), names.get(given, str(ratio)))
         bucket.get_thw(bucket_id)
@@ -153,11 +166,13 @@ def _read_bucket(place: str, record: dict[str, Any], bucket: Bucket) -> BucketId
 
 def _read_number(place: str, name: str, value: object) -> float:
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = -1.0 if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         number = -1.0
-    if not 0 <= number < float("inf") or (name in ("frames", "clips") and number != int(number)):
-        raise ValueError(f"{place}: {name} is {value!r}; write a number of 0 or more")
+    whole = name in ("frames", "clips")
+    if not 0 <= number <= LARGEST_NUMBER or (whole and number != int(number)):
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{place}: {name} is {value!r}; write a {kind} from 0 to {LARGEST_NUMBER:.0e}")
     return number
 
 

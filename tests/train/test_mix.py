@@ -67,19 +67,46 @@ def test_without_a_file_every_entry_that_keeps_clips_gives_as_many():
             "line 2: resolution 144p has no aspect ratio '0.99'",
         ),
         ("resolution,frames,share\n240p,64,1\n", r"line 2: bucket_config\['240p'\]\[64\] keeps no clip"),
-        ("resolution,frames,share\n144p,16,-1\n", "line 2: share is '-1'; write a number of 0 or more"),
-        ("resolution,frames,clips\n144p,16,1.5\n", "line 2: clips is '1.5'"),
+        ("resolution,frames,share\n144p,16,-1\n", "line 2: share is '-1'; write a number from 0 to"),
+        ("resolution,frames,clips\n144p,16,1.5\n", "line 2: clips is '1.5'; write a whole number"),
         ("resolution,frames,clips\n144p,16,\n", "line 2: give clips in all lines, or share in all lines"),
         ("resolution,frames,clips,share\n144p,16,1,\n240p,16,,1\n", "line 3: give clips in all lines, or share"),
         ("resolution,frames,weight\n144p,16,1\n", "line 2: unknown 'weight'; known are resolution, frames"),
         ("frames,share\n16,1\n", "line 2: resolution is missing"),
-        ("resolution,frames,share\n144p,16,0\n", "all share are 0"),
+        ("resolution,frames,share\n144p,16,0\n", "share is 0 everywhere"),
         ("resolution,frames,share\n", "holds no bucket"),
+        (
+            "resolution,frames,aspect_ratio,share\n144p,16,wide,1\n",
+            "^[^ ]*, line 2: aspect_ratio is 'wide'; write a number",
+        ),
+        ("resolution,frames,share\n144p,16,1,7\n", "line 2: more values than names in the header"),
+        ("resolution,frames,share\n144p,16,1e300\n", "line 2: share is '1e300'; write a number from 0 to"),
+        ('resolution,frames,share\n144p,16,"' + 200_000 * "1" + '"\n', "field larger than"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read_mix(write(tmp_path, text), BUCKET)
+
+
+def test_what_spreadsheets_write_is_read(tmp_path):
+    plain = write(tmp_path, "resolution,frames,share\n144p,16,1\n")
+    other = tmp_path / "other.csv"
+    other.write_bytes(b"\xef\xbb\xbfresolution, frames, share\r\n144p, 16, 1\r\n")
+    assert np.array_equal(read_mix(other, BUCKET)[0], read_mix(plain, BUCKET)[0])
+
+
+@pytest.mark.parametrize("name", ["mix.csv", "mix.json"])
+def test_a_file_that_is_no_text_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=f"{name}: not a text in UTF-8"):
+        read_mix(tmp_path / name, BUCKET)
+
+
+def test_true_is_no_number(tmp_path):
+    path = write(tmp_path, '[{"resolution": "144p", "frames": 16, "share": true}]', "mix.json")
+    with pytest.raises(ValueError, match="object 1: share is True; write a number"):
+        read_mix(path, BUCKET)
 
 
 @pytest.mark.parametrize(("name", "text"), [("mix.json", "{"), ("mix.json", '{"144p": 1}'), ("mix.txt", "")])
