@@ -157,7 +157,8 @@ class ClusterPlan:
             *(f"warning: {warning}" for warning in self.warnings),
             self._advise_on_recomputing(),
             "",
-            f"micro-batches: {self.mix}" + ("" if self.steps is None else f": {self.steps} steps an epoch"),
+            f"micro-batches: {self.mix}"
+            + ("" if self.steps is None else f": {self.steps} step{'s' * (self.steps != 1)} an epoch"),
             *(self._format_order(order) for order in self.orders),
             NOT_IN_TIMES,
             *(f"note: {note}" for note in self.notes),
@@ -197,7 +198,7 @@ class ClusterPlan:
 
     def _format_order(self, order: Order) -> str:
         used = " (as configured)" if order.balanced == self.is_balanced else ""
-        epoch = "" if order.epoch_seconds is None else f", {order.epoch_seconds / 3600:.2f} hours an epoch"
+        epoch = "" if order.epoch_seconds is None else f", {_format_duration(order.epoch_seconds)} an epoch"
         return (
             f"balance={order.balanced}{used}: {100 * order.idle:.1f} % of the GPUs' time is waiting for the slowest; "
             f"projection {order.tokens_per_s / 1e6:.2f} M tokens/s{epoch} ({self._short_basis})"
@@ -227,8 +228,6 @@ def make_plan(
         memory_ratios: measured over counted memory of activations; the largest is taken.
         notes: what a reader must know besides.
 
-    Raises:
-        ValueError: there are too few micro-batches for one step.
     """
     ratios = memory_ratios or []
     model = costs.get_memory_model(world_size)
@@ -262,21 +261,27 @@ def project_orders(costs: RunCosts, world_size: int, time: StepTime, mix: Mix) -
     seconds = np.array([time.seconds(costs.count_step(part, world_size)) for part in videos])
     tokens = np.array([part.tokens for part in videos])
     balanced = mix.bucket_of[balance(costs.get_order_costs()[mix.bucket_of], costs.config.seed, epoch=0)]
+    steps = mix.steps or max(1, len(mix.bucket_of) // world_size)
     orders = []
     for bucket_of in (mix.bucket_of, balanced):
-        slowest = slowest_of_each_step(seconds[bucket_of], world_size)
-        used = len(slowest) * world_size
+        taken = np.resize(bucket_of, steps * world_size)  # from the front again where the last step is not full
+        slowest = slowest_of_each_step(seconds[taken], world_size)
         orders.append(
             Order(
                 balanced=bucket_of is balanced,
-                idle=idle_share(seconds[bucket_of], world_size),
-                tokens_per_s=float(tokens[bucket_of[:used]].sum() / slowest.sum()),
-                epoch_seconds=None if mix.steps is None else float(slowest.mean() * mix.steps),
+                idle=idle_share(seconds[taken], world_size),
+                tokens_per_s=float(tokens[taken].sum() / slowest.sum()),
+                epoch_seconds=None if mix.steps is None else float(slowest.sum()),
             )
         )
     return orders
 
 
 def _format_row(name: str, *cells: object) -> str:
-    widths = (9, 12, 9, 9, 12, 11, 12, 23)
+    widths = (9, 12, 9, 9, 11, 11, 12, 23)
     return f"{name:<24}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def _format_duration(seconds: float) -> str:
+    unit, size = next((part for part in (("hours", 3600), ("minutes", 60)) if seconds >= part[1]), ("seconds", 1))
+    return f"{seconds / size:.2f} {unit}"

@@ -33,6 +33,7 @@ VIDEO_RATIO, IMAGE_RATIO = 9 / 16, 1.0
 # Micro-batches that shares are turned into: enough that the idle share does not depend on the number.
 MADE_UP = 2 * WINDOW
 LARGEST_NUMBER = 1e12
+MOST_BATCHES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Mix:
     Attributes:
         source: where they come from, in words.
         bucket_of: [micro-batches], index into `bucket.ids`.
-        steps: of the epoch, where its length is known.
+        steps: of the epoch, where its length is known. What is missing in the last one comes from the front again, as
+            in training without `drop_last`.
     """
 
     source: str
@@ -50,11 +52,11 @@ class Mix:
     steps: int | None
 
 
-def mix_of_table(config: TrainConfig, bucket: Bucket, world_size: int) -> Mix:
+def mix_of_table(config: TrainConfig, world_size: int) -> Mix:
     """The first epoch of the configuration's table of clips; ValueError as training would raise."""
     data = read_data(config.model_copy(update={"balance": False}), world_size=world_size)
     plan = data.sampler.get_plan(0)
-    return Mix(f"{len(plan)} micro-batches of {config.dataset.data_path}", plan.bucket_of, data.explanation.steps)
+    return Mix(_describe(len(plan), config.dataset.data_path), plan.bucket_of, data.explanation.steps)
 
 
 def mix_of_file(path: Path, config: TrainConfig, bucket: Bucket, world_size: int) -> Mix:
@@ -68,9 +70,16 @@ def mix_of_file(path: Path, config: TrainConfig, bucket: Bucket, world_size: int
     if not counted:
         return Mix(f"shares of {path}", _make_up(weights / batch_size, config.seed), None)
     batches = np.floor(weights / batch_size) if config.drop_last else np.ceil(weights / batch_size)
-    bucket_of = _shuffle(batches, config.seed)
-    steps = len(bucket_of) // world_size if config.drop_last else -(-len(bucket_of) // world_size)
-    return Mix(f"{len(bucket_of)} micro-batches of {path}", bucket_of, steps)
+    count = int(batches.sum())
+    if count > MOST_BATCHES:
+        raise ValueError(f"{path}: {count} micro-batches are too many to be planned one by one: give share, not clips")
+    steps = count // world_size if config.drop_last else -(-count // world_size)
+    if steps == 0:
+        raise ValueError(
+            f"{path}: {_count_batches(count)} cannot fill one step of {world_size} processes with drop_last=True: use "
+            "fewer processes, smaller batch sizes, or drop_last=False"
+        )
+    return Mix(_describe(count, path), _shuffle(batches, config.seed), steps)
 
 
 def mix_assumed(config: TrainConfig, bucket: Bucket) -> Mix:
@@ -174,6 +183,14 @@ def _read_number(place: str, name: str, value: object) -> float:
         kind = "whole number" if whole else "number"
         raise ValueError(f"{place}: {name} is {value!r}; write a {kind} from 0 to {LARGEST_NUMBER:.0e}")
     return number
+
+
+def _describe(count: int, path: Path | str) -> str:
+    return f"{_count_batches(count)} of {path}"
+
+
+def _count_batches(count: int) -> str:
+    return f"{count} micro-batch{'es' * (count != 1)}"
 
 
 def _make_up(weights: np.ndarray, seed: int) -> np.ndarray:

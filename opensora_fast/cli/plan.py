@@ -19,7 +19,7 @@ ASSUMED_GPU = "H200"
 def command(
     config: Annotated[Path, typer.Argument(help="Training configuration, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]")] = None,
-    world_size: Annotated[int, typer.Option(min=1, help="Number of processes, one a GPU.")] = 1,
+    world_size: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of processes, one a GPU.")] = 1,
     data_path: Annotated[str | None, typer.Option(help="Table of clips, .csv or .parquet.")] = None,
     mix: Annotated[
         Path | None,
@@ -34,7 +34,7 @@ def command(
     rows: Annotated[
         Path | None, typer.Option(help="Folder of benchmark rows to fit times to; committed ones of the GPU if any.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; memory in bytes.")] = False,
 ) -> None:
     """Plan a run on several GPUs: what fits into memory, how long processes wait for each other, tokens per second.
 
@@ -58,7 +58,7 @@ def command(
     if mix is not None:
         micro_batches = mix_of_file(mix, settings, bucket, world_size)
     elif settings.dataset.data_path is not None:
-        micro_batches = mix_of_table(settings, bucket, world_size)
+        micro_batches = mix_of_table(settings, world_size)
     else:
         micro_batches = mix_assumed(settings, bucket)
     time, memory_ratios, gpu_note, notes = _choose_time(costs, gpu, rows)

@@ -23,4 +23,4 @@ def slowest_of_each_step(costs: np.ndarray, world_size: int) -> np.ndarray:
 def idle_share(costs: np.ndarray, world_size: int) -> float:
     """Share of all processes' time that is spent waiting for the slowest one; arguments as above."""
     slowest = slowest_of_each_step(costs, world_size)
-    return 1.0 - float(costs[: len(slowest) * world_size].sum() / (slowest.sum() * world_size))
+    return max(0.0, 1.0 - float(costs[: len(slowest) * world_size].sum() / (slowest.sum() * world_size)))

@@ -221,4 +221,23 @@ def test_too_few_micro_batches_for_the_processes(plan, tmp_path):
     path = tmp_path / "mix.csv"
     path.write_text("resolution,frames,clips\n144p,16,60\n")
     code, _, error = plan("stage1", "--world-size", 64, "--mix", path)
-    assert code == 1 and "10 micro-batches do not fill one step of 64 processes: use fewer" in error
+    assert code == 1 and f"{path}: 10 micro-batches cannot fill one step of 64 processes with drop_last=True" in error
+    code, out, error = plan("stage1", "--world-size", 64, "--mix", path, "drop_last=False")
+    assert code == 0 and f"micro-batches: 10 micro-batches of {path}: 1 step an epoch\n" in out
+
+
+def test_clips_that_fill_no_micro_batch_or_too_many(plan, tmp_path):
+    path = tmp_path / "mix.csv"
+    path.write_text("resolution,frames,clips\n144p,16,5\n")
+    code, _, error = plan("stage1", "--mix", path)
+    assert code == 1 and "0 micro-batches cannot fill one step" in error and "smaller batch sizes" in error
+    path.write_text("resolution,frames,clips\n144p,16,1e11\n")
+    code, _, error = plan("stage1", "--mix", path)
+    assert code == 1 and "16666666666 micro-batches are too many to be planned one by one: give share" in error
+
+
+def test_more_processes_than_micro_batches_that_are_made_up(plan_json):
+    """Shares say nothing of an epoch's length, so it is no reason to refuse."""
+    many = plan_json("stage1", "--gpu", "H800", "--world-size", 200_000)["projections"][0]
+    few = plan_json("stage1", "--gpu", "H800", "--world-size", 512)["projections"][0]
+    assert many["idle"] == pytest.approx(few["idle"], abs=0.01)
