@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 MIB = 2**20
@@ -55,4 +56,5 @@ def find_gpu(name: str) -> Gpu:
 
 def recognize_gpu(device_name: str) -> Gpu | None:
     """The GPU behind a name as drivers and benchmark rows write it, such as "NVIDIA H200"; None for others."""
-    return next((gpu for name, gpu in DATASHEETS.items() if name in device_name.upper()), None)
+    words = re.split(r"[^A-Z0-9]+", device_name.upper())  # a GH200 is no H200
+    return next((gpu for name, gpu in DATASHEETS.items() if name in words), None)

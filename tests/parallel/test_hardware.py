@@ -8,7 +8,11 @@ from opensora_fast.parallel.hardware import DATASHEETS, find_gpu, recognize_gpu
 @pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"])
 def test_names_of_drivers_and_rows_are_recognized(name):
     assert recognize_gpu(name) is DATASHEETS["H100"]
-    assert recognize_gpu("cpu-x86_64") is None
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GH200 480GB", "nvidia-gb200", "NVIDIA H20", "cpu-x86_64", ""])
+def test_other_devices_are_not_taken_for_those_whose_name_they_hold(name):
+    assert recognize_gpu(name) is None
 
 
 def test_a_wrong_name_is_answered_with_the_nearest():
