@@ -17,6 +17,8 @@ from opensora_fast.train.mix import Mix
 
 NOT_IN_TIMES = "times are of the model alone; not in them: communication between GPUs, encoding, loading, checkpoints"
 
+FLOAT32_NOTE = "the rates are those of bfloat16; products of float32 (dtype=fp32) reach a half of them at most"
+
 
 @dataclass(frozen=True)
 class BucketPlan:
@@ -136,14 +138,17 @@ class ClusterPlan:
     def to_text(self) -> str:
         """The same as text for a person. Every line with a time says what it rests on."""
         gpu, model, basis = self.time.gpu, self.memory_model, self.time.basis
+        shared = f": 1/{self.world_size} of it" if self.world_size > 1 else ""
         lines = [
             f"{self.name} on {self.world_size} × {gpu.name}{self.gpu_note and f' ({self.gpu_note})'}",
-            f"times: {basis}" + ("" if self.time.rows else f"; the limit at the rates of its {gpu.source}"),
+            f"times: {basis}"
+            + ("" if self.time.rows else f"; a limit that nothing reaches: rates of its {gpu.source}"),
             f"memory: {self._memory_basis}; a GPU has {gpu.memory / GIB:.1f} GiB, "
             f"{usable_memory(gpu.memory) / GIB:.1f} without a reserve of {100 * RESERVE:.0f} % (assumed)",
             f"standing: {model.standing / GIB:.1f} GiB (weights {model.weights / GIB:.1f}, optimizer and average "
-            f"{model.optimizer / GIB:.1f}, encoders {model.encoders / GIB:.1f}); {self.recomputed} of "
-            f"{model.config.depth} blocks recompute; captions of {model.text} tokens",
+            f"{model.optimizer / GIB:.1f}{shared}, encoders {model.encoders / GIB:.1f})",
+            f"{self.recomputed} of {model.config.depth} blocks recompute; captions are taken to have all {model.text} "
+            "tokens that they may have",
             self.encoders,
             "",
             _format_row(
@@ -152,8 +157,8 @@ class ClusterPlan:
         ]
         lines += [self._format_bucket(bucket) for bucket in self.buckets]
         lines += [
-            "(bucket: at the aspect ratio with the most tokens. largest: batch size that fits as configured. "
-            "recompute: fewest blocks with which the configured one fits, for grad_checkpoint)",
+            "bucket: at its aspect ratio with the most tokens; GiB: of a process at most, ! where that does not fit;",
+            "largest: batch size that fits as configured; recompute: the least grad_checkpoint that makes it fit",
             *(f"warning: {warning}" for warning in self.warnings),
             self._advise_on_recomputing(),
             "",
@@ -201,7 +206,7 @@ class ClusterPlan:
         epoch = "" if order.epoch_seconds is None else f", {_format_duration(order.epoch_seconds)} an epoch"
         return (
             f"balance={order.balanced}{used}: {100 * order.idle:.1f} % of the GPUs' time is waiting for the slowest; "
-            f"projection {order.tokens_per_s / 1e6:.2f} M tokens/s{epoch} ({self._short_basis})"
+            f"projection {order.tokens_per_s / 1e6:.2f} M tokens/s on all GPUs{epoch} ({self._short_basis})"
         )
 
 
@@ -251,7 +256,7 @@ def make_plan(
         steps=mix.steps,
         orders=project_orders(costs, world_size, time, mix),
         is_balanced=costs.config.balance,
-        notes=notes or [],
+        notes=[*(notes or []), *([FLOAT32_NOTE] if costs.element == 4 and not time.rows else [])],
     )
 
 
@@ -278,7 +283,7 @@ def project_orders(costs: RunCosts, world_size: int, time: StepTime, mix: Mix) -
 
 
 def _format_row(name: str, *cells: object) -> str:
-    widths = (9, 12, 9, 9, 11, 11, 12, 23)
+    widths = (9, 12, 9, 9, 11, 11, 12, 22)
     return f"{name:<24}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 

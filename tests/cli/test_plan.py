@@ -53,6 +53,20 @@ def test_every_line_with_a_time_says_that_it_is_counted(plan):
     assert any("assumed, as no --data-path or --mix is given" in line for line in lines)
 
 
+def test_its_lines_fit_a_wide_terminal_and_say_what_is_shared(plan):
+    lines = plan("stage3", "--world-size", 64, "--gpu", "H800")[1].splitlines()
+    table = lines[: next(number for number, line in enumerate(lines) if line.startswith("every bucket fits"))]
+    assert max(len(line) for line in table if not line.startswith("encoders")) <= 120
+    assert any("optimizer and average 0.2: 1/64 of it" in line for line in lines)
+    assert any("captions are taken to have all 200 tokens" in line for line in lines)
+
+
+def test_rates_of_bfloat16_are_not_passed_off_as_those_of_float32(plan_json, rows):
+    (note,) = plan_json("stage1", "--gpu", "H200", "dtype=fp32")["notes"]
+    assert "rates are those of bfloat16" in note
+    assert plan_json("stage1", "--gpu", "H200")["notes"] == plan_json("stage1", "--rows", rows)["notes"] == []
+
+
 def test_the_gpu_is_assumed_aloud(plan):
     import torch
 
