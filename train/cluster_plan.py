@@ -289,4 +289,4 @@ def _format_row(name: str, *cells: object) -> str:
 
 def _format_duration(seconds: float) -> str:
     unit, size = next((part for part in (("hours", 3600), ("minutes", 60)) if seconds >= part[1]), ("seconds", 1))
-    return f"{seconds / size:.2f} {unit}"
+    return f"{seconds / size:.3g} {unit}"
