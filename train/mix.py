@@ -83,12 +83,14 @@ def mix_of_file(path: Path, config: TrainConfig, bucket: Bucket, world_size: int
 
 
 def mix_assumed(config: TrainConfig, bucket: Bucket) -> Mix:
-    """As many micro-batches of every (resolution, frames) pair."""
+    """As many micro-batches of every (resolution, frames) pair; ValueError if none keeps clips."""
     weights = np.zeros(len(bucket))
     for resolution in bucket.resolutions:
         for entry in resolution.frames:
             if entry.keep_probability > 0:
                 weights[bucket.ids.index(choose_ratio(bucket, resolution.name, entry.frames))] = 1.0
+    if not weights.any():
+        raise ValueError("bucket_config keeps no clip: every keep probability is 0, raise one")
     source = "assumed, as no --data-path or --mix is given: as many micro-batches of every entry of bucket_config"
     return Mix(source, _make_up(weights, config.seed), None)
 

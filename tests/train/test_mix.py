@@ -57,6 +57,11 @@ def test_without_a_file_every_entry_that_keeps_clips_gives_as_many():
     assert ("240p", 64, "0.56") not in numbers and ("1024", 1, "1.0") in numbers
 
 
+def test_entries_of_which_none_keeps_clips_are_refused():
+    with pytest.raises(ValueError, match="every keep probability is 0"):
+        mix_assumed(CONFIG, Bucket({"144p": {16: (0.0, 1)}, "240p": {16: (0.0, None)}}))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
