@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from opensora_fast.benchmarks.step_rows import StepRows
     from opensora_fast.parallel.cost import StepTime
     from opensora_fast.parallel.hardware import Gpu
     from opensora_fast.train.costs import RunCosts
@@ -93,6 +94,9 @@ def _choose_time(
                 f"--rows {folder} are of {measured.gpu.name}, --gpu is {gpu.name}: give rows of {gpu.name}, or "
                 f"--gpu {measured.gpu.name}"
             )
+        if len(measured.rows) < FEWEST_ROWS:
+            hint = "`opensora-fast bench --suite step` measures the published model"
+            raise ValueError(f"--rows {_describe_too_few(measured, costs)}; {hint}")
         time = fit_step_time(measured.gpu, measured.list_steps(model, costs.element))
         return time, measured.compare_memory(memory), "", []
     committed = find_committed_rows(gpu)
@@ -100,10 +104,20 @@ def _choose_time(
         return StepTime(gpu), [], gpu_note, []
     measured = read_step_rows(committed, model, dtype)
     if len(measured.rows) < FEWEST_ROWS:
-        note = f"{committed} has {len(measured.rows)} training steps of this model, too few for a fit ({FEWEST_ROWS})"
-        return StepTime(gpu), [], gpu_note, [note]
+        return StepTime(gpu), [], gpu_note, [_describe_too_few(measured, costs)]
     time = fit_step_time(gpu, measured.list_steps(model, costs.element))
     return time, measured.compare_memory(memory), gpu_note, []
+
+
+def _describe_too_few(measured: "StepRows", costs: "RunCosts") -> str:
+    from opensora_fast.parallel.cost import FEWEST_ROWS
+
+    model = f"{costs.model.hidden_size} channels, {costs.model.depth} blocks, {costs.config.dtype}"
+    steps = f"{len(measured.rows)} training step{'s' * (len(measured.rows) != 1)} on {measured.gpu.name}"
+    return (
+        f"{measured.folder} has {steps} of this model ({model}), too few for a fit, which takes {FEWEST_ROWS} of "
+        "different shapes"
+    )
 
 
 def _choose_gpu() -> tuple["Gpu", str]:

@@ -197,7 +197,9 @@ def test_rows_of_another_gpu_and_too_few_are_refused(plan, rows, tmp_path):
     few = tmp_path / "few"
     append_rows(few / "step.csv", [step_row(1, 144, 50.0)])
     code, _, error = plan("stage1", "--world-size", 64, "--rows", few)
-    assert code == 1 and "1 measured training steps of H200 are too few for a fit" in error
+    assert code == 1 and "has 1 training step on H200 of this model (1152 channels, 28 blocks, bf16), too few" in error
+    code, _, error = plan("demo", "--rows", rows)
+    assert code == 1 and "has 0 training steps on H200 of this model (144 channels, 3 blocks, fp32), too few" in error
 
 
 def test_committed_rows_are_used_unasked_and_too_few_are_told(plan, rows, monkeypatch, tmp_path):
@@ -207,7 +209,7 @@ def test_committed_rows_are_used_unasked_and_too_few_are_told(plan, rows, monkey
     append_rows(few / "step.csv", [step_row(1, 144, 50.0)])
     monkeypatch.setattr("opensora_fast.benchmarks.step_rows.find_committed_rows", lambda gpu: few)
     out = plan("stage1", "--world-size", 64, "--gpu", "H200")[1]
-    assert f"note: {few} has 1 training steps of this model, too few for a fit" in out and LABEL in out
+    assert f"note: {few} has 1 training step on H200 of this model" in out and LABEL in out
 
 
 # ---- mistakes ----
