@@ -31,7 +31,9 @@ class TrainingData:
         order = (self.bucket.config, sampler.frame_interval, sampler.drop_last, sampler.seed, type(sampler).__name__)
         digest.update(repr(order).encode())
         if sampler.costs is not None:
-            digest.update(np.ascontiguousarray(sampler.costs, dtype="<f8").tobytes())
+            # Only which bucket costs more than which decides: better counts that agree on it change nothing.
+            _, ranks = np.unique(sampler.costs, return_inverse=True)
+            digest.update(np.ascontiguousarray(ranks, dtype="<i8").tobytes())
         return digest.hexdigest()[:16]
 
 

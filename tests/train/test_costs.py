@@ -1,5 +1,7 @@
 """Costs of a configuration's buckets, and the balanced order that training takes by them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,11 @@ from losses import read_losses
 from opensora_fast.config import load_train_config
 from opensora_fast.data.bucket import Bucket
 from opensora_fast.data.explain import count_tokens
+from opensora_fast.data.sampler import BucketSampler
 from opensora_fast.parallel.hardware import DATASHEETS
 from opensora_fast.parallel.operations import count_forward
 from opensora_fast.train.costs import SD_VAE_PARAMETERS, T5_XXL_PARAMETERS, RunCosts
+from opensora_fast.train.data import TrainingData
 from opensora_fast.train.locate_config import locate_config
 from opensora_fast.train.memory_check import count_buckets
 
@@ -107,6 +111,21 @@ def test_order_costs_do_not_depend_on_recomputation():
 
 
 # ---- training with balance=True ----
+
+
+def test_a_checkpoint_is_of_another_order_only_if_other_buckets_cost_more():
+    clips = SimpleNamespace(num_frames=np.tile([1, 40], 50), height=np.full(100, 144), width=np.full(100, 256))
+    bucket = Bucket({"144p": {1: (1.0, 2), 16: (1.0, 1)}})
+
+    def describe(costs) -> tuple[str, list]:
+        sampler = BucketSampler(clips, bucket, costs=costs)
+        return TrainingData(clips, bucket, sampler, sampler.explain()).get_fingerprint(), [*sampler]
+
+    costs = np.linspace(1, 9, len(bucket))
+    assert describe(costs) == describe(costs**2)
+    for other in (costs[::-1], np.ones_like(costs), None):
+        fingerprint, batches = describe(other)
+        assert fingerprint != describe(costs)[0] and batches != describe(costs)[1]
 
 
 def test_training_takes_the_balanced_order_and_resumes_in_it(train, tmp_path):
