@@ -40,7 +40,7 @@ def is_folded(norm, head_size):
     """True where a score minus the log-sum of its query is one product in the backward pass.
 
     Rows of queries, output gradients and normed keys carry a number beside their head then (see
-    `attention_tiles.row_width`): minus the log-sum, minus delta, and one.
+    `attention_tiles.row_width`): minus the log-sum, minus delta, and the factors of its parts.
     """
     return norm == NORM_DONE.value and carries_number(head_size)
 
@@ -139,8 +139,8 @@ def query_gradient(
     """Σ over `length` keys of logit gradient · (normed) key: float32 head tile [m, D] for ROWS queries.
 
     `gradient` is that of the output, `delta` [m] its product with the output. `log_sum` [m] must be +inf for rows
-    outside the sequence: their probabilities are then zero. Where `is_folded`, q and keys carry it and one, and rows
-    outside need a gradient and a delta of zero.
+    outside the sequence: their probabilities are then zero. Where `is_folded`, q carries minus it and keys the
+    factors, and rows outside need a gradient and a delta of zero.
     """
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     sums = zero_head(ROWS, HEAD_SIZE)
@@ -190,7 +190,7 @@ def key_gradient(
 ):
     """Sums over `length` queries for ROWS keys; under NORM_LOADED their reciprocal RMS is `key_factors` [m].
 
-    Where `is_folded`, queries and gradients carry `minus log_sum` and `minus delta`, k and v carry ones.
+    Where `is_folded`, queries and gradients carry minus log-sum and minus delta, k and v carry the factors.
 
     Returns:
         (Σ logit gradient · query, Σ probability · output gradient), float32 head tiles [m, D]; the queries as given.

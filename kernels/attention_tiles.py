@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 
 SMALLEST_TILE = 16  # the matrix units take nothing narrower
-PARTS = tl.constexpr(3)  # numbers of 8 bits (bfloat16) or more that add up to one of float32's 24
+# A number beside a head is the sum of three of the row's dtype, each times its factor: three times the 8 bits of
+# bfloat16 are float32's 24. float16 ends at 65504; with these factors it reaches 2^31 and still resolves 2^-25.
+PART_FACTORS = (2.0**15, 2.0**5, 1.0)
 
 
 @triton.constexpr_function
@@ -49,15 +51,25 @@ def number_column(head_size):
 @triton.constexpr_function
 def carries_number(head_size):
     """True where a row's padding has room for a number beside its head."""
-    return sum(split_head(head_size)) - number_column(head_size) >= PARTS.value
+    return sum(split_head(head_size)) - number_column(head_size) >= len(PART_FACTORS)
+
+
+@triton.constexpr_function
+def number_of_parts():
+    return len(PART_FACTORS)
+
+
+@triton.constexpr_function
+def factor_of(part):
+    return PART_FACTORS[part]
 
 
 @triton.constexpr_function
 def row_width(head_size):
     """Columns of a row that carries a number beside its head: of both tiles, with their padding.
 
-    A float32 number lies in the padding as `PARTS` numbers of the row's dtype (`append_number`), or ones lie there
-    (`append_ones`). The product of a row of each kind is that of their heads plus the number, at no cost.
+    A float32 number lies in the padding as three of the row's dtype (`append_number`), or their factors lie there
+    (`append_factors`). The product of a row of each kind is that of their heads plus the number, at no cost.
     """
     return sum(split_head(head_size))
 
@@ -125,22 +137,27 @@ def store_head(
 
 
 @triton.jit
-def append_ones(head, HEAD_SIZE: tl.constexpr):
-    """A head tile with ones in the columns behind it, which take what `append_number` puts there."""
-    columns = wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE))
-    ones = (columns >= number_column(HEAD_SIZE)) & (columns < number_column(HEAD_SIZE) + PARTS)
-    return head[0], tl.where(ones[None, :], 1.0, head[1]).to(head[1].dtype)
+def append_factors(head, HEAD_SIZE: tl.constexpr):
+    """A head tile with `PART_FACTORS` in the columns behind it, which take what `append_number` puts there."""
+    columns = (wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE)))[None, :]
+    tail = head[1]
+    for part in tl.static_range(number_of_parts()):
+        tail = tl.where(columns == number_column(HEAD_SIZE) + part, factor_of(part), tail).to(tail.dtype)
+    return head[0], tail
 
 
 @triton.jit
 def append_number(head, numbers, HEAD_SIZE: tl.constexpr):
-    """A head tile with a finite float32 number for each row [m] behind it, in parts of its dtype that add up to it."""
+    """A head tile with a float32 number for each row [m] behind it, in parts of its dtype that add up to it.
+
+    Each part counts its factor times. The numbers must be less than 2^31 in rows of float16.
+    """
     columns = (wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE)))[None, :]
     tail = head[1]
-    for part in tl.static_range(PARTS):
-        rounded = numbers.to(tail.dtype)
+    for part in tl.static_range(number_of_parts()):
+        rounded = (numbers * (1.0 / factor_of(part))).to(tail.dtype)
         tail = tl.where(columns == number_column(HEAD_SIZE) + part, rounded[:, None], tail)
-        numbers -= rounded.to(tl.float32)
+        numbers -= rounded.to(tl.float32) * factor_of(part)
     return head[0], tail
 
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from .attention_loops import NO_NORM, NORM_DONE, NORM_LOADED, is_folded, key_gradient, query_gradient
 from .attention_tables import row_tiles
 from .attention_tiles import (
+    append_factors,
     append_number,
-    append_ones,
     fold_query,
     load_head,
     load_tile,
@@ -233,7 +233,7 @@ def _keys(
         k = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
     v = load_head(keys + HEADS * HEAD_SIZE, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
     if FOLDED:
-        v = append_ones(v, HEAD_SIZE)
+        v = append_factors(v, HEAD_SIZE)
     factors = None
     if NORM == NORM_LOADED:
         factors = tl.load(statistics + 2 * HEADS * num_tokens + in_statistics + rows, mask=inside, other=0.0)

@@ -25,7 +25,7 @@ from torch import Tensor
 from .attention_loops import NO_NORM, NORM_COMPUTED, NORM_DONE, attend, is_folded
 from .attention_tables import row_tiles
 from .attention_tiles import (
-    append_ones,
+    append_factors,
     fold_query,
     load_head,
     load_tile,
@@ -104,7 +104,7 @@ def _normed_keys(
     HEAD_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """k · r_k into normed_keys [N, H, D], rounded, with ones behind it where `is_folded`; r_k into statistics[2]."""
+    """k · r_k into normed_keys [N, H, D], rounded, with factors behind it where `is_folded`; r_k into statistics[2]."""
     FOLDED: tl.constexpr = is_folded(NORM_DONE, HEAD_SIZE)
     KEY_WIDTH: tl.constexpr = row_width(HEAD_SIZE) if FOLDED else HEAD_SIZE
     KEY_STRIDE: tl.constexpr = HEADS * KEY_WIDTH
@@ -120,7 +120,7 @@ def _normed_keys(
     tl.store(statistics + (2 * HEADS + head) * num_tokens + token + rows, factors, mask=inside)
     normed = scale_rows(to_float32(k), factors)
     if FOLDED:
-        normed = append_ones(normed, HEAD_SIZE)
+        normed = append_factors(normed, HEAD_SIZE)
     store_head(normed_keys + token * KEY_STRIDE + head * KEY_WIDTH, normed, rows, inside, KEY_STRIDE, HEAD_SIZE, FOLDED)
 
 

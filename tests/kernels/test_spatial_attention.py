@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opensora_fast.kernels import PackLayout, spatial_attention
 from opensora_fast.kernels.attention_tables import row_tiles
+from opensora_fast.kernels.attention_tiles import PART_FACTORS
 from opensora_fast.kernels.spatial_attention_forward import BOUNDED_UP_TO
 
 ours, reference = partial(spatial_attention, backend="triton"), partial(spatial_attention, backend="reference")
@@ -139,6 +140,29 @@ def test_small_gradients_keep_their_precision(frame_class, device, compare) -> N
     inputs = make_inputs([(1, 9, 15)], torch.float16, device)
     inputs["qkv"] = (inputs["qkv"].detach() * 0.01).requires_grad_()
     compare(inputs)
+
+
+def test_sums_beyond_float16_do_no_harm(frame_class, device, compare) -> None:
+    """The output's gradient times the output is 144,000 in each row, more than a number of float16 may be."""
+    inputs = make_inputs([(1, 9, 15)], torch.float16, device)
+    qkv = inputs["qkv"].detach().clone()
+    qkv[:, 2] = 2000 + 50 * qkv[:, 2]
+    inputs["qkv"] = qkv.requires_grad_()
+    compare(inputs, expanded_gradient=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [0.0, 1e-7, 3e-3, 1.0, 777.0, 1e5, 2.1e9], ids="{:g}".format)
+def test_a_number_beside_a_head_is_the_sum_of_its_parts(size, dtype) -> None:
+    """As `append_number` rounds it and a product with `append_factors` adds it up; exact to float32, or to 2^-25."""
+    numbers = rest = size * torch.randn(1000, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    total = torch.zeros(1000, dtype=torch.float64)
+    for factor in PART_FACTORS:
+        assert torch.tensor(factor, dtype=dtype).item() == factor
+        part = (rest / factor).to(dtype)
+        rest = rest - part.float() * factor
+        total += factor * part.double()
+    torch.testing.assert_close(total, numbers.double(), rtol=2**-23, atol=2**-25)
 
 
 def test_a_frame_long_enough_for_large_tiles(device, compare) -> None:
