@@ -111,7 +111,7 @@ def attend(
             sums = add_product(sums, probabilities.to(v[0].dtype), v)
     if has_padding(HEAD_SIZE):
         row_sum = tl.sum(tl.where(ones_column, sums[1], 0.0), axis=1)
-    some = row_sum > 0
+    some = row_sum != 0  # true of NaN, too
     row_sum = tl.where(some, row_sum, 1.0)  # without keys the sums are zero, and so is the output
     factor = 1.0 / row_sum[:, None]
     return (sums[0] * factor, sums[1] * factor), tl.where(some, row_max, 0.0) + tl.log2(row_sum)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora_fast.kernels import PackLayout, spatial_attention
 from opensora_fast.kernels.attention_tables import row_tiles
@@ -140,6 +141,26 @@ def test_small_gradients_keep_their_precision(frame_class, device, compare) -> N
     inputs = make_inputs([(1, 9, 15)], torch.float16, device)
     inputs["qkv"] = (inputs["qkv"].detach() * 0.01).requires_grad_()
     compare(inputs)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("place", ["q", "k", "v", "gradient"])
+def test_what_is_not_finite_spoils_what_depends_on_it(place, value, frame_class, device) -> None:
+    """No more and no less than in the reference: other heads and frames stay as they are."""
+    results = []
+    for function in (ours, reference):
+        inputs = make_inputs([(2, 3, 4), (1, 1, 1)], torch.float32, device, heads=2, head_size=24)
+        gradient = torch.randn(25, 2, 24, generator=torch.Generator().manual_seed(1)).to(device)
+        if place == "gradient":
+            gradient[17, 1, 5] = value
+        else:
+            inputs["qkv"].detach()[17, "qkv".index(place), 1, 5] = value
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused kernel for CPUs makes 0 of a row of NaN
+            output = function(**inputs)
+            output.backward(gradient)
+        results.append([output.isfinite(), *(inputs[name].grad.isfinite() for name in ("qkv", "q_weight", "k_weight"))])
+    assert not all(finite.all() for finite in results[0])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
 
 
 def test_sums_beyond_float16_do_no_harm(frame_class, device, compare) -> None:
