@@ -4,13 +4,15 @@ A workload calls one op at a shape of the model. The kernels that it launches, a
 ask `configurations.select` meanwhile; each candidate is then forced in turn, its results are compared with those of the
 present choice, and it is timed: kernels named `…_backward` over the backward alone, others over the forward. The
 candidate with the least time over all workloads of its shape class wins. One that cannot be built or launched, or whose
-results differ, costs itself alone; what has been measured is kept when the time is over.
+results differ, costs itself alone; what has been measured is kept when the time is over, or the GPU lost.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import time as clock
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +25,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .configurations import Configuration, force, measured_path, read_measured, record_selections
+from .configurations import (
+    Configuration,
+    force,
+    measured_path,
+    read_measured,
+    record_selections,
+    replace_measured,
+)
 from .cross_attention import cross_attention
 from .gate_residual import gate_residual
 from .gate_residual_modulated_norm import gate_residual_modulated_norm
@@ -179,27 +188,55 @@ class Timing:
 def measure_workload(workload: Workload, time: Callable[[Callable[[], object]], float] = time_on_gpu) -> list[Timing]:
     """Times every candidate of every kernel that the workload launches.
 
-    Raises:
-        Exception: what the present choice raises, or the GPU after a candidate that has left it unusable.
+    Where the present choice fails there is nothing to compare with, and no candidate is timed.
     """
-    with record_selections() as selections:
-        expected = workload.forward(), workload.prepare_backward()()
     timings = []
-    for (kernel, shape_class), candidates in list(selections.items()):
-        backward = kernel.endswith("_backward")
-        for configuration in candidates if len(candidates) > 1 else ():
-            microseconds, reason = None, ""
-            with force(kernel, shape_class, configuration):
+    with replace_measured():
+        for backward in (False, True):
+            expected, failure = [], ""
+            with record_selections() as selections:
                 try:
-                    run = workload.prepare_backward() if backward else workload.forward
-                    reason = _compare(run(), expected[backward])
-                    microseconds = None if reason else time(run)
-                except Exception as error:  # compilers and drivers raise anything; the candidate loses, and says why
-                    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
-            if reason and torch.cuda.is_available():
-                torch.cuda.synchronize()  # raises where nothing that follows could be measured
-            timings.append(Timing(workload.op, workload.pack, kernel, shape_class, configuration, microseconds, reason))
+                    expected = workload.prepare_backward()() if backward else workload.forward()
+                except Exception as error:  # compilers and drivers raise anything; other workloads go on
+                    failure = f"not measured, as the present choice fails: {_describe(error)}"
+            for (kernel, shape_class), candidates in selections.items():
+                if kernel.endswith("_backward") != backward:
+                    continue
+                for configuration in candidates if len(candidates) > 1 else ():
+                    microseconds, reason = None, failure
+                    if not failure:
+                        with force(kernel, shape_class, configuration):
+                            microseconds, reason = _measure(workload, backward, expected, time)
+                    timings.append(
+                        Timing(workload.op, workload.pack, kernel, shape_class, configuration, microseconds, reason)
+                    )
     return timings
+
+
+def _measure(
+    workload: Workload, backward: bool, expected: list[Tensor], time: Callable[[Callable[[], object]], float]
+) -> tuple[float | None, str]:
+    """(microseconds, "") with the configuration in force, or (None, why not)."""
+    try:
+        run = workload.prepare_backward() if backward else workload.forward
+        reason = _compare(run(), expected)
+        return (None, reason) if reason else (time(run), "")
+    except Exception as error:  # the candidate loses, and says why
+        return None, _describe(error)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+
+
+def gpu_works() -> bool:
+    """False after a kernel that trapped or read beyond its memory: all that follows in this process fails as well."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except Exception:  # torch.AcceleratorError or RuntimeError, by version
+        return False
+    return True
 
 
 def _compare(results: list[Tensor], expected: list[Tensor]) -> str:
@@ -241,13 +278,21 @@ def choose_fastest(timings: Sequence[Timing]) -> list[dict[str, Any]]:
 
 def write_timings(timings: Sequence[Timing], path: Path) -> None:
     """Every candidate on every workload as CSV, losers and failures too."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Timing)])
+    for timing in timings:
+        values = (getattr(timing, field.name) for field in fields(Timing))
+        writer.writerow(["" if value is None else value for value in values])
+    _replace_file(path, text.getvalue())
+
+
+def _replace_file(path: Path, text: str) -> None:
+    """Writes the whole file or leaves what was there: kernels of other processes may read it at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(Timing)])
-        for timing in timings:
-            values = (getattr(timing, field.name) for field in fields(Timing))
-            writer.writerow(["" if value is None else value for value in values])
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def tune(ops: Sequence[str], device: torch.device, deadline: float | None = None) -> tuple[int, Iterator[list[Timing]]]:
@@ -260,7 +305,8 @@ def tune(ops: Sequence[str], device: torch.device, deadline: float | None = None
         How many workloads there are, and an iterator over the timings of each.
 
     Raises:
-        ValueError: an op that has no workload, or no CUDA GPU.
+        ValueError: an op that has no workload, or no CUDA GPU; from the iterator, a GPU that a candidate has left
+            unusable, after the timings of its workload.
     """
     for op in ops:
         if op not in TUNED_OPS:
@@ -273,7 +319,14 @@ def tune(ops: Sequence[str], device: torch.device, deadline: float | None = None
             for pack, shapes in PACKS.items():
                 if deadline is not None and clock.time() > deadline:
                     return
-                yield measure_workload(make_workload(op, pack, shapes, device, torch.bfloat16))
+                timings = measure_workload(make_workload(op, pack, shapes, device, torch.bfloat16))
+                yield timings
+                if not gpu_works():
+                    failed = next((timing for timing in timings if timing.reason), None)
+                    raise ValueError(
+                        f"the GPU cannot be used any more, likely since {failed}; what was measured is kept: take that "
+                        "candidate out, then tune the ops that are left with --op"
+                    )
                 torch.cuda.empty_cache()
 
     return len(ops) * len(PACKS), run()
@@ -286,6 +339,6 @@ def write_measured(rows: Sequence[dict[str, Any]], gpu: str, about: dict[str, st
     named = {(row["kernel"], row["shape_class"]): row for row in [*kept, *rows]}
     lines = ",\n".join(json.dumps(row) for _, row in sorted(named.items()))
     header = json.dumps({"gpu": gpu, **about})[1:-1]
-    path.write_text(f'{{{header}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    _replace_file(path, f'{{{header}, "rows": [\n{lines}\n]}}\n')
     read_measured.cache_clear()
     return path

@@ -116,9 +116,10 @@ def candidates_of(table: Table, kernel: str, shape_class: str, arch: str | None 
     return classes.get(f"{shape_class}@{arch}") or classes[shape_class]
 
 
-# What a tuner is doing at the moment; both are empty otherwise.
+# What a tuner is doing at the moment; all are empty otherwise.
 _forced: dict[tuple[str, str], Configuration] = {}
 _recorders: list[dict[tuple[str, str], Sequence[Configuration]]] = []
+_replacers: list[None] = []
 
 
 def select(table: Table, kernel: str, shape_class: str, device: torch.device) -> Configuration:
@@ -139,6 +140,8 @@ def select(table: Table, kernel: str, shape_class: str, device: torch.device) ->
     for candidate in candidates:
         if candidate.choices == measured:
             return candidate
+    if _replacers:
+        return candidates[0]
     raise ValueError(
         f"{measured_path(gpu)}: {measured} is not a candidate of {kernel} / {shape_class}; "
         "run `opensora-fast kernels autotune` again or delete the entry"
@@ -153,6 +156,16 @@ def force(kernel: str, shape_class: str, configuration: Configuration) -> Iterat
         yield
     finally:
         del _forced[kernel, shape_class]
+
+
+@contextmanager
+def replace_measured() -> Iterator[None]:
+    """Within it `select` gives the default for what is no longer a candidate: for tuners, which measure it anew."""
+    _replacers.append(None)
+    try:
+        yield
+    finally:
+        _replacers.pop()
 
 
 @contextmanager

@@ -121,6 +121,10 @@ def autotune(
     about = describe_environment("cuda")
     versions = {"torch": about.torch, "triton": about.triton, "commit": about.commit, "date": about.date}
     found, rows = [], []
+    # First of all, so that a place where nothing can be written costs no measurement.
+    path = write_measured(rows, torch.cuda.get_device_name(), versions, out)
+    if timings is not None:
+        write_timings(found, timings)
     with Progress("measure configurations", total=total, unit="workloads") as progress:
         for of_workload in measured:
             found += of_workload
@@ -129,11 +133,11 @@ def autotune(
             if timings is not None:
                 write_timings(found, timings)
             progress.advance(1, op=of_workload[0].op if of_workload else "nothing to choose")
-    if not rows:
-        raise ValueError("no candidate was measured: give a longer --budget")
     for failed in found:
         if failed.reason:
             print(f"{failed.kernel} / {failed.shape_class} on {failed.pack}, {failed.configuration}: {failed.reason}")
+    if not rows:
+        raise ValueError("every candidate failed" if found else "no candidate was measured: give a longer --budget")
     for row in rows:
         choice = " ".join(f"{name}={value}" for name, value in row["configuration"].items())
         default = row["default_microseconds"]

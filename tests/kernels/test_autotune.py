@@ -84,6 +84,52 @@ def test_a_candidate_that_fails_costs_itself(device) -> None:
     assert all(timing.microseconds == 1.0 and not timing.reason for timing in [first, *others])
 
 
+def test_a_present_choice_that_fails_costs_its_own_pass(device, monkeypatch) -> None:
+    """The other pass is measured, and so are other workloads."""
+    workload = make_workload("gelu_tanh", "tiny", [(1, 1, 2)], device, torch.float32)
+
+    def fail(self):
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(Workload, "prepare_backward", fail)
+    timings = measure_workload(workload, time=lambda run: 1.0)
+    failed = [timing for timing in timings if timing.kernel == "gelu_tanh_backward"]
+    assert all(timing.microseconds == 1.0 for timing in timings if timing not in failed)
+    assert [row["kernel"] for row in choose_fastest(timings)] == ["gelu_tanh_forward"]
+
+
+def test_a_lost_gpu_ends_the_measurement_after_its_workload(monkeypatch) -> None:
+    lost = replace(timing(FIRST, None), reason="AcceleratorError: illegal instruction")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(autotune, "make_workload", lambda *arguments: None)
+    monkeypatch.setattr(autotune, "measure_workload", lambda workload: [lost])
+    monkeypatch.setattr(autotune, "gpu_works", lambda: False)
+    _, measured = autotune.tune(["gelu_tanh"], torch.device("cuda"))
+    assert next(measured) == [lost]
+    with pytest.raises(ValueError, match="the GPU cannot be used any more, likely since .*illegal instruction"):
+        next(measured)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "new" / "gpu.json"
+    row = {"kernel": "a", "shape_class": "any", "configuration": FIRST.choices}
+    autotune.write_measured([row], "NVIDIA Test 1", {}, path)
+    before = path.read_text()
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(autotune.os, "replace", stop)
+    for write in (
+        lambda: autotune.write_measured([row | {"kernel": "b"}], "NVIDIA Test 1", {}, path),
+        lambda: autotune.write_timings([timing(FIRST, 1.0)], path),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert path.read_text() == before
+    read_measured.cache_clear()
+
+
 def test_every_timing_is_written(tmp_path) -> None:
     path = tmp_path / "new" / "candidates.csv"
     autotune.write_timings([timing(FIRST, 3.5), replace(timing(SECOND, None), reason="too large")], path)
@@ -100,6 +146,7 @@ def test_nothing_is_begun_after_the_deadline(monkeypatch) -> None:
     monkeypatch.setattr(autotune.clock, "time", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(autotune, "gpu_works", lambda: True)
     monkeypatch.setattr(autotune, "make_workload", lambda op, pack, *others: (op, pack))
 
     def measure(workload):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from opensora_fast.kernels import configurations
+from opensora_fast.kernels import autotune, configurations
 from opensora_fast.kernels.compilation import modules_with
 from opensora_fast.kernels.configurations import Configuration, candidates_of, select
 
@@ -58,6 +58,22 @@ def test_a_measured_configuration_that_is_no_candidate_is_named(gpu) -> None:
     gpu.write_text(json.dumps({"rows": [row]}))
     with pytest.raises(ValueError, match="nvidia_test_1.json.*BLOCK.*not a candidate of kernel / any"):
         select(TABLE, "kernel", "any", CUDA)
+
+
+def test_a_tuner_replaces_what_is_no_longer_a_candidate(gpu) -> None:
+    """It could not run otherwise, and it is what the error asks for."""
+    rows = [{"kernel": "kernel", "shape_class": "any", "configuration": {"BLOCK": 7}}]
+    gpu.write_text(json.dumps({"rows": rows}))
+
+    def call(x):
+        assert select(TABLE, "kernel", "any", CUDA) in (SMALL, LARGE)
+        return 1.0 * x
+
+    workload = autotune.Workload("op", "tiny", (torch.ones(2, requires_grad=True),), call)
+    timings = autotune.measure_workload(workload, time=lambda run: 1.0)
+    assert [(timing.configuration, timing.reason) for timing in timings] == [(SMALL, ""), (LARGE, "")]
+    autotune.write_measured(autotune.choose_fastest(timings), "NVIDIA Test 1", {})
+    assert select(TABLE, "kernel", "any", CUDA) == SMALL
 
 
 def test_force_and_record() -> None:
