@@ -17,6 +17,8 @@ from opensora_fast.benchmarks.providers.products import (
     make_product,
     split_over_tokens,
 )
+from opensora_fast.benchmarks.providers.provider import Provider
+from opensora_fast.benchmarks.suites import ceilings
 
 TOKENS, WIDTH_IN, WIDTH_OUT = 24, 5, 7
 
@@ -40,6 +42,19 @@ def test_the_three_products_are_a_linear_and_its_gradients(direction):
     (library,) = PRODUCT_PROVIDERS["cpu"]
     torch.testing.assert_close(library.prepare(product)().double(), expected, rtol=1e-5, atol=1e-5)
     assert product.output.double().allclose(expected, atol=1e-5)  # where the check looks
+
+
+def test_the_result_of_another_provider_is_no_excuse():
+    """All of a race write to one tensor; who leaves it alone, or writes elsewhere, must not pass."""
+    product = make_product(DIRECTIONS[0], *operands())
+    (library,) = PRODUCT_PROVIDERS["cpu"]
+    elsewhere = Provider("elsewhere", lambda product: partial(torch.mm, product.left, product.right))
+    passed = []
+    for provider in (library, elsewhere):
+        call, check = ceilings._prepare_product(provider, product)
+        call()
+        passed.append(check().error <= check().limit)
+    assert passed == [True, False]
 
 
 def test_a_sum_over_all_tokens_is_the_sum_of_sums_over_a_part_each():
