@@ -4,10 +4,12 @@ import csv
 import json
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from opensora_fast.cli import kernels as cli
 from opensora_fast.kernels import autotune, gelu_tanh_kernels
 from opensora_fast.kernels.autotune import Timing, Workload, choose_fastest, make_workload, measure_workload
 from opensora_fast.kernels.configurations import Configuration, read_measured
@@ -127,6 +129,21 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
         with pytest.raises(KeyboardInterrupt):
             write()
         assert path.read_text() == before
+    read_measured.cache_clear()
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, monkeypatch) -> None:
+    """It would show after the first workload, at the earliest."""
+    about = SimpleNamespace(torch="2", triton="3", commit="0", date="")
+    monkeypatch.setattr("opensora_fast.benchmarks.environment.describe_environment", lambda device: about)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1")
+    monkeypatch.setattr(autotune, "make_workload", lambda *arguments: pytest.fail("something was measured"))
+    place, fine = tmp_path / "file", tmp_path / "new" / "fine"
+    place.write_text("")
+    for out, timings in ((place / "gpu.json", fine), (fine, place / "candidates.csv")):
+        with pytest.raises(OSError, match="file"):
+            cli.autotune(out=out, op=["gelu_tanh"], budget=None, timings=timings)
     read_measured.cache_clear()
 
 
