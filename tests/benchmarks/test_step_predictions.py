@@ -1,16 +1,20 @@
 """Predicted steps: added up by hand, and what the committed file says of itself."""
 
 import csv
+from collections import Counter
 
 import pytest
+import torch
 
 from opensora_fast.benchmarks.predictions import RESOLUTIONS
 from opensora_fast.benchmarks.step_predictions import (
     DEFAULT_PATH,
+    TIMES,
     predict_steps,
     product_flops_per_token,
     read_kernels,
 )
+from opensora_fast.kernels import PackLayout, spatial_attention, spatial_attention_backward, spatial_attention_forward
 from opensora_fast.model import STDiT2Config
 from opensora_fast.parallel.operations import linear_flops_per_token
 
@@ -38,6 +42,24 @@ def test_a_step_is_the_sum_of_its_launches():
     # With products at this rate the step would take as long as the goal says.
     products = 1e-3 * 108 * 1152**2 * 28 / row["TFLOP/s of products for the goal"]
     assert 1e6 / (rest + products) == pytest.approx(row["goal"], rel=2e-3)
+
+
+def test_spatial_attention_launches_its_kernels_as_often_as_is_counted(monkeypatch, interpreter, device):
+    launched = Counter()
+    for module in (spatial_attention_forward, spatial_attention_backward):
+
+        def count(table, kernel, *others, select=module.select):
+            launched[kernel] += 1
+            return select(table, kernel, *others)
+
+        monkeypatch.setattr(module, "select", count)
+    monkeypatch.setattr(spatial_attention_forward, "LONGEST_SMALL_FRAME", 0)
+    # Not float32, which has a class of its own on a GPU.
+    qkv = torch.randn(6, 3, 1, 24, device=device, dtype=torch.float16, requires_grad=True)
+    weight = torch.ones(24, device=device, dtype=torch.float16)
+    spatial_attention(qkv, weight, weight, PackLayout.of([(1, 2, 3)], device), backend="triton").sum().backward()
+    counted = {row["kernel"] for row in read_kernels() if row["kernel"].startswith("spatial_attention")}
+    assert launched == {name: TIMES.get(name, 1.0) for name in counted}
 
 
 def test_the_products_are_those_of_the_roofline():
