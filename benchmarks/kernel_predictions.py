@@ -106,7 +106,7 @@ def steps(length: int, config: dict[str, int]) -> float:
 
 
 def launches(workload: Workload, builds: dict[tuple[str, str], dict[str, Any]]) -> Iterator[Launch]:
-    """All launches of one block, forward and backward, but for matrix products and the small second reductions."""
+    """Each kernel of one block once, forward and backward, but for matrix products and the small second reductions."""
     tokens, length = workload.tokens, workload.frame_tokens
     row = 2.0 * HIDDEN * tokens  # bytes of one row of all tokens
     pair = 2 * 2 * HEAD_SIZE  # bytes of a row of k and one of v, of a head
