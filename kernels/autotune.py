@@ -333,12 +333,14 @@ def tune(ops: Sequence[str], device: torch.device, deadline: float | None = None
 
 
 def write_measured(rows: Sequence[dict[str, Any]], gpu: str, about: dict[str, str], path: Path | None = None) -> Path:
-    """Writes the rows to `path`, by default the file that `select` reads; rows of other kernels in it are kept."""
+    """Writes the rows to `path`, by default the file that `select` reads; rows of other kernels in it are kept.
+
+    Each row says of itself what is `about` it: versions, commit and date, which those kept have of their own.
+    """
     path = path or measured_path(gpu)
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    named = {(row["kernel"], row["shape_class"]): row for row in [*kept, *rows]}
+    named = {(row["kernel"], row["shape_class"]): row for row in [*kept, *({**row, **about} for row in rows)]}
     lines = ",\n".join(json.dumps(row) for _, row in sorted(named.items()))
-    header = json.dumps({"gpu": gpu, **about})[1:-1]
-    _replace_file(path, f'{{{header}, "rows": [\n{lines}\n]}}\n')
+    _replace_file(path, f'{{"gpu": {json.dumps(gpu)}, "rows": [\n{lines}\n]}}\n')
     read_measured.cache_clear()
     return path

@@ -176,16 +176,16 @@ def test_nothing_is_begun_after_the_deadline(monkeypatch) -> None:
     assert len(list(measured)) == 3  # begun at 100, 101 and 102
 
 
-def test_the_file_keeps_the_rows_of_other_kernels(tmp_path) -> None:
+def test_the_file_keeps_the_rows_of_other_kernels_and_when_they_were_measured(tmp_path) -> None:
     path = tmp_path / "gpu.json"
-    for kernel, configuration in (("a", FIRST), ("b", FIRST), ("a", SECOND)):
+    for commit, (kernel, configuration) in enumerate((("a", FIRST), ("b", FIRST), ("a", SECOND))):
         row = {"kernel": kernel, "shape_class": "any", "configuration": configuration.choices}
-        autotune.write_measured([row], "NVIDIA Test 1", {"triton": "3"}, path)
+        autotune.write_measured([row], "NVIDIA Test 1", {"triton": "3", "commit": str(commit)}, path)
     written = json.loads(path.read_text())
-    assert (written["gpu"], written["triton"]) == ("NVIDIA Test 1", "3")
-    assert [(row["kernel"], row["configuration"]) for row in written["rows"]] == [
-        ("a", SECOND.choices),
-        ("b", FIRST.choices),
+    assert written["gpu"] == "NVIDIA Test 1"
+    assert [(row["kernel"], row["configuration"], row["triton"], row["commit"]) for row in written["rows"]] == [
+        ("a", SECOND.choices, "3", "2"),
+        ("b", FIRST.choices, "3", "1"),
     ]
     read_measured.cache_clear()
 
