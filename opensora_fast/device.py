@@ -1,8 +1,11 @@
-"""The device that a person names on a command line."""
+"""The device and the dtype that a person names on a command line or in a configuration."""
 
 from __future__ import annotations
 
 import torch
+
+# By the names that configurations give them.
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def choose_device(name: str | None) -> torch.device:

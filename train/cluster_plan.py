@@ -232,7 +232,6 @@ def make_plan(
         gpu_note: how the GPU was chosen, "" where it was named.
         memory_ratios: measured over counted memory of activations; the largest is taken.
         notes: what a reader must know besides.
-
     """
     ratios = memory_ratios or []
     model = costs.get_memory_model(world_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +12,7 @@ import torch
 from opensora_fast.config import TrainConfig
 from opensora_fast.data.bucket import Bucket, BucketId, FrameEntry, ResolutionEntry
 from opensora_fast.data.explain import LATENT_SCALE
+from opensora_fast.device import DTYPES
 from opensora_fast.encoders import choose_text_dtype
 from opensora_fast.kernels import token_grid
 from opensora_fast.model import STDiT2, STDiT2Config
@@ -27,7 +29,6 @@ from opensora_fast.train.parts import make_model_config
 
 LATENT_CHANNELS = 4  # of both autoencoders
 T5_WIDTH = 4096
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Parameters of the encoders that the published configurations name (a test builds both).
 T5_XXL, T5_XXL_PARAMETERS = "t5-v1_1-xxl", 4_762_310_656
 SD_VAE, SD_VAE_PARAMETERS = "sd-vae-ft", 83_653_863
@@ -143,5 +144,5 @@ class RunCosts:
         return f"encoders: {counted}not counted: what they need while they encode (features=FOLDER spares it all)"
 
 
-def _count(parameters) -> int:
+def _count(parameters: Iterable[torch.Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)

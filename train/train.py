@@ -8,12 +8,11 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-import torch
-
 from opensora_fast import use_kernels
 from opensora_fast.config import LoadedConfig, TrainConfig, to_json
 from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.data.pyav_decoder import count_processors
+from opensora_fast.device import DTYPES
 from opensora_fast.diffusion import MaskGenerator
 from opensora_fast.kernels import calls
 from opensora_fast.parallel.join import join_processes
@@ -29,8 +28,6 @@ from opensora_fast.train.sources import open_clips, open_features
 from opensora_fast.train.start import CHECKPOINT_CONFIG, Start, agree_on_start, load_initial_weights, report_changes
 from opensora_fast.train.state import load_weights
 from opensora_fast.train.state import resume as resume_state
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def train(

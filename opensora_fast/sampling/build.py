@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel
 
 from opensora_fast.config import SampleConfig
+from opensora_fast.device import DTYPES
 from opensora_fast.diffusion import build_scheduler
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.model import STDiT2, STDiT2Config
@@ -16,7 +17,6 @@ from opensora_fast.model.pixart import convert_upstream_state_dict, load_checkpo
 from opensora_fast.model.weights import load_pretrained, load_strictly
 from opensora_fast.sampling.generate import SampleSettings, VideoGenerator
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Keys of the model section that do not describe the model.
 NO_MODEL_KEYS = {"type", "from_pretrained", "enable_flash_attn", "enable_layernorm_kernel"}
 
