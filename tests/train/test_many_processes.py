@@ -17,6 +17,7 @@ import torch
 from losses import read_losses
 from one_process import OneProcess
 from safetensors.torch import load_file
+from same_checkpoints import assert_same_weights
 
 from opensora_fast.config import load_train_config
 from opensora_fast.data.bad_clips import read_bad_clips
@@ -35,14 +36,6 @@ LOST = "another process of this run has ended"
 
 def checkpoint_of(out, step):
     return out / "checkpoints" / f"step-{step:08d}"
-
-
-def assert_same_state(first, second):
-    for name in ("model/model.safetensors", "ema/model.safetensors", "optimizer.safetensors"):
-        a, b = load_file(first / name), load_file(second / name)
-        assert a.keys() == b.keys()
-        for key in a:
-            assert torch.equal(a[key], b[key]), (name, key)
 
 
 def assert_all_end_with(results, code):
@@ -113,7 +106,7 @@ def test_stop_and_resume_is_exact(train_together, whole, tmp_path, world_size):
     assert "after step 1" in results[0]["out"] and not any(result["out"] for result in results[1:])
     assert len(read_losses(out)) == STEPS
     assert read_losses(out) == read_losses(expected)
-    assert_same_state(checkpoint_of(out, STEPS), checkpoint_of(expected, STEPS))
+    assert_same_weights(checkpoint_of(out, STEPS), checkpoint_of(expected, STEPS))
 
 
 def test_the_order_goes_on_with_another_number_of_processes(train_together, train, tmp_path, table, config):
@@ -160,7 +153,7 @@ def test_what_is_not_finite_in_one_process_stops_all_before_the_step(train_toget
     assert report["replay"] in results[0]["error"]
     assert report["replay"].startswith("torchrun --standalone --nproc-per-node 2 -m opensora_fast train ")
     assert len(read_losses(out)) == 2
-    assert_same_state(checkpoint_of(out, 2), checkpoint_of(whole(2), 2))
+    assert_same_weights(checkpoint_of(out, 2), checkpoint_of(whole(2), 2))
 
 
 def test_a_signal_to_one_process_stops_all_after_the_step(train_together, whole, tmp_path):
@@ -170,7 +163,7 @@ def test_a_signal_to_one_process_stops_all_after_the_step(train_together, whole,
     assert "stopped by signal 15; --resume auto continues" in results[0]["out"]
     assert read_losses(out) == read_losses(whole(2))[:2]
     assert list((out / "checkpoints").iterdir()) == [checkpoint_of(out, 2)]
-    assert_same_state(checkpoint_of(out, 2), checkpoint_of(whole(2), 2))
+    assert_same_weights(checkpoint_of(out, 2), checkpoint_of(whole(2), 2))
 
 
 def test_nobody_ends_before_rank_0_has_written_everything(train_together, features, tmp_path):
@@ -202,14 +195,14 @@ def test_kill_minus_9_of_one_process_ends_the_others_and_leaves_a_good_checkpoin
     assert LOST in results[1 - rank]["error"]
     told = []
     assert find_newest(out / "checkpoints", told.append) == checkpoint_of(out, 2) and not told
-    assert_same_state(checkpoint_of(out, 2), checkpoint_of(whole(2), 2))
+    assert_same_weights(checkpoint_of(out, 2), checkpoint_of(whole(2), 2))
     if kind == "kill":
         return
     # What is left of the checkpoint does not stand in the way.
     assert any(path.name.startswith(".unfinished") for path in (out / "checkpoints").iterdir())
     assert_all_end_with(train_together(2, out, "--steps", STEPS, "--resume", "auto"), 0)
     assert read_losses(out) == read_losses(whole(2))
-    assert_same_state(checkpoint_of(out, STEPS), checkpoint_of(whole(2), STEPS))
+    assert_same_weights(checkpoint_of(out, STEPS), checkpoint_of(whole(2), STEPS))
     assert not any(path.name.startswith(".unfinished") for path in (out / "checkpoints").iterdir())
 
 

@@ -12,19 +12,12 @@ import pytest
 import torch
 from losses import read_losses
 from safetensors.torch import load_file
+from same_checkpoints import assert_same_weights
 
 from opensora_fast import cli
 from opensora_fast.train.loop import Trainer
 
 STEPS = 9  # an epoch has 6
-
-
-def assert_same_weights(first, second):
-    for name in ("model/model.safetensors", "ema/model.safetensors", "optimizer.safetensors"):
-        a, b = load_file(first / name), load_file(second / name)
-        assert a.keys() == b.keys()
-        for key in a:
-            assert torch.equal(a[key], b[key]), (name, key)
 
 
 def last(out):
