@@ -1,4 +1,4 @@
-"""Profile attention over lengths: time, speed and error of every implementation."""
+"""Profile attention over lengths, or the kernels of a training step."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 @app.callback()
 def callback() -> None:
-    """Profile attention over lengths: time, speed and error of every implementation."""
+    """Profile attention over lengths, or the kernels of a training step."""
 
 
 @app.command()
@@ -27,7 +27,7 @@ def attention(
         bool, typer.Option(help="Also write a trace of each implementation at the longest length, for ui.perfetto.dev.")
     ] = False,
 ) -> None:
-    """One table, length by length; a plot; the rows as CSV."""
+    """Time, speed and error of every implementation, length by length: a table, a plot, the rows as CSV."""
     from opensora_fast.benchmarks.attention_profile import (
         DEFAULT_LENGTHS,
         format_rows,
@@ -55,3 +55,31 @@ def attention(
             typer.echo(f"trace: {path}")
     if not any(row.status == "ok" for row in rows):
         raise ValueError("no provider could be measured; the table says why for each")
+
+
+@app.command()
+def step(
+    out: Annotated[Path, typer.Option(help="Folder for the rows (CSV).")],
+    resolutions: Annotated[
+        str | None, typer.Option(help="Such as 240p,720p; default: all that the suites measure.")
+    ] = None,
+    provider: Annotated[str, typer.Option(help="Implementation of the step, such as ours or compile.")] = "ours",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+) -> None:
+    """The kernels of a training step, the longest first: share of the step, ns for each token, launches."""
+    from opensora_fast.benchmarks.step_profile import format_profile, profile_step, write_profile
+    from opensora_fast.benchmarks.suites.scale import scale_of
+    from opensora_fast.device import choose_device
+
+    scale = scale_of(choose_device(device).type)
+    known = {workload.resolution: workload for workload in scale.headline}
+    names = list(known) if resolutions is None else resolutions.split(",")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--resolutions {name!r}: choose among {', '.join(known)}")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        profile = profile_step(known[name], provider, scale)
+        path = out / f"step_{name}_{provider}.csv"
+        write_profile(profile, path)
+        typer.echo(f"{format_profile(profile)}\nrows: {path}")
