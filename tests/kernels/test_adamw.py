@@ -58,8 +58,10 @@ def test_steps_equal_adamw_in_float64(backend, max_norm, size, dtype, device) ->
         for name, tensor in exact.items():
             # float32 rounds weights up to 4 by 2.4e-7, a twenty-thousandth of a step.
             atol = 5e-7 if name in ("master", "average") else 1e-7
+            # On a GPU torch's own step rounds β₂ = 0.999 to float32 before it takes it from 1.
+            rtol = 2e-5 if backend == "reference" and device.type == "cuda" else 2e-6
             torch.testing.assert_close(
-                state[name].double(), tensor, rtol=2e-6, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+                state[name].double(), tensor, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
             )
         assert torch.equal(state["working"], state["master"].to(dtype))
 
