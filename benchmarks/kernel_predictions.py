@@ -29,7 +29,7 @@ from typing import Any
 from opensora_fast.kernels.attention_tiles import row_width
 from opensora_fast.kernels.compilation import compile_kernels
 from opensora_fast.kernels.cross_attention_backward import chunk_length
-from opensora_fast.kernels.spatial_attention_forward import LONGEST_SMALL_FRAME
+from opensora_fast.kernels.spatial_attention_forward import LONGEST_MEDIUM_FRAME, LONGEST_SMALL_FRAME, is_prepared
 
 from .shapes import VIDEO_SIZES, Workload, fill
 
@@ -111,17 +111,17 @@ def launches(workload: Workload, builds: dict[tuple[str, str], dict[str, Any]]) 
     row = 2.0 * HIDDEN * tokens  # bytes of one row of all tokens
     pair = 2 * 2 * HEAD_SIZE  # bytes of a row of k and one of v, of a head
 
-    size = "small" if length <= LONGEST_SMALL_FRAME else "large"
+    size = "small" if length <= LONGEST_SMALL_FRAME else "medium" if length <= LONGEST_MEDIUM_FRAME else "large"
     note = f"QK-norm; {size} frames"
     scores = 1.0 * tokens * HEADS * length
-    # Rows that carry a number in their padding: keys, and in the backward pass queries and gradients.
-    wide = row_width(HEAD_SIZE) / HEAD_SIZE if size == "large" else 1.0
-    if size == "large":
-        yield Launch("spatial_attention_normed_keys", "", tokens * HEADS / 64, 1, (1 + wide) * row)
+    # Padded rows: keys and values, and in the backward pass queries and gradients.
+    wide = row_width(HEAD_SIZE) / HEAD_SIZE if is_prepared(size) else 1.0
+    if is_prepared(size):
+        yield Launch("spatial_attention_normed_keys", "", tokens * HEADS / 64, 1, (2 + 2 * wide) * row)
     for kernel, rows, flops, streamed_row in (
-        ("spatial_attention_forward", 3 + wide, 4, pair),
-        ("spatial_attention_queries_backward", 5 + 3 * wide if size == "large" else 7, 5, (1 + wide) * pair / 2),
-        ("spatial_attention_keys_backward", 4 + 3 * wide if size == "large" else 6, 5, wide * pair),
+        ("spatial_attention_forward", 2 + 2 * wide, 4, wide * pair),
+        ("spatial_attention_queries_backward", 4 + 4 * wide if is_prepared(size) else 7, 5, wide * pair),
+        ("spatial_attention_keys_backward", 3 + 4 * wide if is_prepared(size) else 6, 5, wide * pair),
     ):
         config = config_of(builds[kernel, note])
         programs = workload.batch * workload.frames * HEADS * -(-length // config["ROWS"])

@@ -22,9 +22,13 @@ from .attention_tiles import (
     has_padding,
     load_head,
     load_numbers,
+    number_column,
+    ones_column,
     reciprocal_rms,
+    row_width,
     settle,
     tail_of,
+    wide_of,
     zero_head,
 )
 
@@ -39,8 +43,8 @@ NORM_DONE = tl.constexpr(3)  # already, in memory
 def is_folded(norm, head_size):
     """True where a score minus the log-sum of its query is one product in the backward pass.
 
-    Rows of queries, output gradients and normed keys carry a number beside their head then (see
-    `attention_tiles.row_width`): minus the log-sum, minus delta, and the factors of its parts.
+    Padded rows (see `attention_tiles.row_width`) of queries, output gradients, normed keys and values carry a number
+    beside their head then: minus the log-sum, minus delta, and the factors of its parts.
     """
     return norm == NORM_DONE.value and carries_number(head_size)
 
@@ -66,15 +70,19 @@ def attend(
 ):
     """softmax of SCALE · q · (normed) kᵀ in base 2, times v, for ROWS queries over `length` keys.
 
-    BOUNDED promises that exp2(score) neither overflows nor vanishes, so that no maximum is subtracted.
+    BOUNDED promises that exp2(score) neither overflows nor vanishes, so that no maximum is subtracted. Where
+    `is_folded`, keys and values are padded rows with factors, and q has zeros in its padding.
 
     Returns:
         (output float32 head tile [m, D], log2 of the sum of exp2(scores) [m]); zeros where length is 0.
     """
+    FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     sums = zero_head(ROWS, HEAD_SIZE)
     row_sum = tl.zeros([ROWS], tl.float32)
     row_max = tl.full([ROWS], 0.0 if BOUNDED else -1e30, tl.float32)  # finite: exp2(-inf - row_max) is then zero
-    ones_column = (tl.arange(0, tail_of(HEAD_SIZE)) == tail_of(HEAD_SIZE) - 1)[None, :]
+    # A column of ones in the padding of V: the matrix units sum the probabilities, rounded as the output sees them.
+    ONES: tl.constexpr = number_column(HEAD_SIZE) + ones_column() if FOLDED else row_width(HEAD_SIZE) - 1
+    in_ones = (wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE)) == ONES)[None, :]
     whole = length // STEP * STEP
     for masked in tl.static_range(1, -1, -1):
         begin = whole if masked else 0
@@ -82,8 +90,8 @@ def attend(
         for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
             rows = start + tl.arange(0, REMAINDER if masked else STEP)
             inside = rows < end if masked else None
-            k = load_head(keys, rows, inside, KEY_STRIDE, HEAD_SIZE)  # [n, D]
-            v = load_head(values, rows, inside, VALUE_STRIDE, HEAD_SIZE)  # [n, D]
+            k = load_head(keys, rows, inside, KEY_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
+            v = load_head(values, rows, inside, VALUE_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
             scores = dot_rows(q, k)  # [m, n]
             if NORM == NORM_COMPUTED:
                 factors = reciprocal_rms(k, eps, HEAD_SIZE)  # [n]
@@ -101,16 +109,15 @@ def attend(
                 row_max = new_max
                 row_sum *= rescale
                 sums = sums[0] * rescale[:, None], sums[1] * rescale[:, None]
-            if has_padding(HEAD_SIZE):
-                # Ones in the padding of V: the matrix units sum the probabilities, rounded as the output sees them.
-                # Rows beyond the end have zeros there as well, so bounded scores need no mask.
-                ones = ones_column & inside[:, None] if masked else ones_column
+            # Rows beyond the end have zeros in the column of ones as well, so bounded scores need no mask.
+            if has_padding(HEAD_SIZE) and not FOLDED:
+                ones = in_ones & inside[:, None] if masked else in_ones
                 v = v[0], tl.where(ones, 1.0, v[1]).to(v[1].dtype)
-            else:
+            if not has_padding(HEAD_SIZE):
                 row_sum += tl.sum(probabilities, axis=1)
             sums = add_product(sums, probabilities.to(v[0].dtype), v)
     if has_padding(HEAD_SIZE):
-        row_sum = tl.sum(tl.where(ones_column, sums[1], 0.0), axis=1)
+        row_sum = tl.sum(tl.where(in_ones, sums[1], 0.0), axis=1)
     some = row_sum != 0  # true of NaN, too
     row_sum = tl.where(some, row_sum, 1.0)  # without keys the sums are zero, and so is the output
     factor = 1.0 / row_sum[:, None]
@@ -139,8 +146,8 @@ def query_gradient(
     """Σ over `length` keys of logit gradient · (normed) key: float32 head tile [m, D] for ROWS queries.
 
     `gradient` is that of the output, `delta` [m] its product with the output. `log_sum` [m] must be +inf for rows
-    outside the sequence: their probabilities are then zero. Where `is_folded`, q carries minus it and keys the
-    factors, and rows outside need a gradient and a delta of zero.
+    outside the sequence: their probabilities are then zero. Where `is_folded`, q carries minus it, `gradient` minus
+    delta, keys and values the factors, and rows outside need a gradient and a delta of zero.
     """
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     sums = zero_head(ROWS, HEAD_SIZE)
@@ -152,7 +159,7 @@ def query_gradient(
             rows = start + tl.arange(0, REMAINDER if masked else STEP)
             inside = rows < end if masked else None
             k = load_head(keys, rows, inside, KEY_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
-            v = load_head(values, rows, inside, VALUE_STRIDE, HEAD_SIZE)  # [n, D]
+            v = load_head(values, rows, inside, VALUE_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
             scores = dot_rows(q, k)  # [m, n]
             if NORM == NORM_LOADED:
                 factors = load_numbers(key_factors, rows, inside, 0.0)[None, :]
@@ -162,7 +169,9 @@ def query_gradient(
             if masked:
                 scores = tl.where(inside[None, :], scores, float("-inf"))
             score_gradient = dot_rows(gradient, v)  # [m, n]
-            score_gradient = (score_gradient - delta[:, None]) * tl.exp2(scores)
+            if not FOLDED:
+                score_gradient -= delta[:, None]
+            score_gradient *= tl.exp2(scores)
             if NORM == NORM_LOADED:
                 score_gradient *= factors
             sums = settle(add_product(sums, score_gradient.to(k[0].dtype), k))

@@ -2,8 +2,8 @@
 
 A head of D columns is held as two tiles side by side, a pair (wide, tail) of power-of-two widths: 72 = 64 + 16, of
 which 8 are padding. Every matrix product then has a shape that the matrix units take: 80 columns of work for 72, where
-one tile would need 128. Padding columns are read as zero and never written, but in rows that carry a number there: see
-`row_width`.
+one tile would need 128. Padding columns are read as zero and never written, but in padded rows, which carry a number
+there: see `row_width`.
 
 Letters: D head size, m n rows of tiles. "A head tile [m, D]" below is such a pair ([m, wide], [m, tail]).
 """
@@ -17,6 +17,7 @@ SMALLEST_TILE = 16  # the matrix units take nothing narrower
 # A number beside a head is the sum of three of the row's dtype, each times its factor: three times the 8 bits of
 # bfloat16 are float32's 24. float16 ends at 65504; with these factors it reaches 2^31 and still resolves 2^-25.
 PART_FACTORS = (2.0**15, 2.0**5, 1.0)
+ONES_PART = 2  # of the factors
 
 
 @triton.constexpr_function
@@ -66,12 +67,31 @@ def factor_of(part):
 
 @triton.constexpr_function
 def row_width(head_size):
-    """Columns of a row that carries a number beside its head: of both tiles, with their padding.
+    """Columns of a padded row: of both tiles, with their padding.
 
     A float32 number lies in the padding as three of the row's dtype (`append_number`), or their factors lie there
     (`append_factors`). The product of a row of each kind is that of their heads plus the number, at no cost.
     """
     return sum(split_head(head_size))
+
+
+@triton.constexpr_function
+def ones_column():
+    """The column of `append_factors` that holds ones, counted from `number_column`."""
+    return ONES_PART
+
+
+@triton.jit
+def padded_rows(pointer, head, num_tokens, first_token, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """Where the padded rows of one head begin, from `first_token` (int64) on: a pair of pointers, see `load_head`.
+
+    All wide tiles [HEADS, N, wide] lie before all tails [HEADS, N, tail]: consecutive rows of a tile are consecutive
+    in memory and begin where cache lines do. Rows of 144 bytes in [N, HEADS, D] lie across two lines each, so that
+    copies into shared memory take twice their time, and those of tails four times [measured on an H200].
+    """
+    row = head * num_tokens + first_token
+    tails = pointer + num_tokens.to(tl.int64) * (HEADS * wide_of(HEAD_SIZE))
+    return pointer + row * wide_of(HEAD_SIZE), tails + row * tail_of(HEAD_SIZE)
 
 
 @triton.jit
@@ -98,14 +118,22 @@ def load_head(
     """The given rows of one head: a head tile [m, D] in the pointer's dtype, zero where not `inside` (None = all are).
 
     `pointer` points to the head's first column in row 0; its tile of rows is reached with 32-bit offsets. Strides and
-    sizes are constexpr so that loads are sixteen bytes wide. WITH_PADDING: rows of `row_width`.
+    sizes are constexpr so that loads are sixteen bytes wide. WITH_PADDING: `pointer` is a pair of `padded_rows`, and
+    the stride is theirs.
     """
     WIDE: tl.constexpr = wide_of(HEAD_SIZE)
-    COLUMNS: tl.constexpr = row_width(HEAD_SIZE) if WITH_PADDING else HEAD_SIZE
-    return (
-        _load_part(pointer, rows, inside, ROW_STRIDE, 0, WIDE, COLUMNS),
-        _load_part(pointer, rows, inside, ROW_STRIDE, WIDE, tail_of(HEAD_SIZE), COLUMNS),
-    )
+    TAIL: tl.constexpr = tail_of(HEAD_SIZE)
+    if WITH_PADDING:
+        head = (
+            _load_part(pointer[0], rows, inside, WIDE, 0, WIDE, WIDE),
+            _load_part(pointer[1], rows, inside, TAIL, 0, TAIL, TAIL),
+        )
+    else:
+        head = (
+            _load_part(pointer, rows, inside, ROW_STRIDE, 0, WIDE, HEAD_SIZE),
+            _load_part(pointer, rows, inside, ROW_STRIDE, WIDE, TAIL, HEAD_SIZE),
+        )
+    return head
 
 
 @triton.jit
@@ -131,9 +159,14 @@ def store_head(
     pointer, head, rows, inside, ROW_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr, WITH_PADDING: tl.constexpr = False
 ):
     """Writes a head tile in the pointer's dtype, as `load_head` reads it."""
-    COLUMNS: tl.constexpr = row_width(HEAD_SIZE) if WITH_PADDING else HEAD_SIZE
-    _store_part(pointer, head[0], rows, inside, ROW_STRIDE, 0, COLUMNS)
-    _store_part(pointer, head[1], rows, inside, ROW_STRIDE, wide_of(HEAD_SIZE), COLUMNS)
+    WIDE: tl.constexpr = wide_of(HEAD_SIZE)
+    TAIL: tl.constexpr = tail_of(HEAD_SIZE)
+    if WITH_PADDING:
+        _store_part(pointer[0], head[0], rows, inside, WIDE, 0, WIDE)
+        _store_part(pointer[1], head[1], rows, inside, TAIL, 0, TAIL)
+    else:
+        _store_part(pointer, head[0], rows, inside, ROW_STRIDE, 0, HEAD_SIZE)
+        _store_part(pointer, head[1], rows, inside, ROW_STRIDE, WIDE, HEAD_SIZE)
 
 
 @triton.jit

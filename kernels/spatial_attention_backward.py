@@ -9,8 +9,8 @@ k_weight, q̂ = q · r_q and k̂ = k · r_k (r the reciprocal RMS),
     d q̂ = W · (dS · k̂) / sqrt(D)     d k̂ = W · (dSᵀ · q̂) / sqrt(D), then the gradient of the RMS norm
 
 The first kernel leaves the queries as the forward pass scaled and rounded them, q' = q̂ · W · log2(e) / sqrt(D), for
-the second, which then needs no weights: d k̂ = dSᵀ · q' / log2(e). In large frames it leaves a copy of the output's
-gradient, too, and both carry a number beside each head (see `attention_loops.is_folded`).
+the second, which then needs no weights: d k̂ = dSᵀ · q' / log2(e). In longer frames it leaves a copy of the output's
+gradient, too, and both are padded rows with a number beside each head (see `attention_loops.is_folded`).
 
 Both weights' gradients come from the one sum G = Σ (dS · k̂) · q̂ / sqrt(D) over all rows: dq_weight = k_weight · G,
 dk_weight = q_weight · G. Each program of the first kernel writes its part of G to a row of its own; the rows are summed
@@ -29,13 +29,13 @@ from torch import Tensor
 from .attention_loops import NO_NORM, NORM_DONE, NORM_LOADED, is_folded, key_gradient, query_gradient
 from .attention_tables import row_tiles
 from .attention_tiles import (
-    append_factors,
     append_number,
     fold_query,
     load_head,
     load_tile,
     load_weight_product,
     multiply,
+    padded_rows,
     rms_norm_gradient,
     row_width,
     scale_rows,
@@ -47,25 +47,32 @@ from .attention_tiles import (
 from .bias_gradient import BiasPartials
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .registration import on_device
-from .spatial_attention_forward import COMPILED, launch_normed_keys, shape_classes
+from .spatial_attention_forward import COMPILED, is_prepared, launch_normed_keys, padded_values, shape_classes
 
 CONFIGURATIONS = {
     "spatial_attention_queries_backward": {
         "small": (
+            # One or two warps hardly wait for each other; those of the second spill a little, and were faster still.
+            Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=2, num_stages=2),
+            Configuration(ROWS=32, STEP=32, REMAINDER=16, num_warps=1, num_stages=2),
             # 168 registers a thread: three programs of four warps fit on a multiprocessor.
             Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
         ),
         # Shared memory holds two programs there, whatever the registers.
         "small@sm_100": (Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),),
         "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
-        "large": (
-            # Steps of 128: a fifth fewer instructions a score than steps of 64, and half as many waits.
-            Configuration(ROWS=128, STEP=128, REMAINDER=32, num_warps=8, num_stages=2),
-            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
+        "medium": (
             Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
+        ),
+        "medium@sm_100": (Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),),
+        "medium@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
+        "large": (
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
+            Configuration(ROWS=128, STEP=128, REMAINDER=32, num_warps=8, num_stages=3),
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=3),
         ),
         # Steps of 128 need more tensor memory than there is, and the build is a kernel that only traps.
         "large@sm_100": (Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),),
@@ -74,15 +81,23 @@ CONFIGURATIONS = {
     },
     "spatial_attention_keys_backward": {
         "small": (
+            Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=3),
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
         ),
         "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
-        "large": (
-            Configuration(ROWS=128, STEP=128, REMAINDER=32, num_warps=8, num_stages=2),
-            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),
+        "medium": (
+            Configuration(ROWS=64, STEP=32, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=3),
             Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=64, REMAINDER=32, num_warps=4, num_stages=2),
+        ),
+        "medium@sm_100": (Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),),
+        "medium@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
+        "large": (
+            Configuration(ROWS=64, STEP=128, REMAINDER=16, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=32, REMAINDER=32, num_warps=4, num_stages=3),
+            Configuration(ROWS=128, STEP=128, REMAINDER=32, num_warps=8, num_stages=2),
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=3),
         ),
         # As for the queries.
         "large@sm_100": (Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),),
@@ -120,8 +135,6 @@ def _queries(
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
-    WIDTH: tl.constexpr = row_width(HEAD_SIZE) if FOLDED else HEAD_SIZE
-    STRIDE: tl.constexpr = HEADS * WIDTH  # of normed keys and of what is left for the second kernel
     LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
@@ -137,10 +150,18 @@ def _queries(
     delta = tl.sum(o[0], axis=1) + tl.sum(o[1], axis=1)
     tl.store(deltas + in_statistics + rows, delta, mask=inside)
     log_sum = tl.load(statistics + in_statistics + rows, mask=inside, other=0.0 if FOLDED else float("inf"))
-    in_rows = first_token * STRIDE + head * WIDTH
+    # Where keys and values are read, and where rows are left for the second kernel.
     if FOLDED:
+        keys = padded_rows(normed_keys, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+        values = padded_values(normed_keys, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+        left_queries = padded_rows(scaled_queries, head, num_tokens, first_token, HEADS, HEAD_SIZE)
         g = append_number(g, -delta, HEAD_SIZE)
-        store_head(padded_gradient + in_rows, g, rows, inside, STRIDE, HEAD_SIZE, FOLDED)
+        left_gradient = padded_rows(padded_gradient, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+        store_head(left_gradient, g, rows, inside, None, HEAD_SIZE, FOLDED)
+    else:
+        keys = normed_keys + in_output if NORM == NORM_DONE else frame + HEADS * HEAD_SIZE
+        values = frame + 2 * HEADS * HEAD_SIZE
+        left_queries = scaled_queries + in_output
 
     q = load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
     if NORM != NO_NORM:
@@ -149,14 +170,14 @@ def _queries(
         q = fold_query(q, factors * (SCALE * LOG2_E), load_weight_product(q_weight, k_weight, HEAD_SIZE))
         if FOLDED:
             q = append_number(q, -log_sum, HEAD_SIZE)
-        store_head(scaled_queries + in_rows, q, rows, inside, STRIDE, HEAD_SIZE, FOLDED)
+        store_head(left_queries, q, rows, inside, OUTPUT_STRIDE, HEAD_SIZE, FOLDED)
     sums = query_gradient(
         q,
         g,
         log_sum,
         delta,
-        normed_keys + in_rows if NORM == NORM_DONE else frame + HEADS * HEAD_SIZE,
-        frame + 2 * HEADS * HEAD_SIZE,
+        keys,
+        values,
         statistics + 2 * HEADS * num_tokens + in_statistics,
         length,
         ROWS=ROWS,
@@ -164,7 +185,7 @@ def _queries(
         REMAINDER=REMAINDER,
         NORM=NORM,
         SCALE=SCALE * LOG2_E if NORM == NO_NORM else 1.0,
-        KEY_STRIDE=STRIDE if NORM == NORM_DONE else TOKEN_STRIDE,
+        KEY_STRIDE=OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE,
         VALUE_STRIDE=TOKEN_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
     )
@@ -211,13 +232,12 @@ def _keys(
     REMAINDER: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """`queries` are those of qkv without QK-norm, else the scaled ones [N, H, D]; with `output_gradient` [N, H, D] they
-    carry a number in each row where `is_folded`."""
+    """`queries` are those of qkv without QK-norm, else the scaled ones [N, H, D]; where `is_folded`, they and
+    `output_gradient` [N, H, D] are padded rows with a number."""
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
+    OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
-    WIDTH: tl.constexpr = row_width(HEAD_SIZE) if FOLDED else HEAD_SIZE
-    STRIDE: tl.constexpr = HEADS * WIDTH
-    QUERY_STRIDE: tl.constexpr = TOKEN_STRIDE if NORM == NO_NORM else STRIDE
+    QUERY_STRIDE: tl.constexpr = TOKEN_STRIDE if NORM == NO_NORM else OUTPUT_STRIDE
     LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
@@ -225,15 +245,23 @@ def _keys(
     inside = rows < length
 
     keys = qkv + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
-    in_rows = first_token * STRIDE + head * WIDTH
+    in_output = first_token * OUTPUT_STRIDE + head * HEAD_SIZE
     in_statistics = head * num_tokens + first_token
-    if NORM == NORM_DONE:
-        k = load_head(normed_keys + in_rows, rows, inside, STRIDE, HEAD_SIZE, FOLDED)  # [ROWS, D]
-    else:
-        k = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
-    v = load_head(keys + HEADS * HEAD_SIZE, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
     if FOLDED:
-        v = append_factors(v, HEAD_SIZE)
+        places = padded_rows(normed_keys, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+        k = load_head(places, rows, inside, None, HEAD_SIZE, FOLDED)  # [ROWS, D]
+        places = padded_values(normed_keys, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+        v = load_head(places, rows, inside, None, HEAD_SIZE, FOLDED)
+        streamed_queries = padded_rows(queries, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+        gradients = padded_rows(output_gradient, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+    else:
+        if NORM == NORM_DONE:
+            k = load_head(normed_keys + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
+        else:
+            k = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+        v = load_head(keys + HEADS * HEAD_SIZE, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+        streamed_queries = queries + first_token * QUERY_STRIDE + head * HEAD_SIZE
+        gradients = output_gradient + in_output
     factors = None
     if NORM == NORM_LOADED:
         factors = tl.load(statistics + 2 * HEADS * num_tokens + in_statistics + rows, mask=inside, other=0.0)
@@ -241,8 +269,8 @@ def _keys(
         k,
         v,
         factors,
-        queries + first_token * QUERY_STRIDE + head * WIDTH,
-        output_gradient + in_rows,
+        streamed_queries,
+        gradients,
         statistics + in_statistics,
         deltas + in_statistics,
         length,
@@ -252,7 +280,7 @@ def _keys(
         NORM=NORM,
         SCALE=SCALE * LOG2_E if NORM == NO_NORM else 1.0,
         QUERY_STRIDE=QUERY_STRIDE,
-        GRADIENT_STRIDE=STRIDE,
+        GRADIENT_STRIDE=OUTPUT_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
     )
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS, AGAIN=True)
@@ -299,18 +327,18 @@ def launch_backward(
     partials = []
     classes = shape_classes(qkv, runs)
     normed_keys = None
-    if q_weight is not None and any(name == "large" for name, _ in classes):
+    if q_weight is not None and any(is_prepared(name) for name, _ in classes):
         normed_keys = launch_normed_keys(qkv, statistics, eps)
 
     def norm_of(shape_class: str) -> int:
-        norm = NO_NORM if q_weight is None else NORM_DONE if shape_class == "large" else NORM_LOADED
+        norm = NO_NORM if q_weight is None else NORM_DONE if is_prepared(shape_class) else NORM_LOADED
         return norm.value
 
     def plan(kernel: str) -> list[tuple[str, Configuration, Tensor]]:
         chosen = [(name, select(CONFIGURATIONS, kernel, name, device), bounds) for name, bounds in classes]
         return [(name, found, row_tiles(tuple(runs), found["ROWS"], device, *bounds)) for name, found, bounds in chosen]
 
-    # Of each class, as rows are of another width where scores are folded; only packs of both have two.
+    # Of each class, as rows are of another width where scores are folded; only packs of several have more than one.
     left = {}
 
     def leave(shape_class: str) -> tuple[Tensor, Tensor]:
@@ -319,7 +347,7 @@ def launch_backward(
             return qkv, output_gradient
         if not is_folded(norm_of(shape_class), head_size):
             return torch.empty_like(output), output_gradient
-        rows = output.new_empty(2, num_tokens, heads, row_width(head_size))
+        rows = output.new_empty(2, num_tokens * heads * row_width(head_size))
         return rows[0], rows[1]
 
     launches = plan("spatial_attention_queries_backward")
@@ -397,7 +425,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
     ):
         for dtype, with_norm, shape_class in COMPILED:
             signature = {argument: f"*{dtype}" for argument in types} | tables
-            norm = NO_NORM if not with_norm else NORM_DONE if shape_class == "large" else NORM_LOADED
+            norm = NO_NORM if not with_norm else NORM_DONE if is_prepared(shape_class) else NORM_LOADED
             configuration = candidates_of(CONFIGURATIONS, name, shape_class, arch)[0]
             absent = [] if norm == NORM_DONE else ["normed_keys"]
             if kernel is _queries and not with_norm:

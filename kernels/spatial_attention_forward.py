@@ -6,7 +6,8 @@ c = log2(e) / sqrt(D), the score of base 2 is
     score[i, j] = Σ_d (q[i, d] · r_q[i] · W[d] · c) · (k[j, d] · r_k[j])
 
 where the first bracket is one tile rounded once to the input's dtype. In small frames k goes to the matrix units
-unchanged and r_k[j] is a factor on a column; for large frames a kernel norms the keys beforehand. As |score| is at most
+unchanged and r_k[j] is a factor on a column; for longer ones a kernel norms the keys beforehand, and copies them and
+the values to where they can be read fast (see `attention_tiles.padded_rows`). As |score| is at most
 c · D · max|W|, a small enough bound, known from the weights alone, allows exp2 without a running maximum; all programs
 of a launch take the same branch.
 
@@ -30,6 +31,7 @@ from .attention_tiles import (
     load_head,
     load_tile,
     load_weight_product,
+    padded_rows,
     reciprocal_rms,
     row_width,
     scale_rows,
@@ -39,9 +41,10 @@ from .attention_tiles import (
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .registration import on_device
 
-# Frames up to this many tokens take 64-row tiles (128 rows would waste two thirds at 144 tokens) and find the norm of
-# the keys on their way; longer frames pass over the keys so often that norming them once beforehand is cheaper.
-LONGEST_SMALL_FRAME = 405
+# The longest frames of the classes "small" and "medium"; longer ones are "large". Small frames find the norm of the
+# keys on their way. For longer ones, which pass over keys and values more often, these are prepared once: that was 16 %
+# slower at 144 tokens and 7 % faster at 405 [measured on an H200; not between]. Medium ones take tiles of fewer rows.
+LONGEST_SMALL_FRAME, LONGEST_MEDIUM_FRAME = 256, 1024
 
 # Bounded softmax is used up to this |score|. Its largest probability 2^limit must fit the dtype (float16 ends at 2^16),
 # its smallest keep full precision (float16: 2^-14), and probability · V summed over a frame must fit float32: with 60,
@@ -58,12 +61,17 @@ CONFIGURATIONS = {
             Configuration(ROWS=64, STEP=128, REMAINDER=16, maxnreg=255, num_warps=4, num_stages=2),
         ),
         "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=255, num_warps=4, num_stages=2),),
-        # 128 rows: 64 would read keys and values at the limit of the L2 cache. 128 registers: sixteen warps fit.
+        "medium": (
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=128, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=128, num_warps=4, num_stages=3),
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=128, num_warps=8, num_stages=3),
+        ),
+        "medium@sm_80": (Configuration(ROWS=128, STEP=64, REMAINDER=16, maxnreg=255, num_warps=8, num_stages=3),),
+        # 128 rows: 64 would read keys and values at the limit of the shared memory. 128 registers: sixteen warps fit.
         "large": (
             Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=128, num_warps=8, num_stages=3),
-            Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=255, num_warps=4, num_stages=3),
-            Configuration(ROWS=128, STEP=128, REMAINDER=32, maxnreg=255, num_warps=8, num_stages=2),
-            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=3),
+            Configuration(ROWS=128, STEP=64, REMAINDER=16, maxnreg=128, num_warps=8, num_stages=3),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=128, num_warps=4, num_stages=3),
         ),
         "large@sm_80": (
             Configuration(ROWS=128, STEP=64, REMAINDER=16, maxnreg=255, num_warps=8, num_stages=3),
@@ -83,7 +91,11 @@ def shape_classes(tensor: Tensor, runs: Sequence[int]) -> list[tuple[str, tuple[
 
     float32 on a GPU is a class of its own: it multiplies outside the matrix units, with tiles to suit.
     """
-    bounds = {"small": (0, LONGEST_SMALL_FRAME), "large": (LONGEST_SMALL_FRAME + 1, 2**31)}
+    bounds = {
+        "small": (0, LONGEST_SMALL_FRAME),
+        "medium": (LONGEST_SMALL_FRAME + 1, LONGEST_MEDIUM_FRAME),
+        "large": (LONGEST_MEDIUM_FRAME + 1, 2**31),
+    }
     if tensor.is_cuda and tensor.dtype == torch.float32:
         bounds = {"float32": (0, 2**31)}
     return [
@@ -91,6 +103,18 @@ def shape_classes(tensor: Tensor, runs: Sequence[int]) -> list[tuple[str, tuple[
         for name, (shortest, longest) in bounds.items()
         if any(shortest <= length <= longest for length in runs[1::2])
     ]
+
+
+def is_prepared(shape_class: str) -> bool:
+    """Whether a kernel prepares keys and values of frames of this class, where there is a QK-norm."""
+    return shape_class in ("medium", "large")
+
+
+@triton.jit
+def padded_values(normed_keys, head, num_tokens, first_token, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """`padded_rows` of the values, which lie behind those of the keys."""
+    size = num_tokens.to(tl.int64) * (HEADS * row_width(HEAD_SIZE))
+    return padded_rows(normed_keys + size, head, num_tokens, first_token, HEADS, HEAD_SIZE)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -104,10 +128,12 @@ def _normed_keys(
     HEAD_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """k · r_k into normed_keys [N, H, D], rounded, with factors behind it where `is_folded`; r_k into statistics[2]."""
+    """k · r_k, rounded, into normed_keys [N, H, D], and r_k into statistics[2].
+
+    Where `is_folded`, normed_keys are padded rows with factors, those of all keys before those of all values.
+    """
     FOLDED: tl.constexpr = is_folded(NORM_DONE, HEAD_SIZE)
-    KEY_WIDTH: tl.constexpr = row_width(HEAD_SIZE) if FOLDED else HEAD_SIZE
-    KEY_STRIDE: tl.constexpr = HEADS * KEY_WIDTH
+    OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     program = tl.program_id(0).to(tl.int64)
     head = program % HEADS
@@ -121,7 +147,14 @@ def _normed_keys(
     normed = scale_rows(to_float32(k), factors)
     if FOLDED:
         normed = append_factors(normed, HEAD_SIZE)
-    store_head(normed_keys + token * KEY_STRIDE + head * KEY_WIDTH, normed, rows, inside, KEY_STRIDE, HEAD_SIZE, FOLDED)
+        places = padded_rows(normed_keys, head, num_tokens, token, HEADS, HEAD_SIZE)
+        store_head(places, normed, rows, inside, None, HEAD_SIZE, FOLDED)
+        v = load_head(keys + OUTPUT_STRIDE, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+        places = padded_values(normed_keys, head, num_tokens, token, HEADS, HEAD_SIZE)
+        store_head(places, append_factors(v, HEAD_SIZE), rows, inside, None, HEAD_SIZE, FOLDED)
+    else:
+        place = normed_keys + token * OUTPUT_STRIDE + head * HEAD_SIZE
+        store_head(place, normed, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -145,18 +178,20 @@ def _forward(
 ):
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
-    KEY_WIDTH: tl.constexpr = row_width(HEAD_SIZE) if is_folded(NORM, HEAD_SIZE) else HEAD_SIZE
-    KEY_STRIDE: tl.constexpr = HEADS * KEY_WIDTH if NORM == NORM_DONE else TOKEN_STRIDE
+    KEY_STRIDE: tl.constexpr = OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE
     SCALE: tl.constexpr = 1.4426950408889634 / HEAD_SIZE**0.5
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
     frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
     in_output = first_token * OUTPUT_STRIDE + head * HEAD_SIZE
-    keys = frame + HEADS * HEAD_SIZE
-    if NORM == NORM_DONE:
-        keys = normed_keys + first_token * KEY_STRIDE + head * KEY_WIDTH
-    values = frame + 2 * HEADS * HEAD_SIZE
+    FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
+    if FOLDED:
+        keys = padded_rows(normed_keys, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+        values = padded_values(normed_keys, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+    else:
+        keys = normed_keys + in_output if NORM == NORM_DONE else frame + HEADS * HEAD_SIZE
+        values = frame + 2 * HEADS * HEAD_SIZE
     key_factors = statistics + (2 * HEADS + head) * num_tokens + first_token
     keep_factors = first_row == 0  # the first tile of a frame writes down the norm of its keys
 
@@ -233,12 +268,12 @@ def launch_forward(
     num_tokens, _, heads, head_size = qkv.shape
     classes = shape_classes(qkv, runs)
     normed_keys = None
-    if q_weight is not None and any(name == "large" for name, _ in classes):
+    if q_weight is not None and any(is_prepared(name) for name, _ in classes):
         normed_keys = launch_normed_keys(qkv, statistics, eps)
     for shape_class, bounds in classes:
         configuration = select(CONFIGURATIONS, "spatial_attention_forward", shape_class, qkv.device)
         tiles = row_tiles(tuple(runs), configuration["ROWS"], qkv.device, *bounds)
-        norm = NO_NORM if q_weight is None else NORM_DONE if shape_class == "large" else NORM_COMPUTED
+        norm = NO_NORM if q_weight is None else NORM_DONE if is_prepared(shape_class) else NORM_COMPUTED
         with on_device(qkv):
             _forward[(tiles.shape[0] * heads,)](
                 qkv,
@@ -259,10 +294,15 @@ def launch_forward(
 
 
 def launch_normed_keys(qkv: Tensor, statistics: Tensor, eps: float) -> Tensor:
-    """Returns k · r_k [N, H, D] in the dtype of qkv, and fills statistics[2]; rows of `row_width` where `is_folded`."""
+    """Fills statistics[2] and returns k · r_k [N, H, D] in the dtype of qkv.
+
+    Where `is_folded` these are padded rows of keys and of values, [2, N · H · row_width].
+    """
     num_tokens, _, heads, head_size = qkv.shape
-    width = row_width(head_size) if is_folded(NORM_DONE, head_size) else head_size
-    normed_keys = torch.empty(num_tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
+    if is_folded(NORM_DONE, head_size):
+        normed_keys = qkv.new_empty(2, num_tokens * heads * row_width(head_size))
+    else:
+        normed_keys = qkv.new_empty(num_tokens, heads, head_size)
     configuration = select(CONFIGURATIONS, "spatial_attention_normed_keys", "any", qkv.device)
     with on_device(qkv):
         _normed_keys[(triton.cdiv(num_tokens, configuration["ROWS"]) * heads,)](
@@ -280,6 +320,7 @@ def launch_normed_keys(qkv: Tensor, statistics: Tensor, eps: float) -> Tensor:
 
 COMPILED = (  # dtype, whether with QK-norm, shape class
     ("bf16", True, "small"),
+    ("bf16", True, "medium"),
     ("bf16", True, "large"),
     ("bf16", False, "small"),
     ("fp16", True, "small"),
@@ -291,7 +332,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
     cases = []
     for dtype, with_norm, shape_class in COMPILED:
         configuration = candidates_of(CONFIGURATIONS, "spatial_attention_forward", shape_class, arch)[0]
-        norm = NO_NORM if not with_norm else NORM_DONE if shape_class == "large" else NORM_COMPUTED
+        norm = NO_NORM if not with_norm else NORM_DONE if is_prepared(shape_class) else NORM_COMPUTED
         absent = (() if norm == NORM_DONE else ("normed_keys",)) + (() if with_norm else ("q_weight", "k_weight"))
         activations = ("qkv", "normed_keys", "q_weight", "k_weight", "output")
         cases.append(

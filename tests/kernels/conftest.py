@@ -111,7 +111,12 @@ def compare_with_eager() -> Callable[..., None]:
         }
 
     def compare(
-        ours: Callable, reference: Callable, inputs: dict[str, Tensor | None], *, expanded_gradient: bool = False
+        ours: Callable,
+        reference: Callable,
+        inputs: dict[str, Tensor | None],
+        *,
+        expanded_gradient: bool = False,
+        gradient_factor: float = GRADIENT_FACTOR,
     ) -> None:
         shapes = [output.detach() for output in run(reference, inputs, None, wide=False)[0]]
         generator = torch.Generator().manual_seed(1)
@@ -129,6 +134,6 @@ def compare_with_eager() -> Callable[..., None]:
         for name, exact_gradient in exact_gradients.items():
             gradient = my_gradients[name]
             assert gradient is not None, f"gradient of {name}: missing"
-            _check(f"gradient of {name}", gradient, eager_gradients[name], exact_gradient, GRADIENT_FACTOR)
+            _check(f"gradient of {name}", gradient, eager_gradients[name], exact_gradient, gradient_factor)
 
     return compare

@@ -114,14 +114,16 @@ def test_logits_near_the_bound(sign, dtype, device, compare) -> None:
     for name in ("q_weight", "k_weight"):
         inputs[name] = torch.full((size,), weight * 0.99, device=device, dtype=dtype, requires_grad=True)
     assert 0.9 * BOUNDED_UP_TO[dtype] < score_bound(inputs) < BOUNDED_UP_TO[dtype]
-    compare(inputs)
+    # The columns of a query are nearly alike and round the same way, so that their errors add up.
+    compare(inputs, gradient_factor=6.0)
 
 
-@pytest.fixture(params=["small", "large"])
+@pytest.fixture(params=["small", "medium", "large"])
 def frame_class(request, monkeypatch) -> str:
-    """Every frame as one of this class. Those of large ones carry numbers in their padding, see attention_tiles."""
-    longest = 0 if request.param == "large" else 10**6
-    monkeypatch.setattr("opensora_fast.kernels.spatial_attention_forward.LONGEST_SMALL_FRAME", longest)
+    """Every frame as one of this class. Rows of all but small ones are padded, see attention_tiles."""
+    longest = {"small": (10**6, 10**6), "medium": (0, 10**6), "large": (0, 0)}[request.param]
+    for name, value in zip(("LONGEST_SMALL_FRAME", "LONGEST_MEDIUM_FRAME"), longest, strict=True):
+        monkeypatch.setattr(f"opensora_fast.kernels.spatial_attention_forward.{name}", value)
     return request.param
 
 
