@@ -13,16 +13,17 @@ import csv
 import io
 import json
 import os
+import statistics
 import time as clock
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .configurations import (
@@ -171,18 +172,29 @@ TUNED_OPS = (
 )
 
 
-CALLS = 4
+CALLS, REPLAYS = 4, 15  # of one CUDA graph, and how often it is timed
 
 
 def time_on_gpu(function: Callable[[], object]) -> float:
-    """Median microseconds of a call among CALLS, the L2 cache flushed before these.
+    """Median microseconds of a call among CALLS, whose tensors do not fit into the L2 cache.
 
-    One call alone would be timed with the host's work before its launch, which takes as long as some kernels.
+    As a CUDA graph, for the host's work for a call takes longer than some kernels. `function` must have been called
+    before, and all that it does must lie on the current stream, not the default one (autograd runs the backward pass
+    on the stream of the forward pass).
     """
-    milliseconds = triton.testing.do_bench(
-        lambda: [function() for _ in range(CALLS)], warmup=25, rep=100, return_mode="median"
-    )
-    return 1e3 * milliseconds / CALLS
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for _ in range(CALLS):
+            function()
+    times = []
+    for _ in range(1 + REPLAYS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return 1e3 * statistics.median(times[1:]) / CALLS
 
 
 @dataclass(frozen=True)
@@ -196,6 +208,11 @@ class Timing:
     configuration: Configuration
     microseconds: float | None
     reason: str = ""
+
+
+def own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """What is done within may be captured as a CUDA graph; work on the default stream may not."""
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 def measure_workload(workload: Workload, time: Callable[[Callable[[], object]], float] = time_on_gpu) -> list[Timing]:
@@ -332,7 +349,8 @@ def tune(ops: Sequence[str], device: torch.device, deadline: float | None = None
             for pack, shapes in PACKS.items():
                 if deadline is not None and clock.time() > deadline:
                     return
-                timings = measure_workload(make_workload(op, pack, shapes, device, torch.bfloat16))
+                with own_stream(device):
+                    timings = measure_workload(make_workload(op, pack, shapes, device, torch.bfloat16))
                 yield timings
                 if not gpu_works():
                     failed = next((timing for timing in timings if timing.reason), None)

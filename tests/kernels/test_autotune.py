@@ -2,6 +2,7 @@
 
 import csv
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
@@ -106,6 +107,7 @@ def test_a_lost_gpu_ends_the_measurement_after_its_workload(monkeypatch) -> None
     monkeypatch.setattr(autotune, "make_workload", lambda *arguments: None)
     monkeypatch.setattr(autotune, "measure_workload", lambda workload: [lost])
     monkeypatch.setattr(autotune, "gpu_works", lambda: False)
+    monkeypatch.setattr(autotune, "own_stream", lambda device: nullcontext())
     _, measured = autotune.tune(["gelu_tanh"], torch.device("cuda"))
     assert next(measured) == [lost]
     with pytest.raises(ValueError, match="the GPU cannot be used any more, likely since .*illegal instruction"):
@@ -164,6 +166,7 @@ def test_nothing_is_begun_after_the_deadline(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(autotune, "gpu_works", lambda: True)
+    monkeypatch.setattr(autotune, "own_stream", lambda device: nullcontext())
     monkeypatch.setattr(autotune, "make_workload", lambda op, pack, *others: (op, pack))
 
     def measure(workload):
