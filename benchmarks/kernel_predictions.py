@@ -161,9 +161,9 @@ def launches(workload: Workload, builds: dict[tuple[str, str], dict[str, Any]]) 
         ("gate_residual_backward", "branch gate bias", 3),
         ("gate_residual_modulated_norm_backward", "branch gate bias norm", 6),
     ):
-        note = f"{parts}; {many} tokens"
-        note = note if (kernel, note) in builds else f"{parts}; many tokens"
-        tile = config_of(builds[kernel, note])["tile_tokens"]
+        notes = [f"{parts}; {size} tokens" for size in (many, "many", "any")]
+        note = next(note for note in notes if (kernel, note) in builds)
+        tile = config_of(builds[kernel, note]).get("tile_tokens", 64)  # the launcher chooses that of the backward
         yield Launch(kernel, note, tokens / tile, tile, rows * row)
     for kernel, element in (("gelu_tanh_forward", 4), ("gelu_tanh_backward", 6)):
         config = config_of(builds[kernel, "with bias"])

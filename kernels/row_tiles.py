@@ -19,15 +19,20 @@ registers; the fused backward in tiles of four spills.
 Fewer warps share less work across threads and issue fewer instructions a row, but hold more registers; the backward
 needs all of a row's columns spread over the program, since its sums over tokens live in registers. Pipelining (STAGES)
 adds a pass through shared memory (1148 → 1424) and takes the loads' latency out of the loop, which otherwise meets it
-twice a row with room for only three programs on a multiprocessor.
+twice a row with room for only three or four programs on a multiprocessor.
+
+The backward's tiles are as large as fills the multiprocessors best: 560 programs where 528 fit at a time took a third
+more time than the bytes need [measured on an H200], most of it while the last 32 ran.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from .configurations import Configuration, candidates_of, select
-from .layout import PackLayout
+from .layout import FRAME_TILE_SIZES, PackLayout
 
 FEW_TOKENS = 16384  # up to here a tile of 64 tokens would leave multiprocessors without work
 
@@ -51,20 +56,19 @@ _FORWARD = {
         Configuration(tile_tokens=64, STAGES=3, num_warps=4),
     ),
 }
+# `programs`: how many fit on a multiprocessor.
 _BACKWARD = {
-    "few": (
-        Configuration(tile_tokens=32, STAGES=3, num_warps=4),
-        Configuration(tile_tokens=16, STAGES=3, num_warps=4),
-        Configuration(tile_tokens=32, STAGES=1, num_warps=4),
-    ),
-    "many": (
-        Configuration(tile_tokens=64, STAGES=3, num_warps=4),
-        Configuration(tile_tokens=64, STAGES=1, num_warps=4),
-        Configuration(tile_tokens=64, STAGES=2, num_warps=4),
-        Configuration(tile_tokens=128, STAGES=3, num_warps=4),
-        Configuration(tile_tokens=64, STAGES=3, num_warps=8),
+    "any": (
+        Configuration(programs=4, STAGES=3, num_warps=4),
+        Configuration(programs=4, STAGES=2, num_warps=4),
+        Configuration(programs=4, STAGES=1, num_warps=4),
+        Configuration(programs=2, STAGES=3, num_warps=8),
     ),
 }
+# What the last round of programs takes of a full one's time however few they are: latency is then in the open.
+_SHORTEST_ROUND = 0.35
+# What a program writes at its end, and the second step reads, is worth the time of so many rows.
+_ROWS_OF_SUMS = 3
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
 CONFIGURATIONS = {f"{op}_forward": _FORWARD for op in OPS} | {f"{op}_backward": _BACKWARD for op in OPS}
 
@@ -82,33 +86,59 @@ COMPILED = (
 def compiled_configurations(kernel: str, arch: str) -> dict[str, Configuration]:
     """The defaults of a kernel that need a build of their own, by shape class; tiles are chosen by the launcher."""
     builds: dict[tuple, tuple[str, Configuration]] = {}
-    for size in ("many", "few"):
+    for size in ("many", "few") if kernel.endswith("_forward") else ("any",):
         configuration = candidates_of(CONFIGURATIONS, kernel, size, arch)[0]
         builds.setdefault(tuple(configuration.launch.items()), (size, configuration))
     return dict(builds.values())
 
 
-def shape_class(num_tokens: int) -> str:
-    return "few" if num_tokens <= FEW_TOKENS else "many"
-
-
 def select_row_configuration(kernel: str, num_tokens: int, device: torch.device) -> Configuration:
-    return select(CONFIGURATIONS, kernel, shape_class(num_tokens), device)
+    shape_class = "any"
+    if kernel.endswith("_forward"):
+        shape_class = "few" if num_tokens <= FEW_TOKENS else "many"
+    return select(CONFIGURATIONS, kernel, shape_class, device)
 
 
 def choose_tiles(op: str, layout: PackLayout) -> tuple[int, int]:
-    """Returns tile_tokens of the op's forward and backward; the layout's tables of these sizes go to the op."""
-    arguments = layout.num_tokens, layout.device.type, layout.device.index
-    return _choose_tile(f"{op}_forward", *arguments), _choose_tile(f"{op}_backward", *arguments)
+    """Returns the sizes of the op's tiles, forward and backward; the layout's tables of these sizes go to the op."""
+    programs = tuple(layout.frame_tiles(size).shape[0] for size in FRAME_TILE_SIZES)
+    return _choose_tiles(op, layout.num_tokens, programs, layout.device.type, layout.device.index)
 
 
-def _choose_tile(kernel: str, num_tokens: int, device_type: str, device_index: int | None) -> int:
-    return select_row_configuration(kernel, num_tokens, torch.device(device_type, device_index))["tile_tokens"]
+def _choose_tiles(
+    op: str, num_tokens: int, programs: tuple[int, ...], device_type: str, device_index: int | None
+) -> tuple[int, int]:
+    device = torch.device(device_type, device_index)
+    forward = select_row_configuration(f"{op}_forward", num_tokens, device)
+    backward = select_row_configuration(f"{op}_backward", num_tokens, device)
+    slots = _multiprocessors(device) * backward["programs"]
+    return forward["tile_tokens"], fill_rounds(num_tokens, programs, slots)
 
 
 # The choice reads a file and asks for the GPU's name, which a compiler cannot trace: it is a constant to it. This mark
 # is all that torch.compiler.assume_constant_result sets, but calling that imports the compiler, seconds at every start.
-_choose_tile._dynamo_marked_constant = True
+_choose_tiles._dynamo_marked_constant = True
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def fill_rounds(num_tokens: int, programs: tuple[int, ...], slots: int) -> int:
+    """The one of FRAME_TILE_SIZES whose programs should take the least time.
+
+    Args:
+        programs: of each size.
+        slots: programs that run at a time.
+    """
+
+    def time(count: int) -> float:
+        rounds, rest = divmod(count, slots)
+        rounds += max(rest / slots, _SHORTEST_ROUND) if rest else 0
+        return rounds * (num_tokens / max(count, 1) + _ROWS_OF_SUMS)
+
+    return min(zip(FRAME_TILE_SIZES, programs, strict=True), key=lambda choice: time(choice[1]))[0]
 
 
 def split_columns(channels: int) -> dict[str, int]:

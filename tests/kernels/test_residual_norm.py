@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opensora_fast import kernels
 from opensora_fast.kernels import PackLayout
+from opensora_fast.kernels.row_tiles import fill_rounds
 
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
 CHANNELS = 88  # two blocks, 64 and 24 of 32
@@ -262,3 +263,12 @@ def test_rows_of_given_frames_need_tables_that_hold_them(op, device) -> None:
             make_call(op, layout, frame_rows, backend)(**make_inputs(op, layout, 2, torch.float32))
         for rows, number in ((layout.frame_video, 2), (layout.frame_video, 4), (frame_rows, 4)):
             make_call(op, layout, rows, backend)(**make_inputs(op, layout, number, torch.float32))
+
+
+def test_tiles_of_the_backward_fill_the_multiprocessors() -> None:
+    """560 programs of 58 tokens where 528 fit at a time: 320 of 102 tokens run in one round."""
+    assert fill_rounds(32400, (2080, 1040, 560, 320), 528) == 128
+    # Few tokens: as many programs as there can be.
+    assert fill_rounds(1296, (90, 45, 27, 18), 528) == 16
+    # Two full rounds of small tiles are better than one of large ones and a rest.
+    assert fill_rounds(33792, (2112, 1056, 530, 529), 528) == 32
