@@ -16,8 +16,8 @@ from torch import Tensor
 from .configurations import CompileCase, Configuration
 from .registration import on_device
 
-# 32 columns of float32 are one cache line; many programs, each with few tiles in flight.
-CONFIGURATION = Configuration(BLOCK_TILES=64, BLOCK_COLUMNS=32, num_warps=4, num_stages=1)
+# 32 columns of float32 are one cache line. There are too few programs to hide a wait for memory: many tiles in flight.
+CONFIGURATION = Configuration(BLOCK_TILES=256, BLOCK_COLUMNS=32, num_warps=8, num_stages=1)
 
 
 # Nothing is gained by knowing that these are 1 or multiples of 16, and each would be a build of its own.
