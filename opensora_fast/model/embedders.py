@@ -56,20 +56,31 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("y_embedding", torch.randn(max_length, caption_channels) / caption_channels**0.5)
         self.dropout_probability = dropout_probability
 
-    def drop(self, y: Tensor) -> Tensor:
-        """Replaces captions y [B, L, channels] by the unconditional one, each with the dropout probability.
+    def draw_dropped(self, count: int) -> Tensor:
+        """Which of `count` captions are dropped, each with the dropout probability: bool [count] on the host.
 
-        The draw is made on the host from torch's default generator, so that it is the same on every device.
+        Drawn from torch's default generator of the host, so that it is the same for every device.
+        """
+        return torch.rand(count) < self.dropout_probability
+
+    def drop(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Replaces captions y [B, L, channels] by the unconditional one.
+
+        Args:
+            dropped: bool [B], which ones; None draws it.
 
         Raises:
-            ValueError: y is not padded to the model's text length.
+            ValueError: y is not padded to the model's text length, or `dropped` is not of B captions.
         """
         if y.shape[1:] != self.y_embedding.shape:
             raise ValueError(
                 f"y: text of shape {tuple(y.shape[1:])} in training, expected {tuple(self.y_embedding.shape)}; "
                 "pad captions to model_max_length"
             )
-        dropped = torch.rand(y.shape[0]) < self.dropout_probability
+        if dropped is None:
+            dropped = self.draw_dropped(y.shape[0])
+        elif dropped.shape != y.shape[:1]:
+            raise ValueError(f"dropped: shape {tuple(dropped.shape)} for {y.shape[0]} captions; give one bool for each")
         return torch.where(dropped.to(y.device, non_blocking=True)[:, None, None], self.y_embedding.to(y.dtype), y)
 
 

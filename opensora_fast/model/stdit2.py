@@ -101,6 +101,7 @@ class STDiT2(nn.Module):
         width: Tensor | None = None,
         ar: Tensor | None = None,
         fps: Tensor | None = None,
+        dropped: Tensor | None = None,
     ) -> Tensor:
         """Predicts noise and variance coefficients of equal-shaped videos.
 
@@ -118,6 +119,8 @@ class STDiT2(nn.Module):
             height, width: [B] in pixels.
             ar: [B] aspect ratio.
             fps: [B] frames per second.
+            dropped: bool [B], True for captions to be replaced by the unconditional one, as
+                `y_embedder.draw_dropped` draws them; None draws them here in training, and replaces none otherwise.
 
         Returns:
             float32 [B, out_channels, T, H, W]: noise, then (with pred_sigma) variance coefficients.
@@ -130,7 +133,7 @@ class STDiT2(nn.Module):
         if x_mask is not None:
             x_mask = _repeat_rows("x_mask", x_mask, x.shape[0])
         outputs = self._forward_batches(
-            [x], timestep, y, mask, x_mask, num_frames, height, width, ar, fps, position_of_first=True
+            [x], timestep, y, mask, x_mask, num_frames, height, width, ar, fps, dropped, position_of_first=True
         )
         return outputs[0]
 
@@ -176,6 +179,11 @@ class STDiT2(nn.Module):
         )
         return [video for batch in outputs for video in batch]
 
+    def get_layout(self, batches: Sequence[Tensor]) -> PackLayout:
+        """Where the tokens of batches [b, channels, T, H, W] lie; cached by their shapes."""
+        shapes = [kernels.token_grid(*batch.shape[2:], self.patch) for batch in batches for _ in range(batch.shape[0])]
+        return PackLayout.of(shapes, self.device)
+
     def _forward_batches(
         self,
         batches: list[Tensor],
@@ -188,6 +196,7 @@ class STDiT2(nn.Module):
         width: Tensor | None,
         ar: Tensor | None,
         fps: Tensor | None,
+        dropped: Tensor | None = None,
         position_of_first: bool = False,
     ) -> list[Tensor]:
         """Both forwards: `batches` holds batches [b, channels, T, H, W] of equal-shaped videos, in pack order."""
@@ -199,8 +208,7 @@ class STDiT2(nn.Module):
                 raise ValueError(f"x: {batch.dtype}, expected floating-point latents")
             if batch.device != device:
                 raise ValueError(f"x is on {batch.device}, but the model is on {device}")
-        shapes = [kernels.token_grid(*batch.shape[2:], self.patch) for batch in batches for _ in range(batch.shape[0])]
-        layout = PackLayout.of(shapes, device)
+        layout = self.get_layout(batches)
         videos = layout.num_videos
 
         conditions = {
@@ -215,7 +223,7 @@ class STDiT2(nn.Module):
         frame_rows = layout.modulation_rows(x_masks)
         has_given = frame_rows is not layout.frame_video
         noised, given, space_and_mlp, time = self._modulation(conditions, has_given)
-        text, text_layout = self._embed_text(y, mask, videos)
+        text, text_layout = self._embed_text(y, mask, dropped, videos)
         cos, sin = self.rope.tables(layout.max_frames)
         context = PackContext(layout, frame_rows, text, text_layout, space_and_mlp, time, cos, sin, self.backends)
 
@@ -278,15 +286,17 @@ class STDiT2(nn.Module):
         given = (time + data_info)[videos:] if has_given else None
         return time[:videos], given, space_and_mlp, temporal
 
-    def _embed_text(self, y: Tensor, mask: Tensor | None, videos: int) -> tuple[Tensor, TextLayout]:
+    def _embed_text(
+        self, y: Tensor, mask: Tensor | None, dropped: Tensor | None, videos: int
+    ) -> tuple[Tensor, TextLayout]:
         """Returns the embedded real text tokens [M, C] and where they lie."""
         if y.ndim != 4 or y.shape[0] != videos or y.shape[1] != 1 or y.shape[3] != self.config.caption_channels:
             raise ValueError(
                 f"y: shape {tuple(y.shape)}, expected ({videos}, 1, text tokens, {self.config.caption_channels})"
             )
         y = y.squeeze(1).to(self.device, self.dtype, non_blocking=True)
-        if self.training and self.y_embedder.dropout_probability > 0:
-            y = self.y_embedder.drop(y)
+        if dropped is not None or (self.training and self.y_embedder.dropout_probability > 0):
+            y = self.y_embedder.drop(y, dropped)
         if mask is not None:
             mask = _repeat_rows("mask", mask.reshape(mask.shape[0], -1), videos)
         layout, index = TextLayout.from_mask(mask, videos, y.shape[1], self.device)
