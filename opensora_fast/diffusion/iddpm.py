@@ -155,6 +155,29 @@ class IDDPM:
 
     # ------------------------------------------------------------------ training
 
+    def draw_timesteps(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw `count` steps to train at, all alike likely: int64 [count] on the CPU.
+
+        Args:
+            count: number of videos.
+            generator: a CPU generator; the default one if None.
+        """
+        return torch.randint(0, self.num_timesteps, (count,), generator=generator)
+
+    def losses_at(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses as in `training_losses`, at steps `t` from `draw_timesteps`; with `noise`, nothing is drawn."""
+        return self.training_losses(model, x, t, model_kwargs, noise, mask, generator=generator)
+
     def training_losses(
         self,
         model: Model,

@@ -72,6 +72,7 @@ class SpeeDiffusion(IDDPM):
         self.p = F.normalize(torch.tanh(1e6 * (slope - FAVORED_SLOPE)) + 1.5, p=1, dim=0)
         signal_to_noise = 1.0 / (1 - self.schedule.alphas_cumprod) - 1
         self.weights = 1 / (1 + signal_to_noise)
+        self._weights_on: dict[torch.device, Tensor] = {}
 
     def draw_timesteps(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw `count` steps, int64 [count] on the CPU: drawn from `p`, then their mirror images in the same order.
@@ -105,8 +106,24 @@ class SpeeDiffusion(IDDPM):
             generator: a CPU generator for the steps and the noise.
         """
         t = self.draw_timesteps(x.shape[0], generator)
+        return self.losses_at(model, x, t, model_kwargs, noise, mask, generator=generator)
+
+    def losses_at(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses as in `IDDPM.training_losses` with weighted squared errors, at steps `t`."""
+        if x.device not in self._weights_on:
+            self._weights_on[x.device] = self.weights.to(x.device)
         return super().training_losses(
-            model, x, t, model_kwargs, noise=noise, mask=mask, weights=self.weights, generator=generator
+            model, x, t, model_kwargs, noise, mask, weights=self._weights_on[x.device], generator=generator
         )
 
     def sample(self, *args: Any, **kwargs: Any) -> NoReturn:
