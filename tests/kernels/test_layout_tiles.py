@@ -1,5 +1,7 @@
 """Tile tables of the pack layout."""
 
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensora_fast.kernels import PackLayout, TextLayout
-from opensora_fast.kernels.attention_tables import row_tiles, tile_ranges
+from opensora_fast.kernels.attention_tables import keep_tables, row_tiles, tile_ranges
 from opensora_fast.kernels.layout import FRAME_TILE_SIZES
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 20), st.integers(1, 30)), min_size=1, max_size=4)
@@ -83,3 +85,16 @@ def test_another_default_device_changes_nothing() -> None:
         tables += [row_tiles((3, 35, 130, 3), 16, layout.device), tile_ranges((3, 35, 130, 3), 16, layout.device)]
         text = TextLayout.from_lengths([4, 2], layout.device)
     assert {table.device.type for table in (*tables, text.starts, text.lengths)} == {"cpu"}
+
+
+def test_tables_that_are_asked_for_are_kept_by_whoever_wants_them(device):
+    runs = (2, 37, 1, 90)
+    row_tiles(runs, 16, device)
+    with keep_tables() as kept, keep_tables() as others:
+        thread = Thread(target=row_tiles, args=(runs, 16, device))  # backward runs in another thread
+        thread.start()
+        thread.join()
+        ranges = tile_ranges(runs, 32, device)
+    row_tiles(runs, 64, device)
+    for tables in (kept, others):
+        assert len(tables) == 2 and tables[0] is row_tiles(runs, 16, device) and tables[1] is ranges
