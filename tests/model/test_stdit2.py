@@ -192,6 +192,10 @@ def test_training_replaces_captions_by_the_stored_one_with_the_configured_probab
     torch.manual_seed(1)
     dropped = (model.y_embedder.drop(y) != 0).any(dim=(1, 2)).float().mean()
     assert 0.25 < dropped < 0.35
+    torch.manual_seed(1)
+    decided = model.y_embedder.draw_dropped(2000)
+    assert torch.equal((model.y_embedder.drop(y, decided) != 0).any(dim=(1, 2)), decided)
+    assert decided.float().mean() == dropped
     videos, conditions, _ = random_pack([(1, 2, 2)] * 2, masked=False)
     model.train()
     with pytest.raises(ValueError, match="model_max_length"):
@@ -334,3 +338,18 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     videos, conditions, _ = random_pack([(2, 4, 4)] * 2, masked=False)
     with pytest.raises(ValueError, match=message):
         model(**({"x": torch.stack(videos)} | conditions | change))
+
+
+def test_the_model_takes_a_decision_on_captions_that_is_drawn_already():
+    model = random_model(class_dropout_prob=0.5).train()
+    videos, conditions, _ = random_pack([(1, 2, 2)] * 3, masked=False)
+    x, dropped = torch.stack(videos), torch.tensor([True, False, True])
+    state = torch.get_rng_state()
+    output = model(x, **conditions, dropped=dropped)
+    assert torch.equal(torch.get_rng_state(), state)
+    stored = model.y_embedder.y_embedding.expand_as(conditions["y"])
+    captions = torch.where(dropped[:, None, None, None], stored, conditions["y"])
+    assert torch.equal(output, model.eval()(x, **(conditions | {"y": captions})))
+    assert torch.equal(output, model(x, **conditions, dropped=dropped))
+    with pytest.raises(ValueError, match=r"dropped: shape \(2,\) for 3 captions"):
+        model(x, **conditions, dropped=dropped[:2])
