@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -111,7 +111,7 @@ class RunCosts:
 
     def get_memory_model(self, world_size: int) -> MemoryModel:
         """Counts the memory of one of `world_size` processes."""
-        return MemoryModel(
+        model = MemoryModel(
             config=self.model,
             size=self.size,
             text=self.text,
@@ -120,6 +120,10 @@ class RunCosts:
             encoders=sum(self._list_encoders().values()),
             given_frames=self.config.mask_ratios is not None,
         )
+        limit = self.config.cuda_graph_tokens
+        replayed = [videos for videos in map(self.get_videos, self.bucket.ids) if 0 < videos.tokens <= limit]
+        largest = max(replayed, key=lambda videos: model.activations(videos, self.recomputed), default=None)
+        return replace(model, graphed=largest)
 
     def _list_encoders(self) -> dict[str, int]:
         """Bytes of the weights of each encoder that stays on the GPU, as far as their size is known."""

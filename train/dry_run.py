@@ -6,20 +6,28 @@ from opensora_fast.config import LoadedConfig, TrainConfig, format_values
 from opensora_fast.data.bucket import Bucket
 from opensora_fast.parallel.join import read_place
 from opensora_fast.train.data import read_data
+from opensora_fast.train.step_graph import refuse_without_gpu
 
 
-def print_plan(loaded: LoadedConfig[TrainConfig]) -> None:
+def print_plan(loaded: LoadedConfig[TrainConfig], device: str | None = None) -> None:
     """Print the effective configuration with the origin of each value, and the buckets of the first epoch.
 
     Of several processes that torchrun has started only rank 0 prints, for all of them.
 
+    Args:
+        loaded: the configuration.
+        device: that of the run; None where it is not known, for the run may be on another machine.
+
     Raises:
-        ValueError: what would also stop the run: broken buckets, a broken table, entries that give no batch.
+        ValueError: what would also stop the run: broken buckets, a broken table, entries that give no batch, CUDA
+            graphs on a CPU.
     """
     place = read_place(os.environ)
     if place.rank != 0:
         return
     config = loaded.config
+    if device is not None:
+        refuse_without_gpu(config.cuda_graph_tokens, device)
     print(format_values(loaded))
     for note in loaded.notes:
         print(f"note: {note}")

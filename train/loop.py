@@ -37,6 +37,8 @@ from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.optimizer import MasterAdamW
 from opensora_fast.train.randomness import seed_step
 from opensora_fast.train.state import Position, write_state
+from opensora_fast.train.step import compute_losses, draw_inputs
+from opensora_fast.train.step_graph import StepGraphs
 from opensora_fast.train.stop import StopSignals
 
 # With keep probabilities below 1 every clip of a tiny table may lose its draw; that many times in a row is a mistake.
@@ -84,6 +86,7 @@ class Trainer:
         folder: output folder of the run.
         replay: replay(checkpoint, step) is the command that runs the step again.
         limits: when to stop, log and save.
+        graphs: replays small steps; None computes all as they come.
         seed: of the run.
         data_fingerprint: says whether a checkpoint's order of batches is that of this run.
     """
@@ -101,6 +104,7 @@ class Trainer:
     limits: Limits
     seed: int
     data_fingerprint: str
+    graphs: StepGraphs | None = None
     position: Position = field(default_factory=Position)
     last_checkpoint: Path | None = None
 
@@ -165,16 +169,10 @@ class Trainer:
     def compute_losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """`loss` and its parts, each [] on the device, for a batch at a step; draws all randomness of the step."""
         seed_step(self.seed, step, self.processes.rank)
-        latents, conditions = self.inputs.prepare(batch)
-        videos, _, frames = latents.shape[:3]
-        mask = None
-        if self.masks is not None:
-            drawn = torch.stack([self.masks.draw(frames) for _ in range(videos)])
-            if not drawn.all():  # a batch of noised frames only needs no mask: the model does half the modulation
-                mask = conditions["x_mask"] = drawn
-        timesteps = torch.randint(0, self.diffusion.num_timesteps, (videos,))
-        losses = self.diffusion.training_losses(self.model, latents, timesteps, conditions, mask=mask)
-        return {"loss": losses["loss"].mean(), **{key: losses[key].mean() for key in ("mse", "vb") if key in losses}}
+        inputs = draw_inputs(self.model, self.diffusion, self.masks, *self.inputs.prepare(batch))
+        if self.graphs is not None:
+            return self.graphs.compute_losses(inputs)
+        return compute_losses(self.model, self.diffusion, inputs)
 
     def _take_steps(self, batches: Iterator[Batch], stop: StopSignals) -> None:
         taken: Taken | None = None
@@ -225,9 +223,12 @@ class Trainer:
         try:
             losses = self.compute_losses(batch, step)
             values = HostValues(*losses.values())
-            losses["loss"].backward()
+            if self.graphs is not None:
+                self.graphs.backward(losses)
+            else:
+                losses["loss"].backward()
         except torch.OutOfMemoryError as error:
-            raise ValueError(_describe_out_of_memory(batch, step, error)) from error
+            raise ValueError(_describe_out_of_memory(batch, step, self.graphs is not None, error)) from error
         own_losses = dict(zip(losses, values.get(), strict=True))
         told = self.processes.gather(self._describe(batch, own_losses, data_wait, stop))
         self._finish(before)
@@ -322,11 +323,12 @@ def _describe_batch(told: dict[str, Any], world_size: int) -> str:
     )
 
 
-def _describe_out_of_memory(batch: Batch, step: int, error: BaseException) -> str:
+def _describe_out_of_memory(batch: Batch, step: int, graphs: bool, error: BaseException) -> str:
     resolution, frames, _ = batch.bucket
+    spared = ", or spare the memory of CUDA graphs with cuda_graph_tokens=0" if graphs else ""
     return (
         f"step {step}: out of GPU memory with {len(batch)} clips of bucket {batch.bucket}: lower the batch size of "
-        f"bucket_config[{resolution!r}][{frames}], or recompute activations with grad_checkpoint=True. {error}"
+        f"bucket_config[{resolution!r}][{frames}], or recompute activations with grad_checkpoint=True{spared}. {error}"
     )
 
 

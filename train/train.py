@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 from opensora_fast import use_kernels
@@ -13,8 +14,9 @@ from opensora_fast.config import LoadedConfig, TrainConfig, to_json
 from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.data.pyav_decoder import count_processors
 from opensora_fast.device import DTYPES
-from opensora_fast.diffusion import MaskGenerator
+from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.kernels import calls
+from opensora_fast.model import STDiT2
 from opensora_fast.parallel.join import join_processes
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.data import read_data
@@ -28,6 +30,8 @@ from opensora_fast.train.sources import open_clips, open_features
 from opensora_fast.train.start import CHECKPOINT_CONFIG, Start, agree_on_start, load_initial_weights, report_changes
 from opensora_fast.train.state import load_weights
 from opensora_fast.train.state import resume as resume_state
+from opensora_fast.train.step import compute_losses
+from opensora_fast.train.step_graph import StepGraphs, refuse_without_gpu
 
 
 def train(
@@ -83,6 +87,7 @@ def _train(
     report: Callable[[str], None],
 ) -> int | None:
     config = loaded.config
+    refuse_without_gpu(config.cuda_graph_tokens, processes.device.type)
     for note in loaded.notes:
         report(f"note: {note}")
     diffusion = build_diffusion(config)
@@ -141,6 +146,7 @@ def _train(
             limits=Limits(config.steps, config.epochs, config.log_every, config.ckpt_every, config.keep_checkpoints),
             seed=config.seed,
             data_fingerprint=source.data.get_fingerprint(),
+            graphs=make_graphs(config, model, diffusion),
         )
         if start.resume is not None:
             resume_state(trainer, start.resume)
@@ -155,10 +161,19 @@ def _train(
         signal_number = trainer.run()
     if processes.rank == 0:
         report_kernels(calls - calls_before, out, report)
+        if trainer.graphs is not None:
+            report(trainer.graphs.describe())
     report(f"step {trainer.position.step}: {trainer.last_checkpoint or start.resume}")
     if signal_number is not None:
         report(f"stopped by signal {signal_number}; --resume auto continues")
     return signal_number
+
+
+def make_graphs(config: TrainConfig, model: STDiT2, diffusion: IDDPM) -> StepGraphs | None:
+    """What replays the small steps of a configuration, with the model on its device; None where it asks for none."""
+    if not config.cuda_graph_tokens:
+        return None
+    return StepGraphs(model, partial(compute_losses, model, diffusion), config.cuda_graph_tokens)
 
 
 def choose_cpu_threads(config: TrainConfig, processes: Processes) -> int | None:

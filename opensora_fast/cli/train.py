@@ -41,7 +41,7 @@ def command(
     if dry_run:
         from opensora_fast.train.dry_run import print_plan
 
-        print_plan(loaded)
+        print_plan(loaded, device)
         return
     if out is None:
         raise ValueError("--out is missing: the folder for metrics, checkpoints and all that the run writes")

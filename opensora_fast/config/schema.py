@@ -65,6 +65,8 @@ class TrainConfig(Section):
     prefetch: int = Field(2, ge=0)
     drop_last: bool = True
     balance: bool = False
+    # Steps of at most so many video tokens are replayed as CUDA graphs; 0: none are.
+    cuda_graph_tokens: int = Field(0, ge=0)
     allow_empty_buckets: bool = False
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     keep_checkpoints: int = Field(2, ge=1)

@@ -16,6 +16,9 @@ adds its keys and values, 2 rows per text token and block. A recomputed block ke
 comes back when backward reaches it. `tests/parallel/test_memory.py` holds the count to what autograd saves and to the
 allocations of a whole step.
 
+Where small steps are replayed as CUDA graphs (see `opensora_fast.train.step_graph`), what the largest of them needs is
+held in a pool, beside what other steps allocate, and so is a set of gradients.
+
 Not counted: what encoders need while they encode, and the few numbers per token that the loss keeps.
 """
 
@@ -64,6 +67,7 @@ class MemoryModel:
         processes: that share the optimizer's state.
         encoders: bytes of the encoders' weights on the GPU.
         given_frames: whether some frames may be given (masks in training): they have a modulation of their own.
+        graphed: the largest micro-batch whose step is replayed as a CUDA graph; None if none is.
         activation_factor: measured over counted peak of activations; 1 where nothing was measured.
     """
 
@@ -74,6 +78,7 @@ class MemoryModel:
     processes: int = 1
     encoders: int = 0
     given_frames: bool = False
+    graphed: Videos | None = None
     activation_factor: float = 1.0
 
     @property
@@ -143,9 +148,15 @@ class MemoryModel:
         worst = max(at(block) for block in {0, recomputed - 1, min(recomputed, depth - 1), depth - 1} if block >= 0)
         return max(worst, 2 * self.element * self.size.trained)  # gradients, and the flat copy of them
 
+    def graphs(self, recomputed: int) -> int:
+        """Bytes that CUDA graphs hold: their pool, and the gradients that they write."""
+        if self.graphed is None:
+            return 0
+        return self.activations(self.graphed, recomputed) + self.element * self.size.trained
+
     def peak(self, videos: Videos, recomputed: int) -> int:
         """Most bytes that a training step needs."""
-        return self.standing + self.activations(videos, recomputed)
+        return self.standing + self.graphs(recomputed) + self.activations(videos, recomputed)
 
     def largest_batch(self, videos: Videos, recomputed: int, memory: int) -> int:
         """How many videos of this shape fit into so many bytes; 0 if not one does. At most `LARGEST_BATCH`."""

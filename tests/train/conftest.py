@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 
@@ -47,6 +46,8 @@ def make_clip(frames: int, number: int) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def table(tmp_path_factory) -> Path:
     """4 images, 4 clips of 3 frames and 2 of 6: an epoch of 6 batches."""
+    import pandas as pd  # not on a GPU machine, where tests without clips run
+
     folder = tmp_path_factory.mktemp("clips")
     rows = []
     for number, frames in enumerate([1] * 4 + [3] * 4 + [6] * 2):

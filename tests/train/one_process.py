@@ -45,7 +45,12 @@ class OneProcess:
         losses, gradients = [], []
         for rank, batches in enumerate(self.batches):
             trainer = SimpleNamespace(seed=self.config.seed, processes=SimpleNamespace(rank=rank), inputs=self.inputs)
-            trainer.model, trainer.diffusion, trainer.masks = self.model, self.diffusion, self.masks
+            trainer.model, trainer.diffusion, trainer.masks, trainer.graphs = (
+                self.model,
+                self.diffusion,
+                self.masks,
+                None,
+            )
             loss = Trainer.compute_losses(trainer, next(batches), number)["loss"]
             gradients.append([gradient.double() for gradient in torch.autograd.grad(loss, self.parameters.values())])
             losses.append(loss.item())

@@ -1,0 +1,361 @@
+"""Replayed steps are the steps that they stand for: the same draws, losses and gradients.
+
+On a CPU a recorder that runs the passes again stands in for a CUDA graph.
+"""
+
+import json
+import math
+import re
+from functools import partial
+
+import pytest
+import torch
+from losses import read_losses
+from run_again import RunAgain
+from same_checkpoints import assert_same_weights
+from toy_steps import EPOCH, MASKS, SHAPES, make_batch, make_model, make_trainer
+
+from opensora_fast.config import load_train_config
+from opensora_fast.data.bucket import Bucket
+from opensora_fast.diffusion import IDDPM, MaskGenerator, SpeeDiffusion
+from opensora_fast.kernels import calls
+from opensora_fast.parallel.memory import VideoBatch
+from opensora_fast.train.checkpoint import list_checkpoints
+from opensora_fast.train.costs import RunCosts
+from opensora_fast.train.host_values import HostValues
+from opensora_fast.train.locate_config import locate_config
+from opensora_fast.train.loop import NonFiniteError
+from opensora_fast.train.model_inputs import ModelInputs
+from opensora_fast.train.state import resume
+from opensora_fast.train.step import compute_losses, draw_inputs
+from opensora_fast.train.step_graph import StepGraphs
+
+ALL = 10**6
+CPU = torch.device("cpu")
+
+
+def make_graphs(model, diffusion=None, tokens=ALL, record=None, **options):
+    compute = partial(compute_losses, model, diffusion or IDDPM())
+    return StepGraphs(model, compute, tokens, record=record or RunAgain(), **options)
+
+
+def prepare(batch, device=CPU):
+    return ModelInputs(None, None, device).prepare(batch)
+
+
+def draw(model, number, shape, masks=None, diffusion=None, device=CPU, text_length=None):
+    """Inputs of a step, drawn for its number."""
+    batch = make_batch(number, shape, model.config, text_length)
+    torch.manual_seed(number)
+    return draw_inputs(model, diffusion or IDDPM(), masks, *prepare(batch, device))
+
+
+def take_gradients(model):
+    """As the optimizer: reads and clears them."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gradients[name] = parameter.grad.clone()
+            parameter.grad = None
+    return gradients
+
+
+def step_in_one_go(model, diffusion, masks, batch):
+    """A step that draws while it computes, as `training_losses` and the model do on their own."""
+    latents, conditions = prepare(batch)
+    mask = torch.stack([masks.draw(latents.shape[2]) for _ in range(len(batch))])
+    if mask.all():
+        mask = None
+    else:
+        conditions["x_mask"] = mask
+    timesteps = None if isinstance(diffusion, SpeeDiffusion) else diffusion.draw_timesteps(len(batch))
+    losses = diffusion.training_losses(model, latents, timesteps, conditions, mask=mask)
+    losses["loss"].mean().backward()
+    return {name: loss.mean().item() for name, loss in losses.items()}, take_gradients(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "recomputed"),
+    [
+        (torch.float32, IDDPM, 0),
+        (torch.float32, IDDPM, 1),
+        (torch.float32, SpeeDiffusion, 2),
+        (torch.bfloat16, IDDPM, 0),
+    ],
+)
+def test_replayed_steps_draw_and_compute_the_same_as_steps_in_one_go(dtype, kind, recomputed):
+    model, diffusion, masks = make_model().to(dtype), kind(), MaskGenerator(MASKS)
+    model.set_checkpointing(recomputed)
+    graphs = make_graphs(model, diffusion)
+    for number, shape in enumerate(EPOCH * 2):
+        batch = make_batch(number, shape, model.config)
+        torch.manual_seed(number)
+        expected, gradients = step_in_one_go(model, diffusion, masks, batch)
+        after = torch.rand(())
+        torch.manual_seed(number)
+        losses = graphs.compute_losses(draw_inputs(model, diffusion, masks, *prepare(batch)))
+        values = HostValues(*losses.values())
+        graphs.backward(losses)
+        assert torch.equal(torch.rand(()), after)  # as many draws
+        assert dict(zip(losses, values.get(), strict=True)) == expected
+        found = take_gradients(model)
+        assert found.keys() == gradients.keys()
+        assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())
+    # With and without given frames each shape of several frames has a graph of its own.
+    assert len(SHAPES) <= graphs.captured <= 2 * len(SHAPES) - 1
+    assert graphs.steps == len(EPOCH) * 2 and graphs.replayed >= graphs.captured + 8
+
+
+def test_a_graph_is_for_steps_whose_inputs_have_the_same_shapes():
+    model = make_model(class_dropout_prob=0.0)
+    graphs = make_graphs(model, occurrences=1)
+    plain = MaskGenerator({"mask_no": 1.0})
+    given = MaskGenerator({"mask_image_head": 1.0})
+
+    def take(*arguments, **options):
+        inputs = draw(model, 0, *arguments, **options)
+        graphs.backward(graphs.compute_losses(inputs))
+        return graphs.captured
+
+    assert take((2, 3, 4, 4), plain) == take((2, 3, 4, 4), plain) == 1
+    assert take((2, 3, 4, 6), plain) == 2  # width
+    assert take((2, 2, 4, 4), plain) == 3  # frames
+    assert take((1, 3, 4, 4), plain) == 4  # videos
+    assert take((2, 3, 4, 4), given) == 5  # given frames
+    assert take((2, 3, 4, 4), plain, text_length=5) == 6
+    inputs = draw(model, 0, (2, 3, 4, 4), plain)
+    graphs.backward(graphs.compute_losses(inputs | {"y": inputs["y"].double()}))
+    assert graphs.captured == 7
+    assert take((2, 3, 4, 4), given) == take((2, 3, 4, 4), plain) == 7
+    assert graphs.replayed == graphs.steps
+
+
+def test_a_shape_is_captured_when_it_comes_again_and_forgotten_when_it_was_not_used_for_longest():
+    model = make_model()
+    graphs = make_graphs(model, most=2)
+    told = []
+    for index in (0, 0, 0, 1, 1, 2, 1, 0, 0, 0):
+        graphs.backward(graphs.compute_losses(draw(model, 0, SHAPES[index])))
+        told.append((graphs.captured, graphs.replayed))
+    assert told == [
+        (0, 0),  # 0, for the first time
+        (1, 1),
+        (1, 2),
+        (1, 2),  # 1, for the first time
+        (2, 3),
+        (2, 3),  # 2, for the first time: 0 is forgotten
+        (2, 4),
+        (2, 4),  # 0, for the first time again: 2 is forgotten
+        (3, 5),
+        (3, 6),
+    ]
+    assert graphs.describe() == "CUDA graphs: 3 captured, 6 of 10 steps replayed"
+
+
+def test_steps_of_more_tokens_are_not_replayed():
+    model = make_model()
+    graphs = make_graphs(model, tokens=2 * 3 * 4, occurrences=1)  # latents of 4 x 4 in patches of 2 x 2, 3 frames
+    for shape, replayed in (((2, 3, 4, 4), 1), ((2, 3, 4, 6), 1), ((2, 3, 3, 3), 2), ((2, 4, 4, 4), 2)):
+        inputs = draw(model, 1, shape)
+        expected = compute_losses(model, IDDPM(), inputs)["loss"]
+        losses = graphs.compute_losses(inputs)
+        graphs.backward(losses)
+        assert torch.equal(losses["loss"].detach(), expected.detach()) and graphs.replayed == replayed
+        assert take_gradients(model)
+
+
+def test_gradients_of_all_graphs_are_the_same_tensors_and_are_put_back_after_each_replay():
+    model = make_model()
+    graphs = make_graphs(model, occurrences=1)
+    places = []
+    for index in (0, 1, 0):
+        graphs.backward(graphs.compute_losses(draw(model, index, SHAPES[index])))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        places.append([parameter.grad.data_ptr() for parameter in trained])
+        model.zero_grad(set_to_none=True)
+    assert places[0] == places[1] == places[2]
+
+
+def test_losses_that_are_on_their_way_to_the_host_are_not_those_of_the_next_step():
+    model = make_model()
+    graphs = make_graphs(model, occurrences=1)
+    losses = graphs.compute_losses(draw(model, 1, SHAPES[0]))
+    first = losses["loss"].item()
+    values = HostValues(losses["loss"])
+    graphs.compute_losses(draw(model, 2, SHAPES[0]))
+    assert values.get() == [first] and losses["loss"].item() != first
+
+
+@pytest.mark.parametrize("options", [{"occurrences": 0}, {"most": 0}])
+def test_senseless_numbers_are_refused(options):
+    with pytest.raises(ValueError, match="both must be at least 1"):
+        make_graphs(make_model(), **options)
+
+
+def test_without_a_gpu_nothing_is_replayed_in_silence(train, tmp_path):
+    model = make_model()
+    with pytest.raises(ValueError, match="cuda_graph_tokens=9: only a GPU"):
+        StepGraphs(model, partial(compute_losses, model, IDDPM()), 9)
+    message = r"cuda_graph_tokens=99: only a GPU .* the device is cpu; set cuda_graph_tokens=0"
+    for more in ([], ["--dry-run"]):
+        code, _, error = train(tmp_path / "run", "--steps", 1, "cuda_graph_tokens=99", *more)
+        assert code == 1 and re.search(message, error) and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+    code, _, error = train(tmp_path / "run", "--steps", 1, "cuda_graph_tokens=-1")
+    assert code == 1 and "cuda_graph_tokens" in error and "greater than or equal to 0" in error
+
+
+# ---- whole runs ----
+
+
+def run(out, steps, **options):
+    """Train to that step, from the newest checkpoint of the folder if there is one."""
+    trainer = make_trainer(out, steps, **options)
+    if checkpoints := list_checkpoints(out / "checkpoints"):
+        resume(trainer, checkpoints[0])
+    trainer.run()
+    return trainer
+
+
+def last(out):
+    return list_checkpoints(out / "checkpoints")[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_with_replayed_steps_is_the_run_without(tmp_path, dtype):
+    run(tmp_path / "plain", 24, dtype=dtype)
+    trainer = run(tmp_path / "replayed", 24, dtype=dtype, tokens=ALL, record=RunAgain())
+    assert trainer.graphs.replayed > 12
+    assert read_losses(tmp_path / "replayed") == read_losses(tmp_path / "plain")
+    assert_same_weights(last(tmp_path / "replayed"), last(tmp_path / "plain"))
+
+
+def test_a_run_with_replayed_steps_resumes_bit_for_bit(tmp_path):
+    """The first steps after a resume are captured anew, so other steps are replayed than without a stop."""
+    run(tmp_path / "whole", 20, tokens=ALL, record=RunAgain())
+    for steps in (0, 1, 9, 10, 17, 20):
+        run(tmp_path / "run", steps, tokens=ALL, record=RunAgain())
+    assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
+    assert_same_weights(last(tmp_path / "run"), last(tmp_path / "whole"))
+
+
+def assert_a_bad_loss_changes_nothing(tmp_path, **options):
+    """Of a batch whose shape is replayed by then."""
+    out = tmp_path / "run"
+    assert EPOCH[6] in EPOCH[:6]
+    with pytest.raises(NonFiniteError, match=r"step 7: the loss is (nan|inf)"):
+        run(out, 9, spoil=6, tokens=ALL, **options)
+    assert json.loads((out / "nonfinite.json").read_text())["step"] == 7
+    assert last(out).name == "step-00000006" and len(read_losses(out)) == 6
+    run(tmp_path / "whole", 9, tokens=ALL, **options)
+    run(out, 9, tokens=ALL, **options)
+    assert read_losses(out) == read_losses(tmp_path / "whole")
+    assert_same_weights(last(out), last(tmp_path / "whole"))
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(tmp_path):
+    assert_a_bad_loss_changes_nothing(tmp_path, record=RunAgain())
+
+
+# ---- memory ----
+
+
+def test_the_pool_of_the_largest_replayed_step_is_counted_beside_every_step():
+    def count(*overrides):
+        config = load_train_config(locate_config("stage1"), list(overrides)).config
+        return RunCosts(config, Bucket(config.bucket_config)).get_memory_model(1)
+
+    videos = VideoBatch(2, 16, 405)
+    plain = count()
+    assert plain.graphs(0) == 0 and count("cuda_graph_tokens=100").graphs(0) == 0
+    small, large = count("cuda_graph_tokens=8000"), count("cuda_graph_tokens=100000")
+    assert small.graphed.tokens <= 8000 < large.graphed.tokens
+    for model in (small, large):
+        for recomputed in (0, 28):
+            graphs = model.graphs(recomputed)
+            assert graphs == plain.activations(model.graphed, recomputed) + 2 * plain.size.trained
+            assert model.peak(videos, recomputed) == plain.peak(videos, recomputed) + graphs
+    assert large.graphs(28) < large.graphs(0) and small.graphs(0) < large.graphs(0)
+
+
+# ---- on a GPU ----
+
+
+def take_step(graphs, inputs):
+    """(losses, gradients) of a step, copied."""
+    losses = graphs.compute_losses(inputs)
+    values = HostValues(*losses.values())
+    graphs.backward(losses)
+    return dict(zip(losses, values.get(), strict=True)), take_gradients(graphs.model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recomputed", [0, 1])
+@pytest.mark.parametrize("kind", [IDDPM, SpeeDiffusion])
+def test_graphs_that_share_a_pool_replay_the_steps_bit_for_bit(dtype, recomputed, kind):
+    device = torch.device("cuda")
+    model, diffusion, masks = make_model(device).to(dtype), kind(), MaskGenerator(MASKS)
+    model.set_checkpointing(recomputed)
+    compute = partial(compute_losses, model, diffusion)
+    replayed, eager = StepGraphs(model, compute, ALL), StepGraphs(model, compute, ALL, occurrences=ALL)
+    for number, shape in enumerate(EPOCH * 3):
+        inputs = draw(model, number, shape, masks, diffusion, device)
+        expected, gradients = take_step(eager, inputs)
+        before = calls.copy()
+        losses, found = take_step(replayed, inputs)
+        assert sum((calls - before).values()) > 0  # ops of a replay count as called
+        assert losses == expected and all(map(math.isfinite, losses.values())), number
+        for name, gradient in gradients.items():
+            assert torch.equal(found[name], gradient), (number, name)
+    assert replayed.replayed >= 2 * len(EPOCH) - 5 and eager.replayed == 0
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_with_padded_text_is_the_ordinary_one_but_for_rounding():
+    device = torch.device("cuda")
+    model, diffusion = make_model(device), IDDPM()
+    graphs = StepGraphs(model, partial(compute_losses, model, diffusion), ALL, occurrences=1)
+    for number, shape in enumerate(EPOCH):
+        inputs = draw(model, number, shape, MaskGenerator(MASKS), device=device)
+        expected = compute_losses(model, diffusion, inputs)
+        expected["loss"].backward()
+        gradients = take_gradients(model)
+        losses, found = take_step(graphs, inputs)
+        for name, loss in losses.items():
+            assert loss == pytest.approx(expected[name].item(), rel=1e-4)
+        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        far = torch.stack([(found[name] - gradient).norm() for name, gradient in gradients.items()]).norm()
+        assert far < 1e-3 * norm
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_is_replayed_without_waiting_for_it():
+    device = torch.device("cuda")
+    model = make_model(device)
+    graphs = StepGraphs(model, partial(compute_losses, model, IDDPM()), ALL, occurrences=1)
+    pinned = {name: value.pin_memory() for name, value in draw(model, 0, SHAPES[1]).items()}
+    inputs = pinned | {name: pinned[name].to(device) for name in ("latents", "noise", "y")}
+    take_step(graphs, inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graphs.backward(graphs.compute_losses(inputs))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_a_run_with_graphs_resumes_bit_for_bit(tmp_path, dtype):
+    options = {"device": "cuda", "dtype": dtype, "tokens": ALL}
+    trainer = run(tmp_path / "whole", 20, **options)
+    assert trainer.graphs.replayed > 8
+    for steps in (0, 1, 9, 10, 17, 20):
+        run(tmp_path / "run", steps, **options)
+    assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
+    assert_same_weights(last(tmp_path / "run"), last(tmp_path / "whole"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_loss_that_is_not_finite_changes_nothing(tmp_path):
+    assert_a_bad_loss_changes_nothing(tmp_path, device="cuda", dtype=torch.bfloat16)

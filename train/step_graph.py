@@ -1,0 +1,246 @@
+"""Losses and gradients of a training step by replaying CUDA graphs, where the host takes longer than the GPU.
+
+The host needs about as long for the launches of a small step as for those of a large one. A graph holds all of them:
+those of forward and loss, and a second one those of backward, so that the host can read the loss while backward runs.
+
+What lives how long:
+
+- a graph, with the tensors that its inputs are copied to, and the tables that its kernels read: as long as its shapes
+  are among those used last;
+- the memory that forward and backward work in: one pool for all graphs, as large as the largest needs. A replay
+  writes all that it reads there, and the next one, of any graph, may write over it;
+- the losses that come out: in that pool, so until the next replay;
+- the gradients: one set for all graphs, outside the pool, until the next backward of a replay.
+
+The optimizer, collectives and all draws of random numbers stay outside. Nothing but the key of a step decides what is
+computed: the first steps of a shape, which are not replayed, compute with the same inputs on the GPU, and so a resumed
+run, which captures later, takes the same steps.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from opensora_fast.kernels import PackLayout, calls
+from opensora_fast.kernels.attention_tables import keep_tables
+from opensora_fast.model import STDiT2
+from opensora_fast.train.step import LATENTS
+
+# Of a capture each costs a step and about 0.3 s: a shape that comes once is not worth one.
+OCCURRENCES = 2
+MOST_SHAPES = 64
+
+Losses = dict[str, Tensor]
+Key = tuple[tuple[str, torch.dtype, torch.Size], ...]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A forward and a backward pass that can be replayed, in this order.
+
+    Attributes:
+        losses: what forward returned, without its history; a replay of forward writes new values there.
+        replay_forward, replay_backward: compute again what was recorded, from what its inputs hold by then.
+    """
+
+    losses: Losses
+    replay_forward: Callable[[], None]
+    replay_backward: Callable[[], None]
+
+
+class Recorder(Protocol):
+    """Records passes; the result of the recording itself is not used."""
+
+    def __call__(self, forward: Callable[[], Losses], backward: Callable[[Losses], None]) -> Recording: ...
+
+
+class CudaRecorder:
+    """Records into CUDA graphs, which share one memory pool."""
+
+    def __init__(self) -> None:
+        self._pool: tuple[int, int] | None = None
+
+    def __call__(self, forward: Callable[[], Losses], backward: Callable[[Losses], None]) -> Recording:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        # Once without: this builds kernels and copies tables, which cannot be captured.
+        backward(forward())
+        graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        calls_before = calls.copy()
+        # Threads that decode and load may go on meanwhile: what they ask of CUDA does not end the capture.
+        with torch.cuda.graph(graphs[0], pool=self._pool, capture_error_mode="thread_local"):
+            losses = forward()
+        calls_of_forward = calls - calls_before
+        with torch.cuda.graph(graphs[1], pool=self._pool, capture_error_mode="thread_local"):
+            backward(losses)
+        calls_of_backward = calls - calls_before - calls_of_forward
+        for captured in (calls_of_forward, calls_of_backward):
+            calls.subtract(captured)  # nothing has run yet
+
+        def replay(graph: torch.cuda.CUDAGraph, captured: Mapping[tuple[str, str], int]) -> None:
+            graph.replay()
+            calls.update(captured)
+
+        return Recording(
+            {name: loss.detach() for name, loss in losses.items()},
+            lambda: replay(graphs[0], calls_of_forward),
+            lambda: replay(graphs[1], calls_of_backward),
+        )
+
+
+@dataclass
+class _Shape:
+    """What is known of the steps with one key.
+
+    Attributes:
+        steps: how many there were.
+        inputs: what the graph reads, None as long as there is no graph.
+        recording: of the graph.
+        kept: tables that its kernels read.
+    """
+
+    steps: int = 0
+    inputs: dict[str, Tensor] | None = None
+    recording: Recording | None = None
+    kept: object = None
+
+
+class StepGraphs:
+    """Computes losses and gradients of steps, small ones by replaying graphs.
+
+    Args:
+        model: whose trainable parameters get gradients. They must stay where they are.
+        compute: compute(inputs) → losses, of which `loss` [] has the gradients. It must launch the same for the same
+            shapes, draw nothing, and not wait for the GPU when all inputs are there.
+        tokens: steps of at most so many video tokens are replayed; those of more, whose kernels take longer than their
+            launches, are computed as they come.
+        occurrences: the step of a shape at which its graph is captured; those before are computed without.
+        most: shapes that are remembered, with their graphs; the one that was not used for longest is forgotten.
+        record: what records a step; by default `CudaRecorder()`.
+
+    Attributes:
+        steps, captured, replayed: how many steps were computed in all, graphs captured, and steps replayed.
+
+    Raises:
+        ValueError: the model is not on a GPU and `record` is not given, or `occurrences` or `most` is not positive.
+    """
+
+    def __init__(
+        self,
+        model: STDiT2,
+        compute: Callable[[dict[str, Tensor]], Losses],
+        tokens: int,
+        *,
+        occurrences: int = OCCURRENCES,
+        most: int = MOST_SHAPES,
+        record: Recorder | None = None,
+    ) -> None:
+        if record is None:
+            refuse_without_gpu(tokens, model.device.type)
+        if min(occurrences, most) < 1:
+            raise ValueError(f"occurrences={occurrences}, most={most}: both must be at least 1")
+        self.model = model
+        self.compute = compute
+        self.tokens = tokens
+        self.occurrences = occurrences
+        self.most = most
+        self.steps = self.captured = self.replayed = 0
+        self._record = record or CudaRecorder()
+        self._shapes: OrderedDict[Key, _Shape] = OrderedDict()
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._gradients: list[Tensor] | None = None
+        self._running: Recording | None = None
+
+    def compute_losses(self, inputs: Mapping[str, Tensor]) -> Losses:
+        """The losses of a step; `backward` of them is to follow.
+
+        Args:
+            inputs: tensors of any device, among them the latents [B, channels, T, h, w] of the model's device.
+
+        Returns:
+            What `compute` returns. Of a replayed step the next one writes over it, so it is to be read, or a read
+            queued, before.
+        """
+        self.steps += 1
+        self._running = None
+        layout = self.model.get_layout([inputs[LATENTS]])
+        if layout.num_tokens > self.tokens:
+            return self.compute(dict(inputs))
+        shape = self._find_shape(inputs)
+        shape.steps += 1
+        if shape.recording is None and shape.steps < self.occurrences:
+            return self.compute(self._copy(inputs))
+        if shape.recording is None:
+            self._capture(shape, inputs, layout)
+        else:
+            self._copy(inputs, shape.inputs)
+        shape.recording.replay_forward()
+        self.replayed += 1
+        self._running = shape.recording
+        return dict(shape.recording.losses)
+
+    def backward(self, losses: Losses) -> None:
+        """Gives every trainable parameter its gradient, in place of any that it has, of the losses computed last."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        if self._running is None:
+            losses["loss"].backward()
+            return
+        self._running.replay_backward()
+        self._running = None
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def describe(self) -> str:
+        """What was replayed, in one line."""
+        return f"CUDA graphs: {self.captured} captured, {self.replayed} of {self.steps} steps replayed"
+
+    def _find_shape(self, inputs: Mapping[str, Tensor]) -> _Shape:
+        key = tuple(sorted((name, value.dtype, value.shape) for name, value in inputs.items()))
+        shape = self._shapes.setdefault(key, _Shape())
+        self._shapes.move_to_end(key)
+        while len(self._shapes) > self.most:
+            self._shapes.popitem(last=False)
+        return shape
+
+    def _copy(self, inputs: Mapping[str, Tensor], copies: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Contiguous copies on the device, into those given or new ones: a graph reads nothing on the host, and the
+        order of a sum may depend on strides."""
+        if copies is None:
+            copies = {
+                name: torch.empty(value.shape, dtype=value.dtype, device=self.model.device)
+                for name, value in inputs.items()
+            }
+        for name, value in inputs.items():
+            copies[name].copy_(value, non_blocking=True)
+        return copies
+
+    def _capture(self, shape: _Shape, inputs: Mapping[str, Tensor], layout: PackLayout) -> None:
+        if self._gradients is None:
+            self._gradients = [torch.empty_like(parameter) for parameter in self._parameters]
+        static = self._copy(inputs)
+
+        def forward() -> Losses:
+            return self.compute(dict(static))
+
+        def backward(losses: Losses) -> None:
+            found = torch.autograd.grad(losses["loss"], self._parameters)
+            torch._foreach_copy_(self._gradients, found)
+
+        with keep_tables() as tables:
+            shape.recording = self._record(forward, backward)
+        shape.inputs, shape.kept = static, (layout, tables)
+        self.captured += 1
+
+
+def refuse_without_gpu(tokens: int, device: str) -> None:
+    """ValueError where steps of up to so many tokens are to be replayed on a device that has no CUDA graphs."""
+    if tokens and device != "cuda":
+        raise ValueError(
+            f"cuda_graph_tokens={tokens}: only a GPU replays steps as CUDA graphs, and the device is {device}; set "
+            "cuda_graph_tokens=0, or train with --device cuda"
+        )
