@@ -117,6 +117,7 @@ class ClusterPlan:
                 "weights": model.weights,
                 "optimizer": model.optimizer,
                 "encoders": model.encoders,
+                "graphs": model.graphs(self.recomputed),
                 "about_encoders": self.encoders,
                 "recomputed_blocks": self.recomputed,
                 "fewest_recomputed_blocks": self.fewest_recomputed,
@@ -150,6 +151,7 @@ class ClusterPlan:
             f"{self.recomputed} of {model.config.depth} blocks recompute; captions are taken to have all {model.text} "
             "tokens that they may have",
             self.encoders,
+            *self._describe_graphs(),
             "",
             _format_row(
                 "bucket", "tokens", "batch size", "GiB", "largest", "recompute", "ms a step", "k tokens/s", "times are"
@@ -169,6 +171,16 @@ class ClusterPlan:
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+    def _describe_graphs(self) -> list[str]:
+        graphed = self.memory_model.graphed
+        if graphed is None:
+            return []
+        held = self.memory_model.graphs(self.recomputed) / GIB
+        return [
+            f"CUDA graphs of up to {graphed.tokens} tokens hold {held:.1f} GiB beside every step; times are of steps "
+            "that are not replayed"
+        ]
 
     def _advise_on_recomputing(self) -> str:
         configured = f"grad_checkpoint is {self.recomputed}"

@@ -112,5 +112,8 @@ def warn_of_memory(
     misfits = [line for line in count_buckets(costs, model, memory, pairs) if not line.fits]
     for line in misfits[:SHOWN]:
         report(f"warning: {line.describe_misfit(memory)}")
+    if misfits and model.graphed is not None:
+        graphs = model.graphs(costs.recomputed) / GIB
+        report(f"warning: {graphs:.1f} GiB of each are held by CUDA graphs (counted); cuda_graph_tokens=0 needs none")
     if len(misfits) > SHOWN:
         report(f"warning: and {len(misfits) - SHOWN} more buckets; `opensora-fast plan` lists them")

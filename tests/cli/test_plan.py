@@ -119,6 +119,18 @@ def test_what_does_not_fit_is_named_with_its_fix(plan):
     assert "warning" not in plan("stage3", "--gpu", "H800", "--world-size", 64, f"grad_checkpoint={fewest}")[1]
 
 
+def test_cuda_graphs_take_memory_beside_every_step(plan, plan_json):
+    words = ("stage1", "--gpu", "H200", "--world-size", 64)
+    without, with_graphs = plan_json(*words), plan_json(*words, "cuda_graph_tokens=16384")
+    held = with_graphs["memory"]["graphs"]
+    assert without["memory"]["graphs"] == 0 < held
+    for before, after in zip(without["buckets"], with_graphs["buckets"], strict=True):
+        assert after["peak"] == before["peak"] + held and after["largest_batch"] < before["largest_batch"]
+    assert "CUDA graphs" not in plan(*words)[1]
+    (line,) = [line for line in plan(*words, "cuda_graph_tokens=16384")[1].splitlines() if "CUDA graphs" in line]
+    assert f"hold {held / 2**30:.1f} GiB beside every step" in line and len(line) <= 120
+
+
 def test_a_table_gives_the_steps_of_an_epoch(plan_json, tmp_path):
     rows = [("a.mp4", "x", 60, 144, 256, 24.0)] * 600 + [("b.mp4", "x", 60, 240, 426, 24.0)] * 400
     path = tmp_path / "clips.csv"

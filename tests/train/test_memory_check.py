@@ -72,6 +72,15 @@ def test_a_bucket_that_does_not_fit_is_named_with_fixes_that_work(clips, gpu):
     assert warn(load(*overrides, f"grad_checkpoint={int(match[3]) - 1}")) != []
 
 
+def test_graphs_are_named_where_they_take_the_memory(clips, gpu):
+    overrides = (f"dataset.data_path={clips}", "bucket_config.144p.16=(1.0, 12)")
+    gpu(80, allocated=14)
+    assert warn(load(*overrides)) == warn(load(*overrides, "cuda_graph_tokens=100")) == []
+    *lines, last = warn(load(*overrides, "cuda_graph_tokens=30000"))
+    assert lines and all(line.startswith("warning: bucket_config[") for line in lines)
+    assert re.match(r"warning: \d+\.\d GiB of each are held by CUDA graphs .*cuda_graph_tokens=0 needs none", last)
+
+
 def test_what_is_allocated_counts_not_what_is_guessed(clips, gpu):
     config = load(f"dataset.data_path={clips}", "bucket_config.144p.16=(1.0, 12)")
     gpu(80, allocated=14)
