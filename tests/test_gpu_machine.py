@@ -26,10 +26,10 @@ def run_there():
 
 
 def test_the_gpu_tests_of_the_readme_are_collected(run_there):
-    folders = re.search(r"pytest -m gpu ((?:tests/\w+ ?)+)", (ROOT / "README.md").read_text())[1].split()
-    arguments = ["-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", *folders]
+    paths = re.search(r"pytest -m gpu ((?:tests/[\w/.]+ ?)+)", (ROOT / "README.md").read_text())[1].split()
+    arguments = ["-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", *paths]
     output = run_there(f"import pytest; sys.exit(pytest.main({arguments!r}))")
-    assert "bfloat16" in output and "test_losses_never_wait_for_the_gpu" in output
+    assert "bfloat16" in output and "test_losses_never_wait_for_the_gpu" in output and "share_a_pool" in output
     assert "error" not in output.splitlines()[-1]
 
 
