@@ -124,7 +124,7 @@ def _prepare_upstream(variant: Variant, work: BlockWork) -> Bound:
 
 
 def block_provider(variant: Variant) -> Provider:
-    """The provider of a variant; recomputation means nothing for a single block."""
+    """The provider of a variant; recomputation and graphs of whole steps mean nothing for a single block."""
 
     def prepare(work: BlockWork) -> Bound:
         return (_prepare_upstream if variant.is_upstream else _prepare_own)(variant, work)
@@ -145,7 +145,7 @@ def missing_on(variant: Variant, work: BlockWork) -> str:
 
 
 BLOCK_PROVIDERS = tuple(
-    block_provider(variant) for variant in VARIANTS if not variant.name.endswith(("-recompute", "-stored"))
+    block_provider(variant) for variant in VARIANTS if not variant.name.endswith(("-recompute", "-stored", "-graph"))
 )
 # Both are eager PyTorch, in our order of operations and in upstream's.
 BLOCK_REFERENCES = tuple(block_provider(VARIANT_OF[name]) for name in ("eager", "upstream"))

@@ -26,6 +26,7 @@ from ..contest import weights_like
 from ..shapes import Pack, Workload, text_lengths
 from ..timing import Call
 from .blocks import ONE_SHAPE, missing_on
+from .graphs import GraphedModel
 from .provider import Bound, Provider, own_version, torch_version
 from .upstream import UpstreamSTDiT2
 from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant
@@ -145,10 +146,11 @@ class BoundModel:
 
 def model_provider(variant: Variant) -> Provider:
     def prepare(work: ModelWork) -> Bound:
-        return BoundModel(view_of(work.model, variant), work)
+        return (GraphedModel if variant.graphed else BoundModel)(view_of(work.model, variant), work)
 
     def missing(work: ModelWork) -> str:
-        return ONE_SHAPE if variant.is_upstream and not work.is_uniform else missing_on(variant, work)
+        one_shape = variant.is_upstream or variant.graphed
+        return ONE_SHAPE if one_shape and not work.is_uniform else missing_on(variant, work)
 
     return Provider(variant.name, prepare, missing, own_version if variant.uses_triton else torch_version)
 
@@ -203,10 +205,14 @@ def _compile_blocks(own: STDiT2, recompute: bool) -> None:
 def model_results(bound: Bound, work: ModelWork) -> tuple[Named, float]:
     """The output and the gradient of all parameters as one vector; caption dropout draws the same for everyone."""
     torch.manual_seed(SEED)
-    outputs = _as_list(bound())
-    parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
-    weights = weights_like(outputs)
-    gradients = torch.autograd.grad(outputs, parameters, weights)
+    if isinstance(bound, GraphedModel):
+        output, weight, gradients = bound.replay()
+        outputs, weights = [output], [weight]
+    else:
+        outputs = _as_list(bound())
+        weights = weights_like(outputs)
+        parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(outputs, parameters, weights)
     detached = [output.detach() for output in outputs]
     return {OUTPUT: detached, "gradient of the parameters": gradients}, norm(weights)
 
@@ -214,6 +220,8 @@ def model_results(bound: Bound, work: ModelWork) -> tuple[Named, float]:
 def model_output(bound: Bound, work: ModelWork) -> tuple[Named, float]:
     """The output alone."""
     torch.manual_seed(SEED)
+    if isinstance(bound, GraphedModel):
+        return {OUTPUT: [bound.replay()[0]]}, 0.0
     with torch.no_grad():
         return {OUTPUT: _as_list(bound())}, 0.0
 
@@ -224,6 +232,8 @@ def _as_list(latents: Latents) -> list[Tensor]:
 
 def training_call(bound: Bound, work: ModelWork) -> Call:
     """Forward, loss, backward, optimizer and average of the weights; nothing waits for the GPU."""
+    if isinstance(bound, GraphedModel):
+        return bound.make_step()
     assert isinstance(bound, BoundModel)
     return step_call(bound.model, work, lambda: (work.latents, work.conditions))
 

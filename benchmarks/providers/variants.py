@@ -28,6 +28,7 @@ class Variant:
         flash: upstream with flash attention on.
         recompute: activations are computed again in backward.
         compiled: every block goes through torch.compile.
+        graphed: forward, loss and backward are replayed as CUDA graphs (training steps only).
         sdpa: the backend that PyTorch's attention prefers, "FLASH" or "CUDNN"; "": its own choice.
     """
 
@@ -36,6 +37,7 @@ class Variant:
     flash: bool = False
     recompute: bool = False
     compiled: bool = False
+    graphed: bool = False
     sdpa: str = ""
 
     @property
@@ -78,6 +80,7 @@ VARIANTS = (
     Variant("ours-norms-gelu-temporal-spatial", _with(*NORMS, "gelu_tanh", "temporal_attention", "spatial_attention")),
     Variant("ours", TRITON),
     Variant("ours-recompute", TRITON, recompute=True),
+    Variant("ours-graph", TRITON, graphed=True),
 )
 VARIANT_OF = {variant.name: variant for variant in VARIANTS}
 

@@ -4,9 +4,10 @@
     opensora-fast bench --suite push --budget 9m --out outputs/push       and again with the same --out: it goes on
 
 Ceilings at the exact shapes, the memory-bound ops and the attention libraries at head size 72, whole steps at five
-resolutions beside their peers, a sustained step, attention over length, blocks, packs of mixed shapes, the steps
-between eager and ours one technique at a time, other frame counts; then what confirms: further ceilings, lengths and
-the loss curves. Rows of the second run are shares of the ceilings measured in the first, and no row is measured twice.
+resolutions beside their peers, small steps as CUDA graphs, a sustained step, attention over length, blocks, packs of
+mixed shapes, the steps between eager and ours one technique at a time, other frame counts; then what confirms: further
+ceilings, lengths and the loss curves. Rows of the second run are shares of the ceilings measured in the first, and no
+row is measured twice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import replace
 
 from ..case import Case
 from ..providers.variants import WATERFALL
-from ..shapes import Pack, Workload, fill
+from ..shapes import Pack, Workload, fill, stage_buckets
 from . import ceilings, convergence, encoders, models, ops
 from .scale import Scale
 
@@ -26,6 +27,8 @@ BANDWIDTH = ("eager", "compile", "ours")
 STEPS = ("upstream", "eager", "eager-flash", "eager-cudnn", "compile", "ours")
 # Where the activations of some do not fit.
 LONG_STEPS = ("upstream", "eager-recompute", "compile-recompute", "ours", "ours-recompute")
+# Where the host takes longer than the GPU.
+SMALL_STEPS = ("eager", "compile", "ours", "ours-graph")
 FEW = ("eager", "ours")
 FIRST_LENGTHS = {"spatial": (144, 920, 1590, 3600), "temporal": (16, 64, 128), "cross": (120,)}
 WIDE_HEAD = 128  # one tile of 128 columns, where 72 takes 64 + 16
@@ -38,6 +41,8 @@ def list_cases(scale: Scale) -> list[Case]:
     headline = models.by_importance(scale)
     first = Pack.of(headline[0])
     basics, gemms, more_gemms = _ceilings(scale)
+    small = [_small_step(scale, workload) for workload in _small_batches(scale)]
+    blocks = [only(models.block_case(scale, Pack.of(workload), 0), STEPS) for workload in headline]
     parts: list[Sequence[Case]] = [
         basics,
         gemms,
@@ -47,12 +52,15 @@ def list_cases(scale: Scale) -> list[Case]:
         # Scores that need the ordinary softmax, beside those above, which do not.
         [only(ops.attention_case(scale, "spatial", first, 0, norm_weight=ops.WIDE_NORM_WEIGHT), LIBRARIES)],
         [_step(scale, workload) for workload in headline[:3]],
+        small[:2],
         [models.sustained_case(scale, headline[0], LONGEST_S, 0)],
         _lengths(scale, lambda kind, length: length in FIRST_LENGTHS[kind]),
         [_step(scale, workload) for workload in headline[3:]],
-        [only(models.block_case(scale, Pack.of(workload), 0), STEPS) for workload in headline],
+        blocks[:2],
         [only(ops.attention_case(scale, "spatial", _wide_pack(scale), 0, head_size=WIDE_HEAD), ("sdpa-cudnn", "ours"))],
         [_few(scale, case) for case in models.list_mixed_step_cases(scale)],
+        blocks[2:],
+        small[2:],
         [_waterfall(scale)],
         [_few(scale, models.step_case(scale, workload, FEW, 0)) for workload in _other_frames(scale)],
         [models.sustained_case(scale, workload, LONGEST_S / 3, 0) for workload in headline[1:]],
@@ -88,6 +96,13 @@ def _step(scale: Scale, workload: Workload) -> Case:
     return models.step_case(scale, workload, names, 0)
 
 
+def _small_step(scale: Scale, workload: Workload) -> Case:
+    """The graphs keep the memory that they work in while the others take their turns."""
+    fits = 2 * workload.tokens <= scale.recompute_above
+    names = SMALL_STEPS if fits else ("eager-recompute", "compile-recompute", *SMALL_STEPS[2:])
+    return models.step_case(scale, workload, names, 0)
+
+
 def _few(scale: Scale, case: Case) -> Case:
     """Eager and ours; eager recomputes where its activations do not fit."""
     eager = "eager-recompute" if case.template.tokens > scale.recompute_above else "eager"
@@ -115,6 +130,14 @@ def _lengths(scale: Scale, chosen: Callable[[str, int], bool]) -> list[Case]:
 def _wide_pack(scale: Scale) -> Pack:
     """Frames long enough that matrix products take most of the time."""
     return Pack.of(next((item for item in scale.headline if item.resolution == "480p"), scale.headline[-1]))
+
+
+def _small_batches(scale: Scale) -> list[Workload]:
+    """What stage 1 takes in a step: 6 videos of 144p, 2 of 240p, 48 images."""
+    if scale.device != "cuda":
+        return []
+    sizes = {item.name: item for item in stage_buckets("stage1")}
+    return [sizes[name] for name in ("144p×16", "240p×16", "144p×1")]
 
 
 def _other_frames(scale: Scale) -> list[Workload]:

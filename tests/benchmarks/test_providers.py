@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from run_again import RunAgain
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
@@ -15,11 +16,13 @@ from opensora_fast.benchmarks.contest import op_results
 from opensora_fast.benchmarks.providers import attention, blocks, elementwise, flex
 from opensora_fast.benchmarks.providers.attention_work import KINDS, make_pack_attention_work, sequence_lengths
 from opensora_fast.benchmarks.providers.blocks import BLOCK_PROVIDERS, block_provider, make_block_work
+from opensora_fast.benchmarks.providers.graphs import GraphedModel
 from opensora_fast.benchmarks.providers.models import (
     MODEL_PROVIDERS,
     compute_losses,
     make_model_work,
     make_training,
+    model_output,
     model_results,
     training_call,
     view_of,
@@ -302,6 +305,62 @@ def test_compiled_ops_are_not_compiled_again(monkeypatch, op):
     for _ in range(2):
         assert_same(op_results(bound, work)[0], expected)
         assert graphs.count == 1
+
+
+def replayed(work, view="eager") -> GraphedModel:
+    """On a CPU, where no graph can be captured."""
+    return GraphedModel(view_of(work.model, VARIANT_OF[view]), work, RunAgain())
+
+
+def test_results_of_a_graphed_model_are_those_of_a_replay(model_work):
+    expected, sent_back = model_results(MODEL_PROVIDERS[4].prepare(model_work), model_work)
+    results, same = model_results(replayed(model_work), model_work)
+    assert_same(results, expected, 1e-6)
+    assert same == sent_back
+    assert_same(model_output(replayed(model_work), model_work)[0], {"output": expected["output"]}, 1e-6)
+    assert all(parameter.grad is None for parameter in model_work.model.parameters())
+
+    class Forgetful(RunAgain):
+        """Does not replay: what the recording has left is taken for the results."""
+
+        def __call__(self, forward, backward):
+            recording = super().__call__(forward, backward)
+            return replace(recording, replay_forward=lambda: None, replay_backward=lambda: None)
+
+    wrong, _ = model_results(replace(replayed(model_work), record=Forgetful()), model_work)
+    assert not torch.equal(wrong["output"][0], expected["output"][0])
+
+
+def test_training_steps_of_a_graphed_model_are_replayed_and_train_as_others_do():
+    """One draws and computes as the trainer, so its weights are those of the trainer's steps."""
+    recorder = RunAgain()
+    weights = []
+    for make_call in (
+        lambda work: replace(replayed(work), record=recorder).make_step(),
+        lambda work: training_call(MODEL_PROVIDERS[4].prepare(work), work),
+    ):
+        training = make_training(
+            STDiT2Config.small(upstream_rounding=False, class_dropout_prob=0.0), "cpu", torch.float32
+        )
+        work = make_model_work(training.model, Workload("144p", 1, 2), 5, training)
+        call = make_call(work)
+        for number in range(4):
+            torch.manual_seed(number)
+            # The trainer draws timesteps, which this step replaces: the other is to draw as many.
+            if weights:
+                work.diffusion.draw_timesteps(2)
+            call()
+        weights.append([parameter.detach().clone() for parameter in training.model.parameters()])
+    assert all(torch.equal(first, second) for first, second in zip(*weights, strict=True))
+    assert recorder.replays == 3
+
+
+def test_graphs_are_for_training_steps_on_a_gpu_of_videos_of_one_shape(model_work, mixed_work):
+    provider = next(provider for provider in MODEL_PROVIDERS if provider.name == "ours-graph")
+    assert provider.missing(model_work) == "needs a CUDA GPU"
+    assert provider.missing(mixed_work) == "takes videos of one shape only"
+    assert isinstance(provider.prepare(model_work), GraphedModel)
+    assert "ours-graph" not in {provider.name for provider in BLOCK_PROVIDERS}
 
 
 def test_the_waterfall_adds_one_technique_at_a_time():

@@ -63,10 +63,11 @@ PUSHED = [
     ("op", "spatial_attention", "480p×16", {"ours"}),  # with a head of 128
     *(("op", "spatial_attention", f"length {length}", {"sdpa-cudnn", "ours"}) for length in (144, 920, 1590, 3600)),
     ("op", "temporal_attention", "240p×16", {"ours"}),
-    *(("block", "", f"{name}×16", {"upstream", "eager", "eager-cudnn", "compile", "ours"}) for name in VIDEO_SIZES),
+    *(("block", "", name, {"upstream", "eager", "eager-cudnn", "compile", "ours"}) for name in ("240p×16", "720p×16")),
     *(("step", "", f"{name}×16", {"upstream", "ours"}) for name in VIDEO_SIZES),
     *(("step", "", f"{name}×16", {"eager-flash", "eager-cudnn", "compile"}) for name in VIDEO_SIZES if name != "720p"),
     ("step", "", "720p×16", {"eager-recompute", "compile-recompute", "ours-recompute"}),
+    *(("step", "", name, {"eager", "compile", "ours", "ours-graph"}) for name in ("144p×16", "240p×16")),
     ("step", "sustained", "240p×16", {"ours"}),
     ("step", "", "mixed", {"ours", "eager"}),
 ]
@@ -88,6 +89,15 @@ def test_two_runs_of_nine_minutes_measure_what_carries_the_plan(level, op, workl
         and providers <= set(case.providers)
     ]
     assert found and min(ends[case.identity] for case in found) < 1080 - STARTUP_S
+
+
+def test_the_small_steps_of_stage_1_follow_the_first_three_headline_steps():
+    steps = [case for case in list_cases("push", "cuda") if case.template.level == "step"]
+    replayed = [case for case in steps if "ours-graph" in case.providers]
+    assert replayed[:2] == steps[3:5]
+    sizes = [(case.template.workload, case.template.shape.split()[0]) for case in replayed]
+    assert sizes == [("144p×16", "B=6"), ("240p×16", "B=2"), ("144p×1", "B=48")]
+    assert all(case.providers == ("eager", "compile", "ours", "ours-graph") for case in replayed)
 
 
 def test_sizes_of_the_comparison_with_float64():
