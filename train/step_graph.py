@@ -12,11 +12,14 @@ What lives how long:
 - the losses that come out: in that pool, so until the next replay;
 - the gradients: one set for all graphs, outside the pool, until the next backward of a replay.
 
-The optimizer, collectives and all draws of random numbers stay outside. Nothing but the key of a step decides what is
-computed: the first steps of a shape, which are not replayed, compute with the same inputs on the GPU, and so a resumed
-run, which captures later, takes the same steps.
+`torch.cuda.max_memory_allocated` counts what lies in the pool only while a graph is captured.
+
+The optimizer, collectives and all draws of random numbers stay outside. Whether a step is replayed does not change its
+numbers: the first steps of a shape, which are not, launch the same on the same inputs. So a resumed run, which captures
+its graphs anew, takes the same steps.
 """
 
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,7 +33,7 @@ from opensora_fast.kernels.attention_tables import keep_tables
 from opensora_fast.model import STDiT2
 from opensora_fast.train.step import LATENTS
 
-# Of a capture each costs a step and about 0.3 s: a shape that comes once is not worth one.
+# A capture costs a step and about 0.3 s (H200), so a shape that comes once is not worth one.
 OCCURRENCES = 2
 MOST_SHAPES = 64
 
@@ -59,7 +62,7 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records into CUDA graphs, which share one memory pool."""
+    """Records into CUDA graphs, which share one memory pool. No losses with a history may be there meanwhile."""
 
     def __init__(self) -> None:
         self._pool: tuple[int, int] | None = None
@@ -69,6 +72,9 @@ class CudaRecorder:
             self._pool = torch.cuda.graph_pool_handle()
         # Once without: this builds kernels and copies tables, which cannot be captured.
         backward(forward())
+        # Autograd binds a parameter to the stream of its first use as long as any history of it is there. That of
+        # another stream would be drawn into the capture, which fails then.
+        gc.collect()
         graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         calls_before = calls.copy()
         # Threads that decode and load may go on meanwhile: what they ask of CUDA does not end the capture.
@@ -163,7 +169,7 @@ class StepGraphs:
 
         Returns:
             What `compute` returns. Of a replayed step the next one writes over it, so it is to be read, or a read
-            queued, before.
+            queued, before. Of others it must be dropped before, with its history.
         """
         self.steps += 1
         self._running = None

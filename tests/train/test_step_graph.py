@@ -6,6 +6,7 @@ On a CPU a recorder that runs the passes again stands in for a CUDA graph.
 import json
 import math
 import re
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -28,7 +29,7 @@ from opensora_fast.train.loop import NonFiniteError
 from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.state import resume
 from opensora_fast.train.step import compute_losses, draw_inputs
-from opensora_fast.train.step_graph import StepGraphs
+from opensora_fast.train.step_graph import CudaRecorder, StepGraphs
 
 ALL = 10**6
 CPU = torch.device("cpu")
@@ -186,6 +187,48 @@ def test_losses_that_are_on_their_way_to_the_host_are_not_those_of_the_next_step
     assert values.get() == [first] and losses["loss"].item() != first
 
 
+def test_captures_share_a_pool_and_count_no_ops_but_replays_do(monkeypatch):
+    """What is said to CUDA, and counted, where the captured passes run on a CPU."""
+    told = []
+
+    class Graph:
+        def replay(self):
+            told.append(self)
+
+    @contextmanager
+    def capture(graph, **options):
+        told.append(options)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    model = make_model()
+    model.set_checkpointing(1)  # so that backward calls ops too
+    record, recordings, counts = CudaRecorder(), [], []
+    for index in (0, 1):
+        inputs = draw(model, 0, SHAPES[index])
+        before = calls.copy()
+        recordings.append(
+            record(
+                lambda inputs=inputs: compute_losses(model, IDDPM(), inputs), lambda losses: losses["loss"].backward()
+            )
+        )
+        counts.append(calls - before)  # those of the step before the capture
+    assert [options["capture_error_mode"] for options in told] == ["thread_local"] * 4
+    assert len({id(options["pool"]) for options in told}) == 1
+    told.clear()
+    for recording, count in zip(recordings, counts, strict=True):
+        assert count["spatial_attention", "reference"] == 3
+        assert all(not loss.requires_grad for loss in recording.losses.values())
+        before = calls.copy()
+        recording.replay_forward()
+        assert (calls - before)["spatial_attention", "reference"] == 2
+        recording.replay_backward()
+        assert calls - before == count
+    assert len({id(graph) for graph in told}) == 4
+
+
 @pytest.mark.parametrize("options", [{"occurrences": 0}, {"most": 0}])
 def test_senseless_numbers_are_refused(options):
     with pytest.raises(ValueError, match="both must be at least 1"):
@@ -318,12 +361,13 @@ def test_a_replayed_step_with_padded_text_is_the_ordinary_one_but_for_rounding()
     graphs = StepGraphs(model, partial(compute_losses, model, diffusion), ALL, occurrences=1)
     for number, shape in enumerate(EPOCH):
         inputs = draw(model, number, shape, MaskGenerator(MASKS), device=device)
-        expected = compute_losses(model, diffusion, inputs)
-        expected["loss"].backward()
-        gradients = take_gradients(model)
+        ordinary = compute_losses(model, diffusion, inputs)
+        ordinary["loss"].backward()
+        expected, gradients = {name: loss.item() for name, loss in ordinary.items()}, take_gradients(model)
+        del ordinary  # and with it the history, see `CudaRecorder`
         losses, found = take_step(graphs, inputs)
         for name, loss in losses.items():
-            assert loss == pytest.approx(expected[name].item(), rel=1e-4)
+            assert loss == pytest.approx(expected[name], rel=1e-4)
         norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
         far = torch.stack([(found[name] - gradient).norm() for name, gradient in gradients.items()]).norm()
         assert far < 1e-3 * norm
