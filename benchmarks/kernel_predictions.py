@@ -29,6 +29,7 @@ from typing import Any
 from opensora_fast.kernels.attention_tiles import row_width
 from opensora_fast.kernels.compilation import compile_kernels
 from opensora_fast.kernels.cross_attention_backward import chunk_length
+from opensora_fast.kernels.layout import PLACE_TILE_ROWS
 from opensora_fast.kernels.spatial_attention_forward import LONGEST_MEDIUM_FRAME, LONGEST_SMALL_FRAME, is_prepared
 
 from .shapes import VIDEO_SIZES, Workload, fill
@@ -129,10 +130,11 @@ def launches(workload: Workload, builds: dict[tuple[str, str], dict[str, Any]]) 
         useful = flops * HEAD_SIZE * scores
         yield Launch(kernel, note, programs, steps(length, config), rows * row, streamed, useful)
 
-    tile = 64 // FRAMES * FRAMES
+    tile = next(rows for rows in PLACE_TILE_ROWS if FRAMES <= rows)
     scores = 1.0 * tokens * HEADS * FRAMES
     for kernel, rows, flops in (("temporal_attention_forward", 4, 4), ("temporal_attention_backward", 7, 10)):
-        yield Launch(kernel, "64 rows", tokens * HEADS / tile, 1, rows * row, 0.0, flops * HEAD_SIZE * scores)
+        programs = tokens * HEADS / (tile // FRAMES * FRAMES)
+        yield Launch(kernel, f"{tile} rows", programs, 1, rows * row, 0.0, flops * HEAD_SIZE * scores)
 
     scores = 1.0 * tokens * HEADS * TEXT
     for kernel, rows, flops in (("cross_attention_forward", 2, 4), ("cross_attention_queries_backward", 4, 5)):

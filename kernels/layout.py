@@ -20,8 +20,8 @@ from torch import Tensor
 # Every layout holds the tile tables of these sizes, so that using one neither builds nor copies anything; a kernel
 # configuration chooses among them.
 FRAME_TILE_SIZES = (16, 32, 64, 128)
-# Rows of the tiles of temporal attention.
-PLACE_TILE_ROWS = (64, 128)
+# Rows of the tiles of temporal attention; a video takes the smallest that holds its frames.
+PLACE_TILE_ROWS = (16, 32, 64, 128)
 # The longest video that has whole places in a tile → rows of the blocks into which longer videos are cut. The first is
 # for float32, of which a thread cannot hold as many.
 PLACE_BLOCK_ROWS = {0: 32, 64: 64, 128: 64}
@@ -78,7 +78,7 @@ class PackLayout:
     token_frame: Tensor
     tile_tables: dict[int, tuple[Tensor, Tensor]]
     frame_position: Tensor
-    place_tables: dict[int, tuple[Tensor, Tensor, Tensor]]
+    place_tables: dict[int, tuple[Tensor, ...]]
 
     @staticmethod
     def of(shapes: Sequence[Sequence[int]], device: torch.device | str) -> PackLayout:
@@ -167,18 +167,18 @@ class PackLayout:
             raise ValueError(f"frame_tiles: size {size} is not one of FRAME_TILE_SIZES = {FRAME_TILE_SIZES}")
         return self.tile_tables[size]
 
-    def place_tiles(self, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+    def place_tiles(self, longest: int) -> tuple[Tensor, ...]:
         """Cuts the places (all frames of one position) into tiles for temporal attention.
 
         Args:
             longest: videos of at most so many frames have whole places in a tile; a key of PLACE_BLOCK_ROWS.
 
         Returns:
-            tiles of 64 rows int32 [tiles, 4]: for videos of at most 64 frames, as many whole places as fit: token of
-                the first frame at the first place, T, S and the number of places; none if `longest` is 0;
-            tiles of 128 rows, the same for videos of 65 to 128 frames if `longest` is 128, else none;
-            blocks int32 [blocks, 4]: for longer videos, PLACE_BLOCK_ROWS[longest] frames of one place: token of the
-                first frame at the place, T, S and the first frame of the block.
+            for each of PLACE_TILE_ROWS, the tiles of so many rows int32 [tiles, 4]: of videos that no smaller tile
+                holds, as many whole places as fit: token of the first frame at the first place, T, S and the number of
+                places; none for videos longer than `longest`;
+            blocks int32 [blocks, 4]: for those, PLACE_BLOCK_ROWS[longest] frames of one place: token of the first frame
+                at the place, T, S and the first frame of the block.
 
         Raises:
             ValueError: `longest` is no key of PLACE_BLOCK_ROWS.
@@ -288,17 +288,17 @@ def _tile_frames(tokens_of_frame: Tensor, frames: Tensor, size: int) -> tuple[Te
     return tiles, _starts(tiles_of_frame)[_starts(frames)]
 
 
-def _tile_places(shapes: tuple[tuple[int, ...], ...], longest: int) -> tuple[Tensor, Tensor, Tensor]:
+def _tile_places(shapes: tuple[tuple[int, ...], ...], longest: int) -> tuple[Tensor, ...]:
     """See `PackLayout.place_tiles`.
 
     The blocks of one place come one after another, so that they find its keys and values in the cache.
     """
-    small, large = PLACE_TILE_ROWS
-    tables, token = [[torch.empty(0, 4, dtype=torch.int64, device="cpu")] for _ in range(3)], 0
+    tables = {rows: [torch.empty(0, 4, dtype=torch.int64, device="cpu")] for rows in (*PLACE_TILE_ROWS, None)}
+    token = 0
     for frames, height, width in shapes:
         places = height * width
         if frames <= longest:
-            rows = small if frames <= small else large
+            rows = next(rows for rows in PLACE_TILE_ROWS if frames <= rows)
             first = torch.arange(0, places, rows // frames, device="cpu")
             last = torch.clamp(places - first, max=rows // frames)
         else:
@@ -307,9 +307,9 @@ def _tile_places(shapes: tuple[tuple[int, ...], ...], longest: int) -> tuple[Ten
             first = torch.arange(places, device="cpu").repeat_interleave(len(starts))
             last = starts.repeat(places)
         columns = token + first, torch.full_like(first, frames), torch.full_like(first, places), last
-        tables[(small, large, None).index(rows)].append(torch.stack(columns, dim=1))
+        tables[rows].append(torch.stack(columns, dim=1))
         token += frames * places
-    return tuple(torch.cat(table) for table in tables)
+    return tuple(torch.cat(table) for table in tables.values())
 
 
 def _starts(lengths: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Replaces in ST-DiT-2: everything between `attn_temp.qkv` and `attn_temp.proj`, t
 Limits: head size a multiple of 8 up to 128; any number of frames, and packs of any mixture. No atomics: two runs give
 equal bits. No gradient of the angles.
 
-Kernels: temporal_attention_forward and _backward where a tile of 64 or 128 rows holds all frames of a place,
+Kernels: temporal_attention_forward and _backward where a tile of 16, 32, 64 or 128 rows holds all frames of a place,
 temporal_attention_long_forward and _long_backward beyond, and for float32 on a GPU.
 
 Letters: N tokens, H heads, D head size, T frames of a video, S tokens of a frame.
@@ -124,8 +124,10 @@ def _temporal_attention(
     qkv_bias: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    tiles: Tensor,
-    large_tiles: Tensor,
+    tiles_16: Tensor,
+    tiles_32: Tensor,
+    tiles_64: Tensor,
+    tiles_128: Tensor,
     blocks: Tensor,
     block_rows: int,
     eps: float,
@@ -136,14 +138,28 @@ def _temporal_attention(
 
     output, log_sums = _allocate_outputs(qkv, blocks)
     inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
-    for table, rows in zip((tiles, large_tiles), PLACE_TILE_ROWS, strict=True):
+    for table, rows in zip((tiles_16, tiles_32, tiles_64, tiles_128), PLACE_TILE_ROWS, strict=True):
         launch_forward(*inputs, table, rows, output, eps)
     launch_long_forward(*inputs, blocks, block_rows, output, log_sums, eps)
     return output, log_sums
 
 
 @_temporal_attention.register_fake
-def _(qkv, q_weight, k_weight, qkv_bias, cos, sin, tiles, large_tiles, blocks, block_rows, eps):
+def _(
+    qkv,
+    q_weight,
+    k_weight,
+    qkv_bias,
+    cos,
+    sin,
+    tiles_16,
+    tiles_32,
+    tiles_64,
+    tiles_128,
+    blocks,
+    block_rows,
+    eps,
+):
     return _allocate_outputs(qkv, blocks)
 
 
@@ -164,8 +180,10 @@ def _temporal_attention_backward(
     qkv_bias: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    tiles: Tensor,
-    large_tiles: Tensor,
+    tiles_16: Tensor,
+    tiles_32: Tensor,
+    tiles_64: Tensor,
+    tiles_128: Tensor,
     blocks: Tensor,
     block_rows: int,
     output: Tensor,
@@ -180,22 +198,22 @@ def _temporal_attention_backward(
     gradients = _allocate_gradients(qkv, q_weight, k_weight, qkv_bias, wants_weights)
     qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient = gradients
     heads, head_size = qkv.shape[2:]
-    tables = (tiles, large_tiles, blocks)
+    tables = (tiles_16, tiles_32, tiles_64, tiles_128, blocks)
     programs = [table.shape[0] * heads for table in tables]
     # Each program's part of G, see temporal_attention_backward.
     sums = torch.empty(sum(programs), head_size, dtype=torch.float32, device=qkv.device) if wants_weights else None
-    parts = [None] * 3 if sums is None else sums.split(programs)
+    parts = [None] * len(tables) if sums is None else sums.split(programs)
     bias_partials = BiasPartials(
         None if qkv_bias is None else bias_gradient, 3, sum(table.shape[0] for table in tables)
     )
     inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
     output_gradient = output_gradient.contiguous()
-    for table, rows, part in zip(tables[:2], PLACE_TILE_ROWS, parts[:2], strict=True):
+    for table, rows, part in zip(tables[:-1], PLACE_TILE_ROWS, parts[:-1], strict=True):
         bias_parts = bias_partials.take(table.shape[0])
         launch_backward(output_gradient, *inputs, table, rows, qkv_gradient, part, bias_parts, eps)
     bias_parts = bias_partials.take(blocks.shape[0])
     launch_long_backward(
-        output_gradient, *inputs, blocks, block_rows, output, log_sums, qkv_gradient, parts[2], bias_parts, eps
+        output_gradient, *inputs, blocks, block_rows, output, log_sums, qkv_gradient, parts[-1], bias_parts, eps
     )
     bias_partials.add_up(bias_gradient)
     if sums is not None:
@@ -214,8 +232,10 @@ def _(
     qkv_bias,
     cos,
     sin,
-    tiles,
-    large_tiles,
+    tiles_16,
+    tiles_32,
+    tiles_64,
+    tiles_128,
     blocks,
     block_rows,
     output,

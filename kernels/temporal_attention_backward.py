@@ -1,4 +1,4 @@
-"""Triton kernel of temporal attention, backward, for videos whose frames fit into one tile of 64 or 128 rows.
+"""Triton kernel of temporal attention, backward, for videos whose frames fit into one tile of up to 128 rows.
 
 One pass, no atomics: a program holds all frames of its places, so it recomputes the softmax and needs neither the
 output nor its statistics. With g the output's gradient, P the probabilities, q̂ k̂ the rotated rows over their RMS, r the
@@ -44,9 +44,18 @@ from .temporal_tiles import finish_keys, finish_queries, normed_rows, place_rows
 # and costs 40 registers.
 CONFIGURATIONS = {
     "temporal_attention_backward": {
+        "16 rows": (
+            Configuration(EARLY=1, num_warps=1, num_stages=1),
+            Configuration(EARLY=1, num_warps=1, num_stages=1, maxnreg=168),
+            Configuration(EARLY=0, num_warps=1, num_stages=1, maxnreg=168),
+        ),
+        "32 rows": (
+            Configuration(EARLY=1, num_warps=2, num_stages=1),
+            Configuration(EARLY=0, num_warps=2, num_stages=1),
+        ),
         "64 rows": (
-            Configuration(EARLY=1, num_warps=4, num_stages=1),
             Configuration(EARLY=0, num_warps=4, num_stages=1),
+            Configuration(EARLY=1, num_warps=4, num_stages=1),
             Configuration(EARLY=1, num_warps=8, num_stages=1),
         ),
         "64 rows@sm_80": (Configuration(EARLY=0, num_warps=8, num_stages=1),),  # four warps would spill
@@ -180,12 +189,12 @@ def launch_backward(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    builds = [(64, "bf16"), (64, "fp16")]
+    builds = [(rows, dtype) for rows in (16, 32, 64) for dtype in ("bf16", "fp16")]
     if arch != "sm_80":  # whose videos of more than 64 frames take the kernels for long videos
         builds.append((128, "bf16"))
     cases = [_compile_case(arch, *build) for build in builds]
     if arch != "sm_80":
-        cases.append(_compile_case(arch, 64, "bf16", with_norm=False))
+        cases += [_compile_case(arch, rows, "bf16", with_norm=False) for rows in (16, 64)]
     return cases
 
 

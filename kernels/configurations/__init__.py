@@ -91,7 +91,7 @@ class CompileCase:
         configuration: block sizes, warps and stages.
         dtype: of the activations, for the listing: "bf16", "fp16" or "fp32".
         divisible_by_16: integer arguments that are multiples of 16 in practice; pointers always count as aligned.
-        attention: True where the build on sm_90 must use the matrix units (HGMMA).
+        attention: True where the build must use the matrix units: on sm_90 by HGMMA, given the four warps it takes.
         note: what tells this build from others of the same kernel, such as "noised and given rows".
         unit: what the work of a kernel is counted in: "score" (a query and a key) or "element" (of one tensor's rows).
         work: how many of them one program computes in one iteration of its hot loop, or without a loop altogether.

@@ -41,7 +41,9 @@ def test_builds_for_sm_90() -> None:
     assert [name(row) for row in builds if row["spills"]] == [], "these builds spill"
     attention = [row for row in builds if row["attention"]]
     assert attention, "no build says that it is of attention"
-    assert [name(row) for row in attention if not row["hgmma"]] == [], "these builds do not use the matrix units"
+    assert [name(row) for row in attention if not row["matrix"]] == [], "these builds do not use the matrix units"
+    groups = [row for row in attention if row["num_warps"] >= 4]
+    assert [name(row) for row in groups if not row["hgmma"]] == [], "these builds use those of older GPUs"
     assert [name(row) for row in builds if row["programs"] < 1] == [], "these builds fit on no multiprocessor"
     assert [name(row) for row in builds if row["loop"]["other"]] == [], "sass.CLASSES lacks instructions of these"
     loops = [row for row in attention if row["unit"] == "score"]
@@ -83,10 +85,11 @@ def test_faults_are_spills_missing_matrix_instructions_and_the_budget(monkeypatc
     monkeypatch.setattr(
         "opensora_fast.kernels.compilation.read_budget", lambda: {"triton": triton.__version__, "rows": [row()]}
     )
-    build = row(attention=True, matrix=4, hgmma=4, spills=0)
+    build = row(attention=True, matrix=4, hgmma=4, spills=0, num_warps=4)
     assert find_faults([build]) == []
     assert find_faults([build | {"spills": 8}]) == ["a / sm_90 /  / bf16 / : 8 bytes of spills"]
     assert find_faults([build | {"hgmma": 0}]) == ["a / sm_90 /  / bf16 / : no HGMMA"]
+    assert find_faults([build | {"hgmma": 0, "num_warps": 2}]) == []
     trap = build | {"arch": "sm_100", "matrix": 0, "hgmma": 0}
     assert "a / sm_100 /  / bf16 / : no matrix instruction" in find_faults([trap])
     assert find_faults([build | {"registers": 65}]) == ["a / sm_90 /  / bf16 / : 65 registers, budget 64"]

@@ -21,9 +21,7 @@ PACKS = {
     "two frames": [(2, 1, 3)],
     "two videos of 16 frames": [(16, 1, 5), (16, 1, 5)],
     "three videos": [(16, 1, 3), (1, 1, 3), (17, 1, 3)],
-    "40 and a full tile": [(40, 1, 1), (64, 1, 1)],
-    "a large tile": [(65, 1, 1)],
-    "short and long": [(3, 1, 3), (131, 1, 1), (1, 1, 1)],
+    "every size of tile, and blocks": [(3, 1, 7), (64, 1, 1), (1, 1, 3), (131, 1, 1), (17, 1, 1), (65, 1, 1)],
 }
 
 
@@ -70,6 +68,14 @@ def compare(compare_with_eager):
 @pytest.mark.parametrize("shapes", PACKS.values(), ids=PACKS.keys())
 def test_output_and_gradients(shapes, dtype, device, compare) -> None:
     compare(make_inputs(shapes, dtype, device))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 129])
+def test_every_number_of_frames(frames, dtype, device, compare) -> None:
+    """A full tile where several places fit into one, and one with room left."""
+    inputs = make_inputs([(frames, 1, 16 // frames + 1)], dtype, device, head_size=24)
+    bias = torch.randn(3, 1, 24, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    compare(inputs | {"qkv_bias": bias.requires_grad_()})
 
 
 def test_without_norm(longest, dtype, device, compare) -> None:
@@ -222,9 +228,9 @@ def test_tables_hold_every_token_once(shapes: list[tuple[int, int, int]], longes
     layout = PackLayout.of(shapes, "cpu")
     *tables, blocks = layout.place_tiles(longest)
     tokens: list[int] = []
-    for table, least, rows in zip(tables, (0, 64), PLACE_TILE_ROWS, strict=True):
+    for table, shorter, rows in zip(tables, (0, *PLACE_TILE_ROWS[:-1]), PLACE_TILE_ROWS, strict=True):
         for first, frames, frame_tokens, places in table.tolist():
-            assert least < frames <= longest and frames * places <= rows
+            assert shorter < frames <= longest and frames * places <= rows
             tokens += [first + frame * frame_tokens + place for place in range(places) for frame in range(frames)]
     for first, frames, frame_tokens, start in blocks.tolist():
         assert frames > longest
