@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import tail_of, wide_of
+from .attention_tiles import tail_of, to_float32, wide_of
 
 
 @triton.jit
@@ -44,6 +44,17 @@ def split_columns(tile):
 def join_columns(even, odd):
     """The opposite of `split_columns`."""
     return tl.reshape(tl.join(even, odd), [even.shape[0], even.shape[1] * 2])
+
+
+@triton.jit
+def _round(tile, dtype: tl.constexpr):
+    return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1], 1]), axis=2).to(dtype)
+
+
+@triton.jit
+def round_joined(head, dtype: tl.constexpr):
+    """`attention_tiles.to_dtype` of a float32 head tile that was made by `join_columns`."""
+    return _round(head[0], dtype), _round(head[1], dtype)
 
 
 @triton.jit
@@ -104,4 +115,11 @@ def subtract_along(gradient, head, reciprocal, HEAD_SIZE: tl.constexpr):
     wide = hand_over(tl.sum(gradient[0] * head[0], axis=1))
     along = (wide + tl.sum(gradient[1] * head[1], axis=1)) * reciprocal * reciprocal / HEAD_SIZE
     head = scale_rows_apart(head, along)
+    return gradient[0] - head[0], gradient[1] - head[1]
+
+
+@triton.jit
+def subtract_rows(gradient, head, factors):
+    """g - z · factors of each row: float32 head tile [m, D], head tile [m, D] of any dtype, factors [m]."""
+    head = scale_rows_apart(to_float32(head), factors)
     return gradient[0] - head[0], gradient[1] - head[1]

@@ -21,11 +21,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .bias_gradient import BiasPartials, collect_bias_gradient_reference
+from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_angles, check_head_size, check_self_attention
 from .layout import PLACE_BLOCK_ROWS, PLACE_TILE_ROWS, PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
 from .registration import choose_backend, kernel_op
+from .tile_sums import launch_sum_tiles
 
 
 def temporal_attention_reference(
@@ -192,34 +193,37 @@ def _temporal_attention_backward(
     wants_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of qkv, q_weight, k_weight and qkv_bias; those that are not wanted are empty."""
-    from .temporal_attention_backward import launch_backward
+    from .temporal_attention_backward import launch_backward, tiles_of_a_program
     from .temporal_attention_long_backward import launch_long_backward
 
     gradients = _allocate_gradients(qkv, q_weight, k_weight, qkv_bias, wants_weights)
     qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient = gradients
-    heads, head_size = qkv.shape[2:]
-    tables = (tiles_16, tiles_32, tiles_64, tiles_128, blocks)
-    programs = [table.shape[0] * heads for table in tables]
-    # Each program's part of G, see temporal_attention_backward.
-    sums = torch.empty(sum(programs), head_size, dtype=torch.float32, device=qkv.device) if wants_weights else None
-    parts = [None] * len(tables) if sums is None else sums.split(programs)
-    bias_partials = BiasPartials(
-        None if qkv_bias is None else bias_gradient, 3, sum(table.shape[0] for table in tables)
-    )
+    tables = (tiles_16, tiles_32, tiles_64, tiles_128)
+    groups = [
+        -(-table.shape[0] // tiles_of_a_program(rows)) for table, rows in zip(tables, PLACE_TILE_ROWS, strict=True)
+    ]
+    groups.append(blocks.shape[0])
+    wants_bias = qkv_bias is not None
+    sums, parts = None, [None] * len(groups)
+    if wants_weights or wants_bias:
+        # The programs' parts of the gradients of the biases of q, k and v, and of G, see temporal_attention_backward.
+        sums = torch.empty(4, sum(groups), *qkv.shape[2:], dtype=torch.float32, device=qkv.device)
+        parts = sums.split(groups, dim=1)
     inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
     output_gradient = output_gradient.contiguous()
-    for table, rows, part in zip(tables[:-1], PLACE_TILE_ROWS, parts[:-1], strict=True):
-        bias_parts = bias_partials.take(table.shape[0])
-        launch_backward(output_gradient, *inputs, table, rows, qkv_gradient, part, bias_parts, eps)
-    bias_parts = bias_partials.take(blocks.shape[0])
+    for table, rows, part in zip(tables, PLACE_TILE_ROWS, parts[:-1], strict=True):
+        launch_backward(output_gradient, *inputs, table, rows, qkv_gradient, part, wants_bias, wants_weights, eps)
+    bias_parts = list(parts[-1][:3]) if wants_bias else [None] * 3
+    part = parts[-1][3] if wants_weights else None
     launch_long_backward(
-        output_gradient, *inputs, blocks, block_rows, output, log_sums, qkv_gradient, parts[-1], bias_parts, eps
+        output_gradient, *inputs, blocks, block_rows, output, log_sums, qkv_gradient, part, bias_parts, eps
     )
-    bias_partials.add_up(bias_gradient)
-    if sums is not None:
-        sums = sums.sum(dim=0)
-        torch.mul(sums, k_weight, out=q_weight_gradient)
-        torch.mul(sums, q_weight, out=k_weight_gradient)
+    if wants_bias:
+        launch_sum_tiles(sums[:3].flatten(2), list(bias_gradient.view(3, 1, -1)), None)
+    if wants_weights:
+        weighted = sums[3].flatten(0, 1).sum(dim=0)
+        torch.mul(weighted, k_weight, out=q_weight_gradient)
+        torch.mul(weighted, q_weight, out=k_weight_gradient)
     return gradients
 
 

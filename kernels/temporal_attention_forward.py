@@ -23,12 +23,11 @@ from .attention_tiles import (
     multiply,
     scale_rows,
     store_head,
-    to_dtype,
     zero_head,
 )
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .registration import on_device
-from .rotary_tiles import load_angles
+from .rotary_tiles import load_angles, round_joined
 from .temporal_tiles import normed_rows, place_rows, query_factors
 
 CONFIGURATIONS = {
@@ -77,25 +76,25 @@ def _forward(
     program = tl.program_id(0).to(tl.int64)
     tile = tiles + program // HEADS * 4
     queries = qkv + program % HEADS * HEAD_SIZE
-    token, frame, place, inside, attends = place_rows(tile, ROWS)
+    token, frame, place, inside, source = place_rows(tile, ROWS)
     dtype: tl.constexpr = qkv.dtype.element_ty
     cosines = load_angles(cos, frame, HEAD_SIZE)
     sines = load_angles(sin, frame, HEAD_SIZE)
 
     # One after the other, so that no two float32 tiles occupy registers at a time.
-    k = load_head(queries + HEADS * HEAD_SIZE, token, attends, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
+    k = load_head(queries + HEADS * HEAD_SIZE, source, None, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
     k, _ = normed_rows(k, cosines, sines, eps, NORM, HEAD_SIZE)
-    k = to_dtype(k, dtype)
-    q = load_head(queries, token, attends, TOKEN_STRIDE, HEAD_SIZE)
+    k = round_joined(k, dtype)
+    q = load_head(queries, source, None, TOKEN_STRIDE, HEAD_SIZE)
     q, _ = normed_rows(q, cosines, sines, eps, NORM, HEAD_SIZE)
-    q = to_dtype(multiply(q, query_factors(q_weight, k_weight, LOG2_SCALE, NORM, HEAD_SIZE)), dtype)
+    q = round_joined(multiply(q, query_factors(q_weight, k_weight, LOG2_SCALE, NORM, HEAD_SIZE)), dtype)
     # Rows beyond the last place meet only their own kind, so that every row has a finite softmax.
     scores = tl.where(place[:, None] == place[None, :], dot_rows(q, k), float("-inf"))  # [ROWS, ROWS]
     probabilities = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     factors = 1.0 / tl.sum(probabilities, axis=1)
     # The rows again, so that sixteen warps fit on a multiprocessor: kept all along, they cost more than 128 registers.
     token, _, _, inside, _ = place_rows(tile, ROWS, AGAIN=True)
-    v = load_head(queries + 2 * HEADS * HEAD_SIZE, token, inside, TOKEN_STRIDE, HEAD_SIZE)
+    v = load_head(queries + 2 * HEADS * HEAD_SIZE, token, None, TOKEN_STRIDE, HEAD_SIZE)
     sums = add_product(zero_head(ROWS, HEAD_SIZE), probabilities.to(dtype), v)
     result = output + program % HEADS * HEAD_SIZE
     store_head(result, scale_rows(sums, factors), token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)

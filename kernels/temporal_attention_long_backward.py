@@ -34,12 +34,11 @@ from .attention_tiles import (
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .layout import PLACE_BLOCK_ROWS
 from .registration import on_device
-from .rotary_tiles import load_angles
+from .rotary_tiles import load_angles, rotate_back, scale_rows_apart, subtract_along
 from .temporal_tiles import (
     COMPILED_DTYPES,
     block_class,
     block_rows,
-    finish_keys,
     finish_queries,
     load_block,
     load_normed,
@@ -129,9 +128,14 @@ def _queries(
     factors = query_factors(q_weight, k_weight, SCALE, NORM, HEAD_SIZE)
     cosines = load_angles(cos, frame, HEAD_SIZE)
     sines = load_angles(sin, frame, HEAD_SIZE)
-    column_sums, gradient = finish_queries(sums, q, cosines, sines, factors, reciprocal, NORM, HEAD_SIZE)
+    if NORM:
+        sums = scale_rows_apart(sums, reciprocal)
+    products, gradient = finish_queries(sums, q, cosines, sines, factors)
+    if NORM:
+        gradient = subtract_along(gradient, q, reciprocal, HEAD_SIZE)
     if partials is not None:
-        store_vector(partials + program * HEAD_SIZE, (column_sums[0] * SCALE, column_sums[1] * SCALE), HEAD_SIZE)
+        column_sums = tl.sum(products[0], axis=0) * SCALE, tl.sum(products[1], axis=0) * SCALE
+        store_vector(partials + program * HEAD_SIZE, column_sums, HEAD_SIZE)
     store_head(qkv_gradient + head * HEAD_SIZE, gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)
     if query_bias_partials is not None:
         store_column_sums(query_bias_partials, gradient, inside, HEAD_SIZE)
@@ -196,7 +200,11 @@ def _keys(
     k = to_float32(load_head(keys, token, inside, TOKEN_STRIDE, HEAD_SIZE))
     cosines = load_angles(cos, frame, HEAD_SIZE)
     sines = load_angles(sin, frame, HEAD_SIZE)
-    gradient = finish_keys(key_sums, k, cosines, sines, reciprocal, NORM, HEAD_SIZE)
+    if NORM:
+        key_sums = scale_rows_apart(key_sums, reciprocal)
+    gradient = rotate_back(key_sums, cosines, sines)
+    if NORM:
+        gradient = subtract_along(gradient, k, reciprocal, HEAD_SIZE)
     store_head(gradients, gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)
     if key_bias_partials is not None:
         store_column_sums(key_bias_partials, gradient, inside, HEAD_SIZE)

@@ -10,16 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_tiles import load_head, load_weight_product, to_float32
+from .attention_tiles import load_head, load_weight_product, tail_of, to_float32, wide_of
 from .rotary_tiles import (
     join_columns,
     load_angles,
     reciprocal_rms_apart,
     rotate,
-    rotate_back,
     scale_rows_apart,
     split_columns,
-    subtract_along,
 )
 
 # The builds of kernels for blocks.
@@ -36,8 +34,9 @@ def place_rows(tile, ROWS: tl.constexpr, AGAIN: tl.constexpr = False):
     """The rows of a tile of `layout.place_tiles`, each [ROWS]. AGAIN is as in `load_weight_product`.
 
     Returns:
-        token, frame within its video, place within the tile, whether the row holds a token, and whether that token has
-        others to attend to (T > 1).
+        token, frame within its video, place within the tile, whether the row holds a token (else `token` is the tile's
+        first), and the token whose queries and keys to read: that of the row, but where it has no other to attend to
+        (T = 1), and theirs have no effect, the tile's first, which spares the bytes.
     """
     HINT: tl.constexpr = ".ca" if AGAIN else ""
     first_token = tl.load(tile, cache_modifier=HINT)
@@ -48,9 +47,10 @@ def place_rows(tile, ROWS: tl.constexpr, AGAIN: tl.constexpr = False):
     # row // frames: a division for each row would cost as much as the softmax. Exact, as row and frames are below 256.
     place = row * ((65535 + frames) // frames) >> 16
     frame = row - place * frames
-    token = (first_token + frame * frame_tokens + place).to(tl.int64)
     inside = place < places
-    return token, frame, place, inside, inside & (frames > 1)
+    token = first_token + tl.where(inside, frame * frame_tokens + place, 0)
+    source = tl.where(frames > 1, token, first_token)
+    return token.to(tl.int64), frame, place, inside, source.to(tl.int64)
 
 
 @triton.jit
@@ -118,41 +118,70 @@ def _finish_part(gradient, raw, cos, sin, factors):
     even, odd = split_columns(gradient)
     raw_even, raw_odd = split_columns(raw)
     products = join_columns((raw_even * cos - raw_odd * sin) * even, (raw_odd * cos + raw_even * sin) * odd)
-    column_sums = tl.sum(products, axis=0)  # before the rest, so that the products do not stay in registers
     factors_even, factors_odd = split_columns(tl.broadcast_to(factors, [1, gradient.shape[1]]))
     even *= factors_even
     odd *= factors_odd
-    return column_sums, join_columns(even * cos + odd * sin, odd * cos - even * sin)
+    return products, join_columns(even * cos + odd * sin, odd * cos - even * sin)
 
 
 @triton.jit
-def finish_queries(gradient, raw, cos, sin, factors, reciprocal, NORM: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """From dS · k̂ to the gradient of the raw queries.
+def finish_queries(gradient, raw, cos, sin, factors):
+    """From g = r · dS · k̂ to the gradient of the raw queries, but for the part along them (`subtract_along`).
 
     Args:
-        gradient: dS · k̂, float32 head tile [m, D].
+        gradient: g times any number, float32 head tile [m, D]; r is the reciprocal RMS of each query.
         raw: queries as qkv has them, float32 head tile [m, D].
-        factors: W / sqrt(D), a pair that broadcasts.
-        reciprocal: reciprocal RMS of the queries [m].
+        factors: W times any number, a pair that broadcasts.
 
     Returns:
-        the sums over rows of (dS · k̂) · q̂, a pair of vectors, and dq as float32 head tile [m, D].
+        (dS · k̂) · q̂ and dq, times those numbers of which each is made, float32 head tiles [m, D].
     """
-    if NORM:
-        gradient = scale_rows_apart(gradient, reciprocal)
-    wide_sums, wide = _finish_part(gradient[0], raw[0], cos[0], sin[0], factors[0])
-    tail_sums, tail = _finish_part(gradient[1], raw[1], cos[1], sin[1], factors[1])
-    result = wide, tail
-    if NORM:
-        result = subtract_along(result, raw, reciprocal, HEAD_SIZE)
-    return (wide_sums, tail_sums), result
+    wide_products, wide = _finish_part(gradient[0], raw[0], cos[0], sin[0], factors[0])
+    tail_products, tail = _finish_part(gradient[1], raw[1], cos[1], sin[1], factors[1])
+    return (wide_products, tail_products), (wide, tail)
 
 
 @triton.jit
-def finish_keys(gradient, raw, cos, sin, reciprocal, NORM: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """From the gradient of k̂ to that of the raw keys: float32 head tiles [m, D]; `reciprocal` [m] of the keys."""
-    if NORM:
-        gradient = rotate_back(scale_rows_apart(gradient, reciprocal), cos, sin)
-        return subtract_along(gradient, raw, reciprocal, HEAD_SIZE)
-    else:
-        return rotate_back(gradient, cos, sin)
+def zero_sums(HEAD_SIZE: tl.constexpr):
+    """Column sums of head tiles to start from, eight at a time: a pair float32 [wide, 8], [tail, 8]."""
+    return tl.zeros([wide_of(HEAD_SIZE), 8], tl.float32), tl.zeros([tail_of(HEAD_SIZE), 8], tl.float32)
+
+
+@triton.jit
+def add_column_sums(sums, head, NUMBER: tl.constexpr):
+    """Adds the sums over the rows of a head tile [m, D], in the dtype of its elements, to column NUMBER of `sums`.
+
+    In small tiles by the matrix units: exchanging the rows among threads would take four times as many instructions.
+    Large ones would need more registers than there are, and on sm_100 more tensor memory.
+    """
+    if head[0].shape[0] > 32:
+        number = tl.arange(0, 8)[None, :]
+        wide, tail = tl.sum(to_float32(head)[0], axis=0), tl.sum(to_float32(head)[1], axis=0)
+        return (
+            sums[0] + tl.where(number == NUMBER, wide[:, None], 0.0),
+            sums[1] + tl.where(number == NUMBER, tail[:, None], 0.0),
+        )
+    chosen = (tl.arange(0, 8) == NUMBER)[None, :]
+    ones = tl.broadcast_to(chosen, [head[0].shape[0], 8]).to(head[0].dtype)
+    return (
+        tl.dot(tl.trans(head[0]), ones, sums[0], input_precision="ieee"),
+        tl.dot(tl.trans(head[1]), ones, sums[1], input_precision="ieee"),
+    )
+
+
+@triton.jit
+def _store_sums_part(
+    pointer, stride, sums, FIRST: tl.constexpr, LAST: tl.constexpr, FROM: tl.constexpr, HEAD_SIZE: tl.constexpr
+):
+    columns = FROM + tl.arange(0, sums.shape[0])
+    number = tl.arange(0, 8)
+    wanted = (number >= FIRST) & (number <= LAST)
+    pointers = pointer + number[None, :] * stride + columns[:, None]
+    tl.store(pointers, sums, mask=wanted[None, :] & (columns < HEAD_SIZE)[:, None])
+
+
+@triton.jit
+def store_sums(pointer, stride, sums, FIRST: tl.constexpr, LAST: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """Writes columns FIRST to LAST of `sums`, column i to `pointer` + i · `stride` [D]."""
+    _store_sums_part(pointer, stride, sums[0], FIRST, LAST, 0, HEAD_SIZE)
+    _store_sums_part(pointer, stride, sums[1], FIRST, LAST, wide_of(HEAD_SIZE), HEAD_SIZE)
