@@ -31,6 +31,7 @@ from opensora_fast.kernels.compilation import compile_kernels
 from opensora_fast.kernels.cross_attention_backward import chunk_length
 from opensora_fast.kernels.layout import PLACE_TILE_ROWS
 from opensora_fast.kernels.spatial_attention_forward import LONGEST_MEDIUM_FRAME, LONGEST_SMALL_FRAME, is_prepared
+from opensora_fast.kernels.temporal_attention_backward import tiles_of_a_program
 
 from .shapes import VIDEO_SIZES, Workload, fill
 
@@ -132,9 +133,12 @@ def launches(workload: Workload, builds: dict[tuple[str, str], dict[str, Any]]) 
 
     tile = next(rows for rows in PLACE_TILE_ROWS if FRAMES <= rows)
     scores = 1.0 * tokens * HEADS * FRAMES
-    for kernel, rows, flops in (("temporal_attention_forward", 4, 4), ("temporal_attention_backward", 7, 10)):
-        programs = tokens * HEADS / (tile // FRAMES * FRAMES)
-        yield Launch(kernel, f"{tile} rows", programs, 1, rows * row, 0.0, flops * HEAD_SIZE * scores)
+    for kernel, loops, rows, flops in (
+        ("temporal_attention_forward", 1, 4, 4),
+        ("temporal_attention_backward", tiles_of_a_program(tile), 7, 10),
+    ):
+        programs = tokens * HEADS / (tile // FRAMES * FRAMES * loops)
+        yield Launch(kernel, f"{tile} rows", programs, loops, rows * row, 0.0, flops * HEAD_SIZE * scores)
 
     scores = 1.0 * tokens * HEADS * TEXT
     for kernel, rows, flops in (("cross_attention_forward", 2, 4), ("cross_attention_queries_backward", 4, 5)):

@@ -56,7 +56,7 @@ from .temporal_tiles import (
 )
 
 # EARLY reads v and the output's gradient before the queries are normed, which hides the wait for them behind that work
-# and costs 40 registers.
+# and costs registers. With two stages a program reads its next tile meanwhile, into shared memory.
 CONFIGURATIONS = {
     "temporal_attention_backward": {
         "16 rows": (
@@ -108,7 +108,7 @@ def _backward_tile(
     LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     NORM: tl.constexpr = q_weight is not None
-    # Where the logits of a tile are few: kept for the mean, as sums of dS · S. Column sums are then taken at the end.
+    # What is made for the sums is kept to the end in small tiles, and added up at once in those short of registers.
     SMALL: tl.constexpr = ROWS <= 32
     in_token = head * HEAD_SIZE
     queries = qkv + in_token
@@ -131,8 +131,9 @@ def _backward_tile(
     q = round_joined(multiply(q, (factors[0] * SCALE, factors[1] * SCALE)), dtype)
     scores = dot_rows(q, k)  # [ROWS, ROWS]
     logits = tl.where(place[:, None] == place[None, :], scores, float("-inf"))
-    row_max = tl.max(logits, axis=1) * LOG2_E
-    probabilities = tl.exp2(logits * LOG2_E - row_max[:, None])
+    row_max = tl.max(logits, axis=1)
+    # The difference first, which makes the probability of an image exactly one, and gradients of its logits zero.
+    probabilities = tl.exp2((logits - row_max[:, None]) * LOG2_E)
     probabilities *= (1.0 / tl.sum(probabilities, axis=1))[:, None]
 
     if not EARLY:
