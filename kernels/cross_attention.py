@@ -4,7 +4,8 @@
 
 Replaces in ST-DiT-2: everything between `cross_attn.q_linear` / `kv_linear` and `cross_attn.proj`.
 
-Kernels: cross_attention_forward.py and cross_attention_backward.py. Limits: float32, float16, bfloat16; D a multiple
+Kernels: cross_attention_forward.py and cross_attention_backward.py for any text, cross_attention_short_forward.py and
+cross_attention_short_backward.py for up to 256 tokens. Limits: float32, float16, bfloat16; D a multiple
 of 8 up to 128; any number of text tokens.
 
 Letters: N video tokens, M text tokens, H heads, D head size, L the longest text.
@@ -102,7 +103,7 @@ def _cross_attention(
     from .cross_attention_forward import launch_forward
 
     output, log_sums = _allocate_outputs(q)
-    launch_forward(q.contiguous(), kv.contiguous(), output, log_sums, text_starts, text_lengths, runs)
+    launch_forward(q.contiguous(), kv.contiguous(), output, log_sums, text_starts, text_lengths, max_length, runs)
     return output, log_sums
 
 

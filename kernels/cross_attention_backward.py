@@ -1,6 +1,7 @@
 """Triton kernels of cross-attention, backward. The formulas and the public function are in cross_attention.
 
-Three kernels, no atomics. With g the output's gradient, P the probabilities and δ = rowsum(g · output),
+Three kernels, no atomics; for short texts that of cross_attention_short_backward is in place of the first two. With g
+the output's gradient, P the probabilities and δ = rowsum(g · output),
 
     dS = P · (g · Vᵀ - δ)       gradient of the logits
     queries (first): δ and dQ = dS · K / sqrt(D)    one program per tile of video tokens and head
@@ -27,6 +28,7 @@ from .attention_tiles import load_head, multiply, store_column_sums, store_head,
 from .bias_gradient import BiasPartials
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .cross_attention_forward import shape_class
+from .cross_attention_short_backward import launch_short_backward, select_short
 from .registration import on_device
 
 CONFIGURATIONS = {
@@ -223,9 +225,9 @@ def _chunks(
     tl.store(kv_gradient + token * WIDTH + columns, sums.to(kv_gradient.dtype.element_ty), mask=inside)
 
 
-def chunk_length(num_tokens: int) -> int:
-    """Tokens of a chunk: a power of two that makes 16 to 32 chunks of the pack, so about a thousand programs."""
-    return min(max(1 << max(num_tokens // 16, 1).bit_length() - 1, SHORTEST_CHUNK), LONGEST_CHUNK)
+def chunk_length(num_tokens: int, chunks: int = 16) -> int:
+    """Tokens of a chunk: a power of two that makes `chunks` to twice as many of the pack; each is a program a head."""
+    return min(max(1 << max(num_tokens // chunks, 1).bit_length() - 1, SHORTEST_CHUNK), LONGEST_CHUNK)
 
 
 def launch_backward(
@@ -248,7 +250,53 @@ def launch_backward(
     All of [N, …] and [M, …] must be contiguous.
     """
     num_tokens, heads, head_size = q.shape
-    runs = tuple(runs)
+    runs, width = tuple(runs), 2 * heads * head_size
+    chosen = select_short(q, max_length)
+    chunk_tokens = chunk_length(num_tokens) if chosen is None else chunk_length(num_tokens, chosen["chunks"])
+    chunks = row_tiles(runs, chunk_tokens, q.device)
+    partials = torch.empty(chunks.shape[0], max_length, width, dtype=torch.float32, device=q.device)
+    tensors = output_gradient, q, kv, output, log_sums, q_gradient, partials
+    text = text_starts, text_lengths, max_length
+    if chosen is None:
+        _launch_queries_and_text(*tensors, bias_gradient, chunks, chunk_tokens, *text, runs)
+    else:
+        bias_partials = BiasPartials(bias_gradient, 1, chunks.shape[0])
+        rows = bias_partials.take(chunks.shape[0])[0]
+        launch_short_backward(*tensors, rows, chunks, chunk_tokens, *text, chosen)
+        if bias_gradient is not None:
+            bias_partials.add_up(bias_gradient)
+    configuration = select(CONFIGURATIONS, "cross_attention_chunks_backward", "any", q.device)
+    with on_device(q):
+        _chunks[(max_length, triton.cdiv(width, configuration["COLUMNS"]), text_lengths.shape[0])](
+            partials,
+            kv_gradient,
+            tile_ranges(runs, chunk_tokens, q.device),
+            text_starts,
+            text_lengths,
+            max_length,
+            WIDTH=width,
+            **configuration.launch,
+        )
+
+
+def _launch_queries_and_text(
+    output_gradient: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    q_gradient: Tensor,
+    partials: Tensor,
+    bias_gradient: Tensor | None,
+    chunks: Tensor,
+    chunk_tokens: int,
+    text_starts: Tensor,
+    text_lengths: Tensor,
+    max_length: int,
+    runs: tuple[int, ...],
+) -> None:
+    """The first two kernels: fills q_gradient, that of its bias, and the partial sums of the chunks."""
+    num_tokens, heads, head_size = q.shape
     deltas = torch.empty(heads, num_tokens, dtype=torch.float32, device=q.device)
     configuration = select(CONFIGURATIONS, "cross_attention_queries_backward", shape_class(q), q.device)
     tiles = row_tiles(runs, configuration["ROWS"], q.device)
@@ -273,10 +321,6 @@ def launch_backward(
         )
     if bias_gradient is not None:
         bias_partials.add_up(bias_gradient)
-    chunk_tokens = chunk_length(num_tokens)
-    chunks = row_tiles(runs, chunk_tokens, q.device)
-    width = 2 * heads * head_size
-    partials = torch.empty(chunks.shape[0], max_length, width, dtype=torch.float32, device=q.device)
     configuration = select(CONFIGURATIONS, "cross_attention_text_backward", shape_class(q), q.device)
     with on_device(q):
         _text[(chunks.shape[0] * heads, triton.cdiv(max_length, configuration["ROWS"]))](
@@ -294,18 +338,6 @@ def launch_backward(
             max_length,
             HEADS=heads,
             HEAD_SIZE=head_size,
-            **configuration.launch,
-        )
-    configuration = select(CONFIGURATIONS, "cross_attention_chunks_backward", "any", q.device)
-    with on_device(q):
-        _chunks[(max_length, triton.cdiv(width, configuration["COLUMNS"]), text_lengths.shape[0])](
-            partials,
-            kv_gradient,
-            tile_ranges(runs, chunk_tokens, q.device),
-            text_starts,
-            text_lengths,
-            max_length,
-            WIDTH=width,
             **configuration.launch,
         )
 

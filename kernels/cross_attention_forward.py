@@ -1,7 +1,8 @@
 """Triton kernel of cross-attention, forward. The formulas and the public function are in cross_attention.
 
 One program computes ROWS tokens of one head of one video, looping over the text of that video, whose length only the
-device knows. There is no QK-norm, so the softmax keeps a running maximum.
+device knows. There is no QK-norm, so the softmax keeps a running maximum. Short texts have a kernel of their own, see
+cross_attention_short_forward.
 
 Per call: 4·L·H·D FLOPs and 4·H·D bytes (half precision) for each video token; the text comes from the L2 cache.
 """
@@ -17,20 +18,44 @@ from .attention_loops import NO_NORM, attend
 from .attention_tables import row_tiles
 from .attention_tiles import load_head, store_head
 from .configurations import CompileCase, Configuration, candidates_of, select
+from .cross_attention_short_forward import class_of_text, launch_short_forward, short_compile_cases
 from .registration import on_device
 
+# 128 registers a thread: sixteen warps fit on a multiprocessor.
+LOOPS = (
+    Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=128, num_warps=8, num_stages=2),
+    Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=255, num_warps=4, num_stages=2),
+    Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
+    Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=128, num_warps=4, num_stages=2),
+)
+LOOPS_OF_SM_80 = (
+    Configuration(ROWS=128, STEP=64, REMAINDER=16, num_warps=8, num_stages=2),
+    Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=255, num_warps=4, num_stages=2),
+)
+# Those with `chunk_tokens` are of cross_attention_short_forward.
 CONFIGURATIONS = {
     "cross_attention_forward": {
-        "any": (  # 128 registers a thread: sixteen warps fit on a multiprocessor
-            Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=128, num_warps=8, num_stages=2),
-            Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=255, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=128, num_warps=4, num_stages=2),
+        "text of one tile": (
+            Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, chunk_tokens=512, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, chunk_tokens=256, maxnreg=128, num_warps=4, num_stages=2),
+            Configuration(ROWS=128, chunk_tokens=512, maxnreg=128, num_warps=8, num_stages=2),
+            Configuration(ROWS=128, chunk_tokens=1024, maxnreg=128, num_warps=8, num_stages=2),
+            LOOPS[0],
+            LOOPS[2],
         ),
-        "any@sm_80": (
-            Configuration(ROWS=128, STEP=64, REMAINDER=16, num_warps=8, num_stages=2),
-            Configuration(ROWS=64, STEP=32, REMAINDER=16, maxnreg=255, num_warps=4, num_stages=2),
+        "text of two tiles": (
+            Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, chunk_tokens=512, num_warps=4, num_stages=2),
+            LOOPS[0],
+            LOOPS[2],
         ),
+        "text of one tile@sm_80": LOOPS_OF_SM_80,
+        "text of two tiles@sm_80": LOOPS_OF_SM_80,
+        "text of one tile@sm_100": LOOPS,
+        "text of two tiles@sm_100": LOOPS,
+        "any": LOOPS,
+        "any@sm_80": LOOPS_OF_SM_80,
         "float32": (Configuration(ROWS=32, STEP=32, REMAINDER=16, maxnreg=255, num_warps=8, num_stages=1),),
     },
 }
@@ -100,6 +125,7 @@ def launch_forward(
     log_sums: Tensor,
     text_starts: Tensor,
     text_lengths: Tensor,
+    max_length: int,
     runs: list[int],
 ) -> None:
     """Fills output [N, H, D] and log_sums float32 [H, N]: log2 of the sum of exp2(scores), 0 without text.
@@ -107,7 +133,11 @@ def launch_forward(
     q [N, H, D] and kv [M, 2, H, D] must be contiguous.
     """
     num_tokens, heads, head_size = q.shape
-    configuration = select(CONFIGURATIONS, "cross_attention_forward", shape_class(q), q.device)
+    size = class_of_text(q, max_length) or shape_class(q)
+    configuration = select(CONFIGURATIONS, "cross_attention_forward", size, q.device)
+    if "chunk_tokens" in configuration.choices:
+        launch_short_forward(q, kv, output, log_sums, text_starts, text_lengths, max_length, runs, configuration)
+        return
     tiles = row_tiles(tuple(runs), configuration["ROWS"], q.device)
     with on_device(q):
         _forward[(tiles.shape[0] * heads,)](
@@ -126,7 +156,9 @@ def launch_forward(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    cases = []
+    sizes = {1: "text of one tile", 2: "text of two tiles"}
+    defaults = {n: candidates_of(CONFIGURATIONS, "cross_attention_forward", size, arch)[0] for n, size in sizes.items()}
+    cases = short_compile_cases({n: chosen for n, chosen in defaults.items() if "chunk_tokens" in chosen.choices})
     for dtype, size in (("bf16", "any"), ("fp16", "any"), ("fp32", "float32")):
         configuration = candidates_of(CONFIGURATIONS, "cross_attention_forward", size, arch)[0]
         cases.append(

@@ -1,0 +1,167 @@
+"""Triton kernel of cross-attention, forward, for texts that stay on chip: one or two tiles of KEYS tokens.
+
+One program computes a chunk of a video's tokens for one head. It reads all keys and values of that head once, then
+walks over the chunk, ROWS tokens a step, while the queries of the next step are on their way. All scores of a token are
+there at once, so that with one tile of text the softmax needs neither a running maximum nor a rescale.
+
+Per call: 4·L·H·D FLOPs and 4·H·D bytes (half precision) for each video token, and for each chunk 4·L·H·D bytes from the
+L2 cache. The last column of the head's tail must be padding: see `attention_tiles.has_padding`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_tables import row_tiles
+from .attention_tiles import add_product, dot_rows, has_padding, load_head, split_head, store_head, tail_of, zero_head
+from .configurations import CompileCase, Configuration
+from .registration import on_device
+
+TILE, LONGEST_TEXT = 128, 256  # text tokens: of one tile, and of two, which is what a program's registers hold
+
+
+def class_of_text(q: Tensor, max_length: int) -> str | None:
+    """The shape class of this kernel and its backward for q [N, H, D] and texts of at most `max_length` tokens.
+
+    None where they are not for it: long texts, heads that are wide or without padding, float32 on a GPU, which
+    multiplies outside the matrix units.
+    """
+    head_size = q.shape[2]
+    if max_length > LONGEST_TEXT or not has_padding(head_size) or sum(split_head(head_size)) > 80:
+        return None
+    if q.is_cuda and q.dtype == torch.float32:
+        return None
+    return "text of one tile" if max_length <= TILE else "text of two tiles"
+
+
+@triton.jit
+def _load_text(keys, text, real, TEXT_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """Keys and values [KEYS, D] of one tile; the values end in a column of ones, which sums the probabilities."""
+    values = keys + TEXT_STRIDE // 2
+    k = load_head(keys, text, real, TEXT_STRIDE, HEAD_SIZE)
+    v = load_head(values, text, real, TEXT_STRIDE, HEAD_SIZE)
+    ones_column = (tl.arange(0, tail_of(HEAD_SIZE)) == tail_of(HEAD_SIZE) - 1)[None, :]
+    return k, (v[0], tl.where(ones_column, 1.0, v[1]).to(v[1].dtype))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "chunk_tokens"])
+def _forward(
+    q,
+    kv,
+    output,
+    log_sums,
+    chunks,
+    text_starts,
+    text_lengths,
+    num_tokens,
+    chunk_tokens,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
+    TEXT_STRIDE: tl.constexpr = 2 * HEADS * HEAD_SIZE
+    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_SIZE**0.5
+    program = tl.program_id(0).to(tl.int64)
+    head = program % HEADS
+    chunk = chunks + program // HEADS * 4
+    first = tl.load(chunk + 2)
+    length = tl.minimum(chunk_tokens, tl.load(chunk + 1) - first)
+    first_token = tl.load(chunk).to(tl.int64) + first
+    video = tl.load(chunk + 3)
+    keys = kv + tl.load(text_starts + video).to(tl.int64) * TEXT_STRIDE + head * HEAD_SIZE
+    text_length = tl.load(text_lengths + video)
+
+    text = tl.arange(0, KEYS)
+    real = text < text_length
+    k, v = _load_text(keys, text, real, TEXT_STRIDE, HEAD_SIZE)
+    if TILES == 2:
+        more_real = text + KEYS < text_length
+        more_k, more_v = _load_text(keys, text + KEYS, more_real, TEXT_STRIDE, HEAD_SIZE)
+    ones_column = (tl.arange(0, tail_of(HEAD_SIZE)) == tail_of(HEAD_SIZE) - 1)[None, :]
+    # Offsets within a video may pass 2^31 elements, those within a chunk do not.
+    in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
+    statistics = log_sums + head * num_tokens + first_token
+    for start in tl.range(0, length, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = rows < length
+        queries = load_head(q + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
+        scores = tl.where(real[None, :], dot_rows(queries, k), float("-inf"))  # [ROWS, KEYS]
+        row_max = tl.maximum(tl.max(scores, axis=1) * SCALE, -1e30)  # finite: exp2(-inf - row_max) is then zero
+        probabilities = tl.exp2(scores * SCALE - row_max[:, None])
+        sums = add_product(zero_head(ROWS, HEAD_SIZE), probabilities.to(v[0].dtype), v)
+        if TILES == 2:
+            if text_length > KEYS:
+                scores = tl.where(more_real[None, :], dot_rows(queries, more_k), float("-inf"))
+                new_max = tl.maximum(row_max, tl.max(scores, axis=1) * SCALE)
+                rescale = tl.exp2(row_max - new_max)
+                probabilities = tl.exp2(scores * SCALE - new_max[:, None])
+                sums = sums[0] * rescale[:, None], sums[1] * rescale[:, None]
+                sums = add_product(sums, probabilities.to(more_v[0].dtype), more_v)
+                row_max = new_max
+        row_sum = tl.sum(tl.where(ones_column, sums[1], 0.0), axis=1)
+        row_sum = tl.where(text_length > 0, row_sum, 1.0)  # without text the sums are zero, and so is the output
+        log_sum = tl.where(text_length > 0, row_max, 0.0) + tl.log2(row_sum)
+        tl.store(statistics + rows, log_sum, mask=inside)
+        factor = 1.0 / row_sum[:, None]
+        store_head(output + in_tokens, (sums[0] * factor, sums[1] * factor), rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+
+
+def launch_short_forward(
+    q: Tensor,
+    kv: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    text_starts: Tensor,
+    text_lengths: Tensor,
+    max_length: int,
+    runs: list[int],
+    configuration: Configuration,
+) -> None:
+    """As `cross_attention_forward.launch_forward`, for texts that have a `class_of_text`."""
+    num_tokens, heads, head_size = q.shape
+    chunks = row_tiles(tuple(runs), configuration["chunk_tokens"], q.device)
+    with on_device(q):
+        _forward[(chunks.shape[0] * heads,)](
+            q,
+            kv,
+            output,
+            log_sums,
+            chunks,
+            text_starts,
+            text_lengths,
+            num_tokens,
+            configuration["chunk_tokens"],
+            HEADS=heads,
+            HEAD_SIZE=head_size,
+            KEYS=TILE,
+            TILES=1 if max_length <= TILE else 2,
+            **configuration.launch,
+        )
+
+
+def short_compile_cases(configurations: dict[int, Configuration]) -> list[CompileCase]:
+    """Builds for texts of so many tiles."""
+    return [
+        CompileCase(
+            name="cross_attention_forward",
+            kernel=_forward,
+            signature={name: f"*{dtype}" for name in ("q", "kv", "output")}
+            | {"log_sums": "*fp32", "num_tokens": "i32", "chunk_tokens": "i32"}
+            | dict.fromkeys(("chunks", "text_starts", "text_lengths"), "*i32"),
+            constants={"HEADS": 16, "HEAD_SIZE": 72, "KEYS": TILE, "TILES": tiles},
+            configuration=configuration,
+            dtype=dtype,
+            attention=True,
+            note=f"text of {tiles} tile{'s' if tiles > 1 else ''}",
+            unit="score",
+            work=configuration["ROWS"] * TILE * tiles,
+        )
+        for tiles, configuration in configurations.items()
+        for dtype in ("bf16", "fp16")
+    ]
