@@ -40,7 +40,7 @@ from .configurations import CompileCase, Configuration, candidates_of, select
 from .cross_attention_short_forward import class_of_text
 from .registration import on_device
 
-# `chunks` is what `chunk_length` takes; two_passes=1 are the kernels of cross_attention_backward instead. Sums and scores
+# `chunks` is what `chunk_length` takes; two_passes=1 are the kernels of cross_attention_backward. Sums and scores
 # fill the registers: eight warps leave no room for a second program on a multiprocessor.
 ONE_PASS = tuple(
     Configuration(ROWS=64, KEYS=128, more_keys=64, chunks=chunks, two_passes=0, num_warps=8, num_stages=num_stages)
