@@ -141,22 +141,22 @@ def launches(workload: Workload, builds: dict[tuple[str, str], dict[str, Any]]) 
         yield Launch(kernel, f"{tile} rows", programs, loops, rows * row, 0.0, flops * HEAD_SIZE * scores)
 
     scores = 1.0 * tokens * HEADS * TEXT
-    for kernel, rows, flops in (("cross_attention_forward", 2, 4), ("cross_attention_queries_backward", 4, 5)):
-        config = config_of(builds[kernel, ""])
-        programs = workload.batch * HEADS * -(-workload.frames * length // config["ROWS"])
-        streamed = programs * TEXT * pair
-        yield Launch(kernel, "", programs, steps(TEXT, config), rows * row, streamed, flops * HEAD_SIZE * scores)
-    config = config_of(builds["cross_attention_text_backward", ""])
-    chunk = chunk_length(tokens)
     video = workload.frames * length
-    chunks = workload.batch * -(-video // chunk)
-    programs = chunks * HEADS * -(-TEXT // config["ROWS"])
-    loops = steps(min(chunk, video), config) * workload.batch * video / (chunks * min(chunk, video))
-    streamed = 2 * row * -(-TEXT // config["ROWS"])
-    partials = chunks * TEXT * 2 * HIDDEN * 4.0
-    yield Launch(
-        "cross_attention_text_backward", "", programs, loops, 2 * row + partials, streamed, 5 * HEAD_SIZE * scores
-    )
+    text_bytes = workload.batch * TEXT * HEADS * pair  # of keys and values
+    note = "text of 1 tile"
+    config = config_of(builds["cross_attention_forward", note])
+    chunks = workload.batch * -(-video // config["chunk_tokens"])
+    streamed = row + chunks * text_bytes / workload.batch
+    loops = workload.batch * -(-video // config["ROWS"]) / chunks
+    yield Launch("cross_attention_forward", note, chunks * HEADS, loops, 2 * row, streamed, 4 * HEAD_SIZE * scores)
+    note = "first tile of text"
+    config = config_of(builds["cross_attention_short_backward", note])
+    chunks = workload.batch * -(-video // chunk_length(tokens, config["chunks"]))
+    streamed = 3 * row + chunks * text_bytes / workload.batch
+    loops = workload.batch * -(-video // config["ROWS"]) / chunks
+    moved = 4 * row + chunks * TEXT * 2 * HIDDEN * 4.0
+    useful = 10 * HEAD_SIZE * scores
+    yield Launch("cross_attention_short_backward", note, chunks * HEADS, loops, moved, streamed, useful)
 
     many = "many" if tokens > 16384 else "few"
     for kernel, parts, rows in (

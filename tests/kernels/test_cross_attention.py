@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opensora_fast.kernels import PackLayout, TextLayout, cross_attention
 from opensora_fast.kernels.attention_tables import row_tiles, tile_ranges
+from opensora_fast.kernels.configurations import Configuration, force, record_selections
 from opensora_fast.kernels.cross_attention_backward import LONGEST_CHUNK, SHORTEST_CHUNK, chunk_length
 
 ours, reference = partial(cross_attention, backend="triton"), partial(cross_attention, backend="reference")
@@ -19,8 +20,13 @@ CASES = {  # (shapes of the videos, text tokens of each)
     "whole steps": ([(1, 8, 8)], [64]),
     "ragged": ([(2, 3, 3), (1, 9, 9), (1, 1, 1)], [33, 70, 5]),
     "some without text": ([(1, 3, 3), (2, 2, 2), (1, 3, 3)], [0, 17, 0]),
-    "long text": ([(1, 3, 3)], [200]),
+    "two tiles of text": ([(1, 3, 3)], [200]),
+    "one tile in a pack of two": ([(1, 3, 3), (1, 2, 2), (1, 2, 3), (1, 1, 1)], [129, 120, 0, 256]),
+    "too long for tiles": ([(1, 3, 3), (1, 2, 2)], [257, 40]),
 }
+# Kernels that are not the default for short texts: (kernel, shape class, configuration).
+LOOPS = ("cross_attention_forward", "text of one tile", Configuration(ROWS=64, STEP=64, REMAINDER=32))
+TWO_PASSES = ("cross_attention_short_backward", "text of one tile", Configuration(two_passes=1))
 
 
 def make_inputs(
@@ -50,6 +56,60 @@ def test_output_and_gradients(shapes, lengths, dtype, device, compare) -> None:
     compare(make_inputs(shapes, lengths, dtype, device))
 
 
+@pytest.mark.parametrize("length", [2, 15, 16, 63, 65, 120, 127, 128])
+def test_text_lengths_around_those_of_tiles(length, device, compare) -> None:
+    compare(make_inputs([(1, 5, 13)], [length], torch.float32, device))
+
+
+@pytest.mark.parametrize("case", ["whole steps", "ragged", "some without text"])
+def test_kernels_for_any_text_with_short_texts(case, dtype, device, compare) -> None:
+    with force(*LOOPS), force(*TWO_PASSES):
+        compare(make_inputs(*CASES[case], dtype, device))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "forward", "backward"),
+    [
+        ([3, 128], "text of one tile", ["cross_attention_short_backward"]),
+        ([3, 129], "text of two tiles", ["cross_attention_short_backward"]),
+        ([3, 257], "any", ["cross_attention_queries_backward", "cross_attention_text_backward"]),
+    ],
+)
+def test_the_longest_text_of_a_pack_decides_the_kernels(lengths, forward, backward, device) -> None:
+    inputs = make_inputs([(1, 2, 2), (1, 1, 3)], lengths, torch.float16, device)
+    with record_selections() as selections:
+        ours(**inputs).sum().backward()
+    assert ("cross_attention_forward", forward) in selections
+    names = [name for name, _ in selections if name.endswith("_backward")]
+    assert names == [*backward, "cross_attention_chunks_backward"]
+
+
+def test_logits_far_below_zero(device, compare) -> None:
+    """The tokens of a tile beyond the text have logits of zero, which must not decide the largest."""
+    inputs = make_inputs([(1, 2, 3)], [3], torch.float16, device)
+    kv = inputs["kv"].detach()
+    kv[:, 0] = -40 * inputs["q"].detach()[0].sign() - kv[:, 0].abs() / 8
+    inputs["q"] = (inputs["q"].detach().abs() * inputs["q"].detach()[:1].sign()).requires_grad_()
+    inputs["kv"] = kv.requires_grad_()
+    assert (torch.einsum("nhd,mhd->nhm", inputs["q"], kv[:, 0]) < -1000).all()
+    compare(inputs)
+
+
+@pytest.mark.parametrize("lengths", [[33, 70, 0], [1, 150, 5]])
+def test_the_bias_of_the_queries(lengths, dtype, device, assert_as_accurate_as_eager) -> None:
+    gradients = []
+    for function, wide in ((reference, True), (ours, False), (reference, False)):
+        inputs = make_inputs([(2, 3, 3), (1, 9, 9), (1, 1, 1)], lengths, dtype, device, heads=2)
+        leaves = {name: inputs[name].detach().requires_grad_() for name in ("q", "kv")}
+        bias = torch.zeros(2, 72, dtype=dtype, device=device)
+        if wide:
+            leaves, bias = {name: leaf.detach().double() for name, leaf in leaves.items()}, bias.double()
+        output = function(**inputs | leaves, q_bias=bias.requires_grad_())
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output)
+        gradients.append(torch.autograd.grad((output * weight).sum(), bias)[0])
+    assert_as_accurate_as_eager("bias", gradients[1], gradients[2], gradients[0], 3.0)
+
+
 def test_several_heads(dtype, device, compare) -> None:
     compare(make_inputs([(2, 3, 3), (1, 2, 2)], [7, 20], dtype, device, heads=3))
 
@@ -63,6 +123,8 @@ def test_several_chunks(device, compare) -> None:
     shapes = [(2, 11, 13), (1, 1, 1), (1, 16, 17)]
     assert row_tiles((1, 286, 1, 1, 1, 272), chunk_length(559), device).shape[0] == 5
     compare(make_inputs(shapes, [3, 9, 20], torch.float32, device, head_size=24))
+    with force(*TWO_PASSES):
+        compare(make_inputs(shapes, [3, 9, 20], torch.float32, device, head_size=24))
 
 
 def test_no_text_at_all(dtype, device) -> None:
@@ -131,10 +193,11 @@ def test_only_the_wanted_gradient(wanted, device) -> None:
     torch.testing.assert_close(gradients[0][wanted], gradients[1][wanted], rtol=1e-4, atol=1e-5)
 
 
-def test_two_runs_are_equal_bit_for_bit(dtype, device) -> None:
+@pytest.mark.parametrize("case", ["ragged", "two tiles of text"])
+def test_two_runs_are_equal_bit_for_bit(case, dtype, device) -> None:
     results: list[list[Tensor]] = []
     for _ in range(2):
-        inputs = make_inputs(*CASES["ragged"], dtype, device)
+        inputs = make_inputs(*CASES[case], dtype, device)
         output = ours(**inputs)
         output.square().sum().backward()
         results.append([output, inputs["q"].grad, inputs["kv"].grad])
@@ -183,6 +246,10 @@ def test_chunks_of_a_video_lie_together(device) -> None:
 )
 def test_chunk_length(tokens, expected) -> None:
     assert chunk_length(tokens) == expected
+
+
+def test_more_chunks_are_shorter() -> None:
+    assert [chunk_length(46_000, chunks) for chunks in (16, 32, 64)] == [2048, 1024, 512]
 
 
 def test_wrong_arguments_are_named(device) -> None:
