@@ -47,9 +47,10 @@ def test_builds_for_sm_90() -> None:
     assert [name(row) for row in builds if row["programs"] < 1] == [], "these builds fit on no multiprocessor"
     assert [name(row) for row in builds if row["loop"]["other"]] == [], "sass.CLASSES lacks instructions of these"
     loops = [row for row in attention if row["unit"] == "score"]
-    # 80 columns for 72, in two, three or four products: the counted work is the loop's, and nothing else is in it.
+    # 80 columns for 72, in two to five products: the counted work is the loop's, and nothing else is in it. (560: five,
+    # of which two groups of four warps both compute the two that make scores of 64 keys.)
     products = {name(row): row["loop_products"] * row["num_warps"] / row["work"] for row in loops}
-    assert set(products.values()) <= {160, 240, 320}, products
+    assert set(products.values()) <= {160, 240, 320, 400, 560}, products
     narrow = [name(row) for row in loops if any(int(width) < 4 for width in row["loop_loads"] | row["loop_stores"])]
     assert narrow == [], "these read or write less than four bytes at a time in their loop"
     budget = json.loads(BUDGET_PATH.read_text())
