@@ -10,6 +10,8 @@ L2 cache. The last column of the head's tail must be padding: see `attention_til
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -26,15 +28,21 @@ TILE, LONGEST_TEXT = 128, 256  # text tokens: of one tile, and of two, which is 
 def class_of_text(q: Tensor, max_length: int) -> str | None:
     """The shape class of this kernel and its backward for q [N, H, D] and texts of at most `max_length` tokens.
 
-    None where they are not for it: long texts, heads that are wide or without padding, float32 on a GPU, which
-    multiplies outside the matrix units.
+    None where they are not for it: long texts; heads that are wide or without padding; float32 on a GPU, which
+    multiplies outside the matrix units; and GPUs other than sm_90, the only one whose matrix units take a tile of text
+    from shared memory and leave the sums in registers: elsewhere the backward pass does not fit.
     """
     head_size = q.shape[2]
     if max_length > LONGEST_TEXT or not has_padding(head_size) or sum(split_head(head_size)) > 80:
         return None
-    if q.is_cuda and q.dtype == torch.float32:
+    if q.is_cuda and (q.dtype == torch.float32 or not _is_sm_90(q.device)):
         return None
     return "text of one tile" if max_length <= TILE else "text of two tiles"
+
+
+@lru_cache(maxsize=64)
+def _is_sm_90(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @triton.jit

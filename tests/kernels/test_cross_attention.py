@@ -11,6 +11,7 @@ from opensora_fast.kernels import PackLayout, TextLayout, cross_attention
 from opensora_fast.kernels.attention_tables import row_tiles, tile_ranges
 from opensora_fast.kernels.configurations import Configuration, force, record_selections
 from opensora_fast.kernels.cross_attention_backward import LONGEST_CHUNK, SHORTEST_CHUNK, chunk_length
+from opensora_fast.kernels.cross_attention_short_forward import class_of_text
 
 ours, reference = partial(cross_attention, backend="triton"), partial(cross_attention, backend="reference")
 
@@ -77,6 +78,8 @@ def test_kernels_for_any_text_with_short_texts(case, dtype, device, compare) -> 
 )
 def test_the_longest_text_of_a_pack_decides_the_kernels(lengths, forward, backward, device) -> None:
     inputs = make_inputs([(1, 2, 2), (1, 1, 3)], lengths, torch.float16, device)
+    if class_of_text(inputs["q"], 1) is None:
+        pytest.skip("this GPU has no kernels for short texts")
     with record_selections() as selections:
         ours(**inputs).sum().backward()
     assert ("cross_attention_forward", forward) in selections
