@@ -35,6 +35,8 @@ CONFIGURATIONS = {
         "text of one tile": (  # those with `chunk_tokens` are of cross_attention_short_forward
             Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=2),
             Configuration(ROWS=64, chunk_tokens=512, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=3),
+            Configuration(ROWS=64, chunk_tokens=512, num_warps=4, num_stages=3),
             Configuration(ROWS=64, chunk_tokens=256, maxnreg=128, num_warps=4, num_stages=2),
             Configuration(ROWS=128, chunk_tokens=512, maxnreg=128, num_warps=8, num_stages=2),
             Configuration(ROWS=128, chunk_tokens=1024, maxnreg=128, num_warps=8, num_stages=2),

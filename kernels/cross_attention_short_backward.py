@@ -40,11 +40,12 @@ from .configurations import CompileCase, Configuration, select
 from .cross_attention_short_forward import class_of_text
 from .registration import on_device
 
-# `chunks` is what `chunk_length` takes; two_passes=1 are the kernels of cross_attention_backward. Sums and scores
-# fill the registers: eight warps leave no room for a second program on a multiprocessor.
+# `chunks` is what `chunk_length` takes; two_passes=1 are the kernels of cross_attention_backward. Sums and scores fill
+# the registers, so that one program of eight warps fits on a multiprocessor. With two stages it reads the rows of the
+# next step only when a step is over, with more during it.
 ONE_PASS = tuple(
     Configuration(ROWS=64, KEYS=128, more_keys=64, chunks=chunks, two_passes=0, num_warps=8, num_stages=num_stages)
-    for num_stages, chunks in ((2, 16), (2, 32), (3, 16), (3, 32))
+    for num_stages, chunks in ((3, 16), (3, 32), (4, 16), (4, 32), (2, 16))
 )
 TWO_PASSES = Configuration(two_passes=1)
 CONFIGURATIONS = {
