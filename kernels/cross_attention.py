@@ -4,9 +4,10 @@
 
 Replaces in ST-DiT-2: everything between `cross_attn.q_linear` / `kv_linear` and `cross_attn.proj`.
 
-Kernels: cross_attention_forward.py and cross_attention_backward.py for any text, cross_attention_short_forward.py and
-cross_attention_short_backward.py for up to 256 tokens. Limits: float32, float16, bfloat16; D a multiple
-of 8 up to 128; any number of text tokens.
+Kernels: cross_attention_forward.py and cross_attention_backward.py for texts of any length,
+cross_attention_short_forward.py and cross_attention_short_backward.py for up to 256 tokens on sm_90,
+cross_attention_chunks_backward.py behind either. Limits: float32, float16, bfloat16; D a multiple of 8 up to 128; any
+number of text tokens.
 
 Letters: N video tokens, M text tokens, H heads, D head size, L the longest text.
 """

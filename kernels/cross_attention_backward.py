@@ -7,9 +7,7 @@ the output's gradient, P the probabilities and δ = rowsum(g · output),
     queries (first): δ and dQ = dS · K / sqrt(D)    one program per tile of video tokens and head
     text (second):   dK = dSᵀ · Q / sqrt(D) and dV = Pᵀ · g over a chunk of a video's tokens: one program per chunk,
                      tile of text and head, writing float32 partial sums
-    chunks (third):  adds the partial sums of each text token in the order of the chunks
-
-A video has up to 10^5 tokens for at most a few hundred text tokens: chunks make enough programs to fill the GPU.
+    chunks (third):  adds the partial sums of each text token: see cross_attention_chunks_backward
 
 Per call: 14·L·H·D FLOPs (10 useful) and 14·H·D bytes (half precision) for each video token, and 16·L·H·D bytes for
 each chunk.
@@ -27,6 +25,7 @@ from .attention_tables import row_tiles, tile_ranges
 from .attention_tiles import load_head, multiply, store_column_sums, store_head, to_float32
 from .bias_gradient import BiasPartials
 from .configurations import CompileCase, Configuration, candidates_of, select
+from .cross_attention_chunks_backward import chunk_length, launch_chunks
 from .cross_attention_forward import shape_class
 from .cross_attention_short_backward import launch_short_backward, select_short
 from .registration import on_device
@@ -53,11 +52,7 @@ CONFIGURATIONS = {
         "any@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
         "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, num_warps=8, num_stages=1),),
     },
-    "cross_attention_chunks_backward": {
-        "any": (Configuration(COLUMNS=256, num_warps=2, num_stages=2),),
-    },
 }
-SHORTEST_CHUNK, LONGEST_CHUNK = 256, 8192
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -196,40 +191,6 @@ def _text(
     store_head(partial + HEADS * HEAD_SIZE, value_sums, rows, inside, TEXT_STRIDE, HEAD_SIZE)
 
 
-@triton.jit(do_not_specialize=["max_length"])
-def _chunks(
-    partials,
-    kv_gradient,
-    chunk_ranges,
-    text_starts,
-    text_lengths,
-    max_length,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Adds up the chunks of one text token: WIDTH = 2·H·D numbers in blocks of COLUMNS."""
-    row = tl.program_id(0)
-    video = tl.program_id(2)
-    if row >= tl.load(text_lengths + video):
-        return
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < WIDTH
-    first_chunk = tl.load(chunk_ranges + video * 2).to(tl.int64)
-    pointers = partials + (first_chunk * max_length + row) * WIDTH + columns
-    chunk_stride = tl.full([], WIDTH, tl.int64) * max_length
-    sums = tl.zeros([COLUMNS], tl.float32)
-    for _ in range(tl.load(chunk_ranges + video * 2 + 1)):
-        sums += tl.load(pointers, mask=inside, other=0.0)
-        pointers += chunk_stride
-    token = tl.load(text_starts + video).to(tl.int64) + row
-    tl.store(kv_gradient + token * WIDTH + columns, sums.to(kv_gradient.dtype.element_ty), mask=inside)
-
-
-def chunk_length(num_tokens: int, chunks: int = 16) -> int:
-    """Tokens of a chunk: a power of two that makes `chunks` to twice as many of the pack; each is a program a head."""
-    return min(max(1 << max(num_tokens // chunks, 1).bit_length() - 1, SHORTEST_CHUNK), LONGEST_CHUNK)
-
-
 def launch_backward(
     output_gradient: Tensor,
     q: Tensor,
@@ -265,18 +226,7 @@ def launch_backward(
         launch_short_backward(*tensors, rows, chunks, chunk_tokens, *text, chosen)
         if bias_gradient is not None:
             bias_partials.add_up(bias_gradient)
-    configuration = select(CONFIGURATIONS, "cross_attention_chunks_backward", "any", q.device)
-    with on_device(q):
-        _chunks[(max_length, triton.cdiv(width, configuration["COLUMNS"]), text_lengths.shape[0])](
-            partials,
-            kv_gradient,
-            tile_ranges(runs, chunk_tokens, q.device),
-            text_starts,
-            text_lengths,
-            max_length,
-            WIDTH=width,
-            **configuration.launch,
-        )
+    launch_chunks(partials, kv_gradient, tile_ranges(runs, chunk_tokens, q.device), text_starts, text_lengths)
 
 
 def _launch_queries_and_text(
@@ -345,30 +295,24 @@ def _launch_queries_and_text(
 def compile_cases(arch: str) -> list[CompileCase]:
     cases = []
     float32 = dict.fromkeys(("log_sums", "deltas", "partials", "bias_partials"), "*fp32")
-    int32 = dict.fromkeys(("tiles", "chunks", "chunk_ranges", "text_starts", "text_lengths"), "*i32")
+    int32 = dict.fromkeys(("tiles", "chunks", "text_starts", "text_lengths"), "*i32")
     numbers = dict.fromkeys(("num_tokens", "chunk_tokens", "max_length"), "i32")
-    for name, kernel in (
-        ("cross_attention_queries_backward", _queries),
-        ("cross_attention_text_backward", _text),
-        ("cross_attention_chunks_backward", _chunks),
-    ):
-        for dtype in ("bf16", "fp16", "fp32"):
-            attends = kernel is not _chunks
-            activations = ("q", "kv", "output", "output_gradient", "q_gradient", "kv_gradient")
+    for name, kernel in (("cross_attention_queries_backward", _queries), ("cross_attention_text_backward", _text)):
+        for dtype, size in (("bf16", "any"), ("fp16", "any"), ("fp32", "float32")):
+            activations = ("q", "kv", "output", "output_gradient", "q_gradient")
             signature = {argument: f"*{dtype}" for argument in activations} | float32 | int32 | numbers
-            size = "float32" if attends and dtype == "fp32" else "any"
             configuration = candidates_of(CONFIGURATIONS, name, size, arch)[0]
             cases.append(
                 CompileCase(
                     name=name,
                     kernel=kernel,
                     signature={key: value for key, value in signature.items() if key in kernel.arg_names},
-                    constants={"HEADS": 16, "HEAD_SIZE": 72} if attends else {"WIDTH": 2 * 16 * 72},
+                    constants={"HEADS": 16, "HEAD_SIZE": 72},
                     configuration=configuration,
                     dtype=dtype,
-                    attention=attends and dtype != "fp32",
-                    unit="score" if attends else "",
-                    work=configuration["ROWS"] * configuration["STEP"] if attends else 0,
+                    attention=dtype != "fp32",
+                    unit="score",
+                    work=configuration["ROWS"] * configuration["STEP"],
                 )
             )
     return cases

@@ -14,7 +14,7 @@ What a text has beyond the first tile takes one more launch for each `more_keys`
 the queries as the one before wrote it, rounded to its dtype; its programs have nothing to do where a text ends before.
 
 Per call: 10·L·H·D FLOPs and 8·H·D bytes (half precision) for each video token, 10·H·D more for each launch after the
-first; and 16·L·H·D bytes for each chunk.
+first; and 8·L·H·D bytes of sums for each chunk, which its kernel reads again.
 """
 
 from __future__ import annotations
