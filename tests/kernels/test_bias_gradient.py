@@ -11,7 +11,7 @@ from opensora_fast.kernels import PackLayout, TextLayout, cross_attention, spati
 
 HEADS, HEAD_SIZE = 2, 8
 OPS = ("spatial_attention", "temporal_attention", "cross_attention")
-# Odd frames, a lone token, videos for both kinds of temporal tiles and for the kernels of long ones.
+# Odd frames, a lone token, videos for small and large temporal tiles and for the kernels of long ones.
 SHAPES = [(2, 3, 3), (1, 1, 1), (70, 1, 2), (130, 1, 1)]
 TEXTS = [5, 0, 3, 1]
 
