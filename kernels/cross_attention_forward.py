@@ -33,8 +33,8 @@ LOOPS = (
 CONFIGURATIONS = {
     "cross_attention_forward": {
         "text of one tile": (  # those with `chunk_tokens` are of cross_attention_short_forward
-            Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=2),
             Configuration(ROWS=64, chunk_tokens=512, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=2),
             Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=3),
             Configuration(ROWS=64, chunk_tokens=512, num_warps=4, num_stages=3),
             Configuration(ROWS=64, chunk_tokens=256, maxnreg=128, num_warps=4, num_stages=2),
@@ -43,8 +43,8 @@ CONFIGURATIONS = {
             *LOOPS,
         ),
         "text of two tiles": (
-            Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=2),
             Configuration(ROWS=64, chunk_tokens=512, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=2),
             *LOOPS,
         ),
         "any": LOOPS,

@@ -45,7 +45,7 @@ from .registration import on_device
 # next step only when a step is over, with more during it.
 ONE_PASS = tuple(
     Configuration(ROWS=64, KEYS=128, more_keys=64, chunks=chunks, two_passes=0, num_warps=8, num_stages=num_stages)
-    for num_stages, chunks in ((3, 16), (3, 32), (4, 16), (4, 32), (2, 16))
+    for num_stages, chunks in ((3, 32), (3, 16), (4, 32), (4, 16), (2, 16))
 )
 TWO_PASSES = Configuration(two_passes=1)
 CONFIGURATIONS = {

@@ -43,10 +43,10 @@ _FORWARD = {
         Configuration(tile_tokens=32, STAGES=3, num_warps=4),
     ),
     "many": (
+        Configuration(tile_tokens=32, STAGES=3, num_warps=2),
         Configuration(tile_tokens=16, STAGES=1, num_warps=2),
         Configuration(tile_tokens=16, STAGES=1, num_warps=1),
         Configuration(tile_tokens=16, STAGES=1, num_warps=4),
-        Configuration(tile_tokens=32, STAGES=3, num_warps=2),
         Configuration(tile_tokens=64, STAGES=3, num_warps=4),
     ),
     # The general default spills 8 bytes there in modulated_norm.

@@ -68,8 +68,8 @@ CONFIGURATIONS = {
         "medium@sm_100": (Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),),
         "medium@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
         "large": (
-            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
             Configuration(ROWS=128, STEP=128, REMAINDER=32, num_warps=8, num_stages=3),
             Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=3),
@@ -93,8 +93,8 @@ CONFIGURATIONS = {
         "medium@sm_100": (Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),),
         "medium@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
         "large": (
-            Configuration(ROWS=64, STEP=128, REMAINDER=16, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=128, REMAINDER=16, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=32, REMAINDER=32, num_warps=4, num_stages=3),
             Configuration(ROWS=128, STEP=128, REMAINDER=32, num_warps=8, num_stages=2),
             Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=3),
