@@ -61,15 +61,17 @@ CONFIGURATIONS = {
         # Shared memory holds two programs there, whatever the registers.
         "small@sm_100": (Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),),
         "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
+        # Rests in steps of 32 were 1 to 2 % faster on an H200, and spill 8 bytes with triton 3.7.1.
         "medium": (
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
         ),
         "medium@sm_100": (Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),),
         "medium@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
         "large": (
-            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
             Configuration(ROWS=128, STEP=128, REMAINDER=32, num_warps=8, num_stages=3),
             Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=3),
