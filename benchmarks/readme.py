@@ -29,6 +29,7 @@ END = "<!-- measured: end -->"
 FIGURE = "benchmarks/results/training.svg"
 FRAMES = 16
 GOALS_FOR, PUBLISHED_ON = "H200", "H800"
+AS_SHIPPED = "upstream"
 NOT_MEASURED = "not measured yet"
 
 
@@ -41,6 +42,7 @@ class Line:
         floors: GPU → what operations and bytes allow at its datasheet's rates.
         published: by Open-Sora, on H800, with VAE and T5.
         measured: our fastest row on `gpu`.
+        as_shipped: Open-Sora's model as it is shipped, on the same videos in the same run; None: not measured.
     """
 
     resolution: str
@@ -48,6 +50,7 @@ class Line:
     floors: dict[str, float]
     published: float | None
     measured: Row | None
+    as_shipped: Row | None
 
 
 def main(arguments: list[str]) -> int:
@@ -101,7 +104,8 @@ def training_lines(folders: list[Results]) -> list[Line]:
             for name in (gpu, PUBLISHED_ON)
         }
         published = max((item.tokens_per_s for item in published_for(workload.name)), default=None)
-        lines.append(Line(resolution, gpu, floors, published, _best_step(folders, gpu, workload.name)))
+        ours = _best_step(folders, gpu, workload.name)
+        lines.append(Line(resolution, gpu, floors, published, ours, _as_shipped(folders, ours)))
     return lines
 
 
@@ -126,6 +130,25 @@ def _best_step(folders: list[Results], gpu: str, workload: str) -> Row | None:
     return max(rows, key=lambda row: row.tokens_per_s, default=None)
 
 
+def _as_shipped(folders: list[Results], ours: Row | None) -> Row | None:
+    """Upstream's row beside one of ours."""
+    rows = [row for results in folders for row in results.select("step", "") if row.provider == AS_SHIPPED]
+    alike = (row for row in rows if row.status == "ok" and ours is not None and _same_run(row, ours))
+    return next(alike, None)
+
+
+def _same_run(row: Row, other: Row) -> bool:
+    assert row.environment is not None and other.environment is not None
+    same_work = (row.workload, row.direction, row.shape, row.dtype) == (
+        other.workload,
+        other.direction,
+        other.shape,
+        other.dtype,
+    )
+    places = [(item.environment.device_name, item.environment.commit) for item in (row, other)]
+    return same_work and places[0] == places[1]
+
+
 # ---- the block ----
 
 
@@ -137,10 +160,16 @@ def build_block(folders: list[Results]) -> str:
 
 def _training_text(lines: list[Line]) -> str:
     gpu = lines[0].gpu
+    shipped = [_thousands(line.as_shipped and line.as_shipped.tokens_per_s) for line in lines]
     table = [
         ["thousand tokens/s", *(line.resolution for line in lines)],
         [f"limit of one {gpu}, counted", *(_thousands(line.floors[gpu]) for line in lines)],
         [f"**ours on one {gpu}**", *(_measured(line) for line in lines)],
+        *(
+            [["Open-Sora's model as shipped, same GPU and run", *shipped]]
+            if any(line.as_shipped for line in lines)
+            else []
+        ),
         [f"limit of one {PUBLISHED_ON}, counted", *(_thousands(line.floors[PUBLISHED_ON]) for line in lines)],
         [f"Open-Sora on {PUBLISHED_ON}, published", *(_thousands(line.published) for line in lines)],
     ]
@@ -151,6 +180,8 @@ def _training_text(lines: list[Line]) -> str:
         f"the datasheets; nothing reaches them. The published figures include the VAE and T5, ours do not."
     )
     caption += f" Measured at {', '.join(commits)}." if commits else " **No speed on a GPU has been measured yet.**"
+    if any(line.as_shipped for line in lines):
+        caption += " As shipped: plain attention, all blocks recomputed, in this project's own writing of v1.1.0."
     figure = f"![Tokens per second of a training step at five resolutions: limits and figures]({FIGURE})"
     return f"{figure}\n\n{_wrap(caption)}\n\n{_table(table)}"
 

@@ -57,6 +57,15 @@ def test_a_measured_row_takes_its_place():
     assert "Measured at aaaaaaaaa." in block and "No speed" not in block
 
 
+def test_upstream_of_the_same_videos_stands_below_ours():
+    ours = make_row(**STEP, p50_ms=300.0, shape="B=5 T=16")
+    upstream = make_row(**STEP, provider="upstream", p50_ms=1500.0, shape="B=5 T=16")
+    smaller = make_row(**STEP, provider="upstream", p50_ms=500.0, shape="B=2 T=16")
+    block = build_block([Results(None, (ours, smaller, upstream))])
+    assert "| Open-Sora's model as shipped, same GPU and run | – | 21.6 | – | – | – |" in block
+    assert "as shipped" not in build_block([Results(None, (ours, smaller))])
+
+
 def test_where_only_another_gpu_was_measured_it_is_named():
     """Never under the name of an H200, and not left out as if nothing had been measured."""
     row = make_row(**STEP, p50_ms=300.0)
