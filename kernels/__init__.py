@@ -23,6 +23,7 @@ else:
     from .gate_residual_modulated_norm import gate_residual_modulated_norm
     from .gelu_tanh import gelu_tanh
     from .layout import PackLayout, TextLayout
+    from .linear import linear
     from .modulated_norm import modulated_norm
     from .patchify import patchify, token_grid, unpatchify
     from .project_residual import project_residual
@@ -40,6 +41,7 @@ __all__ = [
     "gate_residual",
     "gate_residual_modulated_norm",
     "gelu_tanh",
+    "linear",
     "modulated_norm",
     "patchify",
     "project_residual",

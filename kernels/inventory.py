@@ -14,6 +14,7 @@ from .registration import TRITON_DTYPES
 OPS = (
     "patchify",
     "modulated_norm",
+    "linear",
     "spatial_attention",
     "gate_residual_modulated_norm",
     "qk_norm_rotary",

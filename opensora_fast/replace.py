@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from opensora_fast.kernels import PackLayout, TextLayout
 from opensora_fast.kernels.dispatch import BACKENDS
+from opensora_fast.kernels.linear import LINEAR_BACKENDS, load_quack
 
-from .model.backends import Backends
+from .model.backends import OPS, Backends
 from .model.block import PackContext, compute_block
 from .model.stdit2 import STDiT2
-
-OPS = tuple(field.name for field in fields(Backends))
 
 # What a block of Open-Sora 1.1 holds; a module with all of it is taken for one.
 BLOCK_PARAMETERS = (
@@ -40,20 +39,20 @@ class Replacement:
 
     Attributes:
         replaced: op → names of the modules whose computation now uses the chosen backend.
-        backend: the chosen backend.
+        backends: op → the chosen backend.
         undo: restores the model as it was before.
     """
 
     replaced: dict[str, list[str]]
-    backend: str
+    backends: dict[str, str]
     undo: Callable[[], None]
 
     def __str__(self) -> str:
-        lines = [f"{op}: {self.backend} in {len(names)} modules" for op, names in self.replaced.items()]
+        lines = [f"{op}: {self.backends[op]} in {len(names)} modules" for op, names in self.replaced.items()]
         return "\n".join(lines)
 
 
-def use_kernels(model: nn.Module, backend: str = "triton", **flags: bool) -> Replacement:
+def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None = None, **flags: bool) -> Replacement:
     """Chooses the implementation of a model's ops.
 
     Works on `STDiT2` and on an instance of Open-Sora 1.1's own class, which is recognized by its structure. Only that
@@ -62,13 +61,15 @@ def use_kernels(model: nn.Module, backend: str = "triton", **flags: bool) -> Rep
     Args:
         model: the model.
         backend: "triton", "reference", or "auto" (Triton on CUDA, reference elsewhere).
+        linear: what multiplies in the Linears on all tokens, forward and for the gradient of their input: "torch" or
+            "quack" (see `kernels.linear`); None leaves it as it is.
         **flags: ops to change, by name (`modulated_norm=True, spatial_attention=True, …`); without any, all ops.
 
     Returns:
         What was replaced, and how to undo it.
 
     Raises:
-        ValueError: an unknown backend or op, or nothing in the model matched.
+        ValueError: an unknown backend or op, nothing in the model matched, or quack is not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"use_kernels: backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
@@ -76,10 +77,16 @@ def use_kernels(model: nn.Module, backend: str = "triton", **flags: bool) -> Rep
         if name not in OPS:
             raise ValueError(f"use_kernels: unknown op {name!r}; known: {', '.join(OPS)}")
     chosen = {name: backend for name in OPS if flags.get(name, not flags)}
+    if linear is not None:
+        if linear not in LINEAR_BACKENDS:
+            raise ValueError(f"use_kernels: linear {linear!r} is unknown; choose one of {', '.join(LINEAR_BACKENDS)}")
+        if linear == "quack":
+            load_quack()
+        chosen["linear"] = linear
     if not chosen:
         raise ValueError("use_kernels: every flag is False, so nothing would change; leave the call out or name an op")
     if isinstance(model, STDiT2):
-        return _choose_in_own_model(model, chosen, backend)
+        return _choose_in_own_model(model, chosen)
     blocks = {name: module for name, module in model.named_modules() if _is_upstream_block(module)}
     rope = getattr(model, "rope", None)
     if not blocks or not isinstance(getattr(rope, "freqs", None), Tensor):
@@ -87,10 +94,10 @@ def use_kernels(model: nn.Module, backend: str = "triton", **flags: bool) -> Rep
             f"use_kernels: {type(model).__name__} is neither an STDiT2 nor built like Open-Sora 1.1's "
             "(blocks with attn, attn_temp, cross_attn, mlp and two scale-shift tables, and rope.freqs)"
         )
-    return _override_upstream_blocks(blocks, rope, chosen, backend)
+    return _override_upstream_blocks(blocks, rope, chosen)
 
 
-def _choose_in_own_model(model: STDiT2, chosen: dict[str, str], backend: str) -> Replacement:
+def _choose_in_own_model(model: STDiT2, chosen: dict[str, str]) -> Replacement:
     before = model.backends
     model.backends = replace(before, **chosen)
     names = [f"blocks.{index}" for index in range(len(model.blocks))]
@@ -99,7 +106,7 @@ def _choose_in_own_model(model: STDiT2, chosen: dict[str, str], backend: str) ->
     def undo() -> None:
         model.backends = before
 
-    return Replacement(replaced, backend, undo)
+    return Replacement(replaced, chosen, undo)
 
 
 def _is_upstream_block(module: nn.Module) -> bool:
@@ -107,9 +114,7 @@ def _is_upstream_block(module: nn.Module) -> bool:
     return all(name in own for name in BLOCK_PARAMETERS)
 
 
-def _override_upstream_blocks(
-    blocks: dict[str, nn.Module], rope: nn.Module, chosen: dict[str, str], backend: str
-) -> Replacement:
+def _override_upstream_blocks(blocks: dict[str, nn.Module], rope: nn.Module, chosen: dict[str, str]) -> Replacement:
     """Gives each block a `forward` of its own that computes on packs; ops not chosen use the reference."""
     for name, block in blocks.items():
         if not isinstance(getattr(block, "drop_path", nn.Identity()), nn.Identity):
@@ -125,7 +130,7 @@ def _override_upstream_blocks(
         for block in blocks.values():
             vars(block).pop("forward", None)
 
-    return Replacement({op: list(blocks) for op in chosen}, backend, undo)
+    return Replacement({op: list(blocks) for op in chosen}, chosen, undo)
 
 
 def _compute_upstream_block(

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from opensora_fast.kernels import PackLayout, TextLayout
+from opensora_fast.kernels.linear import check_quack
 from opensora_fast.model import STDiT2Config
 from opensora_fast.model.block import PackContext, STDiT2Block, compute_block
 from opensora_fast.model.embedders import RotaryFrequencies
 
 from ..shapes import Pack, text_lengths
-from .provider import Bound, Provider, compiled, compiles_on_cuda, needs_cuda, own_version, torch_version
+from .provider import Bound, Provider, compiled, compiles_on_cuda, needs_cuda
 from .upstream import UpstreamBlock
 from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant
 
@@ -134,13 +135,18 @@ def block_provider(variant: Variant) -> Provider:
             return ONE_SHAPE
         return missing_on(variant, work)
 
-    return Provider(variant.name, prepare, missing, own_version if variant.uses_triton else torch_version)
+    return Provider(variant.name, prepare, missing, variant.version)
 
 
 def missing_on(variant: Variant, work: BlockWork) -> str:
     """Why a variant cannot run where the work is."""
     if variant.compiled:
         return compiles_on_cuda(work)
+    if variant.uses_quack:
+        try:
+            check_quack(torch.device(work.device), work.dtype)
+        except ValueError as error:
+            return str(error)
     return needs_cuda(work) if variant.uses_triton or variant.sdpa else ""
 
 

@@ -27,7 +27,7 @@ from ..shapes import Pack, Workload, text_lengths
 from ..timing import Call
 from .blocks import ONE_SHAPE, missing_on
 from .graphs import GraphedModel
-from .provider import Bound, Provider, own_version, torch_version
+from .provider import Bound, Provider
 from .upstream import UpstreamSTDiT2
 from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant
 
@@ -152,7 +152,7 @@ def model_provider(variant: Variant) -> Provider:
         one_shape = variant.is_upstream or variant.graphed
         return ONE_SHAPE if one_shape and not work.is_uniform else missing_on(variant, work)
 
-    return Provider(variant.name, prepare, missing, own_version if variant.uses_triton else torch_version)
+    return Provider(variant.name, prepare, missing, variant.version)
 
 
 MODEL_PROVIDERS = tuple(model_provider(variant) for variant in VARIANTS)

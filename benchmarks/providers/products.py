@@ -19,6 +19,7 @@ FORWARD, OF_INPUT, OF_WEIGHT = DIRECTIONS = ("forward", "backward of input", "ba
 # tokens. As so many sums over a part of the tokens each, they fill it; float32 until they are added up.
 TOKEN_SPLITS = 4
 QUACK = ("quack-kernels", "quack_kernels")
+OTHER_DIRECTIONS = "is for the gradient of a weight"
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,25 @@ def split_over_tokens(product: Product) -> Bound:
 
 def _may_be_split(product: Product) -> str:
     if product.direction != OF_WEIGHT:
-        return "is for the gradient of a weight"
+        return OTHER_DIRECTIONS
     if product.right.shape[0] % TOKEN_SPLITS:
         return f"needs tokens in multiples of {TOKEN_SPLITS}, not {product.right.shape[0]}"
     return ""
 
 
-def _prepare_quack(product: Product) -> Bound:
+def _prepare_quack(product: Product, weight_splits: int) -> Bound:
     """Its default configuration: finding the best of dozens takes minutes for each shape."""
     from quack.gemm_interface import gemm
 
-    splits = TOKEN_SPLITS if product.direction == OF_WEIGHT else 1
+    splits = weight_splits if product.direction == OF_WEIGHT else 1
     return partial(gemm, product.left, product.right, out=product.output, tuned=False, split_k=splits)
+
+
+_needs_quack = needs_module("quack.gemm_interface", QUACK, needs_half)
+
+
+def _needs_quack_for_weight(product: Product) -> str:
+    return _needs_quack(product) if product.direction == OF_WEIGHT else OTHER_DIRECTIONS
 
 
 LIBRARY = Provider("torch-cpu", _prepare_library)
@@ -88,6 +96,7 @@ PRODUCT_PROVIDERS = {
     "cuda": (
         CUBLAS,
         Provider("cublas-split", split_over_tokens, _may_be_split, CUBLAS.version),
-        Provider("quack", _prepare_quack, needs_module("quack.gemm_interface", QUACK, needs_half), version_of(QUACK)),
+        Provider("quack", partial(_prepare_quack, weight_splits=TOKEN_SPLITS), _needs_quack, version_of(QUACK)),
+        Provider("quack-unsplit", partial(_prepare_quack, weight_splits=1), _needs_quack_for_weight, version_of(QUACK)),
     ),
 }

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from opensora_fast.model.backends import Backends
 
+from .products import QUACK
+from .provider import own_version, torch_version, version_of
+
 REFERENCE, TRITON = Backends.all("reference"), Backends.all("triton")
 
 
@@ -48,6 +51,15 @@ class Variant:
     def uses_triton(self) -> bool:
         return self.backends is not None and "triton" in vars(self.backends).values()
 
+    @property
+    def uses_quack(self) -> bool:
+        return self.backends is not None and self.backends.linear == "quack"
+
+    def version(self) -> str:
+        """Of what computes."""
+        own = own_version() if self.uses_triton else torch_version()
+        return f"{own} quack {version_of(QUACK)()}" if self.uses_quack else own
+
     @contextmanager
     def attention(self) -> Iterator[None]:
         """Around a forward pass."""
@@ -81,6 +93,7 @@ VARIANTS = (
     Variant("ours", TRITON),
     Variant("ours-recompute", TRITON, recompute=True),
     Variant("ours-graph", TRITON, graphed=True),
+    Variant("ours-quack", Backends.all("triton", linear="quack")),
 )
 VARIANT_OF = {variant.name: variant for variant in VARIANTS}
 

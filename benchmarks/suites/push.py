@@ -30,6 +30,7 @@ LONG_STEPS = ("upstream", "eager-recompute", "compile-recompute", "ours", "ours-
 # Where the host takes longer than the GPU.
 SMALL_STEPS = ("eager", "compile", "ours", "ours-graph")
 FEW = ("eager", "ours")
+QUACK = "ours-quack"
 FIRST_LENGTHS = {"spatial": (144, 920, 1590, 3600), "temporal": (16, 64, 128), "cross": (120,)}
 WIDE_HEAD = 128  # one tile of 128 columns, where 72 takes 64 + 16
 LONGEST_S = 60.0  # of a step that is repeated without a pause
@@ -43,6 +44,7 @@ def list_cases(scale: Scale) -> list[Case]:
     basics, gemms, more_gemms = _ceilings(scale)
     small = [_small_step(scale, workload) for workload in _small_batches(scale)]
     blocks = [only(models.block_case(scale, Pack.of(workload), 0), STEPS) for workload in headline]
+    blocks[0] = only(models.block_case(scale, first, 0), (*STEPS, QUACK))
     parts: list[Sequence[Case]] = [
         basics,
         gemms,
@@ -51,7 +53,7 @@ def list_cases(scale: Scale) -> list[Case]:
         [only(ops.attention_case(scale, kind, first, 0), LIBRARIES) for kind in ops.KINDS],
         # Scores that need the ordinary softmax, beside those above, which do not.
         [only(ops.attention_case(scale, "spatial", first, 0, norm_weight=ops.WIDE_NORM_WEIGHT), LIBRARIES)],
-        [_step(scale, workload) for workload in headline[:3]],
+        [_step(scale, workload, QUACK) for workload in headline[:3]],
         small[:2],
         [models.sustained_case(scale, headline[0], LONGEST_S, 0)],
         _lengths(scale, lambda kind, length: length in FIRST_LENGTHS[kind]),
@@ -91,9 +93,9 @@ def _ceilings(scale: Scale) -> tuple[list[Case], list[Case], list[Case]]:
     )
 
 
-def _step(scale: Scale, workload: Workload) -> Case:
+def _step(scale: Scale, workload: Workload, *others: str) -> Case:
     names = LONG_STEPS if workload.tokens > scale.recompute_above else STEPS
-    return models.step_case(scale, workload, names, 0)
+    return models.step_case(scale, workload, (*names, *others), 0)
 
 
 def _small_step(scale: Scale, workload: Workload) -> Case:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from opensora_fast import kernels
-from opensora_fast.kernels import PackLayout, TextLayout
+from opensora_fast.kernels import PackLayout, TextLayout, linear
 
 from .backends import Backends
 
@@ -122,7 +121,7 @@ def compute_block(
     if normed is None:
         normed = kernels.modulated_norm(x, shift_space, scale_space, rows, layout, backend=use.modulated_norm)
     attention = block.attn
-    qkv, qkv_bias = project_qkv(attention, normed)
+    qkv, qkv_bias = project_qkv(attention, normed, use.linear)
     attended = kernels.spatial_attention(
         qkv,
         norm_weight(attention.q_norm),
@@ -133,7 +132,7 @@ def compute_block(
     )
     x, normed = kernels.gate_residual_modulated_norm(
         x,
-        linear(attended.flatten(1), attention.proj.weight),
+        linear(attended.flatten(1), attention.proj.weight, backend=use.linear),
         gate_space,
         shift_time,
         scale_time,
@@ -143,7 +142,7 @@ def compute_block(
         backend=use.gate_residual_modulated_norm,
     )
     attention = block.attn_temp
-    qkv, qkv_bias = project_qkv(attention, normed)
+    qkv, qkv_bias = project_qkv(attention, normed, use.linear)
     attended = kernels.temporal_attention(
         qkv,
         norm_weight(attention.q_norm),
@@ -156,7 +155,7 @@ def compute_block(
     )
     x = kernels.gate_residual(
         x,
-        linear(attended.flatten(1), attention.proj.weight),
+        linear(attended.flatten(1), attention.proj.weight, backend=use.linear),
         gate_time,
         rows,
         layout,
@@ -165,7 +164,7 @@ def compute_block(
     )
     attention = block.cross_attn
     q_bias = attention.q_linear.bias
-    x, queries = kernels.project_residual(x, attention.q_linear.weight, q_bias.detach())
+    x, queries = kernels.project_residual(x, attention.q_linear.weight, q_bias.detach(), backend=use.linear)
     attended = kernels.cross_attention(
         queries.unflatten(1, (attention.num_heads, -1)),
         attention.kv_linear(context.text).unflatten(1, (2, attention.num_heads, -1)),
@@ -176,7 +175,7 @@ def compute_block(
     )
     x, normed = kernels.gate_residual_modulated_norm(
         x,
-        linear(attended.flatten(1), attention.proj.weight),
+        linear(attended.flatten(1), attention.proj.weight, backend=use.linear),
         None,
         shift_mlp,
         scale_mlp,
@@ -185,8 +184,9 @@ def compute_block(
         bias=attention.proj.bias,
         backend=use.gate_residual_modulated_norm,
     )
-    hidden = kernels.gelu_tanh(linear(normed, block.mlp.fc1.weight), block.mlp.fc1.bias, backend=use.gelu_tanh)
-    branch = linear(hidden, block.mlp.fc2.weight)
+    hidden = linear(normed, block.mlp.fc1.weight, backend=use.linear)
+    hidden = kernels.gelu_tanh(hidden, block.mlp.fc1.bias, backend=use.gelu_tanh)
+    branch = linear(hidden, block.mlp.fc2.weight, backend=use.linear)
     if following is None:
         bias = block.mlp.fc2.bias
         return kernels.gate_residual(x, branch, gate_mlp, rows, layout, bias=bias, backend=use.gate_residual), None
@@ -204,11 +204,11 @@ def compute_block(
     )
 
 
-def project_qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def project_qkv(attention: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """x [N, C] → qkv [N, 3, H, D], and the bias [3, H, D] in it, whose gradient attention finds on its way."""
     weight, bias = attention.qkv.weight, attention.qkv.bias
     shape = (3, attention.num_heads, -1)
-    return linear(x, weight, bias.detach()).unflatten(1, shape), bias.unflatten(0, shape)
+    return linear(x, weight, bias.detach(), backend=backend).unflatten(1, shape), bias.unflatten(0, shape)
 
 
 def norm_weight(norm: nn.Module | None) -> Tensor | None:
