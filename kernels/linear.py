@@ -33,7 +33,7 @@ from .dispatch import calls
 from .registration import kernel_op, on_device, output_dtype
 
 LINEAR_BACKENDS = ("torch", "quack")
-QUACK_INSTALL = 'pip install "quack-kernels==0.6.5" "nvidia-cutlass-dsl==4.8.1"'
+QUACK_INSTALL = 'pip install "quack-kernels[cu13]==0.6.5" "nvidia-cutlass-dsl[cu13]==4.8.1"'
 QUACK_DTYPES = (torch.float16, torch.bfloat16)
 QUACK_ARCHITECTURES = ((9, 0), (10, 0))
 QUACK_ALIGNMENT = 16  # bytes: of the first element, and of the distance of two rows

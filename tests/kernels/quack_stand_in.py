@@ -1,0 +1,79 @@
+"""quack's functions for matrix products in plain PyTorch, with their signatures and what they ask of their operands."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+
+class QuackStandIn(SimpleNamespace):
+    """In the place of `quack.gemm_interface` of quack-kernels 0.6.5; `called` lists (function, M, S, P, bias or not).
+
+    Its kernels for matrices read 16 bytes at once along the dimension whose stride is 1, of rows that begin at
+    multiples of 16 bytes; the bias they read 8 bytes at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(called=[])
+
+    def gemm(
+        self,
+        A: Tensor,
+        B: Tensor,
+        out: Tensor | None = None,
+        bias: Tensor | None = None,
+        alpha: float = 1.0,
+        out_dtype: torch.dtype | None = None,
+        *,
+        dynamic_scheduler: bool = False,
+        tuned: bool = True,
+        split_k: int | None = 1,
+    ) -> Tensor:
+        return self._multiply("gemm", A, B, None, out, bias, tuned)
+
+    def gemm_add(
+        self,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        out: Tensor | None = None,
+        bias: Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        out_dtype: torch.dtype | None = None,
+        *,
+        dynamic_scheduler: bool = False,
+        tuned: bool = True,
+        split_k: int | None = 1,
+    ) -> Tensor:
+        return self._multiply("gemm_add", A, B, C, out, bias, tuned)
+
+    def _multiply(
+        self,
+        name: str,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor | None,
+        out: Tensor | None,
+        bias: Tensor | None,
+        tuned: bool,
+    ) -> Tensor:
+        assert not tuned, "tuning takes minutes for each shape"
+        assert out is None
+        for matrix in (A, B, C):
+            if matrix is not None:
+                check_matrix(matrix, A.dtype)
+        assert C is None or C.shape == (A.shape[0], B.shape[1])
+        if bias is not None:
+            assert bias.dtype == A.dtype and bias.shape == (B.shape[1],)
+            assert bias.is_contiguous() and bias.data_ptr() % 8 == 0
+        self.called.append((name, *A.shape, B.shape[1], bias is not None))
+        term = bias if C is None else C
+        return A @ B if term is None else torch.addmm(term, A, B)
+
+
+def check_matrix(matrix: Tensor, dtype: torch.dtype) -> None:
+    assert matrix.ndim == 2 and matrix.dtype == dtype
+    assert not torch.is_grad_enabled() or not matrix.requires_grad
+    along, across = sorted(matrix.stride())
+    assert along == 1 and across * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
