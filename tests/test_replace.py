@@ -1,10 +1,12 @@
 """`use_kernels` changes how a model computes, not what, and only the model it is given."""
 
 import copy
+import importlib
 from pathlib import Path
 
 import pytest
 import torch
+from quack_stand_in import QuackStandIn
 from safetensors.torch import load_file
 from torch import nn
 
@@ -73,6 +75,27 @@ def test_only_the_named_ops_change():
     assert {op for op, backend in calls if backend == "triton"} == {"gelu_tanh"}
 
 
+@pytest.mark.parametrize("model_class", [STDiT2, UpstreamSTDiT2])
+def test_matrix_products_change_where_they_are_named(model_class, monkeypatch):
+    stand_in = QuackStandIn()
+    linear = importlib.import_module("opensora_fast.kernels.linear")
+    monkeypatch.setattr(linear, "check_quack", lambda *arguments: None)
+    monkeypatch.setattr(linear, "load_quack", lambda: stand_in)
+    monkeypatch.setattr("opensora_fast.replace.load_quack", lambda: stand_in)
+    model, inputs = build(model_class), golden_inputs("plain")
+    expected = model(**inputs)
+    replacement = use_kernels(model, backend="reference", linear="quack", gelu_tanh=True)
+    assert set(replacement.replaced) == {"gelu_tanh", "linear"} and "linear: quack in 2 modules" in str(replacement)
+    assert (model(**inputs) - expected).norm() / expected.norm() < 2e-4
+    assert len(stand_in.called) == 8 * len(model.blocks)
+    replacement.undo()
+    stand_in.called.clear()
+    assert torch.equal(model(**inputs), expected)
+    use_kernels(model, backend="reference")
+    model(**inputs)
+    assert not stand_in.called
+
+
 def test_another_instance_is_not_touched():
     first, second = build(UpstreamSTDiT2), build(UpstreamSTDiT2)
     use_kernels(first, backend="reference")
@@ -104,6 +127,8 @@ def test_mistakes_are_named():
         use_kernels(build(STDiT2), spatial=True)
     with pytest.raises(ValueError, match="backend 'cuda'"):
         use_kernels(build(STDiT2), backend="cuda")
+    with pytest.raises(ValueError, match="linear 'cutlass' is unknown; choose one of torch, quack"):
+        use_kernels(build(STDiT2), linear="cutlass")
     with pytest.raises(ValueError, match="every flag is False"):
         use_kernels(build(STDiT2), gelu_tanh=False)
     model = build(UpstreamSTDiT2)

@@ -75,6 +75,32 @@ def test_sums_over_a_part_of_the_tokens_are_for_the_gradient_of_a_weight():
     assert split.missing(odd) == "needs tokens in multiples of 4, not 23"
 
 
+@pytest.mark.parametrize(("name", "splits"), [("quack", [1, 1, 4]), ("quack-unsplit", [1])])
+def test_quack_gets_the_operands_as_they_lie(name, splits, monkeypatch):
+    found = []
+
+    def gemm(A, B, out=None, *, tuned=True, split_k=1):
+        assert not tuned
+        found.append(split_k)
+        return torch.mm(A, B, out=out)
+
+    module_with(monkeypatch, "quack.gemm_interface", gemm=gemm)
+    provider = next(provider for provider in PRODUCT_PROVIDERS["cuda"] if provider.name == name)
+    directions = DIRECTIONS if name == "quack" else [OF_WEIGHT]
+    for direction in directions:
+        product = make_product(direction, *operands())
+        provider.prepare(product)()
+        expected = gradients_of_a_linear(*operands())[direction]
+        torch.testing.assert_close(product.output.double(), expected, rtol=1e-5, atol=1e-5)
+    assert found == splits
+
+
+def test_quack_without_splits_is_for_the_gradient_of_a_weight():
+    unsplit = next(provider for provider in PRODUCT_PROVIDERS["cuda"] if provider.name == "quack-unsplit")
+    reasons = [unsplit.missing(make_product(direction, *operands(torch.bfloat16))) for direction in DIRECTIONS]
+    assert reasons[:2] == ["is for the gradient of a weight"] * 2 and reasons[2] != ""  # no quack, or no GPU
+
+
 def module_with(monkeypatch, name, **functions):
     """A library that need not be installed: the named module, with these functions."""
     parent, _, _ = name.rpartition(".")

@@ -1,10 +1,13 @@
 """Every way to compute something equals the others; what only runs on a GPU is tested for its arithmetic here."""
 
+import importlib
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from quack_stand_in import QuackStandIn
 from run_again import RunAgain
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
@@ -23,14 +26,15 @@ from opensora_fast.benchmarks.providers.models import (
     make_model_work,
     make_training,
     model_output,
+    model_provider,
     model_results,
     training_call,
     view_of,
 )
 from opensora_fast.benchmarks.providers.provider import Provider, needs_module
-from opensora_fast.benchmarks.providers.variants import VARIANT_OF, WATERFALL
+from opensora_fast.benchmarks.providers.variants import VARIANT_OF, WATERFALL, Variant
 from opensora_fast.benchmarks.shapes import Pack, Workload
-from opensora_fast.model.backends import Backends
+from opensora_fast.model.backends import OPS, Backends
 
 CONFIG = STDiT2Config.small(upstream_rounding=False)
 SHAPES = [(2, 3, 5), (2, 3, 5), (1, 4, 4), (3, 2, 2)]
@@ -369,9 +373,30 @@ def test_the_waterfall_adds_one_technique_at_a_time():
         for name in WATERFALL
         if not VARIANT_OF[name].is_upstream
     ]
-    assert triton[0] == set() and triton[-1] == set(vars(Backends()))
+    assert triton[0] == set() and triton[-1] == set(OPS)
     assert all(before < after for before, after in zip(triton, triton[1:], strict=False))
     assert all(name in VARIANT_OF for name in WATERFALL)
+
+
+def test_quack_multiplies_for_the_linears_on_all_tokens(model_work, monkeypatch):
+    ours, quack = VARIANT_OF["ours"], VARIANT_OF["ours-quack"]
+    assert vars(quack.backends) == vars(ours.backends) | {"linear": "quack"}
+    for provider in (*BLOCK_PROVIDERS, *MODEL_PROVIDERS):
+        if provider.name == quack.name:
+            assert "needs a CUDA GPU" in provider.missing(model_work)
+    stand_in = QuackStandIn()
+    linear = importlib.import_module("opensora_fast.kernels.linear")
+    monkeypatch.setattr(linear, "check_quack", lambda *arguments: None)
+    monkeypatch.setattr(linear, "load_quack", lambda: stand_in)
+    by_quack = model_provider(Variant("eager-quack", Backends.all("reference", linear="quack"))).prepare(model_work)
+    expected, _ = model_results(model_provider(VARIANT_OF["eager"]).prepare(model_work), model_work)
+    assert not stand_in.called
+    assert_same(model_results(by_quack, model_work)[0], expected, 5e-6)
+    # Eight Linears of a block, forward and for the gradient of their input; that of q_linear meets the stream's.
+    assert Counter(name for name, *_ in stand_in.called) == {
+        "gemm": 15 * CONFIG.depth,
+        "gemm_add": CONFIG.depth,
+    }
 
 
 def test_views_choose_their_kernels_without_touching_the_model(model_work):

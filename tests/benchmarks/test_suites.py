@@ -100,6 +100,15 @@ def test_the_small_steps_of_stage_1_follow_the_first_three_headline_steps():
     assert all(case.providers == ("eager", "compile", "ours", "ours-graph") for case in replayed)
 
 
+def test_other_matrix_products_are_measured_where_they_weigh_most():
+    cases = [case for case in list_cases("push", "cuda") if "ours-quack" in case.providers]
+    assert [(case.template.level, case.template.workload) for case in cases] == [
+        *(("step", f"{name}×16") for name in ("240p", "720p", "144p")),
+        ("block", "240p×16"),
+    ]
+    assert all("ours" in case.providers for case in cases)
+
+
 def test_sizes_of_the_comparison_with_float64():
     scale = scale_of("cuda")
     pack = Pack.of(Workload("240p", 16, 5))

@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from quack_stand_in import QuackStandIn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora_fast import STDiT2, STDiT2Config, use_kernels
@@ -50,7 +51,11 @@ def no_launch(monkeypatch) -> None:
 
 
 def run_two_blocks(
-    backend: str, device: torch.device, dtype: torch.dtype = torch.float32, given_frames: bool = False
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    given_frames: bool = False,
+    linear: str | None = None,
 ) -> LargeOps:
     """Two blocks forward and backward on videos of two shapes; the first makes the norm of the second."""
     torch.manual_seed(0)
@@ -58,7 +63,7 @@ def run_two_blocks(
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     model.to(device, dtype)
-    use_kernels(model, backend=backend)
+    use_kernels(model, backend=backend, linear=linear)
     given = []
     real = STDiT2._run_blocks
     sizes = {"height": 64.0, "width": 64.0, "ar": 1.0, "num_frames": 4.0, "fps": 24.0}
@@ -92,6 +97,18 @@ def test_only_kernels_and_matrix_products_touch_all_tokens(device, no_launch, dt
         *("gate_residual", "cross_attention", "gelu_tanh"),
     }
     assert ops.kernels == forward | {f"{op}_backward" for op in forward}
+
+
+def test_quack_reads_and_writes_operands_where_they_lie(device, no_launch, monkeypatch) -> None:
+    stand_in = QuackStandIn()
+    linear = importlib.import_module("opensora_fast.kernels.linear")
+    monkeypatch.setattr(linear, "check_quack", lambda *arguments: None)
+    monkeypatch.setattr(linear, "load_quack", lambda: stand_in)
+    monkeypatch.setattr("opensora_fast.replace.load_quack", lambda: stand_in)
+    ops = run_two_blocks("triton", device, linear="quack")
+    assert ops.found == {"aten::add.Tensor": 1} and "quack_product" in ops.kernels
+    # Eight Linears a block: forward once to find what the blocks get, then forward and backward.
+    assert len(stand_in.called) == 2 * 8 * 3
 
 
 def test_plain_pytorch_is_noticed(device) -> None:
