@@ -9,6 +9,8 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from opensora_fast import use_kernels
 from opensora_fast.config import LoadedConfig, TrainConfig, to_json
 from opensora_fast.cpu_threads import cpu_threads
@@ -16,6 +18,7 @@ from opensora_fast.data.pyav_decoder import count_processors
 from opensora_fast.device import DTYPES
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.kernels import calls
+from opensora_fast.kernels.linear import LINEAR_BACKENDS, check_quack
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.join import join_processes
 from opensora_fast.parallel.processes import Processes
@@ -42,6 +45,7 @@ def train(
     init_from: str | None = None,
     device: str | None = None,
     backend: str = "auto",
+    linear: str = "torch",
     report: Callable[[str], None] = print,
 ) -> int | None:
     """Train to the end of the configured steps or epochs.
@@ -58,6 +62,7 @@ def train(
         device: "cpu" or "cuda"; CUDA where there is one by default. Of several processes each takes its own GPU.
         backend: of every op: "triton", "reference", or "auto" (Triton on CUDA, reference elsewhere). The optimizer's
             step is never interpreted.
+        linear: what multiplies in the Linears on all tokens: "torch" or "quack" (see `kernels.linear`).
         report: is given lines for a person.
 
     Returns:
@@ -69,7 +74,14 @@ def train(
     """
     with join_processes(device) as processes:
         return _train(
-            loaded, out, processes, resume, init_from, backend, report if processes.rank == 0 else _report_nothing
+            loaded,
+            out,
+            processes,
+            resume,
+            init_from,
+            backend,
+            linear,
+            report if processes.rank == 0 else _report_nothing,
         )
 
 
@@ -84,10 +96,12 @@ def _train(
     resume: str | None,
     init_from: str | None,
     backend: str,
+    linear: str,
     report: Callable[[str], None],
 ) -> int | None:
     config = loaded.config
     refuse_without_gpu(config.cuda_graph_tokens, processes.device.type)
+    refuse_linear(linear, processes.device, DTYPES[config.dtype])
     for note in loaded.notes:
         report(f"note: {note}")
     diffusion = build_diffusion(config)
@@ -118,7 +132,7 @@ def _train(
             source = stack.enter_context(closing(open_source(config, data, out, processes.device, dtype, tell)))
         model_config = make_model_config(config, source.in_channels, source.caption_channels, source.model_max_length)
         model = build_model(model_config, config.seed, config.grad_checkpoint)
-        use_kernels(model, backend)
+        use_kernels(model, backend, linear=linear)
         if start.weights is not None:
             with processes.first():
                 load_initial_weights(model, start.weights, report)
@@ -142,7 +156,7 @@ def _train(
             batches=source.iterate,
             extra_files=lambda folder: write_extra_files(config, out, folder),
             folder=out,
-            replay=lambda checkpoint, step: describe_replay(out, checkpoint, step, processes),
+            replay=lambda checkpoint, step: describe_replay(out, checkpoint, step, processes, linear),
             limits=Limits(config.steps, config.epochs, config.log_every, config.ckpt_every, config.keep_checkpoints),
             seed=config.seed,
             data_fingerprint=source.data.get_fingerprint(),
@@ -200,7 +214,15 @@ def write_config(config: TrainConfig, path: Path) -> None:
     path.write_text(to_json(absolute) + "\n")
 
 
-def describe_replay(out: Path, checkpoint: Path, step: int, processes: Processes) -> str:
+def refuse_linear(linear: str, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError where what is to multiply in the Linears is unknown, or cannot for a model of this dtype."""
+    if linear not in LINEAR_BACKENDS:
+        raise ValueError(f"--linear {linear}: unknown; choose one of {', '.join(LINEAR_BACKENDS)}")
+    if linear == "quack":
+        check_quack(device, dtype)
+
+
+def describe_replay(out: Path, checkpoint: Path, step: int, processes: Processes, linear: str = "torch") -> str:
     """The command that runs one step again, from the checkpoint before it, into another folder, as it was run."""
     words = ["opensora-fast"]
     if processes.world_size > 1:
@@ -209,6 +231,7 @@ def describe_replay(out: Path, checkpoint: Path, step: int, processes: Processes
         words = ["torchrun", *where, "--nproc-per-node", str(processes.local_world_size), "-m", "opensora_fast"]
     words += ["train", str(out / "config.json"), "--resume", str(checkpoint)]
     words += ["--out", f"{out}-replay-{step}", "--steps", str(step), "--device", processes.device.type]
+    words += ["--linear", linear] if linear != "torch" else []
     return shlex.join(words)
 
 

@@ -17,6 +17,9 @@ def command(
     init_from: Annotated[str | None, typer.Option(help="Weights to start from: a run, checkpoint or model.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
     kernels: Annotated[str, typer.Option(help="triton, reference or auto: triton on cuda only.")] = "auto",
+    linear: Annotated[
+        str, typer.Option(help="torch or quack: what multiplies in the Linears on all tokens.")
+    ] = "torch",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print configuration and buckets, and exit.")] = False,
 ) -> None:
     """Train ST-DiT-2 from a configuration.
@@ -47,6 +50,8 @@ def command(
         raise ValueError("--out is missing: the folder for metrics, checkpoints and all that the run writes")
     from opensora_fast.train.train import train
 
-    signal_number = train(loaded, out, resume=resume, init_from=init_from, device=device, backend=kernels)
+    signal_number = train(
+        loaded, out, resume=resume, init_from=init_from, device=device, backend=kernels, linear=linear
+    )
     if signal_number is not None:
         raise typer.Exit(128 + signal_number)

@@ -9,6 +9,9 @@ from losses import read_losses
 from safetensors.torch import load_file
 
 from opensora_fast.data.bad_clips import read_bad_clips
+from opensora_fast.kernels.linear import LINEAR_BACKENDS
+from opensora_fast.parallel.processes import Processes
+from opensora_fast.train.train import describe_replay
 
 
 def test_a_corrupt_clip_costs_one_clip(train, tmp_path, table):
@@ -77,3 +80,17 @@ def test_from_pretrained_of_the_configuration_is_a_start(train, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
     stored = json.loads((tmp_path / "second" / "config.json").read_text())
     assert stored["model"]["from_pretrained"] == str(average)
+
+
+def test_what_multiplies_in_the_linears_is_checked_before_anything_is_made(train, tmp_path):
+    out = tmp_path / "run"
+    code, _, error = train(out, "--linear", "quack")
+    assert code == 1 and "linear: quack needs a CUDA GPU, and the tokens are on cpu; name 'torch' in its place" in error
+    code, _, error = train(out, "--linear", "cutlass")
+    assert code == 1 and "--linear cutlass: unknown; choose one of torch, quack" in error
+    assert not out.exists()
+
+
+def test_a_replay_multiplies_as_the_run_did(tmp_path):
+    words = [describe_replay(tmp_path, tmp_path, 5, Processes(torch.device("cpu")), name) for name in LINEAR_BACKENDS]
+    assert "--linear" not in words[0] and words[1].endswith(" --linear quack")
