@@ -110,7 +110,11 @@ def apex_call(work: MLPWork) -> Tensor:
 
 
 def quack_call(work: MLPWork) -> Tensor:
-    """Products whose epilogue is the GELU, or its gradient, in their default configuration."""
+    """Products whose epilogue is the GELU, or its gradient, in their default configuration.
+
+    quack takes functions for those of an installed library where their files lie under a folder named site-packages or
+    dist-packages; elsewhere (`pip install --target`) it follows all that they refer to, and fails with a TypeError.
+    """
     from quack.mlp import mlp_func
 
     x, weight1, bias1, weight2 = work.leaves.values()
