@@ -73,6 +73,8 @@ setup(
             "scikit-video==1.1.11",
         ],
         "colossalai": ["colossalai==0.5.0"],
+        # Products of Linears; these two ran together, with torch for CUDA 13.
+        "quack": ["quack-kernels[cu13]==0.6.5", "nvidia-cutlass-dsl[cu13]==4.8.1"],
     },
     entry_points={"console_scripts": ["opensora-fast=opensora_fast.cli:main"]},
 )

