@@ -3,12 +3,13 @@
     y = x Wᵀ + b          d_x = d_y W          dW = d_yᵀ x          db = Σ_N d_y
 
 "torch" is `torch.nn.functional.linear` itself: cuBLAS on a GPU. "quack" multiplies y and d_x with quack-kernels, whose
-default configuration took 3 to 14 % less time than cuBLAS for them on an H200 (N = 32768, bf16) and more for dW, so dW
-stays with cuBLAS. N tokens, C channels, K outputs.
+default configuration took 3 to 12 % less time than cuBLAS for them on an H200 (N = 32768, bf16) and, with sums split
+over the tokens, more for dW: so dW stays with cuBLAS. N tokens, C channels, K outputs.
 
-quack works on the current stream, without waiting for the GPU; what it keeps is made at the first call of a shape: a
-kernel is built once for each dtype and kind of product (seconds; kept on disk), a plan for each shape. Nothing is
-tuned. So, like the Triton kernels, it can be captured by a CUDA graph after one call outside; compilers see one node.
+CUDA graphs and compilers, as quack's source (0.6.5) has it: it launches on PyTorch's current stream, waits for nothing
+and, as called here, tunes nothing. The first call of a dtype and kind of product builds a kernel (about two seconds;
+kept on disk), the first of a shape a plan, so a graph can be captured after one call outside, as of the Triton kernels.
+Compilers see `quack_product` as one node.
 
 Replaces in ST-DiT-2: `qkv`, `proj`, `fc1` and `fc2` of a block.
 
@@ -84,21 +85,21 @@ def check_quack(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]
         sizes: C and K.
     """
     if device.type != "cuda":
-        raise ValueError(f"linear: quack needs a CUDA GPU, and the tokens are on {device}; use backend='torch'")
+        raise ValueError(f"linear: quack needs a CUDA GPU, and the tokens are on {device}; name 'torch' in its place")
     capability = _get_capability(device)
     if capability not in QUACK_ARCHITECTURES:
         raise ValueError(
             f"linear: quack is used on GPUs of sm_90 and sm_100, and {device} has sm_{capability[0]}{capability[1]}; "
-            "use backend='torch'"
+            "name 'torch' in its place"
         )
     if dtype not in QUACK_DTYPES:
         raise ValueError(
-            f"linear: quack takes float16 and bfloat16, got {dtype}; use backend='torch', or a model or autocast of "
-            "half precision"
+            f"linear: quack takes float16 and bfloat16, got {dtype}; name 'torch' in its place, or use a model or "
+            "autocast of half precision"
         )
     wrong = next((size for size in sizes if size * dtype.itemsize % QUACK_ALIGNMENT), None)
     if wrong is not None:
-        raise ValueError(f"linear: quack needs channels in multiples of 8, got {wrong}; use backend='torch'")
+        raise ValueError(f"linear: quack needs channels in multiples of 8, got {wrong}; name 'torch' in its place")
     load_quack()
 
 
@@ -118,14 +119,14 @@ def load_quack() -> Any:
         version("quack-kernels")
     except PackageNotFoundError:
         raise ValueError(
-            f"linear: quack is not installed; {QUACK_INSTALL} (versions that belong together), or use backend='torch'"
+            f"linear: quack is not installed; {QUACK_INSTALL} (these belong together), or name 'torch' in its place"
         ) from None
     try:
         return importlib.import_module("quack.gemm_interface")
     except Exception as error:  # its compiler's binary modules raise anything
         raise ValueError(
-            f"linear: quack cannot be imported ({type(error).__name__}: {error}); {QUACK_INSTALL}, or use "
-            "backend='torch'"
+            f"linear: quack cannot be imported ({type(error).__name__}: {error}); {QUACK_INSTALL}, or name "
+            "'torch' in its place"
         ) from error
 
 

@@ -202,10 +202,22 @@ GPU = torch.device("cuda", 0)
 @pytest.mark.parametrize(
     ("device", "capability", "dtype", "sizes", "message"),
     [
-        (torch.device("cpu"), (9, 0), torch.bfloat16, (), "needs a CUDA GPU, and the tokens are on cpu; use backend="),
-        (GPU, (8, 0), torch.bfloat16, (), "GPUs of sm_90 and sm_100, and cuda:0 has sm_80; use backend='torch'"),
-        (GPU, (9, 0), torch.float32, (), "float16 and bfloat16, got torch.float32; use backend='torch', or a model"),
-        (GPU, (9, 0), torch.bfloat16, (1152, 12), "channels in multiples of 8, got 12; use backend='torch'"),
+        (
+            torch.device("cpu"),
+            (9, 0),
+            torch.bfloat16,
+            (),
+            "needs a CUDA GPU, and the tokens are on cpu; name 'torch' in its place",
+        ),
+        (GPU, (8, 0), torch.bfloat16, (), "GPUs of sm_90 and sm_100, and cuda:0 has sm_80; name 'torch' in its place"),
+        (
+            GPU,
+            (9, 0),
+            torch.float32,
+            (),
+            "float16 and bfloat16, got torch.float32; name 'torch' in its place, or use a",
+        ),
+        (GPU, (9, 0), torch.bfloat16, (1152, 12), "channels in multiples of 8, got 12; name 'torch' in its place"),
         (GPU, (9, 0), torch.bfloat16, (1152, 4608), r'not installed; pip install "quack-kernels\[cu13\]==0.6.5"'),
     ],
 )
