@@ -262,3 +262,54 @@ def test_unknown_backends_and_shapes_are_errors(function, installed) -> None:
     with pytest.raises(ValueError, match="bias has shape"):
         function(x, weight, bias[:3], backend="quack")
     assert not installed.called
+
+
+@pytest.fixture
+def gpu_inputs() -> list[Tensor]:
+    """x [1000, 1152], weight [3456, 1152] and bias, where quack itself is installed and multiplies."""
+    pytest.importorskip("quack.gemm_interface")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_capability(device) not in module.QUACK_ARCHITECTURES:
+        pytest.skip("quack is used on GPUs of sm_90 and sm_100")
+    generator = torch.Generator(device).manual_seed(0)
+    return [
+        torch.randn(*size, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
+        for size in ((1000, 1152), (3456, 1152), (3456,))
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", [linear, project_residual], ids=["linear", "project_residual"])
+def test_quack_itself_errs_as_cublas_does(op, gpu_inputs) -> None:
+    def call(backend: str, *inputs: Tensor) -> Tensor:
+        output = op(*inputs, backend=backend)
+        return output if op is linear else torch.cat([output[0].square(), output[1]], 1)
+
+    exact = run(partial(call, "torch"), [tensor.detach().double().requires_grad_() for tensor in gpu_inputs])
+    eager = run(partial(call, "torch"), gpu_inputs)
+    for ours, theirs, expected in zip(run(partial(call, "quack"), gpu_inputs), eager, exact, strict=True):
+        assert (ours.double() - expected).norm() <= 2 * (theirs.double() - expected).norm() + 1e-12
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_products_of_quack(gpu_inputs) -> None:
+    x, weight, bias = gpu_inputs
+
+    def step() -> list[Tensor]:
+        on, y = project_residual(x, weight, bias, backend="quack")
+        output = linear(on, weight, backend="quack") + y
+        return [output, *torch.autograd.grad(output.square().mean(), (x, weight, bias))]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    found = [tensor.clone() for tensor in captured]
+    for replayed, eager in zip(found, step(), strict=True):
+        assert torch.equal(replayed, eager)
