@@ -85,6 +85,8 @@ VARIANTS = (
     Variant("eager-flash", REFERENCE, sdpa="FLASH"),
     Variant("eager-cudnn", REFERENCE, sdpa="CUDNN"),
     Variant("compile", REFERENCE, compiled=True),
+    # Without cuDNN's attention: tells whether that is why the gradients of "compile" were wrong on an H200.
+    Variant("compile-flash", REFERENCE, compiled=True, sdpa="FLASH"),
     Variant("compile-recompute", REFERENCE, compiled=True, recompute=True),
     Variant("ours-norms", _with(*NORMS)),
     Variant("ours-norms-gelu", _with(*NORMS, "gelu_tanh")),
@@ -109,7 +111,8 @@ WATERFALL = (
     "ours-norms-gelu-temporal-spatial",
     "ours",
 )
-PEERS = ("upstream", "upstream-flash", "eager", "eager-flash", "eager-cudnn", "compile", "compile-upstream", "ours")
+PEERS = ("upstream", "upstream-flash", "eager", "eager-flash", "eager-cudnn", "compile", "compile-flash")
+PEERS += ("compile-upstream", "ours")
 # On packs of mixed shapes; upstream's rows say that it takes one shape only.
 PACK_PEERS = ("upstream-flash", "eager", "eager-flash", "compile", "ours")
 # Where the activations of 16 frames of 720p do not fit without.
