@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Result = Tensor | Sequence[Tensor] | None  # several tensors count as one long vector; None: the gradient is missing
+# Several tensors, with names or without, count as one long vector; None: the gradient is missing.
+Result = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None
 Named = Mapping[str, Result]
 
 # A provider may err this many times as much as eager PyTorch in the same dtype, both against float64 …
@@ -25,16 +26,41 @@ FLOOR_IN_EPS = {torch.float16: 0.5, torch.bfloat16: 0.5, torch.float32: 4.0, tor
 # Below this share of the gradient that was sent back, a float64 gradient is zero but for rounding.
 ZERO_SHARE = 1e-9
 
+MOST_PARTS = 3  # tensors that are named where a result of several is wrong
 OUTPUT = "output"  # names of results that begin so are outputs, the others gradients
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the tensors of a wrong result.
+
+    Attributes:
+        name: of the tensor; its index where it has none.
+        share: of the squared error of the whole result.
+        error: relative to this tensor alone; eager_error: eager's, nan where it is not known.
+    """
+
+    name: str
+    share: float
+    error: float
+    eager_error: float
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.share:.0%}; error {self.error:.3g}, eager's {self.eager_error:.3g})"
+
+
+@dataclass(frozen=True)
 class Judgement:
-    """The worst result of a provider: the one nearest to its limit, or furthest above it."""
+    """The worst result of a provider: the one nearest to its limit, or furthest above it.
+
+    Attributes:
+        parts: of a result of several tensors that is wrong, those with the largest shares of the error.
+    """
 
     name: str
     error: float
     limit: float
+    parts: tuple[Part, ...] = ()
 
     @property
     def is_right(self) -> bool:
@@ -43,12 +69,17 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Exact results, the size that errors are relative to, and limits; make it with `measure`."""
+    """Exact results, the size that errors are relative to, and limits; make it with `measure`.
+
+    Attributes:
+        eager_errors: by result, eager's relative error of each of its tensors.
+    """
 
     exact: Named
     zero_names: frozenset[str]
     sent_back: float
     limits: dict[str, float]
+    eager_errors: dict[str, list[float]]
 
     @classmethod
     def measure(cls, exact: Named, eager: Named, dtype: torch.dtype, sent_back: float = 0.0) -> Yardstick:
@@ -65,17 +96,23 @@ class Yardstick:
             if not name.startswith(OUTPUT) and norm(value) <= ZERO_SHARE * sent_back
         )
         floor = FLOOR_IN_EPS[dtype] * torch.finfo(dtype).eps
-        limits = {}
+        limits, eager_errors = {}, {}
         for name, value in exact.items():
             factor = OUTPUT_FACTOR if name.startswith(OUTPUT) else GRADIENT_FACTOR
-            error = distance(eager.get(name), value) / _size(value, sent_back if name in zero else None)
+            distances = _distances(eager.get(name), value)
+            error = math.hypot(*distances) / _size(value, sent_back if name in zero else None)
             limits[name] = factor * error + floor
-        return cls(exact, zero, sent_back, limits)
+            eager_errors[name] = _relative(distances, value)
+        return cls(exact, zero, sent_back, limits, eager_errors)
 
     def loosened(self, other: Yardstick) -> Yardstick:
         """The same exact results, with the larger of both limits: there are two honest eager versions."""
         limits = {name: max(limit, other.limits[name]) for name, limit in self.limits.items()}
-        return replace(self, limits=limits)
+        eager_errors = {
+            name: [max(pair) for pair in zip(errors, other.eager_errors[name], strict=True)]
+            for name, errors in self.eager_errors.items()
+        }
+        return replace(self, limits=limits, eager_errors=eager_errors)
 
     def judge(self, results: Named, outputs_only: bool = False) -> Judgement:
         """Compares with the exact results."""
@@ -92,16 +129,49 @@ class Yardstick:
                 continue
             error = distance(results.get(name), value) / _size(value, sent_back if name in self.zero_names else None)
             judgements.append(Judgement(name, error, factor * self.limits[name]))
-        return max(judgements, key=lambda item: item.error / item.limit)
+        worst = max(judgements, key=lambda item: item.error / item.limit)
+        if worst.is_right or len(_tensors(expected[worst.name])) < 2:
+            return worst
+        return replace(worst, parts=self._find_parts(worst.name, results.get(worst.name), expected[worst.name]))
+
+    def _find_parts(self, name: str, actual: Result, expected: Result) -> tuple[Part, ...]:
+        """The tensors of a result that err most."""
+        distances = _distances(actual, expected)
+        # Where some are not finite, these are to blame, equally.
+        weights = [float(math.isinf(item)) if math.inf in distances else item**2 for item in distances]
+        errors, eager_errors = _relative(distances, expected), self.eager_errors[name]
+        if len(eager_errors) != len(errors):  # it has more tensors in larger inputs
+            eager_errors = [math.nan] * len(errors)
+        names = expected if isinstance(expected, Mapping) else map(str, range(len(distances)))
+        parts = [
+            Part(part, weight / sum(weights), error, eager_error)
+            for part, weight, error, eager_error in zip(names, weights, errors, eager_errors, strict=True)
+        ]
+        return tuple(sorted(parts, key=lambda part: -part.share)[:MOST_PARTS])
 
 
 def distance(actual: Result, expected: Result) -> float:
     """‖actual - expected‖ in float64; infinite if something is missing, of another shape or not finite."""
+    return math.hypot(*_distances(actual, expected))
+
+
+def _distances(actual: Result, expected: Result) -> list[float]:
+    """The distance of each tensor; where one is missing nobody knows which, so all are infinite."""
     actual, expected = _tensors(actual), _tensors(expected)
-    if len(actual) != len(expected) or any(a.shape != b.shape for a, b in zip(actual, expected, strict=True)):
+    if len(actual) != len(expected):
+        return [math.inf] * max(len(expected), 1)
+    return [_distance(a, b) for a, b in zip(actual, expected, strict=True)]
+
+
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
         return math.inf
-    squares = sum((a.double() - b.double()).square().sum().item() for a, b in zip(actual, expected, strict=True))
-    return math.sqrt(squares) if math.isfinite(squares) else math.inf
+    square = (actual.double() - expected.double()).square().sum().item()
+    return math.sqrt(square) if math.isfinite(square) else math.inf
+
+
+def _relative(distances: Sequence[float], expected: Result) -> list[float]:
+    return [item / _size(tensor, None) for item, tensor in zip(distances, _tensors(expected), strict=False)]
 
 
 def norm(value: Result) -> float:
@@ -116,4 +186,6 @@ def _size(value: Result, replacement: float | None) -> float:
 def _tensors(value: Result) -> list[Tensor]:
     if value is None:
         return []
-    return [value] if isinstance(value, Tensor) else list(value)
+    if isinstance(value, Tensor):
+        return [value]
+    return list(value.values() if isinstance(value, Mapping) else value)

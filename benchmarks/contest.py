@@ -131,7 +131,8 @@ class _Run:
                 judged[provider.name] = judgements
             else:
                 for direction in contest.calls:
-                    self.refused.append(Refused(self._row(provider, direction), wrong.name, wrong.error, wrong.limit))
+                    row = self._row(provider, direction)
+                    self.refused.append(Refused(row, wrong.name, wrong.error, wrong.limit, wrong.parts))
         return judged
 
     def _make_yardstick(self) -> Yardstick:

@@ -14,7 +14,8 @@ from . import report_convergence as convergence
 from . import report_memory as memory
 from . import report_ops as ops
 from . import report_steps as steps
-from .report_rows import Results, check_share, is_ours, rate
+from .accuracy import Part
+from .report_rows import Results, check_share, is_ours, joined, rate
 from .rows import Row
 from .shapes import VIDEO_SIZES
 
@@ -178,13 +179,18 @@ def _error_numbers(measured: list[Row]) -> list[tuple[str, str]]:
 # ---- what has no time ----
 
 
+def _refused_result(item: dict) -> str:
+    parts = [str(Part(**part)) for part in item.get("parts", ())]  # earlier lines have none
+    return joined(item["result"], *parts)
+
+
 def _add_reasons(report: HtmlReport, results: Results) -> None:
     if results.refused:
         report.paragraph("Wrong results, which get no time:")
         report.table(
             ["row", "result", "error", "may be", "commit", "date"],
             [
-                [item["name"], item["result"], f"{item['error']:.2e}", f"{item['error_limit']:.2e}"]
+                [item["name"], _refused_result(item), f"{item['error']:.2e}", f"{item['error_limit']:.2e}"]
                 + [item["commit"][:12], item["date"]]
                 for item in results.refused
             ],

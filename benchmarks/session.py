@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.parallel.hardware import Gpu
 from opensora_fast.parallel.operations import Count
 
+from .accuracy import Part
 from .environment import describe_environment
 from .rows import Key, Row, append_rows, level_path
 
@@ -29,15 +30,17 @@ SINGLE_KERNEL_LEVELS = ("copy", "gemm", "launch", "op")
 
 @dataclass(frozen=True)
 class Refused:
-    """A provider whose result was wrong: it gets no time."""
+    """A provider whose result was wrong: it gets no time; `parts`: the tensors of the result that err most."""
 
     row: Row
     result: str
     error: float
     limit: float
+    parts: tuple[Part, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.row.name}: the error of its {self.result} is {self.error:.3g}, over its limit {self.limit:.3g}"
+        text = f"{self.row.name}: the error of its {self.result} is {self.error:.3g}, over its limit {self.limit:.3g}"
+        return f"{text}; most of it: {', '.join(map(str, self.parts))}" if self.parts else text
 
 
 class DeviceLostError(Exception):
@@ -204,6 +207,7 @@ def _describe_refused(item: Refused) -> dict[str, Any]:
         "result": item.result,
         "error": item.error,
         "error_limit": item.limit,
+        "parts": [asdict(part) for part in item.parts],
         "device_name": environment.device_name if environment else "",
         "commit": environment.commit if environment else "",
         "dirty": environment.dirty if environment else False,

@@ -203,18 +203,19 @@ def _compile_blocks(own: STDiT2, recompute: bool) -> None:
 
 
 def model_results(bound: Bound, work: ModelWork) -> tuple[Named, float]:
-    """The output and the gradient of all parameters as one vector; caption dropout draws the same for everyone."""
+    """The output and the gradients of all parameters by name; caption dropout draws the same for everyone."""
     torch.manual_seed(SEED)
+    trained = {name: parameter for name, parameter in work.model.named_parameters() if parameter.requires_grad}
     if isinstance(bound, GraphedModel):
         output, weight, gradients = bound.replay()
         outputs, weights = [output], [weight]
     else:
         outputs = _as_list(bound())
         weights = weights_like(outputs)
-        parameters = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
-        gradients = torch.autograd.grad(outputs, parameters, weights)
+        gradients = torch.autograd.grad(outputs, list(trained.values()), weights)
     detached = [output.detach() for output in outputs]
-    return {OUTPUT: detached, "gradient of the parameters": gradients}, norm(weights)
+    named = dict(zip(trained, gradients, strict=True))
+    return {OUTPUT: detached, "gradient of the parameters": named}, norm(weights)
 
 
 def model_output(bound: Bound, work: ModelWork) -> tuple[Named, float]:

@@ -7,6 +7,7 @@ import torch
 
 from opensora_fast.benchmarks.accuracy import FLOOR_IN_EPS, GRADIENT_FACTOR, OUTPUT_FACTOR, Yardstick, distance
 
+ONE = torch.ones(1)
 EXACT = {"output": torch.tensor([3.0, 4.0]).double(), "gradient of q": torch.tensor([0.0, 10.0]).double()}
 
 
@@ -66,3 +67,64 @@ def test_two_eager_versions_give_the_larger_limit():
 def test_several_tensors_count_as_one_vector():
     assert distance([torch.zeros(1), torch.zeros(1)], [torch.tensor([3.0]), torch.tensor([4.0])]) == 5.0
     assert distance([torch.zeros(1)], [torch.zeros(1), torch.zeros(1)]) == math.inf
+
+
+LAYERS = {"first": torch.tensor([3.0, 4.0]), "second": torch.tensor([0.0, 10.0]), "third": torch.ones(4), "last": ONE}
+
+
+def layers_off_by(**errors):
+    return {name: value * (1 + errors.get(name, 0.0)) for name, value in LAYERS.items()}
+
+
+def stick_of_layers(**eager_errors):
+    exact = {"gradient of the parameters": {name: value.double() for name, value in LAYERS.items()}}
+    eager = {"gradient of the parameters": layers_off_by(**eager_errors)}
+    return Yardstick.measure(exact, eager, torch.float32, sent_back=1.0)
+
+
+def test_tensors_with_names_count_as_one_vector():
+    assert distance(layers_off_by(first=1.0, second=1.0), LAYERS) == pytest.approx(math.sqrt(125))
+
+
+def test_a_wrong_result_of_several_tensors_names_those_that_err_most():
+    stick = stick_of_layers(first=0.01, second=0.02)
+    judgement = stick.judge({"gradient of the parameters": layers_off_by(first=0.4, second=0.1, third=0.5, last=0.1)})
+    assert not judgement.is_right
+    assert [part.name for part in judgement.parts] == ["first", "second", "third"]  # at most three
+    squares = [(0.4 * 5) ** 2, (0.1 * 10) ** 2, (0.5 * 2) ** 2, 0.1**2]
+    assert [part.share for part in judgement.parts] == pytest.approx([square / sum(squares) for square in squares[:3]])
+    assert [part.error for part in judgement.parts] == pytest.approx([0.4, 0.1, 0.5])
+    assert [part.eager_error for part in judgement.parts] == pytest.approx([0.01, 0.02, 0.0], rel=1e-3)
+    assert str(judgement.parts[0]) == "first (67%; error 0.4, eager's 0.01)"
+
+
+def test_the_larger_of_two_eager_errors_is_told():
+    loosened = stick_of_layers(first=0.01).loosened(stick_of_layers(first=0.02, second=0.01))
+    (first, *_) = loosened.judge({"gradient of the parameters": layers_off_by(first=9.0)}).parts
+    assert (first.name, first.eager_error) == ("first", pytest.approx(0.02, rel=1e-3))
+
+
+def test_tensors_that_are_not_finite_are_to_blame():
+    broken = layers_off_by(first=9.0) | {"last": torch.tensor([math.nan]), "third": torch.ones(5)}
+    parts = stick_of_layers().judge({"gradient of the parameters": broken}).parts
+    assert [(part.name, part.share, part.error) for part in parts[:2]] == [
+        ("third", 0.5, math.inf),
+        ("last", 0.5, math.inf),
+    ]
+    assert parts[2].share == 0.0
+    assert stick_of_layers().judge({"gradient of the parameters": None}).error == math.inf
+
+
+def test_larger_inputs_may_have_more_tensors_than_eager_was_measured_on():
+    stick = Yardstick.measure({"output": [ONE.double()]}, {"output": [ONE]}, torch.float32, sent_back=0.0)
+    judgement = stick.judge_against_eager({"output": [ONE, 2 * ONE]}, {"output": [ONE, ONE]}, 0.0)
+    assert [(part.name, part.share) for part in judgement.parts] == [("1", 1.0), ("0", 0.0)]
+    assert all(math.isnan(part.eager_error) for part in judgement.parts)
+
+
+def test_right_results_and_those_of_one_tensor_name_nothing():
+    assert stick_of_layers().judge({"gradient of the parameters": layers_off_by()}).parts == ()
+    stick = Yardstick.measure({"output": ONE.double()} | {"gradient of q": None}, {"output": ONE}, torch.float32, 1.0)
+    unexpected = stick.judge({"output": ONE, "gradient of q": ONE})
+    assert (unexpected.name, unexpected.error, unexpected.parts) == ("gradient of q", math.inf, ())
+    assert stick.judge({"output": [2 * ONE], "gradient of q": None}).parts == ()

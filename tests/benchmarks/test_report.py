@@ -12,6 +12,7 @@ from bench_toys import make_row
 from gpu_like_rows import gpu_like_rows
 
 from opensora_fast.benchmarks import supervise
+from opensora_fast.benchmarks.accuracy import Part
 from opensora_fast.benchmarks.convergence import EAGER, PERTURBED, SEEDS, Curve, write_curve
 from opensora_fast.benchmarks.mixed import uniform_parts
 from opensora_fast.benchmarks.report import CPU_NOTE, SECTIONS, write_report
@@ -118,7 +119,12 @@ def test_head_and_large_figures(tmp_path):
 
 
 def test_wrong_results_are_listed(tmp_path):
-    Session("cpu", tmp_path).record([make_row()], [Refused(make_row(provider="wrong"), "gradient of qkv", 0.5, 0.1)])
+    row = make_row(provider="wrong")
+    parts = (Part("blocks.3.attn.weight", 0.9, 0.7, 0.01),)
+    refused = [Refused(row, "gradient of qkv", 0.5, 0.1), Refused(row, "gradient of the parameters", 0.6, 0.1, parts)]
+    Session("cpu", tmp_path).record([make_row()], refused)
+    before = tmp_path / "refused.jsonl"  # as it was written before parts were named
+    before.write_text(before.read_text().replace('"parts": [], ', ""))
     content = section_of(write_report(tmp_path), "Wrong, failed or unavailable")
     assert "gradient of qkv" in content and "5.00e-01" in content and "No result was wrong" not in content
 
