@@ -7,6 +7,7 @@ for each run of equal videos. FlexAttention gets one block mask for the pack.
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -166,6 +167,22 @@ def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+# PyTorch's flash attention counts the elements of a float32 sum in its backward pass in 32 bits.
+FLASH_ELEMENTS, FLASH_ROWS, FLASH_COLUMNS = 2**31, 128, 32
+
+
+def _fits_flash(work: AttentionWork) -> str:
+    """That sum has sequences × heads × length × head size elements, length and head size rounded up; beyond its limit
+    backward writes outside (torch 2.11: "an illegal memory access"), after which nothing runs on the GPU."""
+    lengths = Counter(sequence_lengths(work)[0])
+    heads, head_size = next(iter(work.leaves.values())).shape[-2:]
+    row = heads * -(-head_size // FLASH_COLUMNS) * FLASH_COLUMNS
+    most = max(count * -(-length // FLASH_ROWS) * FLASH_ROWS * row for length, count in lengths.items())
+    if most <= FLASH_ELEMENTS:
+        return needs_half(work)
+    return f"backward would sum in {most / 2**31:.1f} · 2^31 elements; torch's crashes the GPU beyond 2^31"
+
+
 def _has_varlen(work: AttentionWork) -> str:
     try:
         importlib.import_module("torch.nn.attention.varlen")
@@ -181,7 +198,7 @@ ATTENTION_PROVIDERS = (
     Provider("upstream", _run_by_run(naive_attend)),
     Provider("eager", of_function(lambda work: own_call(work, "reference"))),
     Provider("sdpa-math", _sdpa("MATH")),
-    Provider("sdpa-flash", _sdpa("FLASH_ATTENTION"), needs_half),
+    Provider("sdpa-flash", _sdpa("FLASH_ATTENTION"), _fits_flash),
     Provider("sdpa-efficient", _sdpa("EFFICIENT_ATTENTION"), needs_cuda),
     Provider("sdpa-cudnn", _sdpa("CUDNN_ATTENTION"), needs_half),
     Provider("torch-varlen", partial(_prepare_varlen, _torch_varlen), _has_varlen),

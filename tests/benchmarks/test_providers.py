@@ -34,6 +34,7 @@ from opensora_fast.benchmarks.providers.models import (
 from opensora_fast.benchmarks.providers.provider import Provider, needs_module
 from opensora_fast.benchmarks.providers.variants import VARIANT_OF, WATERFALL, Variant
 from opensora_fast.benchmarks.shapes import Pack, Workload
+from opensora_fast.kernels import PackLayout
 from opensora_fast.model.backends import OPS, Backends
 
 CONFIG = STDiT2Config.small(upstream_rounding=False)
@@ -412,3 +413,22 @@ def test_a_library_that_is_missing_or_broken_says_so(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("opensora_fast.benchmarks.providers.provider.installed_version", lambda name: "1.0")
     assert missing(work) == "surely_missing cannot be imported: OSError: libcudart.so.12: not found"
+
+
+@pytest.mark.parametrize(("length", "multiple"), [(1, 4.5), (4, 1.1), (16, None)])
+def test_flash_attention_of_torch_is_kept_from_sums_that_it_cannot_count(length, multiple):
+    """Two of these took an H200 down; the third ran."""
+    shapes = [(length, 1, 49152 // length)]
+    qkv = torch.empty(49152, 3, 16, 72, dtype=torch.bfloat16, device="meta")
+    work = attention.AttentionWork("temporal", PackLayout.of(shapes, "cpu"), {"qkv": qkv})
+    (flash,) = (provider for provider in attention.ATTENTION_PROVIDERS if provider.name == "sdpa-flash")
+    reason = f"backward would sum in {multiple} · 2^31 elements; torch's crashes the GPU beyond 2^31"
+    assert flash.missing(work) == (reason if multiple else "needs a CUDA GPU")
+
+
+def test_the_gradients_of_a_model_have_the_names_of_its_parameters(model_work):
+    results, _ = model_results(MODEL_PROVIDERS[4].prepare(model_work), model_work)
+    named = dict(model_work.model.named_parameters())
+    gradients = results["gradient of the parameters"]
+    assert list(gradients) == [name for name, parameter in named.items() if parameter.requires_grad]
+    assert all(gradient.shape == named[name].shape for name, gradient in gradients.items())
