@@ -16,7 +16,8 @@ from .contest import FORWARD, FORWARD_BACKWARD, OP_CALLS, Contest, forward_backw
 from .providers.attention import ATTENTION_PROVIDERS, ATTENTION_REFERENCE
 from .providers.attention_work import KINDS, count_attention, make_attention_work
 from .providers.provider import Provider, choose_providers
-from .rows import Row, append_rows
+from .replay import recorder_of
+from .rows import CALLED, Row, append_rows
 from .session import Refused, Session, threads_of
 from .suites.ceilings import measure_ceilings
 from .timing import Sampling
@@ -106,6 +107,7 @@ def make_attention_contest(
         sampling=Sampling(seconds),
         check_work=check_work,
         check_name=f"length {length}, {check_work.layout.num_tokens} tokens" if check_work else "",
+        make_recorder=recorder_of(device),
     )
 
 
@@ -196,6 +198,8 @@ def format_rows(rows: Sequence[Row]) -> str:
     widths = [max(len(line[index]) for line in lines) for index in range(len(header))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     reasons = {row.provider: f"{row.status}: {row.reason}" for row in rows if row.status != "ok"}
+    called = [row for row in rows if row.timed.startswith(CALLED)]
+    reasons |= {f"{row.provider}, {row.direction}": f"timed as {row.timed}" for row in called}
     return "\n".join(text + [f"{provider}: {reason}" for provider, reason in reasons.items()])
 
 

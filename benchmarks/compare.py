@@ -50,7 +50,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences of all rows that both sides have, and how many only one has."""
+    """Differences of all rows that both sides have, and how many only one has.
+
+    Attributes:
+        timed_otherwise: rows of replays on one side and of single calls on the other, whose times are not compared.
+    """
 
     device_names: tuple[str, ...]
     regressions: list[Difference]
@@ -58,6 +62,7 @@ class Comparison:
     compared: int
     only_before: int
     only_after: int
+    timed_otherwise: int
 
     def __str__(self) -> str:
         lines = [f"regression: {item}" for item in self.regressions]
@@ -66,6 +71,9 @@ class Comparison:
             f"{self.compared} rows compared on {', '.join(self.device_names)}: {len(self.regressions)} regressions, "
             f"{len(self.improvements)} faster; {self.only_before} rows only before, {self.only_after} only after"
         )
+        if self.timed_otherwise:
+            count = self.timed_otherwise
+            lines.append(f"times of {count} rows not compared: of replays on one side, of single calls on the other")
         return "\n".join(lines)
 
 
@@ -94,11 +102,14 @@ def compare(before: Path, after: Path, thresholds: Thresholds | None = None) -> 
         )
     regressions: list[Difference] = []
     improvements: list[Difference] = []
+    timed_otherwise = 0
     for old, new in pairs:
         if new.status != "ok":
             regressions.append(Difference(old, new, "lost"))
             continue
-        if _exceeds(new.p50_ms - old.p50_ms, old.p50_ms, thresholds.relative, thresholds.absolute_ms):
+        if old.is_replayed != new.is_replayed:
+            timed_otherwise += 1
+        elif _exceeds(new.p50_ms - old.p50_ms, old.p50_ms, thresholds.relative, thresholds.absolute_ms):
             regressions.append(Difference(old, new, "slower"))
         elif _exceeds(old.p50_ms - new.p50_ms, old.p50_ms, thresholds.relative, thresholds.absolute_ms):
             improvements.append(Difference(old, new, "faster"))
@@ -112,6 +123,7 @@ def compare(before: Path, after: Path, thresholds: Thresholds | None = None) -> 
         compared=len(pairs),
         only_before=len(rows_before.keys() - rows_after.keys()),
         only_after=len(rows_after.keys() - rows_before.keys()),
+        timed_otherwise=timed_otherwise,
     )
 
 

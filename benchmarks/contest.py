@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from opensora_fast.parallel.operations import Count
 from .accuracy import OUTPUT, Judgement, Named, Yardstick, norm
 from .clocks import watch_clocks
 from .providers.provider import Bound, Outputs, Provider
-from .rows import Row
+from .replay import Recorder, make_replay, own_stream
+from .rows import CALLED, REPLAYED, Row
 from .session import CaseStopped, DeviceLostError, Refused, Session
 from .timing import Call, Sampling, SamplingStopped, peak_memory, release_memory, time_interleaved
 
@@ -47,6 +50,7 @@ class Contest:
         sampling: how samples are taken.
         total_memory: report all allocated memory, not what a call adds.
         calls_per_sample: how often a call does the thing that the row is about.
+        make_recorder: samples are of replays of what it records, where it can; None: of the calls themselves.
     """
 
     template: Row
@@ -63,6 +67,16 @@ class Contest:
     full_results: Callable[[Bound, Any], tuple[Named, float]] | None = None
     total_memory: bool = False
     calls_per_sample: int = 1
+    make_recorder: Callable[[], Recorder] | None = None
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A provider's call of one direction, warmed up; `timed` as in the row."""
+
+    call: Call
+    memory: int
+    timed: str
 
 
 def run_contest(contest: Contest, session: Session) -> tuple[list[Row], list[Refused]]:
@@ -74,7 +88,8 @@ def run_contest(contest: Contest, session: Session) -> tuple[list[Row], list[Ref
     """
     run = _Run(contest, session)
     try:
-        return run.measure()
+        with nullcontext() if contest.make_recorder is None else own_stream(contest.work.device):
+            return run.measure()
     except KeyboardInterrupt:
         raise CaseStopped(run.rows, run.refused) from None
 
@@ -91,18 +106,31 @@ class _Run:
         if not able:
             return self.rows, self.refused
         judgements = self._check(able)
+        right = [provider for provider in able if provider.name in judgements]
         for direction, make_call in self.contest.calls.items():
-            calls: dict[str, Call] = {}
-            memory: dict[str, int] = {}
-            for provider in able:
-                if provider.name not in judgements or self._row(provider, direction).key in self.session.finished:
-                    continue
-                with self.session.watch([self._row(provider, direction)], "first calls"):
-                    call = self._try(provider, lambda p=provider, make=make_call: self._first_calls(p, make), direction)
-                if call is not None:
-                    calls[provider.name], memory[provider.name] = call
-            self._time(direction, calls, memory, judgements, {provider.name: provider for provider in able})
+            self._measure_direction(direction, make_call, right, judgements)
+            if self.contest.make_recorder is not None:
+                release_memory(self.contest.work.device)  # that of the replays
         return self.rows, self.refused
+
+    def _measure_direction(
+        self,
+        direction: str,
+        make_call: Callable[[Bound, Any], Call],
+        providers: Sequence[Provider],
+        judgements: Mapping[str, Mapping[bool, Judgement]],
+    ) -> None:
+        ready: dict[str, _Ready] = {}
+        record = self.contest.make_recorder() if self.contest.make_recorder is not None else None
+        for provider in providers:
+            row = self._row(provider, direction)
+            if row.key in self.session.finished:
+                continue
+            with self.session.watch([row], "first calls"):
+                found = self._try(provider, partial(self._first_calls, provider, make_call, record), direction)
+            if found is not None:
+                ready[provider.name] = found
+        self._time(direction, ready, judgements, {provider.name: provider for provider in providers})
 
     # ---- whether a provider is right ----
 
@@ -174,33 +202,40 @@ class _Run:
 
     # ---- how fast it is ----
 
-    def _first_calls(self, provider: Provider, make_call: Callable[[Bound, Any], Call]) -> tuple[Call, int]:
-        """The call of one direction, warmed up, and its memory."""
+    def _first_calls(
+        self, provider: Provider, make_call: Callable[[Bound, Any], Call], record: Recorder | None
+    ) -> _Ready:
         contest = self.contest
         call = make_call(provider.prepare(contest.work), contest.work)
         call()
         memory = peak_memory(call, contest.work.device, contest.total_memory)
         if contest.sampling.large:
             release_memory(contest.work.device)
-        return call, memory
+        if record is None:
+            return _Ready(call, memory, "")
+        try:
+            return _Ready(make_replay(call, record), memory, REPLAYED)
+        except Exception as error:  # it waits for the GPU, or a library refuses: no reason to have no time
+            reason = describe(error)
+        release_memory(contest.work.device)
+        return _Ready(call, memory, f"{CALLED}: {reason}")
 
     def _time(
         self,
         direction: str,
-        calls: Mapping[str, Call],
-        memory: Mapping[str, int],
+        ready: Mapping[str, _Ready],
         judgements: Mapping[str, Mapping[bool, Judgement]],
         providers: Mapping[str, Provider],
     ) -> None:
-        if not calls:
+        if not ready:
             return
         contest, device = self.contest, self.contest.work.device
-        alone = [self._row(providers[name], direction) for name in calls] if len(calls) == 1 else []
+        alone = [self._row(providers[name], direction) for name in ready] if len(ready) == 1 else []
         with self.session.watch(alone, "samples"), watch_clocks(device, contest.total_memory) as clocks:
             stopped = None
             try:
                 times = time_interleaved(
-                    calls,
+                    {name: item.call for name, item in ready.items()},
                     device,
                     contest.sampling,
                     self.session.beat,
@@ -220,7 +255,7 @@ class _Run:
                 p20_ms=measured.percentile(20) / contest.calls_per_sample,
                 p50_ms=measured.percentile(50) / contest.calls_per_sample,
                 p80_ms=measured.percentile(80) / contest.calls_per_sample,
-                memory_bytes=memory[name],
+                memory_bytes=ready[name].memory,
                 flops=count.flops,
                 bytes=count.bytes,
                 error=judgement.error,
@@ -228,6 +263,7 @@ class _Run:
                 checked_on=contest.check_name if contest.check_work is not None else "",
                 sm_clock_mhz=sm_clock,
                 memory_clock_mhz=memory_clock,
+                timed=ready[name].timed,
             )
             self.rows.append(self.session.with_roofline_share(row))
         if stopped is not None:

@@ -239,6 +239,7 @@ ROW_COLUMNS: tuple[tuple[str, Callable[[Row], object]], ...] = (
     ("dtype", lambda row: row.dtype),
     ("shape", lambda row: row.shape),
     ("reason", lambda row: row.reason),
+    ("timed", lambda row: row.timed),
     ("checked on", lambda row: row.checked_on),
     ("version", lambda row: row.provider_version),
     ("MHz", lambda row: row.sm_clock_mhz),

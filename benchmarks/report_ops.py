@@ -20,6 +20,7 @@ from .report_rows import (
     joined,
     rate,
     time_text,
+    timing_text,
     work_order,
 )
 from .report_steps import missing_bars, time_bars
@@ -46,7 +47,7 @@ def add_ops(report: HtmlReport, results: Results) -> None:
     full = "what the ceilings measured here allow" if _has_floors(results, works) else "the fastest"
     report.paragraph(
         f"Each op at {shown}; the full width of a bar is {full}, the thin bar the error over what it may be. The other "
-        "workloads are in the tables."
+        f"workloads are in the tables. {timing_text(row for work in works for row in work.measured)}"
     )
     report.cards([_op_card(results, work) for work in works if work.first.workload == shown])
     if not any(work.ours for work in works):
@@ -103,7 +104,8 @@ def add_lengths(report: HtmlReport, results: Results) -> None:
     tokens = sorted({row.tokens for row in rows})
     around = f"{tokens[0]} to {tokens[-1]}" if tokens[0] != tokens[-1] else str(tokens[0])
     report.paragraph(
-        f"The number of tokens stays about the same ({around}), the length that each attends to grows. Lower is faster."
+        f"The number of tokens stays about the same ({around}), the length that each attends to grows. Lower is "
+        f"faster. {timing_text(rows)}"
     )
     if any(not math.isnan(results.floor_ms(row)) for row in rows):
         report.paragraph("The dashed line is the floor of the counted operations and bytes at the measured ceilings.")

@@ -228,6 +228,15 @@ def check_share(row: Row) -> float | None:
     return row.error / row.error_limit if row.error_limit > 0 else None
 
 
+def timing_text(rows: Iterable[Row]) -> str:
+    """What the times of ops and blocks are of."""
+    replayed = {row.is_replayed for row in rows if row.status == "ok"}
+    kernels, calls = "the kernels of a call alone, replayed as a CUDA graph", "single calls, the host's work included"
+    if replayed == {True, False}:
+        return f"Times are of {kernels}; those marked as calls are of {calls}."
+    return f"Times are of {kernels if True in replayed else calls}."
+
+
 def gib(row: Row) -> str:
     return f"{row.memory_bytes / 2**30:.3g} GiB" if row.memory_bytes else ""
 

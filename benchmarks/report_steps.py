@@ -22,6 +22,7 @@ from .report_rows import (
     published_for,
     rate,
     time_text,
+    timing_text,
 )
 from .rows import Row
 from .suites.scale import scale_of
@@ -242,8 +243,10 @@ def has_blocks(results: Results) -> bool:
 
 
 def add_blocks(report: HtmlReport, results: Results) -> None:
-    report.paragraph("One of the model's blocks: time, and share of the limit where one is known.")
-    report.cards([_plain_card(results, work) for work in results.works("block") if work.measured])
+    works = [work for work in results.works("block") if work.measured]
+    timing = timing_text(row for work in works for row in work.measured)
+    report.paragraph(f"One of the model's blocks: time, and share of the limit where one is known. {timing}")
+    report.cards([_plain_card(results, work) for work in works])
 
 
 def _plain_card(results: Results, work: Work) -> tuple[str, str, list[Bar]]:
@@ -254,18 +257,20 @@ def _plain_card(results: Results, work: Work) -> tuple[str, str, list[Bar]]:
 def time_bars(results: Results, work: Work) -> list[Bar]:
     """Time and share of the limit of every provider, the fastest first; the full width is the limit."""
     bars = []
+    replays = any(row.is_replayed for row in work.measured)
     for row in work.measured:
         share = _share(results, row, work)
+        unlike = "calls" if replays and not row.is_replayed else ""
         limit = "" if math.isnan(row.roofline_share) else f"{row.roofline_share:.0%}"
         kind = "ours" if is_ours(row) else "other"
         bars.append(
             Bar(
                 row.provider,
                 share,
-                joined(time_text(row.p50_ms), limit),
+                joined(time_text(row.p50_ms), limit, unlike),
                 kind=kind,
                 check=check_share(row),
-                tip=error_text(row),
+                tip=joined(error_text(row), row.timed if unlike else ""),
             )
         )
     return bars + missing_bars(work)

@@ -31,6 +31,10 @@ FILES = {
 LEVELS = tuple(FILES)
 Key = tuple[str, ...]
 
+# What `Row.timed` begins with where samples were to be of replays.
+REPLAYED, CALLED = "graph", "calls"
+LATER_COLUMNS = ("timed",)  # files written before have none; it is empty then
+
 
 @dataclass(frozen=True)
 class Row:
@@ -60,6 +64,8 @@ class Row:
             error_limit: what it may be.
         checked_on: the inputs of that comparison, where the timed ones are too large for float64.
         sm_clock_mhz, memory_clock_mhz: of the GPU, medians while steps were sampled, else right after the samples.
+        timed: "graph": replays of a CUDA graph of the call, so its kernels alone; "calls: " and why there is no such
+            graph, or "" where none was to be: single calls, in which the GPU may wait for the host.
     """
 
     level: str
@@ -86,6 +92,7 @@ class Row:
     checked_on: str = ""
     sm_clock_mhz: str = ""
     memory_clock_mhz: str = ""
+    timed: str = ""
     environment: Environment | None = field(default=None)
 
     def __post_init__(self):
@@ -113,6 +120,10 @@ class Row:
     def without_time(self, status: str, reason: str) -> Row:
         """The row of a provider that gave none."""
         return replace(self, status=status, reason=reason or "no reason given")
+
+    @property
+    def is_replayed(self) -> bool:
+        return self.timed == REPLAYED
 
     @property
     def tflops_per_s(self) -> float:
@@ -222,7 +233,7 @@ def _from_record(record: dict[str, str]) -> Row:
     for item in fields(Row):
         if item.name == "environment":
             continue
-        text = record[item.name]
+        text = record.get(item.name, "") if item.name in LATER_COLUMNS else record[item.name]
         if item.type == "int":
             values[item.name] = int(text or 0)
         elif item.type == "float":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from .case import Case
 from .predictions import PREDICTED_FOR, predict, predict_for
-from .rows import Row
+from .rows import CALLED, Row
 from .suites.estimates import STARTUP_S
 
 # (title, value of a row); a column without any value is left out.
@@ -106,8 +106,10 @@ def _expected(case: Case) -> str:
 
 
 def format_reasons(rows: Iterable[Row]) -> str:
-    """Why there is no time, once for each provider and reason."""
+    """Why there is no time, or why it is not one of a replay, once for each provider and reason."""
+    rows = list(rows)
     counts = Counter((row.provider, row.status, row.reason) for row in rows if row.status != "ok")
+    counts += Counter((row.provider, "timed", row.timed) for row in rows if row.timed.startswith(CALLED))
     return "\n".join(
         f"{provider}: {status} ({count} rows): {reason}" for (provider, status, reason), count in sorted(counts.items())
     )

@@ -26,6 +26,7 @@ from ..providers.models import (
 )
 from ..providers.provider import Bound, choose_providers
 from ..providers.variants import PACK_PEERS, PEERS, RECOMPUTING_PEERS, WATERFALL
+from ..replay import recorder_of
 from ..rows import Row
 from ..session import Session
 from ..shapes import Pack, Workload, fill, stage_buckets, text_lengths
@@ -141,6 +142,7 @@ def block_case(scale: Scale, pack: Pack, value: float) -> Case:
             sampling=Sampling(session.sampling_seconds(scale.step_seconds / 2), warm_up=2),
             check_work=None if short is pack else make_block_work(config, short, scale.text, scale.device, dtype),
             check_name=short.name,
+            make_recorder=recorder_of(scale.device),
         )
         return run_contest(contest, session)
 

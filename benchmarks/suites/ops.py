@@ -20,6 +20,7 @@ from ..providers.elementwise import (
 )
 from ..providers.mlp import MLP_PROVIDERS, MLP_REFERENCE, count_mlp, make_mlp_work
 from ..providers.provider import choose_providers
+from ..replay import recorder_of
 from ..rows import Row
 from ..session import Session
 from ..shapes import Pack, text_lengths
@@ -167,6 +168,7 @@ def _op_case(
             sampling=Sampling(session.sampling_seconds(scale.seconds)),
             check_work=None if short is pack else make(short),
             check_name=short.name,
+            make_recorder=recorder_of(scale.device),
         )
         return run_contest(contest, session)
 

@@ -105,3 +105,19 @@ def test_missing_and_empty_folders_are_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run(["bench", "--compare", str(tmp_path / "empty"), str(tmp_path / "none")]) == 1
     assert "empty: holds no benchmark rows" in capsys.readouterr().err
+
+
+def test_times_of_replays_and_of_single_calls_are_not_compared(folders):
+    before = [make_row(p50_ms=2.0), make_row(op="memory", memory_bytes=2**30), make_row(op="same", timed="graph")]
+    after = [
+        make_row(p50_ms=1.0, timed="graph"),
+        make_row(op="memory", memory_bytes=2**31, timed="graph"),
+        make_row(op="same", p50_ms=2.0, timed="graph"),
+    ]
+    comparison = compare(*folders(before, after))
+    assert not comparison.improvements
+    assert {(item.before.op, item.kind) for item in comparison.regressions} == {
+        ("memory", "more memory"),
+        ("same", "slower"),
+    }
+    assert "times of 2 rows not compared" in str(comparison)

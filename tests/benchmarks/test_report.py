@@ -127,6 +127,19 @@ def test_wrong_results_are_listed(tmp_path):
     before.write_text(before.read_text().replace('"parts": [], ', ""))
     content = section_of(write_report(tmp_path), "Wrong, failed or unavailable")
     assert "gradient of qkv" in content and "5.00e-01" in content and "No result was wrong" not in content
+    assert "blocks.3.attn.weight (90%; error 0.7, eager's 0.01)" in content
+    assert str(refused[1]).endswith(
+        "over its limit 0.1; most of it: blocks.3.attn.weight (90%; error 0.7, eager's 0.01)"
+    )
+
+
+def test_the_page_says_what_the_times_of_ops_are_of(tmp_path):
+    rows = [make_row(timed="graph"), make_row(provider="eager", timed="calls: RuntimeError: it waits", p50_ms=2.0)]
+    content = section_of(write_report(write_rows(tmp_path / "new", rows)), "Ops")
+    assert "Times are of the kernels of a call alone, replayed as a CUDA graph; those marked as calls" in content
+    assert "2 ms · calls" in content and "1 ms · calls" not in content and "calls: RuntimeError: it waits" in content
+    content = section_of(write_report(write_rows(tmp_path / "old", [replace(row, timed="") for row in rows])), "Ops")
+    assert "Times are of single calls, the host's work included." in content and "· calls" not in content
 
 
 def test_the_waterfall_shows_each_gain_with_its_error(tmp_path):

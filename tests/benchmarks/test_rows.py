@@ -13,7 +13,7 @@ def test_rows_come_back_as_they_were(tmp_path):
     rows = [
         make_row(),
         make_row(provider="flash-attn-3").without_time("unavailable", 'not installed, says "pip"'),
-        make_row(provider="eager", roofline_share=0.5, checked_on="240p×2", sm_clock_mhz="1980"),
+        make_row(provider="eager", roofline_share=0.5, checked_on="240p×2", sm_clock_mhz="1980", timed="graph"),
     ]
     path = tmp_path / "op.csv"
     append_rows(path, rows[:1])
@@ -24,6 +24,7 @@ def test_rows_come_back_as_they_were(tmp_path):
     assert found[1].reason == rows[1].reason
     assert found[2].roofline_share == 0.5 and math.isnan(found[0].roofline_share)
     assert (found[2].checked_on, found[2].sm_clock_mhz) == ("240p×2", "1980")
+    assert [row.is_replayed for row in found] == [False, False, True]
 
 
 def test_a_row_says_everything_a_reader_asks_for():
@@ -87,5 +88,19 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
     with pytest.raises(ValueError, match=r"op\.csv:3: not a benchmark row: .*status 'fine'"):
         read_rows(path)
     path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="columns are not those of this version"):
+        append_rows(path, [make_row()])
+
+
+def test_files_of_before_a_column_are_read_and_not_added_to(tmp_path):
+    path = tmp_path / "op.csv"
+    append_rows(path, [make_row(timed="graph")])
+    with path.open(newline="") as file:
+        header, *records = csv.reader(file)
+    kept = [index for index, name in enumerate(header) if name != "timed"]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([record[index] for index in kept] for record in (header, *records))
+    (old,) = read_rows(path)
+    assert old.timed == "" and not old.is_replayed and old.p50_ms == 1.0
     with pytest.raises(ValueError, match="columns are not those of this version"):
         append_rows(path, [make_row()])
