@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import accumulate
 
@@ -57,6 +58,45 @@ def own_call(work: AttentionWork, backend: str) -> Tensor:
     return kernels.temporal_attention(
         leaves["qkv"], leaves["q_weight"], leaves["k_weight"], work.cos, work.sin, work.layout, backend=backend
     )
+
+
+# Elements of the float32 sum in the backward pass of PyTorch's flash attention; with more it writes elsewhere ("an
+# illegal memory access", torch 2.11), and nothing runs on the GPU any more.
+FLASH_ELEMENTS, FLASH_ROWS, FLASH_COLUMNS = 2**31, 128, 32
+
+
+def flash_elements(work: AttentionWork) -> int:
+    """Sequences × heads × length × head size of that sum, length and head size rounded up."""
+    lengths = Counter(sequence_lengths(work)[0])
+    heads, head_size = next(iter(work.leaves.values())).shape[-2:]
+    rows = max(count * -(-length // FLASH_ROWS) * FLASH_ROWS for length, count in lengths.items())
+    return rows * heads * -(-head_size // FLASH_COLUMNS) * FLASH_COLUMNS
+
+
+def _fits_flash(work: AttentionWork) -> str:
+    elements = flash_elements(work)
+    if elements <= FLASH_ELEMENTS:
+        return needs_half(work)
+    return f"backward would sum in {elements / 2**31:.1f} · 2^31 elements; torch's crashes the GPU beyond 2^31"
+
+
+def sdpa_of(work: AttentionWork) -> Callable[[], AbstractContextManager[object]]:
+    """Makes what leaves PyTorch the choice of a backend, among those that survive the work."""
+    if flash_elements(work) <= FLASH_ELEMENTS:
+        return nullcontext
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return partial(sdpa_kernel, [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def _prepare_eager(work: AttentionWork) -> Bound:
+    choice = sdpa_of(work)
+
+    def call() -> Tensor:
+        with choice():
+            return own_call(work, "reference")
+
+    return call
 
 
 def _run_by_run(attend: Attend) -> Callable[[AttentionWork], Bound]:
@@ -159,28 +199,18 @@ def _prepare_flex(work: AttentionWork) -> Bound:
 
 def _prepare_compiled(work: AttentionWork) -> Bound:
     function = compiled(lambda work: attend_run_by_run(work, scaled_dot_product_attention))
-    return lambda: function(work)
+    choice = sdpa_of(work)
+
+    def call() -> Tensor:
+        with choice():
+            return function(work)
+
+    return call
 
 
 def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Some versions return the log-sum-exp as well."""
     return output[0] if isinstance(output, tuple) else output
-
-
-# PyTorch's flash attention counts the elements of a float32 sum in its backward pass in 32 bits.
-FLASH_ELEMENTS, FLASH_ROWS, FLASH_COLUMNS = 2**31, 128, 32
-
-
-def _fits_flash(work: AttentionWork) -> str:
-    """That sum has sequences × heads × length × head size elements, length and head size rounded up; beyond its limit
-    backward writes outside (torch 2.11: "an illegal memory access"), after which nothing runs on the GPU."""
-    lengths = Counter(sequence_lengths(work)[0])
-    heads, head_size = next(iter(work.leaves.values())).shape[-2:]
-    row = heads * -(-head_size // FLASH_COLUMNS) * FLASH_COLUMNS
-    most = max(count * -(-length // FLASH_ROWS) * FLASH_ROWS * row for length, count in lengths.items())
-    if most <= FLASH_ELEMENTS:
-        return needs_half(work)
-    return f"backward would sum in {most / 2**31:.1f} · 2^31 elements; torch's crashes the GPU beyond 2^31"
 
 
 def _has_varlen(work: AttentionWork) -> str:
@@ -196,7 +226,7 @@ XFORMERS = ("xformers",)
 
 ATTENTION_PROVIDERS = (
     Provider("upstream", _run_by_run(naive_attend)),
-    Provider("eager", of_function(lambda work: own_call(work, "reference"))),
+    Provider("eager", _prepare_eager),
     Provider("sdpa-math", _sdpa("MATH")),
     Provider("sdpa-flash", _sdpa("FLASH_ATTENTION"), _fits_flash),
     Provider("sdpa-efficient", _sdpa("EFFICIENT_ATTENTION"), needs_cuda),

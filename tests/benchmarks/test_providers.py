@@ -417,13 +417,16 @@ def test_a_library_that_is_missing_or_broken_says_so(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("length", "multiple"), [(1, 4.5), (4, 1.1), (16, None)])
 def test_flash_attention_of_torch_is_kept_from_sums_that_it_cannot_count(length, multiple):
-    """Two of these took an H200 down; the third ran."""
+    """Two of these took an H200 down, the first of them in eager PyTorch too; the third ran."""
     shapes = [(length, 1, 49152 // length)]
     qkv = torch.empty(49152, 3, 16, 72, dtype=torch.bfloat16, device="meta")
     work = attention.AttentionWork("temporal", PackLayout.of(shapes, "cpu"), {"qkv": qkv})
     (flash,) = (provider for provider in attention.ATTENTION_PROVIDERS if provider.name == "sdpa-flash")
     reason = f"backward would sum in {multiple} · 2^31 elements; torch's crashes the GPU beyond 2^31"
     assert flash.missing(work) == (reason if multiple else "needs a CUDA GPU")
+    with attention.sdpa_of(work)():
+        assert torch.backends.cuda.flash_sdp_enabled() is (multiple is None)
+        assert torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
 
 
 def test_the_gradients_of_a_model_have_the_names_of_its_parameters(model_work):
