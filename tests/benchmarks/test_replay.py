@@ -10,6 +10,9 @@ from opensora_fast.benchmarks.contest import OP_CALLS, forward_backward_call, ru
 from opensora_fast.benchmarks.providers.provider import Provider, of_function
 from opensora_fast.benchmarks.replay import CudaGraphs, Recording, make_replay, own_stream, recorder_of
 from opensora_fast.benchmarks.session import Session
+from opensora_fast.benchmarks.shapes import Pack
+from opensora_fast.benchmarks.suites import models, ops
+from opensora_fast.benchmarks.suites.scale import scale_of
 
 
 class Tape:
@@ -192,3 +195,25 @@ def test_the_memory_of_replays_is_free_afterwards():
     for _ in range(3):
         run_contest(contest, Session("cuda"))
     assert torch.cuda.memory_reserved() <= before
+
+
+CASES = {
+    "modulated_norm": lambda scale, pack: ops.elementwise_case(scale, "modulated_norm", pack, 0.0),
+    "mlp": lambda scale, pack: ops.mlp_case(scale, pack, 0.0),
+    "spatial": lambda scale, pack: ops.attention_case(scale, "spatial", pack, 0.0),
+    "temporal": lambda scale, pack: ops.attention_case(scale, "temporal", pack, 0.0),
+    "cross": lambda scale, pack: ops.attention_case(scale, "cross", pack, 0.0),
+    "length": lambda scale, pack: ops.list_length_cases(scale)[0],
+    "block": lambda scale, pack: models.block_case(scale, pack, 0.0),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_eager_and_ours_are_replayed_in_every_suite_of_ops_and_blocks(name):
+    scale = scale_of("cuda")
+    case = CASES[name](scale, Pack.of(scale.headline[0]))
+    rows, refused = case.measure(Session("cuda", seconds_factor=0.05), ("eager", "ours"))
+    assert not refused
+    found = {(row.provider, row.status, row.timed) for row in rows}
+    assert found == {("eager", "ok", "graph"), ("ours", "ok", "graph")}
