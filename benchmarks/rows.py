@@ -153,10 +153,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
     rows = list(rows)
     new = not path.exists() or path.stat().st_size == 0
     if not new:
-        with path.open(newline="") as file:
-            header = next(csv.reader(file))
-        if header != COLUMNS:
-            raise ValueError(f"{path}: its columns are not those of this version; write into another file")
+        _check_columns(path)
         devices = {row.environment.device_name for row in read_rows(path) if row.environment}
         strangers = {row.environment.device_name for row in rows if row.environment} - devices
         if devices and strangers:
@@ -196,12 +193,25 @@ def read_folder(folder: Path) -> list[Row]:
     return [row for name in dict.fromkeys(FILES.values()) for row in _read_if_there(folder / name)]
 
 
-def check_device(rows: Iterable[Row], environment: Environment, folder: Path) -> None:
-    """Raises ValueError where a folder holds rows of another device than the environment's."""
+def check_folder(folder: Path, environment: Environment) -> None:
+    """Raises ValueError where rows of the environment cannot be added to a folder.
+
+    That is where it holds rows of another device, or a file of another version, which could be read all the same.
+    """
     name = environment.device_name
-    others = sorted({row.environment.device_name for row in rows if row.environment} - {name})
+    others = sorted({row.environment.device_name for row in read_folder(folder) if row.environment} - {name})
     if others:
         raise ValueError(f"{folder} holds rows of {', '.join(others)}; rows of {name} go into another folder")
+    for path in (folder / file for file in dict.fromkeys(FILES.values())):
+        if path.exists() and path.stat().st_size > 0:
+            _check_columns(path)
+
+
+def _check_columns(path: Path) -> None:
+    with path.open(newline="") as file:
+        header = next(csv.reader(file))
+    if header != COLUMNS:
+        raise ValueError(f"{path}: its columns are not those of this version; write into another folder")
 
 
 def level_path(folder: Path, level: str) -> Path:

@@ -20,7 +20,7 @@ from .case import Case
 from .mixed import compare_mixed
 from .parent import end_with_parent
 from .plan import DONE, ERROR, INTERRUPTED, RESTART, WRONG, Death, Plan
-from .rows import check_device, read_folder
+from .rows import check_folder, read_folder
 from .runner import Report, run_cases
 from .session import REFUSED_FILE, RUNNING_FILE, DeviceLostError, Session, threads_of
 from .suites import list_cases
@@ -53,7 +53,7 @@ def _run(plan: Plan) -> int:
     folder = Path(plan.folder)
     cases = list_cases(plan.suite, plan.device, plan.providers, plan.words)
     session = Session(plan.device, folder, plan.commit, plan.deadline)
-    check_device(read_folder(folder), session.environment, folder)
+    check_folder(folder, session.environment)
     record_deaths(plan.deaths, cases, session)
     existing = read_folder(folder)
     refused_before = read_refused_keys(folder, session)

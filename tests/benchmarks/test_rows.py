@@ -6,7 +6,7 @@ import math
 import pytest
 from bench_toys import make_row
 
-from opensora_fast.benchmarks.rows import COLUMNS, LEVELS, append_rows, check_device, level_path, read_folder, read_rows
+from opensora_fast.benchmarks.rows import COLUMNS, LEVELS, append_rows, check_folder, level_path, read_folder, read_rows
 
 
 def test_rows_come_back_as_they_were(tmp_path):
@@ -69,7 +69,7 @@ def test_rows_of_another_device_go_elsewhere(tmp_path):
     with pytest.raises(ValueError, match="holds rows of nvidia-h200; rows of cpu-x86_64 go elsewhere"):
         append_rows(tmp_path / "op.csv", [make_row(device_name="cpu-x86_64")])
     with pytest.raises(ValueError, match="holds rows of nvidia-h200"):
-        check_device(read_folder(tmp_path), make_row(device_name="cpu-x86_64").environment, tmp_path)
+        check_folder(tmp_path, make_row(device_name="cpu-x86_64").environment)
 
 
 def test_a_folder_holds_a_few_files_and_every_level(tmp_path):
@@ -102,5 +102,7 @@ def test_files_of_before_a_column_are_read_and_not_added_to(tmp_path):
         csv.writer(file).writerows([record[index] for index in kept] for record in (header, *records))
     (old,) = read_rows(path)
     assert old.timed == "" and not old.is_replayed and old.p50_ms == 1.0
+    with pytest.raises(ValueError, match="columns are not those of this version"):
+        check_folder(tmp_path, make_row().environment)  # before anything is measured
     with pytest.raises(ValueError, match="columns are not those of this version"):
         append_rows(path, [make_row()])
