@@ -3,9 +3,11 @@
 On a CPU a recorder that runs the passes again stands in for a CUDA graph.
 """
 
+import gc
 import json
 import math
 import re
+import weakref
 from contextlib import contextmanager
 from functools import partial
 
@@ -229,6 +231,33 @@ def test_captures_share_a_pool_and_count_no_ops_but_replays_do(monkeypatch):
     assert len({id(graph) for graph in told}) == 4
 
 
+def test_the_pool_outlives_the_shapes_that_are_forgotten(monkeypatch):
+    """CUDA graphs can share a pool only as long as one that was captured into it is there: torch asserts it."""
+    captured = weakref.WeakSet()
+
+    class Graph:
+        def replay(self):
+            pass
+
+    @contextmanager
+    def capture(graph, **options):
+        assert captured or not record.began, "internal assert of torch: use_count > 0"
+        captured.add(graph)
+        record.began = True
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    model, record = make_model(), CudaRecorder()
+    record.began = False
+    graphs = make_graphs(model, record=record, occurrences=1, most=1)
+    for index in (0, 1, 2, 0):
+        graphs.backward(graphs.compute_losses(draw(model, index, SHAPES[index])))
+    gc.collect()
+    assert graphs.captured == 4 and len(captured) == 2
+
+
 @pytest.mark.parametrize("options", [{"occurrences": 0}, {"most": 0}])
 def test_senseless_numbers_are_refused(options):
     with pytest.raises(ValueError, match="both must be at least 1"):
@@ -352,6 +381,17 @@ def test_graphs_that_share_a_pool_replay_the_steps_bit_for_bit(dtype, recomputed
         for name, gradient in gradients.items():
             assert torch.equal(found[name], gradient), (number, name)
     assert replayed.replayed >= 2 * len(EPOCH) - 5 and eager.replayed == 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_shape_is_captured_after_all_others_were_forgotten():
+    device = torch.device("cuda")
+    model = make_model(device)
+    graphs = StepGraphs(model, partial(compute_losses, model, IDDPM()), ALL, occurrences=1, most=1)
+    for index in (0, 1, 2, 0):
+        losses, _ = take_step(graphs, draw(model, index, SHAPES[index], device=device))
+        assert all(map(math.isfinite, losses.values()))
+    assert graphs.captured == 4
 
 
 @pytest.mark.gpu
