@@ -66,6 +66,7 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool: tuple[int, int] | None = None
+        self._latest: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, forward: Callable[[], Losses], backward: Callable[[Losses], None]) -> Recording:
         if self._pool is None:
@@ -86,6 +87,8 @@ class CudaRecorder:
         calls_of_backward = calls - calls_before - calls_of_forward
         for captured in (calls_of_forward, calls_of_backward):
             calls.subtract(captured)  # nothing has run yet
+        # Kept even when its shape is forgotten: torch refuses to capture into a pool whose graphs are all gone.
+        self._latest = graphs[0]
 
         def replay(graph: torch.cuda.CUDAGraph, captured: Mapping[tuple[str, str], int]) -> None:
             graph.replay()
