@@ -9,6 +9,7 @@ import math
 import re
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -31,7 +32,7 @@ from opensora_fast.train.loop import NonFiniteError
 from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.state import resume
 from opensora_fast.train.step import compute_losses, draw_inputs
-from opensora_fast.train.step_graph import CudaRecorder, StepGraphs
+from opensora_fast.train.step_graph import MOST_SHAPES, CudaRecorder, StepGraphs
 
 ALL = 10**6
 CPU = torch.device("cpu")
@@ -345,9 +346,34 @@ def test_the_pool_of_the_largest_replayed_step_is_counted_beside_every_step():
     for model in (small, large):
         for recomputed in (0, 28):
             graphs = model.graphs(recomputed)
-            assert graphs == plain.activations(model.graphed, recomputed) + 2 * plain.size.trained
+            held = plain.activations(model.graphed, recomputed) + 2 * plain.size.trained
+            assert graphs == held + model.graphed_inputs
             assert model.peak(videos, recomputed) == plain.peak(videos, recomputed) + graphs
     assert large.graphs(28) < large.graphs(0) and small.graphs(0) < large.graphs(0)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "overrides", "graphs_of_a_ratio"),
+    [
+        ({1: (1.0, 4)}, [], 1),
+        ({16: (1.0, 4)}, [], 2),  # a shape with given frames has a graph of its own
+        ({16: (1.0, 4)}, ["mask_ratios=None"], 1),
+        ({1: (1.0, 4), 16: (1.0, 4), 32: (1.0, 4), 48: (1.0, 4)}, [], 7),
+        ({1: (1.0, 4), 16: (0.0, None)}, [], 1),
+    ],
+)
+def test_the_inputs_of_every_graph_are_counted(buckets, overrides, graphs_of_a_ratio):
+    """Each graph reads its own copy of latents and text."""
+    words = ["bucket_config=" + repr({"144p": buckets}), "cuda_graph_tokens=100000", *overrides]
+    config = load_train_config(locate_config("stage1"), words).config
+    costs = RunCosts(config, Bucket(config.bucket_config))
+    model = costs.get_memory_model(1)
+    ratios = len({ratio for _, _, ratio in costs.bucket.ids})
+    copies = min(graphs_of_a_ratio * ratios, MOST_SHAPES)
+    latents = [4 * 4 * costs.get_videos(bucket_id).tokens for bucket_id in costs.bucket.ids]
+    text = 4 * 200 * 4096
+    assert 4 * copies * text < model.graphed_inputs <= 4 * copies * (text + max(latents))
+    assert model.graphs(0) - replace(model, graphed_inputs=0).graphs(0) == model.graphed_inputs
 
 
 # ---- on a GPU ----
