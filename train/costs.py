@@ -26,6 +26,7 @@ from opensora_fast.parallel.operations import (
     count_training_step,
 )
 from opensora_fast.train.parts import make_model_config
+from opensora_fast.train.step_graph import MOST_SHAPES
 
 LATENT_CHANNELS = 4  # of both autoencoders
 T5_WIDTH = 4096
@@ -123,7 +124,10 @@ class RunCosts:
         limit = self.config.cuda_graph_tokens
         replayed = [videos for videos in map(self.get_videos, self.bucket.ids) if 0 < videos.tokens <= limit]
         largest = max(replayed, key=lambda videos: model.activations(videos, self.recomputed), default=None)
-        return replace(model, graphed=largest)
+        # Each graph has its own inputs, and steps with given frames have graphs of their own.
+        masked = self.config.mask_ratios is not None
+        inputs = [model.inputs(videos) for videos in replayed for _ in range(1 + (masked and videos.frames > 1))]
+        return replace(model, graphed=largest, graphed_inputs=sum(sorted(inputs)[-MOST_SHAPES:]))
 
     def _list_encoders(self) -> dict[str, int]:
         """Bytes of the weights of each encoder that stays on the GPU, as far as their size is known."""

@@ -17,7 +17,8 @@ comes back when backward reaches it. `tests/parallel/test_memory.py` holds the c
 allocations of a whole step.
 
 Where small steps are replayed as CUDA graphs (see `opensora_fast.train.step_graph`), what the largest of them needs is
-held in a pool, beside what other steps allocate, and so is a set of gradients.
+held in a pool, beside what other steps allocate, and so are a set of gradients and, for each graph, a copy of its
+inputs.
 
 Not counted: what encoders need while they encode, and the few numbers per token that the loss keeps.
 """
@@ -68,6 +69,7 @@ class MemoryModel:
         encoders: bytes of the encoders' weights on the GPU.
         given_frames: whether some frames may be given (masks in training): they have a modulation of their own.
         graphed: the largest micro-batch whose step is replayed as a CUDA graph; None if none is.
+        graphed_inputs: bytes of the copies of `inputs` that all graphs together may hold.
         activation_factor: measured over counted peak of activations; 1 where nothing was measured.
     """
 
@@ -79,6 +81,7 @@ class MemoryModel:
     encoders: int = 0
     given_frames: bool = False
     graphed: Videos | None = None
+    graphed_inputs: int = 0
     activation_factor: float = 1.0
 
     @property
@@ -149,10 +152,10 @@ class MemoryModel:
         return max(worst, 2 * self.element * self.size.trained)  # gradients, and the flat copy of them
 
     def graphs(self, recomputed: int) -> int:
-        """Bytes that CUDA graphs hold: their pool, and the gradients that they write."""
+        """Bytes that CUDA graphs hold: their pool, the gradients that they write, and the inputs that they read."""
         if self.graphed is None:
             return 0
-        return self.activations(self.graphed, recomputed) + self.element * self.size.trained
+        return self.activations(self.graphed, recomputed) + self.element * self.size.trained + self.graphed_inputs
 
     def peak(self, videos: Videos, recomputed: int) -> int:
         """Most bytes that a training step needs."""
