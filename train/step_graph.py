@@ -10,7 +10,7 @@ What lives how long:
 - the memory that forward and backward work in: one pool for all graphs, as large as the largest needs. A replay
   writes all that it reads there, and the next one, of any graph, may write over it;
 - the losses that come out: in that pool, so until the next replay;
-- the gradients: one set for all graphs, outside the pool, until the next backward of a replay.
+- the gradients: one set for all graphs, outside the pool, until the next capture or backward of a replay.
 
 `torch.cuda.max_memory_allocated` counts what lies in the pool only while a graph is captured.
 
