@@ -16,16 +16,22 @@ def check_tensor(
     """`shape` may hold None for a size that is free; a `device` of None stands for any."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    fits = tensor.ndim == len(shape) and all(
-        expected is None or size == expected for size, expected in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
+    if tensor.shape != shape and not _fits(tensor.shape, shape):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({wanted})")
     if device is not None and tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, but the tokens are on {device}")
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected a floating-point dtype")
+
+
+def _fits(sizes: torch.Size, shape: tuple[int | None, ...]) -> bool:
+    if len(sizes) != len(shape):
+        return False
+    for size, expected in zip(sizes, shape, strict=True):
+        if expected is not None and size != expected:
+            return False
+    return True
 
 
 def check_tokens(op: str, name: str, tensor: Tensor, layout: PackLayout, *sizes: int | None) -> None:

@@ -50,8 +50,17 @@ class KernelOp:
             setup_context(ctx, inputs, output)
             return output
 
-        members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
-        self._direct = type(self.function.__name__, (torch.autograd.Function,), members).apply
+        refusing_twice = once_differentiable(backward)
+
+        # What `once_differentiable` adds takes longer than its question whether anything is to be added.
+        def backward_once(ctx: Any, *gradients: Any) -> Any:
+            return (refusing_twice if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
+        made = type(self.function.__name__, (torch.autograd.Function,), members)
+        # The `apply` below that of `Function`, which would look for wrappers of functorch in every argument: `__call__`
+        # has asked already.
+        self._direct = super(torch.autograd.Function, made).apply
 
     def __call__(self, first: Tensor | None, *others: Any) -> Any:
         seen_by_others = (
@@ -74,22 +83,35 @@ def choose_backend(op: str, backend: str, *tensors: Tensor | None) -> str:
     Raises:
         ValueError: an unknown backend, or Triton asked for where it cannot run: no CUDA, or a dtype it does not take.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    other = next((tensor.dtype for tensor in given if tensor.dtype not in TRITON_DTYPES), None)
+    first, other = None, None
+    for tensor in tensors:
+        if tensor is not None:
+            first = tensor if first is None else first
+            if tensor.dtype not in TRITON_DTYPES:
+                other = tensor.dtype
+                break
     if other is not None and backend == "triton":
         raise ValueError(f"{op}: its Triton kernel takes float32, float16 and bfloat16, got {other}")
-    return choose(op, backend, given[0], has_triton=other is None)
+    return choose(op, backend, first, has_triton=other is None)
+
+
+_AS_IT_IS = nullcontext()
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: makes it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _AS_IT_IS
+    return torch.cuda.device(tensor.device)
 
 
 def promote(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that an expression of the tensors has in eager PyTorch."""
-    given = [tensor.dtype for tensor in tensors if tensor is not None]
-    return functools.reduce(torch.promote_types, given)
+    dtype = None
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype != dtype:
+            dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def output_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -106,4 +128,4 @@ def output_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def empty_if(wanted: bool, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialized contiguous tensor like `like`; of no elements where it is not wanted, for ops return tensors."""
-    return torch.empty(like.shape if wanted else (0,), dtype=dtype or like.dtype, device=like.device)
+    return like.new_empty(like.shape if wanted else 0, dtype=dtype)

@@ -125,6 +125,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@lru_cache(maxsize=1024)
 def fill_rounds(num_tokens: int, programs: tuple[int, ...], slots: int) -> int:
     """The one of FRAME_TILE_SIZES whose programs should take the least time.
 
@@ -141,6 +142,7 @@ def fill_rounds(num_tokens: int, programs: tuple[int, ...], slots: int) -> int:
     return min(zip(FRAME_TILE_SIZES, programs, strict=True), key=lambda choice: time(choice[1]))[0]
 
 
+@lru_cache(maxsize=64)
 def split_columns(channels: int) -> dict[str, int]:
     """Returns the constexprs WIDE and TAIL for rows of `channels` columns, 2 or more."""
     wide = 1 << ((channels - 1).bit_length() - 1)

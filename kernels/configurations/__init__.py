@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +55,25 @@ class Configuration:
         object.__setattr__(self, "maxnreg", maxnreg)
 
     def __getitem__(self, name: str) -> int:
-        return dict(self.constants)[name]
+        for constant, value in self.constants:
+            if constant == name:
+                return value
+        raise KeyError(name)
 
-    @property
+    @cached_property
     def choices(self) -> dict[str, int]:
         return {**dict(self.constants), **self.options}
 
-    @property
+    @cached_property
     def constexprs(self) -> dict[str, int]:
         return {name: value for name, value in self.constants if name.isupper()}
 
-    @property
+    @cached_property
     def options(self) -> dict[str, int]:
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         return {**limit, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
-    @property
+    @cached_property
     def launch(self) -> dict[str, int]:
         """Keyword arguments of a launch: `kernel[grid](..., **configuration.launch)`."""
         return {**self.constexprs, **self.options}
