@@ -24,7 +24,8 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from .checks import check_tensor
 from .configurations import CompileCase, Configuration, candidates_of, select
-from .registration import choose_backend, on_device
+from .launch import ceil_divide, launch
+from .registration import choose_backend
 
 NORM_EPSILON = tl.constexpr(1e-6)  # of torch.nn.utils.clip_grad_norm_
 
@@ -208,8 +209,11 @@ def _adamw_op(
     configuration = select(CONFIGURATIONS, "adamw", "any", gradient.device)
     # In float64, for 1 - β₂ᵗ is a small difference in the first steps.
     corrections = torch.stack([1 - beta ** (step.double() + 1) for beta in (beta1, beta2)]).float()
-    with on_device(gradient):
-        _adamw[(triton.cdiv(gradient.numel(), configuration["BLOCK"]),)](
+    launch(
+        _adamw,
+        (ceil_divide(gradient.numel(), configuration["BLOCK"]),),
+        gradient,
+        (
             gradient,
             norm,
             corrections,
@@ -218,17 +222,20 @@ def _adamw_op(
             second_moment,
             working,
             average,
-            size=gradient.numel(),
-            lr=lr,
-            beta1_rest=1 - beta1,
-            beta2=beta2,
-            beta2_rest=1 - beta2,
-            eps=eps,
-            max_norm=float("inf") if max_norm is None else max_norm,
-            decay=decay,
-            decay_rest=1 - decay,
+            gradient.numel(),
+            lr,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            eps,
+            float("inf") if max_norm is None else max_norm,
+            decay,
+            1 - decay,
+        ),
+        {
             **configuration.launch,
-        )
+        },
+    )
     step += torch.isfinite(norm)
 
 

@@ -28,7 +28,7 @@ from .configurations import CompileCase, Configuration, candidates_of, select
 from .cross_attention_chunks_backward import chunk_length, launch_chunks
 from .cross_attention_forward import shape_class
 from .cross_attention_short_backward import launch_short_backward, select_short
-from .registration import on_device
+from .launch import ceil_divide, launch
 
 CONFIGURATIONS = {
     "cross_attention_queries_backward": {
@@ -251,8 +251,11 @@ def _launch_queries_and_text(
     configuration = select(CONFIGURATIONS, "cross_attention_queries_backward", shape_class(q), q.device)
     tiles = row_tiles(runs, configuration["ROWS"], q.device)
     bias_partials = BiasPartials(bias_gradient, 1, tiles.shape[0])
-    with on_device(q):
-        _queries[(tiles.shape[0] * heads,)](
+    launch(
+        _queries,
+        (tiles.shape[0] * heads,),
+        q,
+        (
             q,
             kv,
             output,
@@ -265,15 +268,21 @@ def _launch_queries_and_text(
             text_starts,
             text_lengths,
             num_tokens,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
+        ),
+        {
+            "HEADS": heads,
+            "HEAD_SIZE": head_size,
             **configuration.launch,
-        )
+        },
+    )
     if bias_gradient is not None:
         bias_partials.add_up(bias_gradient)
     configuration = select(CONFIGURATIONS, "cross_attention_text_backward", shape_class(q), q.device)
-    with on_device(q):
-        _text[(chunks.shape[0] * heads, triton.cdiv(max_length, configuration["ROWS"]))](
+    launch(
+        _text,
+        (chunks.shape[0] * heads, ceil_divide(max_length, configuration["ROWS"])),
+        q,
+        (
             q,
             kv,
             output_gradient,
@@ -286,10 +295,13 @@ def _launch_queries_and_text(
             num_tokens,
             chunk_tokens,
             max_length,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
+        ),
+        {
+            "HEADS": heads,
+            "HEAD_SIZE": head_size,
             **configuration.launch,
-        )
+        },
+    )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

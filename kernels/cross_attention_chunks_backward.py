@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import CompileCase, Configuration, candidates_of, select
-from .registration import on_device
+from .launch import ceil_divide, launch
 
 CONFIGURATIONS = {
     "cross_attention_chunks_backward": {
@@ -67,17 +67,23 @@ def launch_chunks(
     """
     _, max_length, width = partials.shape
     configuration = select(CONFIGURATIONS, "cross_attention_chunks_backward", "any", partials.device)
-    with on_device(partials):
-        _chunks[(max_length, triton.cdiv(width, configuration["COLUMNS"]), text_lengths.shape[0])](
+    launch(
+        _chunks,
+        (max_length, ceil_divide(width, configuration["COLUMNS"]), text_lengths.shape[0]),
+        partials,
+        (
             partials,
             kv_gradient,
             chunk_ranges,
             text_starts,
             text_lengths,
             max_length,
-            WIDTH=width,
+        ),
+        {
+            "WIDTH": width,
             **configuration.launch,
-        )
+        },
+    )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

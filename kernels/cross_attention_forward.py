@@ -19,7 +19,7 @@ from .attention_tables import row_tiles
 from .attention_tiles import load_head, store_head
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .cross_attention_short_forward import class_of_text, launch_short_forward, short_compile_cases
-from .registration import on_device
+from .launch import launch
 
 # Of texts of any length; 128 registers a thread: sixteen warps fit on a multiprocessor. Not num_stages=1, which gives
 # wrong results on sm_90: ptxas 12.8 then computes matrix descriptors of the loop over whole steps from a uniform
@@ -135,8 +135,11 @@ def launch_forward(
         launch_short_forward(q, kv, output, log_sums, text_starts, text_lengths, max_length, runs, configuration)
         return
     tiles = row_tiles(tuple(runs), configuration["ROWS"], q.device)
-    with on_device(q):
-        _forward[(tiles.shape[0] * heads,)](
+    launch(
+        _forward,
+        (tiles.shape[0] * heads,),
+        q,
+        (
             q,
             kv,
             output,
@@ -145,10 +148,13 @@ def launch_forward(
             text_starts,
             text_lengths,
             num_tokens,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
+        ),
+        {
+            "HEADS": heads,
+            "HEAD_SIZE": head_size,
             **configuration.launch,
-        )
+        },
+    )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

@@ -38,7 +38,7 @@ from .attention_tiles import (
 )
 from .configurations import CompileCase, Configuration, select
 from .cross_attention_short_forward import class_of_text
-from .registration import on_device
+from .launch import launch
 
 # `chunks` is what `chunk_length` takes; two_passes=1 are the kernels of cross_attention_backward. Sums and scores fill
 # the registers, so that one program of eight warps fits on a multiprocessor. With two stages it reads the rows of the
@@ -180,8 +180,11 @@ def launch_short_backward(
     num_tokens, heads, head_size = q.shape
     first, more = configuration["KEYS"], configuration["more_keys"]
     for first_text in (0, *range(first, max_length, more)):
-        with on_device(q):
-            _backward[(chunks.shape[0] * heads,)](
+        launch(
+            _backward,
+            (chunks.shape[0] * heads,),
+            q,
+            (
                 q,
                 kv,
                 output,
@@ -197,11 +200,14 @@ def launch_short_backward(
                 chunk_tokens,
                 max_length,
                 first_text,
-                HEADS=heads,
-                HEAD_SIZE=head_size,
-                ADD=first_text > 0,
+            ),
+            {
+                "HEADS": heads,
+                "HEAD_SIZE": head_size,
+                "ADD": first_text > 0,
                 **configuration.launch | {"KEYS": more if first_text else first},
-            )
+            },
+        )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .attention_tables import row_tiles
 from .attention_tiles import add_product, dot_rows, has_padding, load_head, split_head, store_head, tail_of, zero_head
 from .configurations import CompileCase, Configuration
-from .registration import on_device
+from .launch import launch
 
 TILE, LONGEST_TEXT = 128, 256  # text tokens: of one tile, and of two, which is what a program's registers hold
 
@@ -134,8 +134,11 @@ def launch_short_forward(
     """As `cross_attention_forward.launch_forward`, for texts that have a `class_of_text`."""
     num_tokens, heads, head_size = q.shape
     chunks = row_tiles(tuple(runs), configuration["chunk_tokens"], q.device)
-    with on_device(q):
-        _forward[(chunks.shape[0] * heads,)](
+    launch(
+        _forward,
+        (chunks.shape[0] * heads,),
+        q,
+        (
             q,
             kv,
             output,
@@ -145,12 +148,15 @@ def launch_short_forward(
             text_lengths,
             num_tokens,
             configuration["chunk_tokens"],
-            HEADS=heads,
-            HEAD_SIZE=head_size,
-            KEYS=TILE,
-            TILES=1 if max_length <= TILE else 2,
+        ),
+        {
+            "HEADS": heads,
+            "HEAD_SIZE": head_size,
+            "KEYS": TILE,
+            "TILES": 1 if max_length <= TILE else 2,
             **configuration.launch,
-        )
+        },
+    )
 
 
 def short_compile_cases(configurations: dict[int, Configuration]) -> list[CompileCase]:

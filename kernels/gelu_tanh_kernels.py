@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import CompileCase, Configuration, candidates_of, select
-from .registration import on_device
+from .launch import ceil_divide, launch
 from .tile_sums import launch_sum_tiles
 
 CONFIGURATIONS = {
@@ -123,35 +123,47 @@ def gelu_tanh_backward(
 def launch_forward(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
     tokens, channels = x.shape
     configuration = select(CONFIGURATIONS, "gelu_tanh_forward", "any", x.device)
-    blocks = triton.cdiv(channels, configuration["BLOCK_COLUMNS"])
-    with on_device(x):
-        gelu_tanh_forward[(triton.cdiv(tokens, configuration["BLOCK_TOKENS"]) * blocks,)](
+    blocks = ceil_divide(channels, configuration["BLOCK_COLUMNS"])
+    launch(
+        gelu_tanh_forward,
+        (ceil_divide(tokens, configuration["BLOCK_TOKENS"]) * blocks,),
+        x,
+        (
             x.contiguous(),
             bias if bias is None else bias.contiguous(),
             y,
-            num_tokens=tokens,
-            K=channels,
+            tokens,
+        ),
+        {
+            "K": channels,
             **configuration.launch,
-        )
+        },
+    )
 
 
 def launch_backward(d_y: Tensor, x: Tensor, bias: Tensor | None, d_x: Tensor | None, d_bias: Tensor | None) -> None:
     tokens, channels = x.shape
     configuration = select(CONFIGURATIONS, "gelu_tanh_backward", "any", x.device)
-    blocks = triton.cdiv(channels, configuration["BLOCK_COLUMNS"])
-    tiles = triton.cdiv(tokens, configuration["TILE_TOKENS"])
+    blocks = ceil_divide(channels, configuration["BLOCK_COLUMNS"])
+    tiles = ceil_divide(tokens, configuration["TILE_TOKENS"])
     partials = None if d_bias is None else x.new_empty(1, tiles, channels, dtype=torch.float32)
-    with on_device(x):
-        gelu_tanh_backward[(tiles * blocks,)](
+    launch(
+        gelu_tanh_backward,
+        (tiles * blocks,),
+        x,
+        (
             d_y.contiguous(),
             x.contiguous(),
             bias if bias is None else bias.contiguous(),
             d_x,
             partials,
-            num_tokens=tokens,
-            K=channels,
+            tokens,
+        ),
+        {
+            "K": channels,
             **configuration.launch,
-        )
+        },
+    )
     if partials is not None:
         launch_sum_tiles(partials, [], d_bias)
 

@@ -1,8 +1,8 @@
 """Launches of Triton kernels that find the compiled kernel by one look-up.
 
-`kernel[grid](…)` binds some twenty arguments by name, asks Triton's own library about each of them and makes a string of
-the options: 19 µs of CPU time for the backward of the norms without its kernel, this one 8 (measured on a server CPU).
-A step launches hundreds of kernels.
+`kernel[grid](…)` binds some twenty arguments by name, asks Triton's own library about each of them and makes a string
+of the options: 19 µs of CPU time for the backward of the norms without its kernel, this one LAUNCHED (measured on a
+server CPU). A step launches hundreds of kernels.
 
 Triton compiles a kernel anew where a pointer's dtype changes or whether it is a multiple of 16 bytes, where an integer
 becomes 1, a multiple of 16 or larger than 32 bits, where an argument is None, and for each set of constexprs and build
@@ -54,6 +54,11 @@ def launch(
         compiled = kernel[grid](*arguments, **constants)
     if compiled is not None:  # as it is under the interpreter
         _compiled[signature] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def ceil_divide(number: int, divisor: int) -> int:
+    """As `triton.cdiv`, which is for kernels too and takes 1.5 µs."""
+    return -(-number // divisor)
 
 
 def _kind(number: int | float | None) -> Any:

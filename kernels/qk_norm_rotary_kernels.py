@@ -27,7 +27,7 @@ from .attention_tiles import (
     to_float32,
 )
 from .configurations import CompileCase, Configuration, select
-from .registration import on_device
+from .launch import ceil_divide, launch
 from .rotary_tiles import load_angles, reciprocal_rms_apart, rotate, rotate_back, scale_rows_apart, subtract_along
 
 CONFIGURATIONS = {
@@ -178,9 +178,12 @@ def launch_forward(
     """Writes the contiguous outputs [N, H, D]. `tiles` are `layout.frame_tiles(tile_tokens)`."""
     q, k = _in_place(q, k)
     configuration = select(CONFIGURATIONS, "qk_norm_rotary_forward", "any", q.device)
-    blocks = triton.cdiv(tile_tokens * q.shape[1], configuration["ROWS"])
-    with on_device(q):
-        _forward[(tiles.shape[0] * blocks,)](
+    blocks = ceil_divide(tile_tokens * q.shape[1], configuration["ROWS"])
+    launch(
+        _forward,
+        (tiles.shape[0] * blocks,),
+        q,
+        (
             q,
             k,
             *(None if tensor is None else tensor.contiguous() for tensor in (q_weight, k_weight, cos, sin)),
@@ -189,9 +192,12 @@ def launch_forward(
             q_output,
             k_output,
             eps,
+        ),
+        {
             **_sizes(q, tile_tokens),
             **configuration.launch,
-        )
+        },
+    )
 
 
 def launch_backward(
@@ -214,12 +220,15 @@ def launch_backward(
     """Writes the contiguous gradients [N, H, D] of q and k; returns those of the weights, float32 [2, D], if wanted."""
     q, k = _in_place(q, k)
     configuration = select(CONFIGURATIONS, "qk_norm_rotary_backward", "any", q.device)
-    programs = tiles.shape[0] * triton.cdiv(tile_tokens * q.shape[1], configuration["ROWS"])
+    programs = tiles.shape[0] * ceil_divide(tile_tokens * q.shape[1], configuration["ROWS"])
     partials = None
     if wants_weights:
         partials = torch.empty(2, programs, q.shape[2], dtype=torch.float32, device=q.device)
-    with on_device(q):
-        _backward[(programs,)](
+    launch(
+        _backward,
+        (programs,),
+        q,
+        (
             q_output_gradient.contiguous(),
             k_output_gradient.contiguous(),
             q,
@@ -231,9 +240,12 @@ def launch_backward(
             k_gradient,
             partials,
             eps,
+        ),
+        {
             **_sizes(q, tile_tokens),
             **configuration.launch,
-        )
+        },
+    )
     return None if partials is None else partials.sum(dim=1)
 
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import CompileCase, Configuration
-from .registration import on_device
+from .launch import launch
 from .residual_norm_forward import dense_rows, load_row, row_stride, sum_row
 from .row_tiles import (
     COMPILED,
@@ -169,8 +169,11 @@ def launch_backward(
     d_residual, d_normed, residual, branch, bias = (
         tensor if tensor is None else tensor.contiguous() for tensor in (d_residual, d_normed, residual, branch, bias)
     )
-    with on_device(gradient):
-        residual_norm_backward[(tiles.shape[0],)](
+    launch(
+        residual_norm_backward,
+        (tiles.shape[0],),
+        gradient,
+        (
             d_residual,
             d_normed,
             residual,
@@ -185,14 +188,17 @@ def launch_backward(
             partials,
             frame_rows,
             tiles,
-            scale_stride=row_stride(scale),
-            gate_stride=row_stride(gate),
-            WANTS_TABLES=d_scale is not None,
-            WANTS_GATE=d_gate is not None,
-            WANTS_BIAS=d_bias is not None,
+            row_stride(scale),
+            row_stride(gate),
+        ),
+        {
+            "WANTS_TABLES": d_scale is not None,
+            "WANTS_GATE": d_gate is not None,
+            "WANTS_BIAS": d_bias is not None,
             **split_columns(channels),
             **configuration.launch,
-        )
+        },
+    )
     if partials is not None:
         launch_sum_tiles(partials, by_row, d_bias, tiles=tiles, frame_rows=frame_rows, video_tiles=video_tiles)
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import CompileCase, Configuration
-from .registration import on_device
+from .launch import launch
 from .row_tiles import (
     COMPILED,
     compiled_configurations,
@@ -136,8 +136,11 @@ def launch_forward(
     """Runs the forward of `op` into its outputs; tokens are made contiguous, tables may be strided by rows."""
     gate, shift, scale = (dense_rows(table) for table in (gate, shift, scale))
     configuration = select_row_configuration(f"{op}_forward", x.shape[0], x.device)
-    with on_device(x):
-        residual_norm_forward[(tiles.shape[0],)](
+    launch(
+        residual_norm_forward,
+        (tiles.shape[0],),
+        x,
+        (
             x.contiguous(),
             branch if branch is None else branch.contiguous(),
             gate,
@@ -150,13 +153,16 @@ def launch_forward(
             rstd,
             frame_rows,
             tiles,
-            gate_stride=row_stride(gate),
-            shift_stride=row_stride(shift),
-            scale_stride=row_stride(scale),
-            eps=eps,
+            row_stride(gate),
+            row_stride(shift),
+            row_stride(scale),
+            eps,
+        ),
+        {
             **split_columns(x.shape[1]),
             **configuration.launch,
-        )
+        },
+    )
 
 
 def dense_rows(table: Tensor | None) -> Tensor | None:

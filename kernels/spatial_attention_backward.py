@@ -46,7 +46,7 @@ from .attention_tiles import (
 )
 from .bias_gradient import BiasPartials
 from .configurations import CompileCase, Configuration, candidates_of, select
-from .registration import on_device
+from .launch import launch
 from .spatial_attention_forward import COMPILED, is_prepared, launch_normed_keys, padded_values, shape_classes
 
 CONFIGURATIONS = {
@@ -358,8 +358,11 @@ def launch_backward(
         programs = tiles.shape[0] * heads
         left[shape_class] = leave(shape_class)
         partials.append(torch.empty(0 if q_weight is None else programs, head_size, dtype=torch.float32, device=device))
-        with on_device(qkv):
-            _queries[(programs,)](
+        launch(
+            _queries,
+            (programs,),
+            qkv,
+            (
                 qkv,
                 normed_keys,
                 q_weight,
@@ -374,18 +377,24 @@ def launch_backward(
                 bias_partials.take(tiles.shape[0])[0],
                 tiles,
                 num_tokens,
-                HEADS=heads,
-                HEAD_SIZE=head_size,
-                NORM=norm_of(shape_class),
+            ),
+            {
+                "HEADS": heads,
+                "HEAD_SIZE": head_size,
+                "NORM": norm_of(shape_class),
                 **configuration.launch,
-            )
+            },
+        )
     if bias_gradient is not None:
         bias_partials.add_up(bias_gradient[:1])
     launches = plan("spatial_attention_keys_backward")
     bias_partials = BiasPartials(bias_gradient, 2, sum(tiles.shape[0] for *_, tiles in launches))
     for shape_class, configuration, tiles in launches:
-        with on_device(qkv):
-            _keys[(tiles.shape[0] * heads,)](
+        launch(
+            _keys,
+            (tiles.shape[0] * heads,),
+            qkv,
+            (
                 qkv,
                 normed_keys,
                 *left[shape_class],
@@ -395,11 +404,14 @@ def launch_backward(
                 *bias_partials.take(tiles.shape[0])[:2],
                 tiles,
                 num_tokens,
-                HEADS=heads,
-                HEAD_SIZE=head_size,
-                NORM=norm_of(shape_class),
+            ),
+            {
+                "HEADS": heads,
+                "HEAD_SIZE": head_size,
+                "NORM": norm_of(shape_class),
                 **configuration.launch,
-            )
+            },
+        )
     if bias_gradient is not None:
         bias_partials.add_up(bias_gradient[1:])
     if q_weight is None:

@@ -39,7 +39,7 @@ from .attention_tiles import (
     to_float32,
 )
 from .configurations import CompileCase, Configuration, candidates_of, select
-from .registration import on_device
+from .launch import ceil_divide, launch
 
 # The longest frames of the classes "small" and "medium"; longer ones are "large". Small frames find the norm of the
 # keys on their way. For longer ones, which pass over keys and values more often, these are prepared once: that was 16 %
@@ -274,8 +274,11 @@ def launch_forward(
         configuration = select(CONFIGURATIONS, "spatial_attention_forward", shape_class, qkv.device)
         tiles = row_tiles(tuple(runs), configuration["ROWS"], qkv.device, *bounds)
         norm = NO_NORM if q_weight is None else NORM_DONE if is_prepared(shape_class) else NORM_COMPUTED
-        with on_device(qkv):
-            _forward[(tiles.shape[0] * heads,)](
+        launch(
+            _forward,
+            (tiles.shape[0] * heads,),
+            qkv,
+            (
                 qkv,
                 normed_keys,
                 q_weight,
@@ -285,12 +288,15 @@ def launch_forward(
                 tiles,
                 num_tokens,
                 eps,
-                HEADS=heads,
-                HEAD_SIZE=head_size,
-                NORM=norm.value,
-                BOUNDED_LIMIT=BOUNDED_UP_TO[qkv.dtype],
+            ),
+            {
+                "HEADS": heads,
+                "HEAD_SIZE": head_size,
+                "NORM": norm.value,
+                "BOUNDED_LIMIT": BOUNDED_UP_TO[qkv.dtype],
                 **configuration.launch,
-            )
+            },
+        )
 
 
 def launch_normed_keys(qkv: Tensor, statistics: Tensor, eps: float) -> Tensor:
@@ -304,17 +310,23 @@ def launch_normed_keys(qkv: Tensor, statistics: Tensor, eps: float) -> Tensor:
     else:
         normed_keys = qkv.new_empty(num_tokens, heads, head_size)
     configuration = select(CONFIGURATIONS, "spatial_attention_normed_keys", "any", qkv.device)
-    with on_device(qkv):
-        _normed_keys[(triton.cdiv(num_tokens, configuration["ROWS"]) * heads,)](
+    launch(
+        _normed_keys,
+        (ceil_divide(num_tokens, configuration["ROWS"]) * heads,),
+        qkv,
+        (
             qkv,
             normed_keys,
             statistics,
             num_tokens,
             eps,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
+        ),
+        {
+            "HEADS": heads,
+            "HEAD_SIZE": head_size,
             **configuration.launch,
-        )
+        },
+    )
     return normed_keys
 
 

@@ -35,7 +35,7 @@ from .attention_tiles import (
     zero_head,
 )
 from .configurations import CompileCase, Configuration, candidates_of, select
-from .registration import on_device
+from .launch import ceil_divide, launch
 from .rotary_tiles import (
     hand_over,
     load_angles,
@@ -292,8 +292,11 @@ def launch_backward(
     heads, head_size = qkv.shape[2:]
     if not tiles.shape[0]:
         return
-    with on_device(qkv):
-        _backward[(triton.cdiv(tiles.shape[0], tiles_of_a_program(rows)) * heads,)](
+    launch(
+        _backward,
+        (ceil_divide(tiles.shape[0], tiles_of_a_program(rows)) * heads,),
+        qkv,
+        (
             qkv,
             q_weight,
             k_weight,
@@ -306,14 +309,17 @@ def launch_backward(
             partials,
             0 if partials is None else partials.stride(0),
             eps,
-            WITH_WEIGHTS=wants_weights,
-            WITH_BIAS=wants_bias,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
-            ROWS=rows,
-            TILES=tiles_of_a_program(rows),
+        ),
+        {
+            "WITH_WEIGHTS": wants_weights,
+            "WITH_BIAS": wants_bias,
+            "HEADS": heads,
+            "HEAD_SIZE": head_size,
+            "ROWS": rows,
+            "TILES": tiles_of_a_program(rows),
             **select(CONFIGURATIONS, "temporal_attention_backward", f"{rows} rows", qkv.device).launch,
-        )
+        },
+    )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

@@ -26,7 +26,7 @@ from .attention_tiles import (
     zero_head,
 )
 from .configurations import CompileCase, Configuration, candidates_of, select
-from .registration import on_device
+from .launch import launch
 from .rotary_tiles import load_angles, round_joined
 from .temporal_tiles import normed_rows, place_rows, query_factors
 
@@ -115,8 +115,11 @@ def launch_forward(
     heads, head_size = qkv.shape[2:]
     if not tiles.shape[0]:
         return
-    with on_device(qkv):
-        _forward[(tiles.shape[0] * heads,)](
+    launch(
+        _forward,
+        (tiles.shape[0] * heads,),
+        qkv,
+        (
             qkv,
             q_weight,
             k_weight,
@@ -125,11 +128,14 @@ def launch_forward(
             tiles,
             output,
             eps,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
-            ROWS=rows,
+        ),
+        {
+            "HEADS": heads,
+            "HEAD_SIZE": head_size,
+            "ROWS": rows,
             **select(CONFIGURATIONS, "temporal_attention_forward", f"{rows} rows", qkv.device).launch,
-        )
+        },
+    )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

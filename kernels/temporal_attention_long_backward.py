@@ -32,8 +32,8 @@ from .attention_tiles import (
     zero_head,
 )
 from .configurations import CompileCase, Configuration, candidates_of, select
+from .launch import launch
 from .layout import PLACE_BLOCK_ROWS
-from .registration import on_device
 from .rotary_tiles import load_angles, rotate_back, scale_rows_apart, subtract_along
 from .temporal_tiles import (
     COMPILED_DTYPES,
@@ -233,8 +233,11 @@ def launch_long_backward(
     if not blocks.shape[0]:
         return
     deltas = torch.empty_like(log_sums)
-    with on_device(qkv):
-        _queries[(blocks.shape[0] * heads,)](
+    launch(
+        _queries,
+        (blocks.shape[0] * heads,),
+        qkv,
+        (
             qkv,
             q_weight,
             k_weight,
@@ -249,14 +252,21 @@ def launch_long_backward(
             partials,
             bias_partials[0],
             eps,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
-            ROWS=rows,
+        ),
+        {
+            "HEADS": heads,
+            "HEAD_SIZE": head_size,
+            "ROWS": rows,
             **select(
                 CONFIGURATIONS, "temporal_attention_long_queries_backward", block_class(qkv.dtype), qkv.device
             ).launch,
-        )
-        _keys[(blocks.shape[0] * heads,)](
+        },
+    )
+    launch(
+        _keys,
+        (blocks.shape[0] * heads,),
+        qkv,
+        (
             qkv,
             q_weight,
             k_weight,
@@ -269,13 +279,16 @@ def launch_long_backward(
             qkv_gradient,
             *bias_partials[1:],
             eps,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
-            ROWS=rows,
+        ),
+        {
+            "HEADS": heads,
+            "HEAD_SIZE": head_size,
+            "ROWS": rows,
             **select(
                 CONFIGURATIONS, "temporal_attention_long_keys_backward", block_class(qkv.dtype), qkv.device
             ).launch,
-        )
+        },
+    )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .attention_tiles import add_product, dot_rows, load_head, multiply, scale_rows, store_head, to_dtype, zero_head
 from .configurations import CompileCase, Configuration, candidates_of, select
+from .launch import launch
 from .layout import PLACE_BLOCK_ROWS
-from .registration import on_device
 from .temporal_tiles import COMPILED_DTYPES, block_class, block_rows, load_block, load_normed, query_factors
 
 CONFIGURATIONS = {
@@ -139,8 +139,11 @@ def launch_long_forward(
     heads, head_size = qkv.shape[2:]
     if not blocks.shape[0]:
         return
-    with on_device(qkv):
-        _forward[(blocks.shape[0] * heads,)](
+    launch(
+        _forward,
+        (blocks.shape[0] * heads,),
+        qkv,
+        (
             qkv,
             q_weight,
             k_weight,
@@ -150,12 +153,15 @@ def launch_long_forward(
             output,
             log_sums,
             eps,
-            HEADS=heads,
-            HEAD_SIZE=head_size,
-            ROWS=rows,
-            BOUNDED_LIMIT=BOUNDED_UP_TO[qkv.dtype],
+        ),
+        {
+            "HEADS": heads,
+            "HEAD_SIZE": head_size,
+            "ROWS": rows,
+            "BOUNDED_LIMIT": BOUNDED_UP_TO[qkv.dtype],
             **select(CONFIGURATIONS, "temporal_attention_long_forward", block_class(qkv.dtype), qkv.device).launch,
-        )
+        },
+    )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import CompileCase, Configuration
-from .registration import on_device
+from .launch import ceil_divide, launch
 
 # 32 columns of float32 are one cache line. There are too few programs to hide a wait for memory: many tiles in flight.
 CONFIGURATION = Configuration(BLOCK_TILES=256, BLOCK_COLUMNS=32, num_warps=8, num_stages=1)
@@ -84,9 +84,12 @@ def launch_sum_tiles(
     sums, num_tiles, channels = partials.shape
     rows = by_row[0].shape[0] if by_row else 1
     outputs = [*by_row, None, None, None][:3]
-    grid = (triton.cdiv(channels, CONFIGURATION["BLOCK_COLUMNS"]), rows, sums)
-    with on_device(partials):
-        sum_tiles[grid](
+    grid = (ceil_divide(channels, CONFIGURATION["BLOCK_COLUMNS"]), rows, sums)
+    launch(
+        sum_tiles,
+        grid,
+        partials,
+        (
             partials,
             tiles,
             frame_rows,
@@ -95,10 +98,13 @@ def launch_sum_tiles(
             total,
             num_tiles,
             1 if video_tiles is None else video_tiles.shape[0] - 1,
-            C=channels,
-            ROW_SUMS=len(by_row),
+        ),
+        {
+            "C": channels,
+            "ROW_SUMS": len(by_row),
             **CONFIGURATION.launch,
-        )
+        },
+    )
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
