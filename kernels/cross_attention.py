@@ -20,7 +20,7 @@ from torch import Tensor
 from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_head_size, check_table, check_tensor, check_tokens
 from .layout import PackLayout, TextLayout
-from .registration import choose_backend, kernel_op
+from .registration import choose_backend, empty_as, kernel_op
 
 
 def cross_attention_reference(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout) -> Tensor:
@@ -114,8 +114,8 @@ def _(q, kv, q_bias, text_starts, text_lengths, max_length, runs):
 
 
 def _allocate_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return output, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    output = empty_as(q)
+    return output, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @kernel_op("opensora_fast::cross_attention_backward")
@@ -157,8 +157,7 @@ def _(output_gradient, q, kv, q_bias, text_starts, text_lengths, output, log_sum
 
 
 def _allocate_gradients(q: Tensor, kv: Tensor, q_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    like_q, like_kv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, kv))
-    return like_q, like_kv, q.new_empty(0) if q_bias is None else torch.empty_like(q_bias).contiguous()
+    return empty_as(q), empty_as(kv), q.new_empty(0) if q_bias is None else empty_as(q_bias)
 
 
 def _setup_context(ctx, inputs, output) -> None:

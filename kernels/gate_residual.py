@@ -14,12 +14,11 @@ Letters: N tokens, C channels, F frames, R rows of the modulation table.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .checks import check_modulation, check_tensor, check_tokens
 from .layout import PackLayout
-from .registration import choose_backend, empty_if, kernel_op, promote
+from .registration import choose_backend, empty_as, empty_if, kernel_op, promote
 from .row_tiles import choose_tiles
 
 
@@ -99,7 +98,7 @@ def _gate_residual(
 ) -> Tensor:
     from .residual_norm_forward import launch_forward
 
-    residual = torch.empty(x.shape, dtype=promote(x, branch, gate, bias), device=x.device)
+    residual = empty_as(x, promote(x, branch, gate, bias))
     launch_forward(
         "gate_residual",
         x=x,
@@ -121,7 +120,7 @@ def _gate_residual(
 
 @_gate_residual.register_fake
 def _(x, branch, gate, bias, frame_rows, tiles, backward_tiles, backward_video_tiles):
-    return torch.empty(x.shape, dtype=promote(x, branch, gate, bias), device=x.device)
+    return empty_as(x, promote(x, branch, gate, bias))
 
 
 @kernel_op("opensora_fast::gate_residual_backward")

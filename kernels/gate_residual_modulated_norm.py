@@ -20,7 +20,7 @@ from torch import Tensor
 from .gate_residual import check_branch, gate_residual_reference
 from .layout import PackLayout
 from .modulated_norm import allocate_norm, modulated_norm_reference
-from .registration import choose_backend, empty_if, kernel_op, output_dtype, promote
+from .registration import choose_backend, empty_as, empty_if, kernel_op, output_dtype, promote
 from .row_tiles import choose_tiles
 
 
@@ -145,7 +145,7 @@ def _(
 
 
 def _allocate(x: Tensor, residual_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=residual_dtype, device=x.device), *allocate_norm(x, dtype)
+    return empty_as(x, residual_dtype), *allocate_norm(x, dtype)
 
 
 @kernel_op("opensora_fast::gate_residual_modulated_norm_backward")

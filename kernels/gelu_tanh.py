@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_tensor
-from .registration import choose_backend, empty_if, kernel_op, output_dtype
+from .registration import choose_backend, empty_as, empty_if, kernel_op, output_dtype
 
 
 def gelu_tanh_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -53,14 +53,14 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
 def _gelu_tanh(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     from .gelu_tanh_kernels import launch_forward
 
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = empty_as(x, dtype)
     launch_forward(x, bias, y)
     return y
 
 
 @_gelu_tanh.register_fake
 def _(x, bias, dtype):
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+    return empty_as(x, dtype)
 
 
 @kernel_op("opensora_fast::gelu_tanh_backward")

@@ -40,7 +40,7 @@ def launch(
         kernel.fn,
         on.get_device(),
         *[
-            (argument.dtype, argument.data_ptr() % 16 == 0) if isinstance(argument, Tensor) else _kind(argument)
+            (argument.dtype, argument.data_ptr() % 16) if type(argument) is Tensor else _kind(argument)
             for argument in arguments
         ],
         *constants.items(),
@@ -61,9 +61,9 @@ def ceil_divide(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def _kind(number: int | float | None) -> Any:
-    if not isinstance(number, int):
-        return type(number)
-    if not -(2**31) <= number < 2**31:
-        return number
-    return (number == 1, number % 16 == 0)
+def _kind(argument: Argument) -> Any:
+    if argument is None or type(argument) is float:
+        return type(argument)
+    if isinstance(argument, int):
+        return (argument == 1, argument % 16 == 0) if -(2**31) <= argument < 2**31 else argument
+    return argument.dtype, argument.data_ptr() % 16  # a parameter

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checks import check_modulation
 from .layout import PackLayout
-from .registration import choose_backend, empty_if, kernel_op, output_dtype
+from .registration import choose_backend, empty_as, empty_if, kernel_op, output_dtype
 from .row_tiles import choose_tiles
 
 
@@ -108,8 +108,8 @@ def _(x, shift, scale, frame_rows, tiles, backward_tiles, backward_video_tiles, 
 
 
 def allocate_norm(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = [torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2)]
-    return torch.empty(x.shape, dtype=dtype, device=x.device), *statistics
+    statistics = [x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)]
+    return empty_as(x, dtype), *statistics
 
 
 @kernel_op("opensora_fast::modulated_norm_backward")

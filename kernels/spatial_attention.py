@@ -19,7 +19,7 @@ from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_head_size, check_self_attention
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference
-from .registration import choose_backend, kernel_op
+from .registration import choose_backend, empty_as, kernel_op
 
 
 def spatial_attention_reference(
@@ -107,8 +107,8 @@ def _allocate_outputs(qkv: Tensor, q_weight: Tensor | None) -> tuple[Tensor, Ten
     num_tokens, _, heads, head_size = qkv.shape
     rows = 1 if q_weight is None else 3
     return (
-        torch.empty(num_tokens, heads, head_size, dtype=qkv.dtype, device=qkv.device),
-        torch.empty(rows, heads, num_tokens, dtype=torch.float32, device=qkv.device),
+        qkv.new_empty(num_tokens, heads, head_size),
+        qkv.new_empty(rows, heads, num_tokens, dtype=torch.float32),
     )
 
 
@@ -144,8 +144,7 @@ def _(output_gradient, qkv, q_weight, k_weight, qkv_bias, output, statistics, ru
 
 
 def _allocate_gradients(qkv: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    small = (qkv.new_empty(0) if other is None else torch.empty_like(other).contiguous() for other in others)
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), *small
+    return empty_as(qkv), *[qkv.new_empty(0) if other is None else empty_as(other) for other in others]
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -325,7 +325,7 @@ def launch_backward(
     """
     num_tokens, _, heads, head_size = qkv.shape
     device = qkv.device
-    deltas = torch.empty(heads, num_tokens, dtype=torch.float32, device=device)
+    deltas = qkv.new_empty(heads, num_tokens, dtype=torch.float32)
     partials = []
     classes = shape_classes(qkv, runs)
     normed_keys = None
@@ -357,7 +357,7 @@ def launch_backward(
     for shape_class, configuration, tiles in launches:
         programs = tiles.shape[0] * heads
         left[shape_class] = leave(shape_class)
-        partials.append(torch.empty(0 if q_weight is None else programs, head_size, dtype=torch.float32, device=device))
+        partials.append(qkv.new_empty(0 if q_weight is None else programs, head_size, dtype=torch.float32))
         launch(
             _queries,
             (programs,),

@@ -25,7 +25,7 @@ from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_angles, check_head_size, check_self_attention
 from .layout import PLACE_BLOCK_ROWS, PLACE_TILE_ROWS, PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
-from .registration import choose_backend, kernel_op
+from .registration import choose_backend, empty_as, kernel_op
 from .tile_sums import launch_sum_tiles
 
 
@@ -167,8 +167,8 @@ def _(
 def _allocate_outputs(qkv: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     num_tokens, _, heads, head_size = qkv.shape
     return (
-        torch.empty(num_tokens, heads, head_size, dtype=qkv.dtype, device=qkv.device),
-        torch.empty(num_tokens if blocks.shape[0] else 0, heads, dtype=torch.float32, device=qkv.device),
+        qkv.new_empty(num_tokens, heads, head_size),
+        qkv.new_empty(num_tokens if blocks.shape[0] else 0, heads, dtype=torch.float32),
     )
 
 
@@ -207,7 +207,7 @@ def _temporal_attention_backward(
     sums, parts = None, [None] * len(groups)
     if wants_weights or wants_bias:
         # The programs' parts of the gradients of the biases of q, k and v, and of G, see temporal_attention_backward.
-        sums = torch.empty(4, sum(groups), *qkv.shape[2:], dtype=torch.float32, device=qkv.device)
+        sums = qkv.new_empty(4, sum(groups), *qkv.shape[2:], dtype=torch.float32)
         parts = sums.split(groups, dim=1)
     inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
     output_gradient = output_gradient.contiguous()
@@ -254,8 +254,7 @@ def _allocate_gradients(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, qkv_bias: Tensor | None, wants_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wanted = (q_weight if wants_weights else None, k_weight if wants_weights else None, qkv_bias)
-    small = (qkv.new_empty(0) if tensor is None else torch.empty_like(tensor).contiguous() for tensor in wanted)
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), *small
+    return empty_as(qkv), *[qkv.new_empty(0) if tensor is None else empty_as(tensor) for tensor in wanted]
 
 
 def _setup_context(ctx, inputs, output) -> None:
