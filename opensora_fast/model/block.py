@@ -8,6 +8,7 @@ op behind.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,14 +93,42 @@ class STDiT2Block(nn.Module):
         self.scale_shift_table_temporal = nn.Parameter(torch.randn(3, channels) / channels**0.5)
 
     def forward(
-        self, x: Tensor, normed: Tensor | None, context: PackContext, following: STDiT2Block | None
+        self,
+        x: Tensor,
+        normed: Tensor | None,
+        context: PackContext,
+        following: tuple[Tensor, ...] | None,
+        modulation: tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `compute_block`."""
-        return compute_block(self, x, normed, context, following)
+        return compute_block(self, x, normed, context, following, modulation)
+
+
+def modulation_tables(blocks: Sequence[nn.Module], context: PackContext) -> list[tuple[Tensor, ...]]:
+    """The tables [R, C] of each block: shift, scale, gate of space, of the MLP, and of time.
+
+    Those of all blocks are made by two additions: a block alone would launch a dozen small kernels each way, and the
+    gradients of `space_and_mlp` and `time` would be rounded after each block.
+    """
+
+    def add(tables: list[Tensor], rows: Tensor) -> list[tuple[Tensor, ...]]:
+        # [blocks, 6 or 3, R, C], whose tables lie one behind another as the rows do.
+        added = torch.stack(tables)[:, :, None] + rows.transpose(0, 1).contiguous()
+        each, width = added.flatten(0, 1).unbind(0), added.shape[1]
+        return [each[first : first + width] for first in range(0, len(each), width)]
+
+    space = add([block.scale_shift_table for block in blocks], context.space_and_mlp)
+    time = add([block.scale_shift_table_temporal for block in blocks], context.time)
+    return [of_space + of_time for of_space, of_time in zip(space, time, strict=True)]
 
 
 def compute_block(
-    block: nn.Module, x: Tensor, normed: Tensor | None, context: PackContext, following: nn.Module | None
+    block: nn.Module,
+    x: Tensor,
+    normed: Tensor | None,
+    context: PackContext,
+    following: tuple[Tensor, ...] | None,
+    modulation: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes one block.
 
@@ -108,15 +137,17 @@ def compute_block(
         x: [N, C] residual stream.
         normed: [N, C] input of spatial attention, when the block before has already made it.
         context: shared by all blocks.
-        following: the next block when this one is to make its `normed` in the same pass, else None.
+        following: the next block's tables when this one is to make its `normed` in the same pass, else None.
+        modulation: this block's tables; None for a block by itself, which makes them.
 
     Returns:
         (x [N, C], the following block's normed [N, C] or None).
     """
     layout, rows, use = context.layout, context.frame_rows, context.backends
-    space = (block.scale_shift_table + context.space_and_mlp).unbind(1)
-    shift_space, scale_space, gate_space, shift_mlp, scale_mlp, gate_mlp = space
-    shift_time, scale_time, gate_time = (block.scale_shift_table_temporal + context.time).unbind(1)
+    if modulation is None:
+        modulation = modulation_tables([block], context)[0]
+    shift_space, scale_space, gate_space, shift_mlp, scale_mlp, gate_mlp, *of_time = modulation
+    shift_time, scale_time, gate_time = of_time
 
     if normed is None:
         normed = kernels.modulated_norm(x, shift_space, scale_space, rows, layout, backend=use.modulated_norm)
@@ -190,13 +221,13 @@ def compute_block(
     if following is None:
         bias = block.mlp.fc2.bias
         return kernels.gate_residual(x, branch, gate_mlp, rows, layout, bias=bias, backend=use.gate_residual), None
-    modulation = following.scale_shift_table[:2] + context.space_and_mlp[:, :2]
+    shift_next, scale_next, *_ = following
     return kernels.gate_residual_modulated_norm(
         x,
         branch,
         gate_mlp,
-        modulation[:, 0],
-        modulation[:, 1],
+        shift_next,
+        scale_next,
         rows,
         layout,
         bias=block.mlp.fc2.bias,

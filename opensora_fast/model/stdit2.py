@@ -18,7 +18,7 @@ from opensora_fast.kernels import PackLayout, TextLayout
 
 from . import weights
 from .backends import Backends
-from .block import FinalLayer, PackContext, STDiT2Block
+from .block import FinalLayer, PackContext, STDiT2Block, modulation_tables
 from .config import STDiT2Config
 from .embedders import (
     CaptionEmbedder,
@@ -303,15 +303,18 @@ class STDiT2(nn.Module):
         return self.y_embedder.y_proj(y.flatten(0, 1)[index]), layout
 
     def _run_blocks(self, x: Tensor, context: PackContext) -> Tensor:
-        normed = None
+        normed, last = None, len(self.blocks) - 1
+        tables = modulation_tables(self.blocks, context)
         for index, block in enumerate(self.blocks):
             if index < self.checkpointed_blocks and torch.is_grad_enabled():
                 # Blocks draw no random numbers, so there is no generator state to keep. A recomputed block keeps only
                 # x, so it makes its own norm and none for the next block.
-                x, normed = checkpoint(block, x, None, context, None, use_reentrant=False, preserve_rng_state=False)
+                x, normed = checkpoint(
+                    block, x, None, context, None, tables[index], use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                following = self.blocks[index + 1] if self.checkpointed_blocks <= index < len(self.blocks) - 1 else None
-                x, normed = block(x, normed, context, following)
+                following = tables[index + 1] if self.checkpointed_blocks <= index < last else None
+                x, normed = block(x, normed, context, following, tables[index])
         return x
 
     @classmethod
