@@ -162,11 +162,15 @@ def _allocate_gradients(q: Tensor, kv: Tensor, q_bias: Tensor | None) -> tuple[T
 
 def _setup_context(ctx, inputs, output) -> None:
     q, kv, q_bias, text_starts, text_lengths, ctx.max_length, ctx.runs = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     q_bias = q_bias if ctx.needs_input_grad[2] else None
     ctx.save_for_backward(q, kv, q_bias, text_starts, text_lengths, *output)
 
 
 def _backward(ctx, output_gradient, _):
+    if output_gradient is None:
+        return (None,) * 7
     gradients = _cross_attention_backward(output_gradient, *ctx.saved_tensors, ctx.max_length, ctx.runs)
     wanted = ctx.needs_input_grad
     return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=False)), *(None,) * 4

@@ -149,10 +149,14 @@ def _allocate_gradients(qkv: Tensor, *others: Tensor | None) -> tuple[Tensor, Te
 
 def _setup_context(ctx, inputs, output) -> None:
     qkv, q_weight, k_weight, qkv_bias, ctx.runs, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, q_weight, k_weight, qkv_bias if ctx.needs_input_grad[3] else None, *output)
 
 
 def _backward(ctx, output_gradient, _):
+    if output_gradient is None:
+        return (None,) * 6
     gradients = _spatial_attention_backward(output_gradient, *ctx.saved_tensors, ctx.runs, ctx.eps)
     wanted = ctx.needs_input_grad
     return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=False)), None, None

@@ -219,7 +219,7 @@ def _temporal_attention_backward(
         output_gradient, *inputs, blocks, block_rows, output, log_sums, qkv_gradient, part, bias_parts, eps
     )
     if wants_bias:
-        launch_sum_tiles(sums[:3].flatten(2), list(bias_gradient.view(3, 1, -1)), None)
+        launch_sum_tiles(sums[:3].flatten(2), bias_gradient.view(3, 1, -1).unbind(), None)
     if wants_weights:
         weighted = sums[3].flatten(0, 1).sum(dim=0)
         torch.mul(weighted, k_weight, out=q_weight_gradient)
@@ -261,12 +261,16 @@ def _setup_context(ctx, inputs, output) -> None:
     qkv, q_weight, k_weight, qkv_bias, *tables, ctx.block_rows, ctx.eps = inputs
     # Short videos recompute everything from qkv: without long ones the output need not be kept.
     output, log_sums = output
+    ctx.mark_non_differentiable(log_sums)
+    ctx.set_materialize_grads(False)
     qkv_bias = qkv_bias if ctx.needs_input_grad[3] else None
     output = output if log_sums.shape[0] else log_sums
     ctx.save_for_backward(qkv, q_weight, k_weight, qkv_bias, *tables, output, log_sums)
 
 
 def _backward(ctx, output_gradient, _):
+    if output_gradient is None:
+        return (None,) * 13
     wants_q_weight, wants_k_weight = ctx.needs_input_grad[1:3]
     *inputs, output, log_sums = ctx.saved_tensors
     gradients = _temporal_attention_backward(
