@@ -1,7 +1,7 @@
 """Launches of Triton kernels that find the compiled kernel by one look-up.
 
 `kernel[grid](…)` binds some twenty arguments by name, asks Triton's own library about each of them and makes a string
-of the options: 19 µs of CPU time for the backward of the norms without its kernel, this one LAUNCHED (measured on a
+of the options: 19 µs of CPU time for the backward of the norms without its kernel, this one 9 (measured on a
 server CPU). A step launches hundreds of kernels.
 
 Triton compiles a kernel anew where a pointer's dtype changes or whether it is a multiple of 16 bytes, where an integer
