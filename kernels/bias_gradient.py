@@ -54,11 +54,13 @@ class BiasPartials:
         """For the next so many tiles: float32 [tiles · H, D] of each part, to be filled by `store_column_sums`."""
         if self._sums is None:
             return [None, None, None]
-        rows = self._sums[:, self._taken : self._taken + tiles]
+        rows = self._sums
+        if tiles != rows.shape[1]:
+            rows = rows[:, self._taken : self._taken + tiles]
         self._taken += tiles
-        return list(rows)
+        return [rows[part] for part in range(rows.shape[0])]
 
     def add_up(self, gradients: Tensor) -> None:
         """Writes the sums over all tiles into `gradients` [parts, H, D], contiguous, always in the same order."""
         if self._sums is not None:
-            launch_sum_tiles(self._sums, list(gradients.view(gradients.shape[0], 1, -1)), None)
+            launch_sum_tiles(self._sums, gradients.view(gradients.shape[0], 1, -1).unbind(), None)

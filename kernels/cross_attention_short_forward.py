@@ -32,12 +32,16 @@ def class_of_text(q: Tensor, max_length: int) -> str | None:
     multiplies outside the matrix units; and GPUs other than sm_90, the only one whose matrix units take a tile of text
     from shared memory and leave the sums in registers: elsewhere the backward pass does not fit.
     """
-    head_size = q.shape[2]
-    if max_length > LONGEST_TEXT or not has_padding(head_size) or sum(split_head(head_size)) > 80:
+    if max_length > LONGEST_TEXT or not _fits(q.shape[2]):
         return None
     if q.is_cuda and (q.dtype == torch.float32 or not _is_sm_90(q.device)):
         return None
     return "text of one tile" if max_length <= TILE else "text of two tiles"
+
+
+@lru_cache(maxsize=64)
+def _fits(head_size: int) -> bool:
+    return has_padding(head_size) and sum(split_head(head_size)) <= 80
 
 
 @lru_cache(maxsize=64)

@@ -125,6 +125,11 @@ class PackLayout:
         return max(frames * height * width for frames, height, width in self.shapes)
 
     @cached_property
+    def tile_counts(self) -> tuple[int, ...]:
+        """How many tiles `frame_tiles` cuts, for each of FRAME_TILE_SIZES."""
+        return tuple(self.frame_tiles(size).shape[0] for size in FRAME_TILE_SIZES)
+
+    @cached_property
     def runs(self) -> tuple[Run, ...]:
         """Consecutive videos of equal shape, so that dense code can view them as a batch."""
         runs: list[Run] = []

@@ -101,8 +101,7 @@ def select_row_configuration(kernel: str, num_tokens: int, device: torch.device)
 
 def choose_tiles(op: str, layout: PackLayout) -> tuple[int, int]:
     """Returns the sizes of the op's tiles, forward and backward; the layout's tables of these sizes go to the op."""
-    programs = tuple(layout.frame_tiles(size).shape[0] for size in FRAME_TILE_SIZES)
-    return _choose_tiles(op, layout.num_tokens, programs, layout.device.type, layout.device.index)
+    return _choose_tiles(op, layout.num_tokens, layout.tile_counts, layout.device.type, layout.device.index)
 
 
 def _choose_tiles(

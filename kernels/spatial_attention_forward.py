@@ -17,6 +17,7 @@ Per call: 4·S·H·D FLOPs and 8·H·D bytes (half precision) for each token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -91,17 +92,22 @@ def shape_classes(tensor: Tensor, runs: Sequence[int]) -> list[tuple[str, tuple[
 
     float32 on a GPU is a class of its own: it multiplies outside the matrix units, with tiles to suit.
     """
+    return _shape_classes(tensor.is_cuda and tensor.dtype == torch.float32, tuple(runs[1::2]))
+
+
+@lru_cache(maxsize=1024)
+def _shape_classes(outside_matrix_units: bool, lengths: tuple[int, ...]) -> list[tuple[str, tuple[int, int]]]:
     bounds = {
         "small": (0, LONGEST_SMALL_FRAME),
         "medium": (LONGEST_SMALL_FRAME + 1, LONGEST_MEDIUM_FRAME),
         "large": (LONGEST_MEDIUM_FRAME + 1, 2**31),
     }
-    if tensor.is_cuda and tensor.dtype == torch.float32:
+    if outside_matrix_units:
         bounds = {"float32": (0, 2**31)}
     return [
         (name, (shortest, longest))
         for name, (shortest, longest) in bounds.items()
-        if any(shortest <= length <= longest for length in runs[1::2])
+        if any(shortest <= length <= longest for length in lengths)
     ]
 
 

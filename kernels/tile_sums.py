@@ -9,6 +9,8 @@ ago and the L2 cache mostly still holds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,7 +76,7 @@ def sum_tiles(
 
 def launch_sum_tiles(
     partials: Tensor,
-    by_row: list[Tensor],
+    by_row: Sequence[Tensor],
     total: Tensor | None,
     tiles: Tensor | None = None,
     frame_rows: Tensor | None = None,
