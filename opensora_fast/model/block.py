@@ -107,8 +107,7 @@ class STDiT2Block(nn.Module):
 def modulation_tables(blocks: Sequence[nn.Module], context: PackContext) -> list[tuple[Tensor, ...]]:
     """The tables [R, C] of each block: shift, scale, gate of space, of the MLP, and of time.
 
-    Those of all blocks are made by two additions: a block alone would launch a dozen small kernels each way, and the
-    gradients of `space_and_mlp` and `time` would be rounded after each block.
+    Those of all blocks are made by two additions, since each block alone would launch dozens of small kernels for them.
     """
 
     def add(tables: list[Tensor], rows: Tensor) -> list[tuple[Tensor, ...]]:
