@@ -62,8 +62,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 memory = torch.zeros(64)
 ALIGNED = memory[4 * (-memory.data_ptr() // 4 % 4) :][:8]
-POINTERS = [ALIGNED, ALIGNED[1:], ALIGNED.half(), torch.nn.Parameter(ALIGNED), ALIGNED.int(), None]
-NUMBERS = [0, 1, 2, 15, 16, 17, 32, -1, -16, 2**31 - 1, 2**31, 2**31 + 16, -(2**31), 2**40]
+PARAMETERS = [torch.nn.Parameter(ALIGNED), torch.nn.Parameter(ALIGNED[1:]), torch.nn.Parameter(ALIGNED.half())]
+POINTERS = [ALIGNED, ALIGNED[1:], ALIGNED.half(), ALIGNED.int(), *PARAMETERS, None]
+NUMBERS = [0, 1, 2, 15, 16, 17, 32, -1, -16, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), 2**40, 2**40 + 1, 2**63]
 
 
 @settings(max_examples=300, deadline=None)
@@ -74,12 +75,14 @@ NUMBERS = [0, 1, 2, 15, 16, 17, 32, -1, -16, 2**31 - 1, 2**31, 2**31 + 16, -(2**
     st.sampled_from(NUMBERS),
     st.sampled_from([0.0, 1.0, 1e-6]),
     st.fixed_dictionaries(
-        {"BLOCK": st.sampled_from([1, 16]), "FLAG": st.booleans(), "num_warps": st.sampled_from([1, 2, 4])},
+        {"BLOCK": st.sampled_from([1, 2, 4]), "FLAG": st.booleans(), "num_warps": st.sampled_from([1, 2, 4])},
         optional={"maxnreg": st.just(64)},
     ),
+    st.booleans(),
     st.sampled_from([(3,), (3, 2), (3, 2, 1)]),
 )
-def test_launch_runs_what_triton_would(first, second, count, free, eps, constants, grid) -> None:
+def test_launch_runs_what_triton_would(first, second, count, free, eps, constants, reverse, grid) -> None:
+    constants = dict(reversed(constants.items())) if reverse else constants
     arguments = (first, second, count, free, eps)
     calls.clear()
     kernel[grid](*arguments, **constants)
