@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
-from .providers.models import make_model_work, make_training, model_provider, training_call
+from .providers.models import Training, make_model_work, make_training, model_provider, training_call
 from .providers.variants import VARIANT_OF
 from .shapes import Workload
 from .suites.scale import Scale
@@ -63,8 +63,8 @@ class StepProfile:
         return sum(kernel.microseconds for kernel in self.kernels) / 1e3
 
 
-def profile_step(workload: Workload, provider: str, scale: Scale) -> StepProfile:
-    """Trains a model with random weights for a few steps and profiles some of them.
+def profile_steps(workloads: Sequence[Workload], provider: str, scale: Scale) -> Iterator[StepProfile]:
+    """Trains one model with random weights for a few steps of each workload and profiles some of them.
 
     Args:
         provider: a name of `providers/variants.py`.
@@ -76,6 +76,11 @@ def profile_step(workload: Workload, provider: str, scale: Scale) -> StepProfile
     if provider not in VARIANT_OF:
         raise ValueError(f"provider {provider!r} is unknown; known: {', '.join(VARIANT_OF)}")
     training = make_training(scale.config, scale.device, scale.dtype)
+    for workload in workloads:
+        yield _profile_step(workload, provider, scale, training)
+
+
+def _profile_step(workload: Workload, provider: str, scale: Scale, training: Training) -> StepProfile:
     work = make_model_work(training.model, workload, scale.text, training)
     known = model_provider(VARIANT_OF[provider])
     reason = known.missing(work)

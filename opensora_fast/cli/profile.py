@@ -67,7 +67,7 @@ def step(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """The kernels of a training step, the longest first: share of the step, ns for each token, launches."""
-    from opensora_fast.benchmarks.step_profile import format_profile, profile_step, write_profile
+    from opensora_fast.benchmarks.step_profile import format_profile, profile_steps, write_profile
     from opensora_fast.benchmarks.suites.scale import scale_of
     from opensora_fast.device import choose_device
 
@@ -78,8 +78,7 @@ def step(
         if name not in known:
             raise ValueError(f"--resolutions {name!r}: choose among {', '.join(known)}")
     out.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        profile = profile_step(known[name], provider, scale)
-        path = out / f"step_{name}_{provider}.csv"
+    for profile in profile_steps([known[name] for name in names], provider, scale):
+        path = out / f"step_{profile.workload.resolution}_{provider}.csv"
         write_profile(profile, path)
         typer.echo(f"{format_profile(profile)}\nrows: {path}")

@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from opensora_fast.benchmarks.shapes import Workload
-from opensora_fast.benchmarks.step_profile import KernelTime, StepProfile, format_profile, profile_step, write_profile
+from opensora_fast.benchmarks.step_profile import KernelTime, StepProfile, format_profile, profile_steps, write_profile
 from opensora_fast.benchmarks.suites.scale import scale_of
 from opensora_fast.cli import run
 
@@ -13,7 +13,7 @@ from opensora_fast.cli import run
 @pytest.fixture(scope="module")
 def profile():
     scale = scale_of("cpu")
-    return profile_step(scale.headline[1], "eager", scale)
+    return next(profile_steps([scale.headline[1]], "eager", scale))
 
 
 def test_each_product_of_a_block_is_launched_once_in_each_layer_and_direction(profile):
