@@ -10,6 +10,7 @@ import numpy as np
 from opensora_fast.data.balance import balance
 from opensora_fast.parallel.cost import StepTime
 from opensora_fast.parallel.idle import idle_share, slowest_of_each_step
+from opensora_fast.parallel.join import count_replicas
 from opensora_fast.parallel.memory import RESERVE, MemoryModel, usable_memory
 from opensora_fast.train.costs import RunCosts
 from opensora_fast.train.memory_check import GIB, BucketMemory, count_buckets
@@ -140,6 +141,7 @@ class ClusterPlan:
         """The same as text for a person. Every line with a time says what it rests on."""
         gpu, model, basis = self.time.gpu, self.memory_model, self.time.basis
         shared = f": 1/{self.world_size} of it" if self.world_size > 1 else ""
+        together = self.memory_model.sharing
         lines = [
             f"{self.name} on {self.world_size} × {gpu.name}{self.gpu_note and f' ({self.gpu_note})'}",
             f"times: {basis}"
@@ -151,6 +153,7 @@ class ClusterPlan:
             f"{self.recomputed} of {model.config.depth} blocks recompute; captions are taken to have all {model.text} "
             "tokens that they may have",
             self.encoders,
+            *([f"each micro-batch is computed by {together} processes together (sp_size)"] if together > 1 else []),
             *self._describe_graphs(),
             "",
             _format_row(
@@ -273,19 +276,20 @@ def make_plan(
 
 def project_orders(costs: RunCosts, world_size: int, time: StepTime, mix: Mix) -> list[Order]:
     """The shuffled order of a mix and the balanced one."""
+    replicas = count_replicas(world_size, costs.config.sp_size)
     videos = [costs.get_videos(bucket_id) for bucket_id in costs.bucket.ids]
     seconds = np.array([time.seconds(costs.count_step(part, world_size)) for part in videos])
     tokens = np.array([part.tokens for part in videos])
     balanced = mix.bucket_of[balance(costs.get_order_costs()[mix.bucket_of], costs.config.seed, epoch=0)]
-    steps = mix.steps or max(1, len(mix.bucket_of) // world_size)
+    steps = mix.steps or max(1, len(mix.bucket_of) // replicas)
     orders = []
     for bucket_of in (mix.bucket_of, balanced):
-        taken = np.resize(bucket_of, steps * world_size)  # from the front again where the last step is not full
-        slowest = slowest_of_each_step(seconds[taken], world_size)
+        taken = np.resize(bucket_of, steps * replicas)  # from the front again where the last step is not full
+        slowest = slowest_of_each_step(seconds[taken], replicas)
         orders.append(
             Order(
                 balanced=bucket_of is balanced,
-                idle=idle_share(seconds[taken], world_size),
+                idle=idle_share(seconds[taken], replicas),
                 tokens_per_s=float(tokens[taken].sum() / slowest.sum()),
                 epoch_seconds=None if mix.steps is None else float(slowest.sum()),
             )

@@ -24,6 +24,7 @@ from opensora_fast.parallel.operations import (
     count_optimizer,
     count_recomputation,
     count_training_step,
+    largest_share,
 )
 from opensora_fast.train.parts import make_model_config
 from opensora_fast.train.step_graph import MOST_SHAPES
@@ -95,9 +96,10 @@ class RunCosts:
         return max(ids, key=lambda bucket_id: self.get_videos(bucket_id).frame_tokens)
 
     def count_step(self, videos: VideoBatch, world_size: int) -> Count:
-        """A training step of one process on a micro-batch, recomputed blocks included."""
-        step = count_training_step(self.model, videos, self.text, 0.0, self.element)
-        step += count_recomputation(self.model, videos, self.text, self.recomputed, self.element)
+        """A training step of one process on a micro-batch, or its share of it, recomputed blocks included."""
+        share = largest_share(videos, self.config.sp_size)
+        step = count_training_step(self.model, share, self.text, 0.0, self.element)
+        step += count_recomputation(self.model, share, self.text, self.recomputed, self.element)
         return step + count_optimizer(self.size.trained / world_size)
 
     def get_order_costs(self) -> np.ndarray:
@@ -118,6 +120,7 @@ class RunCosts:
             text=self.text,
             element=self.element,
             processes=world_size,
+            sharing=self.config.sp_size,
             encoders=sum(self._list_encoders().values()),
             given_frames=self.config.mask_ratios is not None,
         )

@@ -4,7 +4,7 @@ import os
 
 from opensora_fast.config import LoadedConfig, TrainConfig, format_values
 from opensora_fast.data.bucket import Bucket
-from opensora_fast.parallel.join import read_place
+from opensora_fast.parallel.join import count_replicas, read_place
 from opensora_fast.train.data import read_data
 from opensora_fast.train.step_graph import refuse_without_gpu
 
@@ -26,6 +26,7 @@ def print_plan(loaded: LoadedConfig[TrainConfig], device: str | None = None) -> 
     if place.rank != 0:
         return
     config = loaded.config
+    replicas = count_replicas(place.world_size, config.sp_size)
     if device is not None:
         refuse_without_gpu(config.cuda_graph_tokens, device)
     print(format_values(loaded))
@@ -36,7 +37,7 @@ def print_plan(loaded: LoadedConfig[TrainConfig], device: str | None = None) -> 
         print(format_table(config))
         print("no table of clips is given (--data-path META), so what falls into the buckets is not known")
         return
-    data = read_data(config, world_size=place.world_size)
+    data = read_data(config, world_size=replicas)
     print(data.explanation.to_text())
 
 

@@ -80,7 +80,7 @@ class Trainer:
         ema: average of the weights.
         diffusion: IDDPM or SpeeDiffusion.
         masks: None for no masks.
-        inputs: turns a batch into latents and conditioning.
+        inputs: turns a batch into latents and conditioning; None where another process does and shares them.
         batches: batches(epoch, consumed) yields the batches of one epoch from that position on.
         extra_files: writes further files into a checkpoint folder (configuration, encoders).
         folder: output folder of the run.
@@ -96,7 +96,7 @@ class Trainer:
     ema: EMA
     diffusion: IDDPM
     masks: MaskGenerator | None
-    inputs: ModelInputs
+    inputs: ModelInputs | None
     batches: Callable[[int, int], Iterator[Batch]]
     extra_files: Callable[[Path], None]
     folder: Path
@@ -168,8 +168,12 @@ class Trainer:
 
     def compute_losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """`loss` and its parts, each [] on the device, for a batch at a step; draws all randomness of the step."""
-        seed_step(self.seed, step, self.processes.rank)
-        inputs = draw_inputs(self.model, self.diffusion, self.masks, *self.inputs.prepare(batch))
+        seed_step(self.seed, step, self.processes.replica)
+        inputs = None
+        if self.inputs is not None:
+            inputs = draw_inputs(self.model, self.diffusion, self.masks, *self.inputs.prepare(batch))
+        if self.processes.sequence is not None:
+            inputs = self.processes.sequence.share(inputs, self.model.device)
         if self.graphs is not None:
             return self.graphs.compute_losses(inputs)
         return compute_losses(self.model, self.diffusion, inputs)
@@ -190,7 +194,7 @@ class Trainer:
             row["memory"] = max(row["memory"], _peak_memory(self.model.device))
             started = now
             self.position.step += 1
-            self.position.consumed = self._first_index(batch) + self.processes.world_size
+            self.position.consumed = self._first_index(batch) + self.processes.replicas
             if self.limits.checkpoint_every and self.position.step % self.limits.checkpoint_every == 0:
                 self._finish(taken)
                 taken = None
@@ -204,7 +208,7 @@ class Trainer:
 
     def _first_index(self, batch: Batch) -> int:
         """Number in the epoch of the first of the micro-batches that the processes take in a step."""
-        return batch.index - self.processes.rank
+        return batch.index - self.processes.replica
 
     def _iterate(self) -> Iterator[Batch]:
         empty_epochs = 0
@@ -253,19 +257,20 @@ class Trainer:
 
     def _make_row(self, batch: Batch, told: list[dict[str, Any]]) -> dict[str, Any]:
         """The row of a step: means of losses, sums of tokens and clips, the longest wait and the most memory."""
-        row = {key: sum(process["losses"][key] for process in told) / len(told) for key in told[0]["losses"]}
+        each = told[:: len(told) // self.processes.replicas]  # of each micro-batch the first process
+        row = {key: sum(process["losses"][key] for process in each) / len(each) for key in each[0]["losses"]}
         row |= {
             "lr": self.optimizer.lr,
-            "tokens": sum(process["tokens"] for process in told),
+            "tokens": sum(process["tokens"] for process in each),
             "data_wait": max(process["data_wait"] for process in told),
-            "bucket": told[0]["bucket"],
-            "batch_size": sum(process["clips"] for process in told),
+            "bucket": each[0]["bucket"],
+            "batch_size": sum(process["clips"] for process in each),
             "epoch": batch.epoch,
             "micro_batch": self._first_index(batch),
             "memory": max(process["memory"] for process in told),
         }
-        if len(told) > 1:
-            row["buckets"] = [process["bucket"] for process in told]
+        if len(each) > 1:
+            row["buckets"] = [process["bucket"] for process in each]
         return row
 
     def _finish(self, taken: Taken | None) -> None:
@@ -300,7 +305,11 @@ class Trainer:
             "epoch": batch.epoch,
             "micro_batch": batch.index,
         }
-        batches = [told for told in self.processes.gather(own) if not math.isfinite(float(told["value"]))]
+        found: dict[int, dict[str, Any]] = {}
+        for told in self.processes.gather(own):
+            if not math.isfinite(float(told["value"])):
+                found.setdefault(told["micro_batch"], told)  # several processes may share one
+        batches = list(found.values())
         if self.processes.rank != 0:
             # Rank 0 says what has happened. Were another the first to end, torchrun could end rank 0 before it does.
             self.processes.gather(None)

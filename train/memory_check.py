@@ -98,13 +98,17 @@ def count_buckets(
 
 
 def warn_of_memory(
-    config: TrainConfig, data: TrainingData, device: torch.device, report: Callable[[str], None]
+    config: TrainConfig,
+    data: TrainingData,
+    world_size: int,
+    device: torch.device,
+    report: Callable[[str], None],
 ) -> None:
     """Before step 0 on a GPU, with all that stands already allocated: warn of buckets that will not fit."""
     if device.type != "cuda":
         return
     costs = RunCosts(config, data.bucket)
-    model = costs.get_memory_model(data.sampler.world_size)
+    model = costs.get_memory_model(world_size)
     # What is allocated is known better than counted: model, optimizer, average and encoders.
     model = replace(model, encoders=torch.cuda.memory_allocated(device) - model.weights - model.optimizer)
     memory = torch.cuda.get_device_properties(device).total_memory

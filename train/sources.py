@@ -22,6 +22,23 @@ from opensora_fast.train.model_inputs import ModelInputs
 Report = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class SourceFacts:
+    """What one must know of batches without reading them.
+
+    Attributes:
+        in_channels, caption_channels, model_max_length: what the model has to fit.
+        steps: of the first epoch.
+        fingerprint: of their order, see `TrainingData`.
+    """
+
+    in_channels: int
+    caption_channels: int
+    model_max_length: int
+    steps: int
+    fingerprint: str
+
+
 @dataclass
 class Source:
     """Batches and what turns them into the model's inputs.
@@ -49,6 +66,11 @@ class Source:
         except RuntimeError as error:
             # A bucket without one usable clip left; other errors of the loader keep their class.
             raise ValueError(str(error)) from error
+
+    def get_facts(self) -> SourceFacts:
+        """Of the batches of this source."""
+        channels = self.in_channels, self.caption_channels, self.model_max_length
+        return SourceFacts(*channels, self.data.explanation.steps, self.data.get_fingerprint())
 
     def close(self) -> None:
         """End threads and processes of loader and decoder."""

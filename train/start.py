@@ -102,15 +102,22 @@ def load_initial_weights(model: STDiT2, source: str, report: Callable[[str], Non
     report(f"weights: all {len(state)} tensors of {source}")
 
 
-def report_changes(checkpoint: Path, config: TrainConfig, world_size: int, report: Callable[[str], None]) -> None:
+def report_changes(checkpoint: Path, config: TrainConfig, processes: Processes, report: Callable[[str], None]) -> None:
     """Say which values, and whether the number of processes, differ from those that the checkpoint was trained with."""
-    processes = json.loads((checkpoint / "state.json").read_text())["world_size"]
-    if processes != world_size:
+    before = load_train_config(checkpoint / CHECKPOINT_CONFIG).config
+    world_size = json.loads((checkpoint / "state.json").read_text())["world_size"]
+    if processes.world_size != world_size:
         report(
-            f"note: the number of processes is now {world_size}, the checkpoint was trained with {processes}: the "
-            f"order of the micro-batches goes on, {world_size} a step, and random numbers are drawn in each process"
+            f"note: the number of processes is now {processes.world_size}, the checkpoint was trained with {world_size}"
         )
-    before = dict(list_values(load_train_config(checkpoint / CHECKPOINT_CONFIG).config))
+    if processes.replicas != world_size // before.sp_size:
+        report(
+            f"note: a step takes {processes.replicas} micro-batches in place of {world_size // before.sp_size}: their "
+            "order goes on, and for each of them random numbers are drawn"
+        )
+    values_before = dict(list_values(before))
     for key, value in list_values(config):
-        if key in before and value != before[key] and key not in ("steps", "load", "dataset.data_path", "features"):
-            report(f"note: {key} is now {value!r}, the checkpoint was trained with {before[key]!r}")
+        if key not in values_before or key in ("steps", "load", "dataset.data_path", "features"):
+            continue
+        if value != values_before[key]:
+            report(f"note: {key} is now {value!r}, the checkpoint was trained with {values_before[key]!r}")

@@ -49,7 +49,10 @@ def write_state(trainer: "Trainer", folder: Path | None) -> None:
         "format": FORMAT,
         "step": position.step,
         "sampler": {"seed": trainer.seed, "epoch": position.epoch, "consumed": position.consumed},
-        "random": {"seed": trainer.seed, "rule": "every step draws from (seed, step, rank)"},
+        "random": {
+            "seed": trainer.seed,
+            "rule": "every step draws from (seed, step, its micro-batch's number)",
+        },
         "world_size": trainer.processes.world_size,
         "data": trainer.data_fingerprint,
     }

@@ -25,11 +25,12 @@ from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.data import read_data
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.encoders import adopt_fitted, copy_fitted
+from opensora_fast.train.followers import find_batches
 from opensora_fast.train.loop import Limits, Trainer
 from opensora_fast.train.memory_check import warn_of_memory
 from opensora_fast.train.optimizer import MasterAdamW
 from opensora_fast.train.parts import build_diffusion, build_model, make_model_config
-from opensora_fast.train.sources import open_clips, open_features
+from opensora_fast.train.sources import Source, open_clips, open_features
 from opensora_fast.train.start import CHECKPOINT_CONFIG, Start, agree_on_start, load_initial_weights, report_changes
 from opensora_fast.train.state import load_weights
 from opensora_fast.train.state import resume as resume_state
@@ -72,7 +73,7 @@ def train(
         ValueError: a mistake in the configuration, the data or the folder; NonFiniteError from the loop;
             ProcessLostError where another process has failed.
     """
-    with join_processes(device) as processes:
+    with join_processes(device, loaded.config.sp_size) as processes:
         return _train(
             loaded,
             out,
@@ -106,7 +107,7 @@ def _train(
         report(f"note: {note}")
     diffusion = build_diffusion(config)
     masks = MaskGenerator(config.mask_ratios) if config.mask_ratios is not None else None
-    data = read_data(config, processes.rank, processes.world_size)
+    data = read_data(config, processes.replica, processes.replicas)
     for warning in data.explanation.warnings:
         report(f"warning: {warning}")
     start = agree_on_start(processes, config, out, resume, init_from, report)
@@ -126,12 +127,17 @@ def _train(
             trainer.note(text)
 
     open_source = open_clips if config.features is None else open_features
+    sequence = processes.sequence
     with cpu_threads(choose_cpu_threads(config, processes)), ExitStack() as stack:
+        source: Source | None = None
         # Rank 0 fits, downloads and writes features; the others find them.
         with processes.first():
-            source = stack.enter_context(closing(open_source(config, data, out, processes.device, dtype, tell)))
-        model_config = make_model_config(config, source.in_channels, source.caption_channels, source.model_max_length)
+            if sequence is None or sequence.rank == 0:
+                source = stack.enter_context(closing(open_source(config, data, out, processes.device, dtype, tell)))
+        facts, batches = find_batches(source, sequence)
+        model_config = make_model_config(config, facts.in_channels, facts.caption_channels, facts.model_max_length)
         model = build_model(model_config, config.seed, config.grad_checkpoint)
+        model.share_frames(sequence)
         use_kernels(model, backend, linear=linear)
         if start.weights is not None:
             with processes.first():
@@ -152,25 +158,26 @@ def _train(
             ema=EMA(optimizer, config.ema_decay),
             diffusion=diffusion,
             masks=masks,
-            inputs=source.inputs,
-            batches=source.iterate,
+            inputs=None if source is None else source.inputs,
+            batches=batches,
             extra_files=lambda folder: write_extra_files(config, out, folder),
             folder=out,
             replay=lambda checkpoint, step: describe_replay(out, checkpoint, step, processes, linear),
             limits=Limits(config.steps, config.epochs, config.log_every, config.ckpt_every, config.keep_checkpoints),
             seed=config.seed,
-            data_fingerprint=source.data.get_fingerprint(),
+            data_fingerprint=facts.fingerprint,
             graphs=make_graphs(config, model, diffusion),
         )
         if start.resume is not None:
             resume_state(trainer, start.resume)
-            report_changes(start.resume, config, processes.world_size, report)
+            report_changes(start.resume, config, processes, report)
         elif start.state is not None:
             load_weights(trainer, start.state)
         if processes.rank == 0:
             write_config(config, out / "config.json")
-        report(describe_run(trainer, source.data.explanation.steps, start))
-        warn_of_memory(config, source.data, trainer.model.device, report)
+        report(describe_run(trainer, facts.steps, start))
+        if source is not None:
+            warn_of_memory(config, source.data, processes.world_size, trainer.model.device, report)
         calls_before = calls.copy()
         signal_number = trainer.run()
     if processes.rank == 0:

@@ -31,6 +31,7 @@ def explain(
     from opensora_fast.data.bucket import Bucket
     from opensora_fast.data.explain import describe_no_batches, explain_buckets
     from opensora_fast.data.manifest import Manifest
+    from opensora_fast.parallel.join import count_replicas
     from opensora_fast.train.locate_config import locate_config
 
     settings = load_train_config(locate_config(config), overrides or []).config
@@ -40,7 +41,7 @@ def explain(
         frame_interval=settings.dataset.frame_interval,
         seed=settings.seed,
         epoch=epoch,
-        world_size=world_size,
+        world_size=count_replicas(world_size, settings.sp_size),
         drop_last=settings.drop_last,
     )
     print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation.to_text())

@@ -45,6 +45,7 @@ def command(
     """
     from opensora_fast.config import load_train_config
     from opensora_fast.data.bucket import Bucket
+    from opensora_fast.parallel.join import count_replicas
     from opensora_fast.train.cluster_plan import make_plan
     from opensora_fast.train.costs import RunCosts
     from opensora_fast.train.locate_config import locate_config
@@ -54,12 +55,13 @@ def command(
         raise ValueError("--data-path and --mix both say what the micro-batches are: give one")
     options = {"dataset.data_path": data_path and os.path.abspath(data_path)}
     settings = load_train_config(locate_config(config), overrides or [], options).config
+    replicas = count_replicas(world_size, settings.sp_size)
     bucket = Bucket(settings.bucket_config)
     costs = RunCosts(settings, bucket)
     if mix is not None:
-        micro_batches = mix_of_file(mix, settings, bucket, world_size)
+        micro_batches = mix_of_file(mix, settings, bucket, replicas)
     elif settings.dataset.data_path is not None:
-        micro_batches = mix_of_table(settings, world_size)
+        micro_batches = mix_of_table(settings, replicas)
     else:
         micro_batches = mix_assumed(settings, bucket)
     time, memory_ratios, gpu_note, notes = _choose_time(costs, gpu, rows)

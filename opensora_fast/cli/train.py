@@ -32,9 +32,12 @@ def command(
 
         torchrun --standalone --nproc-per-node 8 -m opensora_fast train CONFIG ...
 
-    Of a step of several processes metrics.jsonl has the mean of the losses, the sum of tokens and clips (batch_size),
-    the tokens a second of all, the longest data_wait and the most memory of any; bucket is that of rank 0, buckets has
-    all.
+    With sp_size=4 four consecutive processes compute each micro-batch together (sequence parallelism), each some of
+    its frames, for videos that do not fit into the memory of one GPU.
+
+    Of a step of several micro-batches metrics.jsonl has the mean of the losses, the sum of tokens and clips
+    (batch_size), the tokens a second of all, the longest data_wait and the most memory of any process; bucket is that
+    of the first micro-batch, buckets has all.
     """
     from opensora_fast.config import load_train_config
     from opensora_fast.train.locate_config import locate_config

@@ -47,11 +47,12 @@ class TrainConfig(Section):
     num_workers: int = Field(4, ge=0)
     load: str | None = None
     start_from_scratch: bool = False
+    # So many processes compute each micro-batch together, each some of its frames (sequence parallelism).
+    sp_size: int = Field(1, ge=1)
 
     # Read for Open-Sora's sake; see find_idle_keys.
     num_bucket_build_workers: int | None = None
     plugin: str | None = None
-    sp_size: int = 1
     outputs: str | None = None
     wandb: bool = False
     batch_size: int | None = None
@@ -75,8 +76,11 @@ class TrainConfig(Section):
     def _refuse_what_is_not_done(self) -> "TrainConfig":
         if self.scheduler.type == "dpm-solver":
             raise ValueError("scheduler.type='dpm-solver' only samples; train with 'iddpm' or 'iddpm-speed'")
-        if self.sp_size != 1:
-            raise ValueError(f"sp_size={self.sp_size}: sequence parallelism is not available; use sp_size=1")
+        if self.sp_size != 1 and self.cuda_graph_tokens:
+            raise ValueError(
+                f"sp_size={self.sp_size} and cuda_graph_tokens={self.cuda_graph_tokens}: what processes exchange "
+                "within a step is not recorded in CUDA graphs; use one of them"
+            )
         if not self.bucket_config:
             raise ValueError(
                 "bucket_config is empty: every clip would be dropped; write for example {'240p': {16: (1.0, 4)}}"

@@ -100,7 +100,7 @@ class Explanation:
         ]
         lines.append(
             f"{self.used_clips} of {_count(self.clips, 'clip')} in {_count(self.micro_batches, 'micro-batch')}: "
-            f"{_count(self.steps, 'step')} for each of {_count(self.world_size, 'process')}"
+            f"{_count(self.steps, 'step')} of {_count(self.world_size, 'micro-batch')}"
         )
         lines += [f"left out: {_count(count, 'clip')}, {reason}" for reason, count in self.dropped.items()]
         lines += [f"warning: {warning}" for warning in self.warnings]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from opensora_fast import kernels
 from opensora_fast.kernels import PackLayout, TextLayout, linear
+from opensora_fast.parallel.sequence import FrameShare
 
 from .backends import Backends
 
@@ -67,6 +68,8 @@ class PackContext:
         time: [R, 3, C] output of `t_block_temp`.
         cos, sin: float32 [T, D/2] tables of the rotary embedding.
         backends: the implementation of each op.
+        share: where several processes compute the pack together, what of it is in this layout, which is of shorter
+            videos then.
     """
 
     layout: PackLayout
@@ -78,6 +81,7 @@ class PackContext:
     cos: Tensor
     sin: Tensor
     backends: Backends
+    share: FrameShare | None = None
 
 
 class STDiT2Block(nn.Module):
@@ -173,16 +177,7 @@ def compute_block(
     )
     attention = block.attn_temp
     qkv, qkv_bias = project_qkv(attention, normed, use.linear)
-    attended = kernels.temporal_attention(
-        qkv,
-        norm_weight(attention.q_norm),
-        norm_weight(attention.k_norm),
-        context.cos,
-        context.sin,
-        layout,
-        qkv_bias=qkv_bias,
-        backend=use.temporal_attention,
-    )
+    attended = attend_over_time(attention, qkv, qkv_bias, context)
     x = kernels.gate_residual(
         x,
         linear(attended.flatten(1), attention.proj.weight, backend=use.linear),
@@ -239,6 +234,24 @@ def project_qkv(attention: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, 
     weight, bias = attention.qkv.weight, attention.qkv.bias
     shape = (3, attention.num_heads, -1)
     return linear(x, weight, bias.detach(), backend=backend).unflatten(1, shape), bias.unflatten(0, shape)
+
+
+def attend_over_time(attention: nn.Module, qkv: Tensor, qkv_bias: Tensor, context: PackContext) -> Tensor:
+    """qkv [N, 3, H, D], and the bias in it → [N, H, D]. Processes that share a pack exchange tokens for heads."""
+    share = context.share
+    if share is not None:
+        qkv, qkv_bias = share.give_tokens(qkv), share.take_heads(qkv_bias)
+    attended = kernels.temporal_attention(
+        qkv,
+        norm_weight(attention.q_norm),
+        norm_weight(attention.k_norm),
+        context.cos,
+        context.sin,
+        context.layout if share is None else share.whole,
+        qkv_bias=qkv_bias,
+        backend=context.backends.temporal_attention,
+    )
+    return attended if share is None else share.take_tokens(attended)
 
 
 def norm_weight(norm: nn.Module | None) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora_fast import kernels
 from opensora_fast.kernels import PackLayout, TextLayout
+from opensora_fast.parallel.sequence import SequenceGroup
 
 from . import weights
 from .backends import Backends
@@ -37,6 +38,8 @@ class STDiT2(nn.Module):
     Attributes:
         backends: which implementation each op uses; set it through `use_kernels`.
         checkpointed_blocks: the first so many blocks recompute their activations in backward.
+        sequence: processes that compute each pack together with this one, given the same arguments; each gets the
+            whole output. Set it through `share_frames`.
     """
 
     def __init__(self, config: STDiT2Config):
@@ -44,6 +47,7 @@ class STDiT2(nn.Module):
         self.config = config
         self.backends = Backends()
         self.checkpointed_blocks = 0
+        self.sequence: SequenceGroup | None = None
         channels = config.hidden_size
         self.x_embedder = PatchEmbedder(config.in_channels, config.patch_size, channels)
         self.t_embedder = ScalarEmbedder(channels)
@@ -88,6 +92,21 @@ class STDiT2(nn.Module):
         if not 0 <= blocks <= len(self.blocks):
             raise ValueError(f"set_checkpointing: {blocks} blocks, but the model has {len(self.blocks)}")
         self.checkpointed_blocks = blocks
+
+    def share_frames(self, sequence: SequenceGroup | None) -> None:
+        """Computes packs together with other processes, each a part of the frames; None: alone again.
+
+        All must have the same weights. Gradients of parameters are then to be summed over the processes.
+
+        Raises:
+            ValueError: the heads cannot be shared out among so many processes.
+        """
+        if sequence is not None and self.config.num_heads % sequence.size:
+            raise ValueError(
+                f"sp_size={sequence.size}: the {self.config.num_heads} heads cannot be shared out evenly; use a "
+                f"divisor of {self.config.num_heads}"
+            )
+        self.sequence = sequence
 
     def forward(
         self,
@@ -168,14 +187,8 @@ class STDiT2(nn.Module):
         for index, video in enumerate(videos):
             if video.ndim != 4:
                 raise ValueError(f"videos[{index}]: shape {tuple(video.shape)}, expected [channels, T, H, W]")
-        batches: list[list[Tensor]] = []
-        for video in videos:
-            if batches and batches[-1][0].shape == video.shape:
-                batches[-1].append(video)
-            else:
-                batches.append([video])
         outputs = self._forward_batches(
-            [torch.stack(batch) for batch in batches], timestep, y, mask, x_masks, num_frames, height, width, ar, fps
+            _stack_equal(videos), timestep, y, mask, x_masks, num_frames, height, width, ar, fps
         )
         return [video for batch in outputs for video in batch]
 
@@ -216,6 +229,19 @@ class STDiT2(nn.Module):
         }  # fmt: skip
         conditions = {name: self._condition(name, value, videos) for name, value in conditions.items()}
         scales = self._position_scales(conditions["height"], conditions["width"], position_of_first)
+        batch_shapes = [(batch.shape[0], *batch.shape[2:]) for batch in batches]
+        y, mask, dropped = self._text_rows(y, mask, dropped, videos)
+        share, max_frames = None, layout.max_frames
+        if self.sequence is not None:
+            share = self.sequence.divide(layout)
+            own = share.videos
+            batches = _stack_equal(share.take_frames([video for batch in batches for video in batch], dimension=1))
+            layout = self.get_layout(batches)
+            if x_masks is not None:
+                x_masks = share.take_frames(x_masks, dimension=0)
+            scales, y = scales[own], y[own]
+            conditions = {name: value[own] for name, value in conditions.items()}
+            mask, dropped = (None if rows is None else rows[own] for rows in (mask, dropped))
         conditions = {name: value.to(device, non_blocking=True) for name, value in conditions.items()}
 
         patches = kernels.patchify([batch.to(self.dtype) for batch in batches], self.patch)
@@ -223,13 +249,16 @@ class STDiT2(nn.Module):
         frame_rows = layout.modulation_rows(x_masks)
         has_given = frame_rows is not layout.frame_video
         noised, given, space_and_mlp, time = self._modulation(conditions, has_given)
-        text, text_layout = self._embed_text(y, mask, dropped, videos)
-        cos, sin = self.rope.tables(layout.max_frames)
-        context = PackContext(layout, frame_rows, text, text_layout, space_and_mlp, time, cos, sin, self.backends)
+        text, text_layout = self._embed_text(y, mask, dropped)
+        cos, sin = self.rope.tables(max_frames)
+        context = PackContext(
+            layout, frame_rows, text, text_layout, space_and_mlp, time, cos, sin, self.backends, share
+        )
 
         x = self._run_blocks(x, context)
         tokens = self.final_layer(x, noised, given, context)
-        batch_shapes = [(batch.shape[0], *batch.shape[2:]) for batch in batches]
+        if share is not None:
+            tokens = share.gather(tokens)
         outputs = kernels.unpatchify(tokens, batch_shapes, self.patch, config.out_channels)
         return [output.float() for output in outputs]
 
@@ -286,20 +315,26 @@ class STDiT2(nn.Module):
         given = (time + data_info)[videos:] if has_given else None
         return time[:videos], given, space_and_mlp, temporal
 
-    def _embed_text(
+    def _text_rows(
         self, y: Tensor, mask: Tensor | None, dropped: Tensor | None, videos: int
-    ) -> tuple[Tensor, TextLayout]:
-        """Returns the embedded real text tokens [M, C] and where they lie."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Checks the text; returns y, the mask [B, L] and which captions are dropped [B], None where none are."""
         if y.ndim != 4 or y.shape[0] != videos or y.shape[1] != 1 or y.shape[3] != self.config.caption_channels:
             raise ValueError(
                 f"y: shape {tuple(y.shape)}, expected ({videos}, 1, text tokens, {self.config.caption_channels})"
             )
-        y = y.squeeze(1).to(self.device, self.dtype, non_blocking=True)
-        if dropped is not None or (self.training and self.y_embedder.dropout_probability > 0):
-            y = self.y_embedder.drop(y, dropped)
         if mask is not None:
             mask = _repeat_rows("mask", mask.reshape(mask.shape[0], -1), videos)
-        layout, index = TextLayout.from_mask(mask, videos, y.shape[1], self.device)
+        if dropped is None and self.training and self.y_embedder.dropout_probability > 0:
+            dropped = self.y_embedder.draw_dropped(videos)
+        return y, mask, dropped
+
+    def _embed_text(self, y: Tensor, mask: Tensor | None, dropped: Tensor | None) -> tuple[Tensor, TextLayout]:
+        """Returns the embedded real text tokens [M, C] and where they lie."""
+        y = y.squeeze(1).to(self.device, self.dtype, non_blocking=True)
+        if dropped is not None:
+            y = self.y_embedder.drop(y, dropped)
+        layout, index = TextLayout.from_mask(mask, y.shape[0], y.shape[1], self.device)
         return self.y_embedder.y_proj(y.flatten(0, 1)[index]), layout
 
     def _run_blocks(self, x: Tensor, context: PackContext) -> Tensor:
@@ -328,6 +363,17 @@ class STDiT2(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`, which `from_pretrained` and upstream read."""
         weights.save_pretrained(self, folder)
+
+
+def _stack_equal(videos: Sequence[Tensor]) -> list[Tensor]:
+    """Batches [b, channels, T, H, W] of consecutive videos [channels, T, H, W] of equal shape."""
+    batches: list[list[Tensor]] = []
+    for video in videos:
+        if batches and batches[-1][0].shape == video.shape:
+            batches[-1].append(video)
+        else:
+            batches.append([video])
+    return [torch.stack(batch) for batch in batches]
 
 
 def _same_number(first: float | Tensor, second: float | Tensor) -> bool:

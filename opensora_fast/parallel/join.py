@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from opensora_fast.device import choose_device
 from opensora_fast.parallel.processes import JoinedProcesses, Processes
+from opensora_fast.parallel.sequence import SequenceGroup
 
 # How long hosts wait for each other: longer than encoding the features of a large table takes.
 HOST_TIMEOUT = timedelta(days=7)
@@ -47,8 +48,23 @@ def read_place(environment: Mapping[str, str]) -> Place:
     return Place(*map(int, values.values()))
 
 
+def count_replicas(world_size: int, sequence_size: int) -> int:
+    """How many micro-batches so many processes compute at a time, `sequence_size` of them each.
+
+    Raises:
+        ValueError: they do not form such groups.
+    """
+    if world_size % sequence_size:
+        raise ValueError(
+            f"sp_size={sequence_size}: {world_size} {'process does' if world_size == 1 else 'processes do'} not form "
+            f"groups of {sequence_size} that share their micro-batches; start a multiple of it with {TORCHRUN}, or set "
+            "sp_size=1"
+        )
+    return world_size // sequence_size
+
+
 @contextmanager
-def join_processes(device_name: str | None) -> Iterator[Processes]:
+def join_processes(device_name: str | None, sequence_size: int = 1) -> Iterator[Processes]:
     """The processes of this run, of which torchrun may have started several, connected while the block runs.
 
     Nobody leaves the block before all have come to its end, or one has failed. Once in the life of several processes:
@@ -57,11 +73,15 @@ def join_processes(device_name: str | None) -> Iterator[Processes]:
     Args:
         device_name: "cpu" or "cuda"; None is CUDA where there is one. On CUDA the process takes the GPU of its number
             on this machine.
+        sequence_size: so many consecutive processes, which torchrun starts on one machine as far as it can, compute
+            each micro-batch together.
 
     Raises:
-        ValueError: torchrun's variables are incomplete, the device is not here, or there are more processes than GPUs.
+        ValueError: torchrun's variables are incomplete, the device is not here, there are more processes than GPUs, or
+            they do not form groups of `sequence_size`.
     """
     place = read_place(os.environ)
+    count_replicas(place.world_size, sequence_size)
     device = choose_device(device_name)
     if place.world_size == 1:
         yield Processes(device)
@@ -73,12 +93,20 @@ def join_processes(device_name: str | None) -> Iterator[Processes]:
     )
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
-        processes = JoinedProcesses(device, place.local_world_size, host_group)
+        sequence = join_sequence(sequence_size) if sequence_size > 1 else None
+        processes = JoinedProcesses(device, place.local_world_size, host_group, sequence)
         yield processes
         # torchrun ends all processes when one has ended with an error code: only after rank 0 has written everything.
         processes.gather(None)
     finally:
         dist.destroy_process_group()
+
+
+def join_sequence(size: int) -> SequenceGroup:
+    """The group of this process, among groups of `size` consecutive ones; every process must call it."""
+    group, _ = dist.new_subgroups(group_size=size)
+    host_group, _ = dist.new_subgroups(group_size=size, backend="gloo", timeout=HOST_TIMEOUT)
+    return SequenceGroup(group, host_group)
 
 
 def take_gpu(place: Place) -> torch.device:

@@ -20,7 +20,8 @@ Where small steps are replayed as CUDA graphs (see `opensora_fast.train.step_gra
 held in a pool, beside what other steps allocate, and so are a set of gradients and, for each graph, a copy of its
 inputs.
 
-Not counted: what encoders need while they encode, and the few numbers per token that the loss keeps.
+Not counted: what encoders need while they encode, the few numbers per token that the loss keeps, and, where processes
+share a micro-batch of videos too long for one tile of temporal attention, its output before they exchange it: a row.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opensora_fast.parallel.operations import VideoBatch, Videos
+from opensora_fast.parallel.operations import VideoBatch, Videos, largest_share
 
 if TYPE_CHECKING:
     from opensora_fast.model import STDiT2Config
@@ -66,6 +67,7 @@ class MemoryModel:
         text: tokens of each caption.
         element: bytes of a weight and of an activation, 2 (bfloat16) or 4 (float32).
         processes: that share the optimizer's state.
+        sharing: processes that compute each micro-batch together, each some of its frames.
         encoders: bytes of the encoders' weights on the GPU.
         given_frames: whether some frames may be given (masks in training): they have a modulation of their own.
         graphed: the largest micro-batch whose step is replayed as a CUDA graph; None if none is.
@@ -78,6 +80,7 @@ class MemoryModel:
     text: int
     element: int = 2
     processes: int = 1
+    sharing: int = 1
     encoders: int = 0
     given_frames: bool = False
     graphed: Videos | None = None
@@ -137,8 +140,9 @@ class MemoryModel:
             recomputed: the first so many blocks recompute.
         """
         depth = self.config.depth
-        stream, saved = self.stream(videos), self.saved_by_block(videos)
-        always = self.inputs(videos) + self.saved_outside(videos) + BACKWARD_ROWS * stream
+        share = largest_share(videos, self.sharing)
+        stream, saved = self.stream(share), self.saved_by_block(share)
+        always = self.inputs(videos) + self.saved_outside(share) + BACKWARD_ROWS * stream
 
         def at(block: int) -> int:
             """While backward is in this block."""

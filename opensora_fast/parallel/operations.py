@@ -55,6 +55,30 @@ class VideoBatch:
 
 
 @dataclass(frozen=True)
+class VideoShare:
+    """What one process computes of `Videos` whose frames are shared out: so many tokens, in whole frames.
+
+    Attributes:
+        batch: videos of which it has frames.
+        frames: of each of the shared videos, over which it attends.
+    """
+
+    batch: int
+    frames: int
+    frame_tokens: int
+    tokens: int
+
+
+def largest_share(videos: Videos, processes: int) -> Videos:
+    """The largest share of videos of which each process computes about as many consecutive frames."""
+    if processes == 1:
+        return videos
+    frames = -(-videos.batch * videos.frames // processes)
+    touched = min(videos.batch, 1 + -(-(frames - 1) // videos.frames))
+    return VideoShare(touched, videos.frames, videos.frame_tokens, frames * videos.frame_tokens)
+
+
+@dataclass(frozen=True)
 class Count:
     """Operations and bytes of something; they add up."""
 

@@ -1,10 +1,11 @@
 """What the processes of a run say to each other, and one that is alone.
 
-Each process trains on micro-batches of its own with the same weights, and owns one shard of the optimizer's state
-(ZeRO stage 1, https://arxiv.org/abs/1910.02054). Gradients and weights travel between the devices, over NCCL or, on the
-CPU, gloo. Everything else goes from host to host over gloo, what is small as JSON: a host may wait for another as long
-as it takes, while NCCL takes ten minutes without an answer for a failure. As the hosts meet in every step before the
-devices do, no device waits for another one's data either.
+Each process, or each group of processes that compute together (see `sequence.py`), trains on micro-batches of its own
+with the same weights. Each process owns one shard of the optimizer's state (ZeRO stage 1,
+https://arxiv.org/abs/1910.02054). Gradients and weights travel between the devices, over NCCL or, on the CPU, gloo.
+Everything else goes from host to host over gloo, what is small as JSON: a host may wait for another as long as it
+takes, while NCCL takes ten minutes without an answer for a failure. As the hosts meet in every step before the devices
+do, no device waits for another one's data either.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from opensora_fast.parallel.sequence import SequenceGroup
 
 # Elements of a flat tensor that are on the way from one host to another at a time: 256 MB of float32.
 CHUNK = 1 << 26
@@ -35,15 +39,27 @@ class Processes:
     Attributes:
         rank: number of this process, 0 .. world_size - 1; 0 writes the files of the run.
         world_size: number of processes.
+        sequence: those that compute each micro-batch together with this one; None if it computes its own.
+        replicas: how many micro-batches are computed at a time.
+        replica: number of this process's one among them.
         local_world_size: how many of them run on this machine.
     """
 
     rank = 0
     world_size = 1
     local_world_size = 1
+    sequence: SequenceGroup | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    @property
+    def replicas(self) -> int:
+        return self.world_size if self.sequence is None else self.world_size // self.sequence.size
+
+    @property
+    def replica(self) -> int:
+        return self.rank if self.sequence is None else self.rank // self.sequence.size
 
     def gather(self, value: Any) -> list[Any]:
         """What each process gave, in the order of ranks, on every one; each waits for all.
@@ -60,7 +76,7 @@ class Processes:
         yield
 
     def average(self, gradient: Tensor) -> Tensor:
-        """This process's shard of the mean of all processes' gradients.
+        """This process's shard of the mean of the gradients of all micro-batches.
 
         Args:
             gradient: [world_size · shard], float32 or bfloat16, on the device.
@@ -92,29 +108,37 @@ class JoinedProcesses(Processes):
         device: where it trains, one of its own.
         local_world_size: processes on this machine.
         host_group: gloo's, for what hosts say to each other; the default group joins the devices.
+        sequence: as in `Processes`.
 
     Raises (all methods):
         ProcessLostError: another process has ended. It says itself why.
     """
 
-    def __init__(self, device: torch.device, local_world_size: int, host_group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        local_world_size: int,
+        host_group: dist.ProcessGroup,
+        sequence: SequenceGroup | None = None,
+    ) -> None:
         super().__init__(device)
+        self.sequence = sequence
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.local_world_size = local_world_size
         self._host_group = host_group
-        self._divisor = torch.full((1,), float(self.world_size), device=device)
+        self._divisor = torch.full((1,), float(self.replicas), device=device)
 
     def gather(self, value: Any) -> list[Any]:
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = torch.empty(self.world_size, dtype=torch.int64)
-        with _naming_the_loss():
-            _all_gather(lengths, torch.tensor([len(content)]), group=self._host_group)
+        with naming_the_loss():
+            all_gather(lengths, torch.tensor([len(content)]), group=self._host_group)
         contents = torch.zeros(self.world_size, int(lengths.max()), dtype=torch.uint8)
         own = contents[self.rank].clone()
         own[: len(content)] = content
-        with _naming_the_loss():
-            _all_gather(contents.view(-1), own, group=self._host_group)
+        with naming_the_loss():
+            all_gather(contents.view(-1), own, group=self._host_group)
         return [
             json.loads(row[:length].numpy().tobytes()) for row, length in zip(contents, lengths.tolist(), strict=True)
         ]
@@ -129,25 +153,25 @@ class JoinedProcesses(Processes):
 
     def average(self, gradient: Tensor) -> Tensor:
         """The sum is taken in the gradient's own dtype, as Open-Sora's ZeRO does and with half of float32's traffic in
-        bfloat16; the division by the number of processes is in float32 and loses nothing more."""
+        bfloat16; the division by the number of micro-batches is in float32 and loses nothing more."""
         total = gradient.new_empty(len(gradient) // self.world_size)
-        with _naming_the_loss():
+        with naming_the_loss():
             _reduce_scatter(total, gradient)
         return total / self._divisor
 
     def join_norms(self, norm: Tensor) -> Tensor:
         norms = norm.new_empty(self.world_size)
-        with _naming_the_loss():
-            _all_gather(norms, norm.reshape(1))
+        with naming_the_loss():
+            all_gather(norms, norm.reshape(1))
         return torch.linalg.vector_norm(norms)
 
     def spread(self, flat: Tensor) -> None:
-        with _naming_the_loss():
-            _all_gather(flat, flat.view(self.world_size, -1)[self.rank])
+        with naming_the_loss():
+            all_gather(flat, flat.view(self.world_size, -1)[self.rank])
 
     def collect(self, shard: Tensor) -> Tensor | None:
         chunks = range(0, len(shard), CHUNK)
-        with _naming_the_loss():
+        with naming_the_loss():
             if self.rank != 0:
                 for start in chunks:
                     dist.send(shard[start : start + CHUNK].cpu(), 0, group=self._host_group)
@@ -166,13 +190,15 @@ def _reduce_scatter(output: Tensor, tensor: Tensor) -> None:
     function(output, tensor)
 
 
-def _all_gather(output: Tensor, tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+def all_gather(output: Tensor, tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """`output`: the tensors of all processes one behind another."""
     function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     function(output, tensor, group=group)
 
 
 @contextmanager
-def _naming_the_loss() -> Iterator[None]:
+def naming_the_loss() -> Iterator[None]:
+    """ProcessLostError in place of what torch raises where another process cannot be reached."""
     try:
         yield
     except RuntimeError as error:

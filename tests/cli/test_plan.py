@@ -67,6 +67,22 @@ def test_its_lines_fit_a_wide_terminal_and_say_what_is_shared(plan):
     assert any("captions are taken to have all 200 tokens" in line for line in lines)
 
 
+def test_processes_that_share_micro_batches_need_less_memory_and_take_fewer_of_them(plan, plan_json):
+    words = ("stage3", "--world-size", 64, "--gpu", "H800")
+    alone, shared = plan_json(*words), plan_json(*words, "sp_size=4")
+    for one, of_four in zip(alone["buckets"], shared["buckets"], strict=True):
+        assert of_four["peak"] < one["peak"] and of_four["largest_batch"] > one["largest_batch"]
+        assert of_four["tokens"] == one["tokens"]
+        if one["frames"] * one["batch_size"] >= 4:
+            assert of_four["seconds"] < 0.6 * one["seconds"]
+    # The same videos on the same GPUs: at the counted limit about the same rate.
+    rates = [projection["projections"][0]["tokens_per_s"] for projection in (alone, shared)]
+    assert rates[1] == pytest.approx(rates[0], rel=0.35)
+    assert "each micro-batch is computed by 4 processes together (sp_size)" in plan(*words, "sp_size=4")[1]
+    code, _, error = plan("stage3", "--world-size", 64, "sp_size=3")
+    assert code == 1 and "sp_size=3: 64 processes do not form groups of 3" in error
+
+
 def test_rates_of_bfloat16_are_not_passed_off_as_those_of_float32(plan_json, rows):
     (note,) = plan_json("stage1", "--gpu", "H200", "dtype=fp32")["notes"]
     assert "rates are those of bfloat16" in note

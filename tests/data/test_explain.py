@@ -45,7 +45,7 @@ def test_a_small_table_by_hand():
         ("144p", 1),
     ]
     text = explanation.to_text()
-    assert "4 of 9 clips in 2 micro-batches: 1 step for each of 2 processes" in text
+    assert "4 of 9 clips in 2 micro-batches: 1 step of 2 micro-batches" in text
     assert all(f"warning: {warning}" in text for warning in explanation.warnings)
 
 

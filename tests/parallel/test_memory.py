@@ -10,8 +10,9 @@ from live_memory import LiveBytes, SavedBytes
 
 from opensora_fast import STDiT2, STDiT2Config, use_kernels
 from opensora_fast.diffusion import IDDPM
+from opensora_fast.parallel import sequence
 from opensora_fast.parallel.memory import FLOAT, LARGEST_BATCH, MemoryModel, ModelSize, usable_memory
-from opensora_fast.parallel.operations import VideoBatch
+from opensora_fast.parallel.operations import VideoBatch, largest_share
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.optimizer import MasterAdamW
 
@@ -87,6 +88,29 @@ def test_given_frames_add_their_modulation_and_a_row(device):
         return 2 * count.saved_by_block(step.videos) + count.saved_outside(step.videos)
 
     assert total(given) - total(step.count) == pytest.approx(step.saved() - plain, rel=0.05)
+
+
+def test_a_share_of_the_frames_keeps_what_is_counted(device, monkeypatch):
+    """Within 1.5 %; what the processes would exchange is not looked at."""
+    monkeypatch.setattr(sequence.dist, "all_to_all_single", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(sequence, "all_gather", lambda *arguments, **keywords: None)
+    group = sequence.SequenceGroup.__new__(sequence.SequenceGroup)
+    group.size, group.rank, group.group = 2, 1, None
+    steps = []
+    for depth in (1, 2):
+        config = STDiT2Config.xl_2(depth=depth, model_max_length=TEXT)
+        steps.append(Step(config, torch.bfloat16, (3, 5, 6, 8), device))
+        steps[-1].model.share_frames(group)
+    one, two = (step.saved() for step in steps)
+    count = replace(steps[0].count, sharing=2)
+    share = largest_share(steps[0].videos, 2)
+    assert share.tokens == 8 * 48 and share.batch == 3  # at most: 8 of 15 frames may lie in 3 videos
+    share = replace(share, batch=2)  # here they do not
+    assert two - one == pytest.approx(
+        count.saved_by_block(share), rel=0.015
+    )  # it attends over time to 7.5 of 15 frames
+    many = VideoBatch(32, 16, 400)
+    assert count.activations(many, 0) == pytest.approx(steps[0].count.activations(many, 0) / 2, rel=0.01)
 
 
 def test_text_and_videos_without_frames_between_them_are_counted_too(device):

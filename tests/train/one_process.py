@@ -44,7 +44,9 @@ class OneProcess:
         """Mean of the losses, and norm of the mean gradient."""
         losses, gradients = [], []
         for rank, batches in enumerate(self.batches):
-            trainer = SimpleNamespace(seed=self.config.seed, processes=SimpleNamespace(rank=rank), inputs=self.inputs)
+            trainer = SimpleNamespace(
+                seed=self.config.seed, processes=SimpleNamespace(replica=rank, sequence=None), inputs=self.inputs
+            )
             trainer.model, trainer.diffusion, trainer.masks, trainer.graphs = (
                 self.model,
                 self.diffusion,

@@ -263,7 +263,7 @@ def test_a_dry_run_is_printed_once_for_all(train, tmp_path, monkeypatch):
             monkeypatch.setenv(key, value)
         code, text, _ = train(tmp_path / "run", "--dry-run")
         assert code == 0
-        assert "2 steps for each of 3 processes" in text if rank == "0" else text == ""
+        assert "2 steps of 3 micro-batches" in text if rank == "0" else text == ""
 
 
 def test_the_processors_of_a_machine_are_shared(monkeypatch):

@@ -45,14 +45,14 @@ def clips(tmp_path) -> str:
 
 def warn(config) -> list[str]:
     lines: list[str] = []
-    warn_of_memory(config, read_data(config), torch.device("cuda", 0), lines.append)
+    warn_of_memory(config, read_data(config), 1, torch.device("cuda", 0), lines.append)
     return lines
 
 
 def test_nothing_is_said_on_a_cpu_or_where_all_fits(clips, gpu):
     config = load(f"dataset.data_path={clips}")
     lines: list[str] = []
-    warn_of_memory(config, read_data(config), torch.device("cpu"), lines.append)
+    warn_of_memory(config, read_data(config), 1, torch.device("cpu"), lines.append)
     gpu(80, allocated=14)
     assert lines == [] and warn(config) == []
 

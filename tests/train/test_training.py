@@ -193,7 +193,7 @@ def test_dry_run_prints_and_writes_nothing(train, tmp_path):
     code, text, _ = train(out, "--steps", 5, "--dry-run", "lr=2e-3")
     assert code == 0
     assert "0.002  [command line]" in text and "[tiny.py:" in text and "steps" in text
-    assert "144p, 4 frame" in text and "6 steps for each of 1 process" in text
+    assert "144p, 4 frame" in text and "6 steps of 1 micro-batch" in text
     assert not out.exists()
 
 
