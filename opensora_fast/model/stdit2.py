@@ -231,14 +231,15 @@ class STDiT2(nn.Module):
         scales = self._position_scales(conditions["height"], conditions["width"], position_of_first)
         batch_shapes = [(batch.shape[0], *batch.shape[2:]) for batch in batches]
         y, mask, dropped = self._text_rows(y, mask, dropped, videos)
+        frame_rows = layout.modulation_rows(x_masks)
+        has_given = frame_rows is not layout.frame_video
         share, max_frames = None, layout.max_frames
         if self.sequence is not None:
             share = self.sequence.divide(layout)
             own = share.videos
-            batches = _stack_equal(share.take_frames([video for batch in batches for video in batch], dimension=1))
+            batches = _stack_equal(share.take_frames([video for batch in batches for video in batch]))
             layout = self.get_layout(batches)
-            if x_masks is not None:
-                x_masks = share.take_frames(x_masks, dimension=0)
+            frame_rows = share.take_frame_rows(frame_rows) if has_given else layout.frame_video
             scales, y = scales[own], y[own]
             conditions = {name: value[own] for name, value in conditions.items()}
             mask, dropped = (None if rows is None else rows[own] for rows in (mask, dropped))
@@ -246,8 +247,6 @@ class STDiT2(nn.Module):
 
         patches = kernels.patchify([batch.to(self.dtype) for batch in batches], self.patch)
         x = self._add_positions(self.x_embedder(patches), scales, layout)
-        frame_rows = layout.modulation_rows(x_masks)
-        has_given = frame_rows is not layout.frame_video
         noised, given, space_and_mlp, time = self._modulation(conditions, has_given)
         text, text_layout = self._embed_text(y, mask, dropped)
         cos, sin = self.rope.tables(max_frames)

@@ -169,13 +169,18 @@ class FrameShare:
         """The videos that its frames belong to."""
         return slice(self.frames[0].video, self.frames[-1].video + 1)
 
-    def take_frames(self, videos: Sequence[Tensor | None], dimension: int) -> list[Tensor | None]:
-        """Of what there is of each video of the pack, with its frames along `dimension`, this process's part."""
-        taken = ((videos[part.video], part) for part in self.frames)
-        return [
-            None if video is None else video.narrow(dimension, part.first, part.last - part.first)
-            for video, part in taken
-        ]
+    def take_frames(self, videos: Sequence[Tensor]) -> list[Tensor]:
+        """Of the pack's videos [channels, T, H, W] this process's part."""
+        return [videos[part.video][:, part.first : part.last] for part in self.frames]
+
+    def take_frame_rows(self, rows: Tensor) -> Tensor:
+        """Of each frame's row in a modulation table of all videos [F] (see `PackLayout.modulation_rows`), those of
+        this process's frames, in a table of its videos alone."""
+        own, videos = self.videos, self.whole.num_videos
+        first = sum(frames for frames, _, _ in self.whole.shapes[: own.start]) + self.frames[0].first
+        rows = rows[first : first + sum(part.last - part.first for part in self.frames)]
+        given = (rows >= videos).to(rows.dtype)
+        return rows - own.start - given * (videos - (own.stop - own.start))
 
     def take_heads(self, tensor: Tensor) -> Tensor:
         """[…, H, D] → […, H / P, D]: the heads with which this process attends over time."""

@@ -106,9 +106,8 @@ def test_a_share_of_the_frames_keeps_what_is_counted(device, monkeypatch):
     share = largest_share(steps[0].videos, 2)
     assert share.tokens == 8 * 48 and share.batch == 3  # at most: 8 of 15 frames may lie in 3 videos
     share = replace(share, batch=2)  # here they do not
-    assert two - one == pytest.approx(
-        count.saved_by_block(share), rel=0.015
-    )  # it attends over time to 7.5 of 15 frames
+    # It attends over time to half of all tokens: 7.5 frames.
+    assert two - one == pytest.approx(count.saved_by_block(share), rel=0.015)
     many = VideoBatch(32, 16, 400)
     assert count.activations(many, 0) == pytest.approx(steps[0].count.activations(many, 0) / 2, rel=0.01)
 

@@ -115,3 +115,16 @@ def test_all_processes_of_a_group_have_the_same_output_to_the_bit(together, size
     for rank in range(WORLD):
         for name, (output, _) in together[size, rank].items():
             assert torch.equal(output, together[size, rank // size * size][name][0]), name
+
+
+@given(SHAPES, st.integers(1, 5), st.data())
+def test_a_share_keeps_which_frames_are_given(shapes, processes, data):
+    layout = PackLayout.of(shapes, "cpu")
+    masks = [torch.tensor(data.draw(st.lists(st.booleans(), min_size=t, max_size=t))) for t, _, _ in shapes]
+    rows = layout.modulation_rows(masks)
+    for rank in range(processes):
+        share = group_of(processes, rank).divide(layout)
+        own = PackLayout.of([(part.last - part.first, *shapes[part.video][1:]) for part in share.frames], "cpu")
+        expected = own.modulation_rows([masks[part.video][part.first : part.last] for part in share.frames])
+        taken = share.take_frame_rows(rows)
+        assert taken.dtype == torch.int32 and torch.equal(taken, expected)
