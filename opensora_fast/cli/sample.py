@@ -1,5 +1,6 @@
 """Generate videos and images from prompts and references."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -55,9 +56,13 @@ def command(
 ) -> None:
     """Generate videos and images: from text, from an image, extended, connected or edited.
 
+    Several GPUs compute each video together where torchrun starts a process for each, as for train; their number must
+    divide that of the model's heads, 16.
+
     The paths of the files written are printed, one a line.
     """
     from opensora_fast.config import load_sample_config
+    from opensora_fast.parallel.join import read_place
     from opensora_fast.sampling.prompts import read_prompts
     from opensora_fast.train.locate_config import locate_config
 
@@ -85,8 +90,9 @@ def command(
         "save_dir": save_dir and str(save_dir),
     }
     loaded = load_sample_config(locate_config(config), overrides or [], options)
-    for note in loaded.notes:
-        print(f"note: {note}", file=sys.stderr)
+    if read_place(os.environ).rank == 0:
+        for note in loaded.notes:
+            print(f"note: {note}", file=sys.stderr)
 
     from opensora_fast.sampling.run import run_sampling
 

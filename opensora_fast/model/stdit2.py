@@ -103,8 +103,8 @@ class STDiT2(nn.Module):
         """
         if sequence is not None and self.config.num_heads % sequence.size:
             raise ValueError(
-                f"sp_size={sequence.size}: the {self.config.num_heads} heads cannot be shared out evenly; use a "
-                f"divisor of {self.config.num_heads}"
+                f"{sequence.size} processes cannot compute a video together: the {self.config.num_heads} heads are to "
+                f"be shared out evenly; take a divisor of {self.config.num_heads} (sp_size in training)"
             )
         self.sequence = sequence
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TypeVar
 from opensora_fast.config import SampleConfig
 from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.device import choose_device
+from opensora_fast.parallel.join import join_processes, read_place
 from opensora_fast.sampling.build import make_settings
 from opensora_fast.sampling.generate import Sample, VideoGenerator, make_tasks
 from opensora_fast.sampling.prompts import read_prompts
@@ -21,13 +23,17 @@ Entry = TypeVar("Entry")
 def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Path]:
     """Generate everything a configuration asks for; gives the path of each file once it is written.
 
+    Where torchrun has started several processes, the model's work on each video is shared out among them, and rank 0
+    writes the files: the others give no path.
+
     Raises:
         ValueError: no prompt, no save_dir, no such device, or whatever `VideoGenerator` finds wrong. What the prompts,
             the folder and the device show is found before any weights are loaded.
     """
     if config.save_dir is None:
         raise ValueError("there is no folder for the samples; give --save-dir or save_dir")
-    folder, torch_device = Path(config.save_dir), choose_device(device)
+    folder = Path(config.save_dir)
+    choose_device(device)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_dir {folder} is a file; give a folder")
     all_prompts = choose_prompts(config)
@@ -35,10 +41,14 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
     strategies = _slice(config, "mask_strategy", config.mask_strategy, all_prompts)
     prompts = _cut(config, all_prompts)
     make_tasks(prompts, references, strategies, make_settings(config))
-    with cpu_threads(config.cpu_threads):
-        generator = VideoGenerator.from_config(config, torch_device)
+    together = read_place(os.environ).world_size
+    with join_processes(device, together) as processes, cpu_threads(config.cpu_threads):
+        generator = VideoGenerator.from_config(config, processes.device)
+        generator.model.share_frames(processes.sequence)
         written: set[str] = set()
-        for sample in generator.stream(prompts, references, strategies):
+        for sample in generator.stream(prompts, references, strategies, progress=processes.rank == 0):
+            if processes.rank != 0:
+                continue
             name = name_sample(sample, config)
             if name in written:  # prompts of one text, or long ones that begin alike
                 name = f"{name}_{sample.index}"

@@ -154,7 +154,7 @@ def test_kill_minus_9_of_one_process_ends_the_others(train_together, pair, tmp_p
     ("world_size", "size", "error"),
     [
         (2, 3, "sp_size=3: 2 processes do not form groups of 3"),
-        (3, 3, "sp_size=3: the 2 heads cannot be shared out evenly"),
+        (3, 3, "3 processes cannot compute a video together: the 2 heads"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused_by_all(train_together, tmp_path, world_size, size, error):
