@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment.
+"""Checkpoints that survive a kill at any moment: it costs the steps since the last one that was written whole.
 
 A checkpoint is a folder `step-00000500`. It is filled under another name, every file is flushed to the disk and its
 checksum noted in `complete.json`, and only then the folder gets its name; so a folder of that name is whole, and what a
@@ -41,7 +41,7 @@ def write_checkpoint(parent: Path, step: int, fill: Callable[[Path], None], keep
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob(f"{UNFINISHED_PREFIX}*"):
         shutil.rmtree(leftover)
-    final = parent / f"step-{step:08d}"
+    final = locate_step(parent, step)
     unfinished = parent / f"{UNFINISHED_PREFIX}{final.name}"
     try:
         _fill_and_seal(unfinished, step, fill)
@@ -73,6 +73,11 @@ def _fill_and_seal(folder: Path, step: int, fill: Callable[[Path], None]) -> Non
     marker.write_text(json.dumps({"step": step, "files": files}, indent=1))
     for path in (marker, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         _flush(path)
+
+
+def locate_step(parent: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return parent / f"step-{step:08d}"
 
 
 def list_checkpoints(parent: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 A step never asks the GPU for a number it has to wait for. The loss is copied to the host while backward is queued, and
 read before the optimizer runs, so a loss that is not finite changes nothing. The gradient norm is read one step later:
 a step whose gradient is not finite is skipped on the device itself (see `MasterAdamW`). Either way the run stops with
-the weights of the step before.
+the weights of the step before. A checkpoint is a copy on the host, which a thread writes while the loop goes on.
 
 Several processes tell each other their losses at the same place, while their GPUs do backward, and with them whether a
 signal has come: so all stop before the same step, or after it.
@@ -29,14 +29,15 @@ from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.progress import Progress
-from opensora_fast.train.checkpoint import get_step, write_checkpoint
+from opensora_fast.train.background import Background
+from opensora_fast.train.checkpoint import get_step, locate_step, write_checkpoint
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.host_values import HostValues
 from opensora_fast.train.metrics import MetricsWriter
 from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.optimizer import MasterAdamW
 from opensora_fast.train.randomness import seed_step
-from opensora_fast.train.state import Position, write_state
+from opensora_fast.train.state import Position, take_snapshot, write_state
 from opensora_fast.train.step import compute_losses, draw_inputs
 from opensora_fast.train.step_graph import StepGraphs
 from opensora_fast.train.stop import StopSignals
@@ -109,6 +110,8 @@ class Trainer:
     last_checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
+        self._background = Background()
+        self._buffers: dict[str, Tensor] = {}
         self._progress: Progress | None = None
         self._metrics: MetricsWriter | None = None
         self._recent_losses: list[float] = []
@@ -133,9 +136,11 @@ class Trainer:
                 self._metrics = stack.enter_context(contextlib.closing(metrics))
                 self._progress = stack.enter_context(Progress("train", total=total, unit="steps"))
             try:
+                stack.enter_context(self._background)
                 with contextlib.closing(self._iterate()) as batches:
                     self._take_steps(batches, stop)
                 self.save()
+                self.finish_saving()
             finally:
                 self._progress = None
             return self._find_signal(stop)
@@ -149,22 +154,34 @@ class Trainer:
             print(text if rank == 0 else f"rank {rank}: {text}", file=sys.stderr)
 
     def save(self) -> None:
-        """Write a checkpoint of the present position, unless the last one is of it; every step taken must have been
-        finished."""
+        """Begin a checkpoint of the present position, unless the last one is of it; every step taken must have been
+        finished.
+
+        The state is copied now, and written while training goes on. `last_checkpoint` names it from now on.
+        """
         if self.last_checkpoint is not None and get_step(self.last_checkpoint) == self.position.step:
             return
+        self.finish_saving()
+        snapshot, step = take_snapshot(self, self._buffers), self.position.step
+        parent = self.folder / "checkpoints"
 
         def fill(folder: Path) -> None:
-            write_state(self, folder)
+            write_state(self, snapshot, folder)
             self.extra_files(folder)
 
-        written = None
         if self.processes.rank == 0:
-            parent = self.folder / "checkpoints"
-            written = str(write_checkpoint(parent, self.position.step, fill, self.limits.keep_checkpoints))
+            self._background.start(lambda: write_checkpoint(parent, step, fill, self.limits.keep_checkpoints))
         else:
-            write_state(self, None)
-        self.last_checkpoint = Path(self.processes.gather(written)[0])
+            self._background.start(lambda: write_state(self, snapshot, None))
+        self.last_checkpoint = locate_step(parent, step)
+
+    def finish_saving(self) -> None:
+        """Wait until this process has done its part of the last checkpoint that was begun.
+
+        Raises:
+            ValueError: it could not be written.
+        """
+        self._background.wait()
 
     def compute_losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """`loss` and its parts, each [] on the device, for a batch at a step; draws all randomness of the step."""
@@ -200,6 +217,7 @@ class Trainer:
                 taken = None
                 self.save()
                 started = time.perf_counter()
+            self._background.check()
         self._finish(taken)
 
     def _find_signal(self, stop: StopSignals) -> int | None:
@@ -296,6 +314,7 @@ class Trainer:
         # The state is that before the step: step back to its batch.
         self.position = Position(step - 1, batch.epoch, self._first_index(batch))
         self.save()
+        self.finish_saving()
         own = {
             "rank": self.processes.rank,
             "value": str(value),

@@ -178,14 +178,20 @@ class MasterAdamW:
         self.fixed = {name: state[name].clone() for name in self.fixed}
         self.model.load_state_dict(state)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """`step` [], and the moments `exp_avg.<parameter>` and `exp_avg_sq.<parameter>`; see `collect`."""
-        moments = {
-            f"{kind}.{name}": value
-            for kind, shard in zip(MOMENTS, self._moments, strict=True)
-            for name, value in self.collect(shard).items()
-        }
-        return {"step": self._step, **moments}
+    @property
+    def shards(self) -> dict[str, Tensor]:
+        """What this process holds of the state: `step` [], and of a flat tensor its shards of `master` and moments."""
+        return {"step": self._step, "master": self.master, **dict(zip(MOMENTS, self._moments, strict=True))}
+
+    def state_dict(self, shards: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """`step` [], and the moments `exp_avg.<parameter>` and `exp_avg_sq.<parameter>`; see `collect`.
+
+        Args:
+            shards: copies of `shards`, to be taken in their place.
+        """
+        shards = self.shards if shards is None else shards
+        moments = {f"{kind}.{name}": value for kind in MOMENTS for name, value in self.collect(shards[kind]).items()}
+        return {"step": shards["step"], **moments}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

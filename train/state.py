@@ -3,15 +3,18 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 if TYPE_CHECKING:
     from opensora_fast.train.loop import Trainer
 
 WEIGHTS = "model.safetensors"
 FORMAT = 2
+FOR_TORCH = {"format": "pt"}
 
 
 @dataclass
@@ -23,7 +26,49 @@ class Position:
     consumed: int = 0
 
 
-def write_state(trainer: "Trainer", folder: Path | None) -> None:
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run at one step, in the memory of the host, so that it can be written while training goes on.
+
+    Attributes:
+        shards: what this process holds of weights, average (`ema`) and optimizer.
+        position: of sampler and random numbers, as JSON has it.
+    """
+
+    shards: dict[str, Tensor]
+    position: dict[str, Any]
+
+
+def take_snapshot(trainer: "Trainer", buffers: dict[str, Tensor]) -> Snapshot:
+    """Copy the state of a run to the host. Every step taken must have been finished.
+
+    Args:
+        trainer: the run.
+        buffers: where to; filled the first time, and then used again, so that the snapshot before is lost.
+    """
+    held = trainer.optimizer.shards | {"ema": trainer.ema.flat}
+    on_gpu = trainer.model.device.type == "cuda"
+    for name, shard in held.items():
+        if name not in buffers:
+            buffers[name] = torch.empty_like(shard, device="cpu", pin_memory=on_gpu)
+        buffers[name].copy_(shard, non_blocking=True)
+    if on_gpu:
+        torch.cuda.current_stream(trainer.model.device).synchronize()
+    position = trainer.position
+    return Snapshot(
+        dict(buffers),
+        {
+            "format": FORMAT,
+            "step": position.step,
+            "sampler": {"seed": trainer.seed, "epoch": position.epoch, "consumed": position.consumed},
+            "random": {"seed": trainer.seed, "rule": "every step draws from (seed, step, its micro-batch's number)"},
+            "world_size": trainer.processes.world_size,
+            "data": trainer.data_fingerprint,
+        },
+    )
+
+
+def write_state(trainer: "Trainer", snapshot: Snapshot, folder: Path | None) -> None:
     """Fill a checkpoint folder: `model/` and `ema/` in float32 as `STDiT2.from_pretrained` reads them, the optimizer,
     and the position of sampler and random numbers.
 
@@ -31,32 +76,18 @@ def write_state(trainer: "Trainer", folder: Path | None) -> None:
     same order, and have no folder.
     """
     optimizer = trainer.optimizer
-    for name, shard in (("model", optimizer.master), ("ema", trainer.ema.flat)):
-        state = optimizer.full_state(optimizer.collect(shard))
+    for name, shard in (("model", "master"), ("ema", "ema")):
+        state = optimizer.full_state(optimizer.collect(snapshot.shards[shard]))
         if folder is None:
             continue
         (folder / name).mkdir()
-        state = {key: value.cpu().contiguous() for key, value in state.items()}
-        save_file(state, folder / name / WEIGHTS, metadata={"format": "pt"})
+        save_file({key: value.contiguous() for key, value in state.items()}, folder / name / WEIGHTS, FOR_TORCH)
         (folder / name / "config.json").write_text(trainer.model.config.model_dump_json(indent=2) + "\n")
-    state = optimizer.state_dict()
+    state = optimizer.state_dict(snapshot.shards)
     if folder is None:
         return
-    moments = {key: value.cpu().contiguous() for key, value in state.items()}
-    save_file(moments, folder / "optimizer.safetensors")
-    position = trainer.position
-    state = {
-        "format": FORMAT,
-        "step": position.step,
-        "sampler": {"seed": trainer.seed, "epoch": position.epoch, "consumed": position.consumed},
-        "random": {
-            "seed": trainer.seed,
-            "rule": "every step draws from (seed, step, its micro-batch's number)",
-        },
-        "world_size": trainer.processes.world_size,
-        "data": trainer.data_fingerprint,
-    }
-    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps(snapshot.position, indent=2) + "\n")
 
 
 def load_weights(trainer: "Trainer", checkpoint: Path) -> None:

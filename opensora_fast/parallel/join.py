@@ -93,8 +93,9 @@ def join_processes(device_name: str | None, sequence_size: int = 1) -> Iterator[
     )
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+        state_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         sequence = join_sequence(sequence_size) if sequence_size > 1 else None
-        processes = JoinedProcesses(device, place.local_world_size, host_group, sequence)
+        processes = JoinedProcesses(device, place.local_world_size, host_group, state_group, sequence)
         yield processes
         # torchrun ends all processes when one has ended with an error code: only after rank 0 has written everything.
         processes.gather(None)

@@ -108,6 +108,7 @@ class JoinedProcesses(Processes):
         device: where it trains, one of its own.
         local_world_size: processes on this machine.
         host_group: gloo's, for what hosts say to each other; the default group joins the devices.
+        state_group: gloo's, for `collect`, which may be called from another thread than the rest.
         sequence: as in `Processes`.
 
     Raises (all methods):
@@ -119,6 +120,7 @@ class JoinedProcesses(Processes):
         device: torch.device,
         local_world_size: int,
         host_group: dist.ProcessGroup,
+        state_group: dist.ProcessGroup,
         sequence: SequenceGroup | None = None,
     ) -> None:
         super().__init__(device)
@@ -127,6 +129,7 @@ class JoinedProcesses(Processes):
         self.world_size = dist.get_world_size()
         self.local_world_size = local_world_size
         self._host_group = host_group
+        self._state_group = state_group
         self._divisor = torch.full((1,), float(self.replicas), device=device)
 
     def gather(self, value: Any) -> list[Any]:
@@ -174,13 +177,13 @@ class JoinedProcesses(Processes):
         with naming_the_loss():
             if self.rank != 0:
                 for start in chunks:
-                    dist.send(shard[start : start + CHUNK].cpu(), 0, group=self._host_group)
+                    dist.send(shard[start : start + CHUNK].cpu(), 0, group=self._state_group)
                 return None
             whole = torch.empty(self.world_size, len(shard), dtype=shard.dtype)
             whole[0].copy_(shard)
             for rank in range(1, self.world_size):
                 for start in chunks:
-                    dist.recv(whole[rank, start : start + CHUNK], rank, group=self._host_group)
+                    dist.recv(whole[rank, start : start + CHUNK], rank, group=self._state_group)
         return whole.view(-1)
 
 

@@ -126,6 +126,7 @@ def sigterm(trainer, losses):
 
 
 def kill(trainer, losses):
+    trainer.finish_saving()  # the checkpoint of the step before
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -6,7 +6,9 @@ import re
 import shlex
 import shutil
 import signal
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from same_checkpoints import assert_same_weights
 
 from opensora_fast import cli
+from opensora_fast.train import state
 from opensora_fast.train.loop import Trainer
 
 STEPS = 9  # an epoch has 6
@@ -145,7 +148,7 @@ def wait_for_steps(out, steps, process):
 def test_kill_minus_9_costs_only_the_steps_since_the_checkpoint(train, train_process, tmp_path, whole):
     out = tmp_path / "run"
     process = train_process(out, "--steps", 500, "ckpt_every=2")
-    wait_for_steps(out, 5, process)
+    wait_for_steps(out, 7, process)  # step 6 has begun a checkpoint, so that of step 4 is written
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -156,6 +159,56 @@ def test_kill_minus_9_costs_only_the_steps_since_the_checkpoint(train, train_pro
         assert code == 0, error
         assert read_losses(out) == read_losses(whole)
         assert_same_weights(last(out), last(whole))
+
+
+def test_training_goes_on_while_a_checkpoint_of_its_step_is_written(train, tmp_path, monkeypatch, whole):
+    """That of step 2 gets its name when step 4 computes, and holds what a run of two steps would have."""
+    out, ends = tmp_path / "run", tmp_path / "ends"
+    step_4 = threading.Event()
+    real_losses, real_rename = Trainer.compute_losses, os.rename
+    renamed = []
+
+    def compute_losses(self, batch, step):
+        if step == 4:
+            assert not renamed
+            step_4.set()
+            self.finish_saving()
+            assert [path.name for path in renamed] == ["step-00000002"]
+        return real_losses(self, batch, step)
+
+    def rename(source, target):
+        if Path(target).name.startswith("step-"):
+            assert step_4.wait(60)
+            renamed.append(Path(target))
+        real_rename(source, target)
+
+    monkeypatch.setattr(Trainer, "compute_losses", compute_losses)
+    monkeypatch.setattr(os, "rename", rename)
+    code, _, error = train(out, "--steps", 5, "ckpt_every=2", "keep_checkpoints=3")
+    assert code == 0, error
+    assert len(renamed) == 3
+    monkeypatch.undo()
+    assert read_losses(out) == read_losses(whole)[:5]
+    assert train(ends, "--steps", 2)[0] == 0
+    assert_same_weights(*(folder / "checkpoints" / "step-00000002" for folder in (out, ends)))
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_the_next_step(train, tmp_path, monkeypatch):
+    def save_file(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", save_file)
+    real = Trainer.compute_losses
+
+    def compute_losses(self, batch, step):
+        while step == 3 and not self._background._job.done():
+            time.sleep(0.01)
+        return real(self, batch, step)
+
+    monkeypatch.setattr(Trainer, "compute_losses", compute_losses)
+    code, _, error = train(tmp_path / "run", "--steps", 9, "ckpt_every=2")
+    assert code == 1 and "No space left on device" in error and "Traceback" not in error
+    assert len(read_losses(tmp_path / "run")) == 2  # the row of a step is written during the next one
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
