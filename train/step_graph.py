@@ -6,13 +6,14 @@ those of forward and loss, and a second one those of backward, so that the host 
 What lives how long:
 
 - a graph, with the tensors that its inputs are copied to, and the tables that its kernels read: as long as its shapes
-  are among those used last;
+  are among those that come most often (see `most_used.py`);
 - the memory that forward and backward work in: one pool for all graphs, as large as the largest needs. A replay
   writes all that it reads there, and the next one, of any graph, may write over it;
 - the losses that come out: in that pool, so until the next replay;
 - the gradients: one set for all graphs, outside the pool, until the next capture or backward of a replay.
 
-`torch.cuda.max_memory_allocated` counts what lies in the pool only while a graph is captured.
+`torch.cuda.max_memory_allocated` counts what lies in the pool only while a graph is captured. Counted neither by torch nor
+by `parallel.memory` is what CUDA's driver keeps of each graph, which has a node for every launch: CUDA promises no size.
 
 The optimizer, collectives and all draws of random numbers stay outside. Whether a step is replayed does not change its
 numbers: the first steps of a shape, which are not, launch the same on the same inputs. So a resumed run, which captures
@@ -20,7 +21,6 @@ its graphs anew, takes the same steps.
 """
 
 import gc
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,10 +31,13 @@ from torch import Tensor
 from opensora_fast.kernels import PackLayout, calls
 from opensora_fast.kernels.attention_tables import keep_tables
 from opensora_fast.model import STDiT2
+from opensora_fast.train.most_used import MostUsed
 from opensora_fast.train.step import LATENTS
 
-# A capture costs a step and about 0.3 s (H200), so a shape that comes once is not worth one.
+# A capture costs a step and about 0.3 s (H200), so a shape that comes once is not worth one, and a graph is not worth
+# throwing away for a shape that is used but a little more: some 8 replays of 13 k tokens spare what a capture costs.
 OCCURRENCES = 2
+MARGIN = 8
 MOST_SHAPES = 64
 
 Losses = dict[str, Tensor]
@@ -101,21 +104,19 @@ class CudaRecorder:
         )
 
 
-@dataclass
-class _Shape:
-    """What is known of the steps with one key.
+@dataclass(frozen=True)
+class _Graph:
+    """A recorded step.
 
     Attributes:
-        steps: how many there were.
-        inputs: what the graph reads, None as long as there is no graph.
-        recording: of the graph.
-        kept: tables that its kernels read.
+        recording: of it.
+        inputs: what it reads.
+        tables: that its kernels read, kept alive.
     """
 
-    steps: int = 0
-    inputs: dict[str, Tensor] | None = None
-    recording: Recording | None = None
-    kept: object = None
+    recording: Recording
+    inputs: dict[str, Tensor]
+    tables: object
 
 
 class StepGraphs:
@@ -128,14 +129,16 @@ class StepGraphs:
         tokens: steps of at most so many video tokens are replayed; those of more, whose kernels take longer than their
             launches, are computed as they come.
         occurrences: the step of a shape at which its graph is captured; those before are computed without.
-        most: shapes that are remembered, with their graphs; the one that was not used for longest is forgotten.
+        most: shapes that have a graph at a time, those that come most often.
+        margin: how many more steps a shape must have had than one that has a graph, to get one in its place.
         record: what records a step; by default `CudaRecorder()`.
 
     Attributes:
         steps, captured, replayed: how many steps were computed in all, graphs captured, and steps replayed.
 
     Raises:
-        ValueError: the model is not on a GPU and `record` is not given, or `occurrences` or `most` is not positive.
+        ValueError: the model is not on a GPU and `record` is not given, or `occurrences`, `most` or `margin` is not
+            positive.
     """
 
     def __init__(
@@ -146,20 +149,17 @@ class StepGraphs:
         *,
         occurrences: int = OCCURRENCES,
         most: int = MOST_SHAPES,
+        margin: int = MARGIN,
         record: Recorder | None = None,
     ) -> None:
         if record is None:
             refuse_without_gpu(tokens, model.device.type)
-        if min(occurrences, most) < 1:
-            raise ValueError(f"occurrences={occurrences}, most={most}: both must be at least 1")
         self.model = model
         self.compute = compute
         self.tokens = tokens
-        self.occurrences = occurrences
-        self.most = most
         self.steps = self.captured = self.replayed = 0
         self._record = record or CudaRecorder()
-        self._shapes: OrderedDict[Key, _Shape] = OrderedDict()
+        self._graphs: MostUsed[Key, _Graph] = MostUsed(most, occurrences, margin)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._gradients: list[Tensor] | None = None
         self._running: Recording | None = None
@@ -179,18 +179,19 @@ class StepGraphs:
         layout = self.model.get_layout([inputs[LATENTS]])
         if layout.num_tokens > self.tokens:
             return self.compute(dict(inputs))
-        shape = self._find_shape(inputs)
-        shape.steps += 1
-        if shape.recording is None and shape.steps < self.occurrences:
-            return self.compute(self._copy(inputs))
-        if shape.recording is None:
-            self._capture(shape, inputs, layout)
+        key = tuple(sorted((name, value.dtype, value.shape) for name, value in inputs.items()))
+        graph = self._graphs.use(key)
+        if graph is not None:
+            self._copy(inputs, graph.inputs)
+        elif self._graphs.make_room(key):
+            graph = self._capture(inputs, layout)
+            self._graphs.keep(key, graph)
         else:
-            self._copy(inputs, shape.inputs)
-        shape.recording.replay_forward()
+            return self.compute(self._copy(inputs))
+        graph.recording.replay_forward()
         self.replayed += 1
-        self._running = shape.recording
-        return dict(shape.recording.losses)
+        self._running = graph.recording
+        return dict(graph.recording.losses)
 
     def backward(self, losses: Losses) -> None:
         """Gives every trainable parameter its gradient, in place of any that it has, of the losses computed last."""
@@ -208,14 +209,6 @@ class StepGraphs:
         """What was replayed, in one line."""
         return f"CUDA graphs: {self.captured} captured, {self.replayed} of {self.steps} steps replayed"
 
-    def _find_shape(self, inputs: Mapping[str, Tensor]) -> _Shape:
-        key = tuple(sorted((name, value.dtype, value.shape) for name, value in inputs.items()))
-        shape = self._shapes.setdefault(key, _Shape())
-        self._shapes.move_to_end(key)
-        while len(self._shapes) > self.most:
-            self._shapes.popitem(last=False)
-        return shape
-
     def _copy(self, inputs: Mapping[str, Tensor], copies: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Contiguous copies on the device, into those given or new ones: a graph reads nothing on the host, and the
         order of a sum may depend on strides."""
@@ -228,7 +221,7 @@ class StepGraphs:
             copies[name].copy_(value, non_blocking=True)
         return copies
 
-    def _capture(self, shape: _Shape, inputs: Mapping[str, Tensor], layout: PackLayout) -> None:
+    def _capture(self, inputs: Mapping[str, Tensor], layout: PackLayout) -> _Graph:
         if self._gradients is None:
             self._gradients = [torch.empty_like(parameter) for parameter in self._parameters]
         static = self._copy(inputs)
@@ -241,9 +234,9 @@ class StepGraphs:
             torch._foreach_copy_(self._gradients, found)
 
         with keep_tables() as tables:
-            shape.recording = self._record(forward, backward)
-        shape.inputs, shape.kept = static, (layout, tables)
+            recording = self._record(forward, backward)
         self.captured += 1
+        return _Graph(recording, static, (layout, tables))
 
 
 def refuse_without_gpu(tokens: int, device: str) -> None:
