@@ -123,7 +123,8 @@ class StepGraphs:
     """Computes losses and gradients of steps, small ones by replaying graphs.
 
     Args:
-        model: whose trainable parameters get gradients. They must stay where they are.
+        model: whose trainable parameters get gradients. They and all others must stay where they
+            are from the first capture on.
         compute: compute(inputs) → losses, of which `loss` [] has the gradients. It must launch the same for the same
             shapes, draw nothing, and not wait for the GPU when all inputs are there.
         tokens: steps of at most so many video tokens are replayed; those of more, whose kernels take longer than their
@@ -139,6 +140,7 @@ class StepGraphs:
     Raises:
         ValueError: the model is not on a GPU and `record` is not given, or `occurrences`, `most` or `margin` is not
             positive.
+        RuntimeError (of steps): a parameter or buffer has moved in memory since the first capture.
     """
 
     def __init__(
@@ -162,6 +164,8 @@ class StepGraphs:
         self._graphs: MostUsed[Key, _Graph] = MostUsed(most, occurrences, margin)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._gradients: list[Tensor] | None = None
+        self._read = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._places: list[int] | None = None
         self._running: Recording | None = None
 
     def compute_losses(self, inputs: Mapping[str, Tensor]) -> Losses:
@@ -188,6 +192,7 @@ class StepGraphs:
             self._graphs.keep(key, graph)
         else:
             return self.compute(self._copy(inputs))
+        self._refuse_moved()
         graph.recording.replay_forward()
         self.replayed += 1
         self._running = graph.recording
@@ -224,6 +229,7 @@ class StepGraphs:
     def _capture(self, inputs: Mapping[str, Tensor], layout: PackLayout) -> _Graph:
         if self._gradients is None:
             self._gradients = [torch.empty_like(parameter) for parameter in self._parameters]
+            self._places = self._find_places()
         static = self._copy(inputs)
 
         def forward() -> Losses:
@@ -237,6 +243,19 @@ class StepGraphs:
             recording = self._record(forward, backward)
         self.captured += 1
         return _Graph(recording, static, (layout, tables))
+
+    def _find_places(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._read.values()]
+
+    def _refuse_moved(self) -> None:
+        """RuntimeError if a weight lies elsewhere than at the first capture: graphs would go on to read it there."""
+        places = self._find_places()
+        if places != self._places:
+            moved = next(name for name, old, new in zip(self._read, self._places, places, strict=True) if old != new)
+            raise RuntimeError(
+                f"{moved} has moved in memory since the first CUDA graph was captured, and graphs would read what was "
+                "there before: change its values in place, or make StepGraphs anew"
+            )
 
 
 def refuse_without_gpu(tokens: int, device: str) -> None:

@@ -159,6 +159,25 @@ def test_a_shape_is_captured_when_it_comes_again_and_takes_the_place_of_one_that
     assert graphs.describe() == "CUDA graphs: 3 captured, 5 of 11 steps replayed"
 
 
+@pytest.mark.parametrize("name", ["blocks.1.mlp.fc1.weight", "y_embedder.y_embedding"])
+def test_weights_that_have_moved_since_the_first_capture_are_refused(name):
+    """A graph reads the memory that the weights lay in."""
+    model = make_model()
+    graphs = make_graphs(model)
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    moved = weights[name]
+    moved.data = moved.data.clone()  # nothing is captured yet
+    for _ in range(3):
+        graphs.backward(graphs.compute_losses(draw(model, 0, SHAPES[0])))
+    assert graphs.replayed == 2
+    moved.data = moved.data.clone()
+    with pytest.raises(RuntimeError, match=f"{re.escape(name)} has moved in memory"):
+        graphs.compute_losses(draw(model, 0, SHAPES[0]))
+    with pytest.raises(RuntimeError, match=f"{re.escape(name)} has moved in memory"):
+        for _ in range(2):  # also where another shape is captured
+            graphs.compute_losses(draw(model, 0, SHAPES[1]))
+
+
 def test_steps_of_more_tokens_are_not_replayed():
     model = make_model()
     graphs = make_graphs(model, tokens=2 * 3 * 4, occurrences=1)  # latents of 4 x 4 in patches of 2 x 2, 3 frames
