@@ -12,9 +12,10 @@ C elements (r = MLP ratio), with the Triton ops:
     2·r  MLP before and after GELU
 
 28 rows for r = 4, and besides in float32 the sums of softmax, the factors of QK-norm and the moments of the norms. Text
-adds its keys and values, 2 rows per text token and block. A recomputed block keeps the residual stream only; all else
-comes back when backward reaches it. `tests/parallel/test_memory.py` holds the count to what autograd saves and to the
-allocations of a whole step.
+adds its keys and values, 2 rows per text token and block, and each video its modulation, 9 rows per block, twice where
+frames may be given. A recomputed block keeps the residual stream and the modulation; all else comes back when backward
+reaches it. The modulation of all blocks is one tensor, which is there until backward is through the first of them.
+`tests/parallel/test_memory.py` holds the count to what autograd saves and to the allocations of a whole step.
 
 Where small steps are replayed as CUDA graphs (see `opensora_fast.train.step_graph`), what the largest of them needs is
 held in a pool, beside what other steps allocate, and so are a set of gradients and, for each graph, a copy of its
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from opensora_fast.model import STDiT2Config
 
 FLOAT = 4
+# Elements that describe a scalar condition.
+SINUSOIDS = 256
 # Gradients that backward holds at its worst moment, in rows; seen in the allocations of a step, see the test.
 BACKWARD_ROWS = 3
 # Share of a GPU's memory that nothing is planned for: CUDA's context, buffers of cuBLAS and NCCL, and gaps that the
@@ -108,6 +111,10 @@ class MemoryModel:
         """Bytes of the residual stream."""
         return videos.tokens * self.config.hidden_size * self.element
 
+    def modulation(self, videos: Videos) -> int:
+        """Bytes of the tables of one block: shift, scale and gate of space, time and MLP."""
+        return videos.batch * 9 * self.config.hidden_size * self.element * (1 + self.given_frames)
+
     def saved_by_block(self, videos: Videos) -> int:
         """Bytes that one block keeps for backward."""
         config, element = self.config, self.element
@@ -117,16 +124,21 @@ class MemoryModel:
         # two per token.
         in_float32 = FLOAT * (4 * config.num_heads + 6)
         per_token = rows * channels * element + in_float32
-        per_video = 11 * channels * element * (1 + self.given_frames)  # modulation
-        return int(videos.tokens * per_token + videos.batch * (per_video + self.text * 2 * channels * element))
+        text = videos.batch * self.text * 2 * channels * element
+        return int(videos.tokens * per_token + text + self.modulation(videos))
 
     def saved_outside(self, videos: Videos) -> int:
-        """Bytes that the rest of the model keeps for backward: patches, position, final layer, captions."""
-        config, element = self.config, self.element
+        """Bytes that the rest of the model keeps for backward: patches, position, final layer, captions, conditions."""
+        config, element, given = self.config, self.element, self.given_frames
+        channels = config.hidden_size
         patch = config.in_channels * config.patch_size[1] ** 2
-        per_token = ((2 + self.given_frames) * config.hidden_size + patch) * element + 2 * FLOAT
-        per_text = (config.caption_channels + 3 * config.hidden_size) * element
-        return int(videos.tokens * per_token + videos.batch * self.text * per_text)
+        # Given frames pass a second norm of the final layer, and a bool says which they are.
+        per_token = ((2 + given) * channels + patch) * element + (1 + given) * 2 * FLOAT + given
+        per_text = (config.caption_channels + 3 * channels) * element
+        # Timestep, height, width, aspect ratio, frames and frame rate as sinusoids; what the Linears of their embedders
+        # and of the modulation keep, and the final layer's tables. Given frames have a timestep of their own.
+        per_video = ((14 + 8 * given) * channels + (6 + given) * SINUSOIDS) * element
+        return int(videos.tokens * per_token + videos.batch * (self.text * per_text + per_video))
 
     def inputs(self, videos: Videos) -> int:
         """Bytes of latents and text embeddings as the trainer holds them, in float32."""
@@ -142,14 +154,15 @@ class MemoryModel:
         """
         depth = self.config.depth
         share = largest_share(videos, self.sharing)
-        stream, saved = self.stream(share), self.saved_by_block(share)
-        always = self.inputs(videos) + self.saved_outside(share) + BACKWARD_ROWS * stream
+        stream, tables = self.stream(share), self.modulation(share)
+        saved = self.saved_by_block(share) - tables
+        always = self.inputs(videos) + self.saved_outside(share) + depth * tables + BACKWARD_ROWS * stream
 
         def at(block: int) -> int:
             """While backward is in this block."""
             stored = min(block + 1, recomputed) * stream + max(block + 1 - recomputed, 0) * saved
             again = saved - stream if block < recomputed else 0
-            gradients = self.element * self.size.trained_in_block * (depth - 1 - block)
+            gradients = (self.element * self.size.trained_in_block + tables) * (depth - 1 - block)
             return int(self.activation_factor * (always + stored + again)) + gradients
 
         # Between these blocks memory rises or falls steadily.

@@ -69,13 +69,13 @@ class Step:
 
 
 def test_blocks_of_the_real_width_save_what_is_counted(device):
-    """Within 1 %: C = 1152, 16 heads; the difference of two depths is one block."""
+    """C = 1152, 16 heads; the difference of two depths is one block, counted to the byte."""
     configs = [STDiT2Config.xl_2(depth=depth, model_max_length=TEXT) for depth in (1, 2)]
     steps = [Step(config, torch.bfloat16, (2, 4, 6, 8), device) for config in configs]
     one, two = (step.saved() for step in steps)
     count, videos = steps[0].count, steps[0].videos
-    assert two - one == pytest.approx(count.saved_by_block(videos), rel=0.01)
-    assert one == pytest.approx(count.saved_by_block(videos) + count.saved_outside(videos), rel=0.01)
+    assert two - one == count.saved_by_block(videos)
+    assert one == pytest.approx(count.saved_by_block(videos) + count.saved_outside(videos), rel=0.001)
 
 
 def test_given_frames_add_their_modulation_and_a_row(device):
@@ -87,7 +87,7 @@ def test_given_frames_add_their_modulation_and_a_row(device):
     def total(count: MemoryModel) -> int:
         return 2 * count.saved_by_block(step.videos) + count.saved_outside(step.videos)
 
-    assert total(given) - total(step.count) == pytest.approx(step.saved() - plain, rel=0.05)
+    assert total(given) - total(step.count) == pytest.approx(step.saved() - plain, rel=0.001)
 
 
 def test_a_share_of_the_frames_keeps_what_is_counted(device, monkeypatch):
@@ -113,19 +113,29 @@ def test_a_share_of_the_frames_keeps_what_is_counted(device, monkeypatch):
 
 
 def test_text_and_videos_without_frames_between_them_are_counted_too(device):
-    """Many images with few tokens, where captions weigh as much as they can."""
+    """Many images with few tokens, where captions and conditions weigh as much as they can."""
     step = Step(STDiT2Config.small(depth=3, model_max_length=TEXT), torch.float32, (8, 1, 3, 5), device)
     expected = 3 * step.count.saved_by_block(step.videos) + step.count.saved_outside(step.videos)
-    assert step.saved() == pytest.approx(expected, rel=0.03)
+    assert step.saved() == pytest.approx(expected, rel=0.001)
 
 
 @pytest.mark.parametrize("recomputed", [0, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_a_whole_step_allocates_what_is_counted(dtype, recomputed, device):
-    """Within 4 %, whatever the number of recomputed blocks; the loss is not in the count."""
+    """Within 1 %, whatever the number of recomputed blocks; the loss is not in the count."""
     step = Step(STDiT2Config.small(depth=4, model_max_length=TEXT), dtype, (2, 16, 12, 16), device)
     counted = step.count.activations(step.videos, recomputed) - step.count.inputs(step.videos)
-    assert step.peak(recomputed) == pytest.approx(counted, rel=0.04)
+    assert step.peak(recomputed) == pytest.approx(counted, rel=0.01)
+
+
+def test_recomputed_blocks_of_many_small_videos_keep_their_modulation(device):
+    """It and its gradients are held until backward is through the first block: here they are a tenth of all."""
+    step = Step(STDiT2Config.small(depth=8, model_max_length=TEXT), torch.float32, (32, 3, 3, 5), device)
+    step.inputs["x_mask"] = torch.tensor([[False, True, True]] * 32)
+    count = replace(step.count, given_frames=True)
+    counted = count.activations(step.videos, recomputed=8) - count.inputs(step.videos)
+    assert step.peak(8) == pytest.approx(counted, rel=0.01)
+    assert (8 + 7) * count.modulation(step.videos) > 0.1 * counted
 
 
 @pytest.mark.parametrize(
@@ -173,10 +183,10 @@ def test_gradients_count_where_there_are_few_tokens(device):
 
 
 def test_a_token_and_block_take_63_kib_in_bfloat16():
-    """28 rows of 1152 elements and 280 bytes in float32, besides modulation (25 KB a video)."""
+    """28 rows of 1152 elements and 280 bytes in float32, besides modulation (21 KB a video)."""
     model = MemoryModel(XL, XL_SIZE, text=0)
     videos = VideoBatch(1, 16, 3600)
-    modulation = 11 * 1152 * 2
+    modulation = 9 * 1152 * 2
     assert model.saved_by_block(videos) == videos.tokens * (28 * 2304 + 280) + modulation
 
 
