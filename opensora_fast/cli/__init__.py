@@ -10,6 +10,9 @@ It may also hold `MULTIPLE_VALUES = ("--prompt", ...)`: options that take severa
 `nargs="+"` does (`--prompt a b` is read as `--prompt a --prompt b`). With `TAKES_OVERRIDES = True` a further value that
 reads `key.sub=value` is none: it is an override, wherever it stands.
 
+A command that torchrun may start as several processes, which share its work, is listed in SEVERAL_PROCESSES; the others
+are refused there, since each process would do the whole work again, into the same files.
+
 Only the file of the subcommand that was asked for is imported, so `--help` stays fast and needs no torch. A mistake of
 the user is raised as `ValueError` or `OSError` with a message that names the thing and the fix; `main` prints it as one
 message and exits with 1 (2 for wrong usage, 130 for Ctrl-C). `--debug`, anywhere on the line, shows the traceback.
@@ -28,6 +31,7 @@ from types import ModuleType
 import typer
 
 PROGRAM = "opensora-fast"
+SEVERAL_PROCESSES = ("train",)
 # Folders beside `opensora_fast/` in a checkout, which only an installation makes its packages.
 PARTS_ELSEWHERE = ("kernels", "train", "benchmarks")
 INSTALL_CHECKOUT = "`pip install --no-deps --no-build-isolation -e .`"
@@ -43,6 +47,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; nothing but `--debug` lets a traceback reach the terminal."""
     arguments, debug = _take_debug_flag(list(arguments))
     try:
+        _refuse_several_processes(_find_subcommand(arguments))
         command = typer.main.get_command(_build_app(arguments))
         code = command(_repeat_options(arguments), prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -116,6 +121,16 @@ def _not_imported() -> None:
 
 def _find_subcommand(arguments: list[str]) -> str | None:
     return next((argument for argument in arguments if not argument.startswith("-")), None)
+
+
+def _refuse_several_processes(name: str | None) -> None:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1" and name in list_subcommands() and name not in SEVERAL_PROCESSES:
+        raise ValueError(
+            f"{name} is the work of one process, but WORLD_SIZE={count} says that torchrun has started {count}: run "
+            f"`{PROGRAM} {name} ...` without torchrun, which is for {' and '.join(SEVERAL_PROCESSES)}, or unset "
+            "WORLD_SIZE"
+        )
 
 
 def _import_subcommand(name: str) -> ModuleType:

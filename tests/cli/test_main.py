@@ -66,6 +66,24 @@ def test_wrong_usage_is_2(capsys, arguments):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_under_torchrun_only_what_shares_the_work_is_started(monkeypatch, capsys, tmp_path):
+    """Others would do it in every process, into the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert {"demo", "sample", "bench", "data", "kernels"} < set(cli.list_subcommands())
+    for name in cli.list_subcommands():
+        if name == "train":
+            assert cli.run([name, "--help"]) == 0
+            continue
+        assert cli.run([name, "--out", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"opensora-fast, rank 1: error: {name} is the work of one process")
+        assert f"run `opensora-fast {name} ...` without torchrun" in error
+    assert not any(tmp_path.iterdir())
+    assert cli.run(["trian"]) == 2
+    assert "train" in capsys.readouterr().err
+
+
 def test_near_names_are_suggested(capsys):
     assert cli.run(["docter"]) == 2
     assert "doctor" in capsys.readouterr().err
