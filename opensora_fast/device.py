@@ -8,12 +8,17 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def check_device_name(name: str) -> str:
+    """The name, if it is that of a device; it need not be here. ValueError otherwise."""
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: choose cpu or cuda")
+    return name
+
+
 def choose_device(name: str | None) -> torch.device:
     """The device of a name; None is CUDA where there is one. ValueError for one that is not here."""
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: choose cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if check_device_name(name) == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU; `opensora-fast doctor` says why, --device cpu works here")
     return torch.device(name)

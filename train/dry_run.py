@@ -4,6 +4,7 @@ import os
 
 from opensora_fast.config import LoadedConfig, TrainConfig, format_values
 from opensora_fast.data.bucket import Bucket
+from opensora_fast.device import check_device_name
 from opensora_fast.parallel.join import count_replicas, read_place
 from opensora_fast.train.data import read_data
 from opensora_fast.train.step_graph import refuse_without_gpu
@@ -20,7 +21,7 @@ def print_plan(loaded: LoadedConfig[TrainConfig], device: str | None = None) -> 
 
     Raises:
         ValueError: what would also stop the run: broken buckets, a broken table, entries that give no batch, CUDA
-            graphs on a CPU.
+            graphs on a CPU, a device of an unknown name.
     """
     place = read_place(os.environ)
     if place.rank != 0:
@@ -28,7 +29,7 @@ def print_plan(loaded: LoadedConfig[TrainConfig], device: str | None = None) -> 
     config = loaded.config
     replicas = count_replicas(place.world_size, config.sp_size)
     if device is not None:
-        refuse_without_gpu(config.cuda_graph_tokens, device)
+        refuse_without_gpu(config.cuda_graph_tokens, check_device_name(device))
     print(format_values(loaded))
     for note in loaded.notes:
         print(f"note: {note}")

@@ -48,9 +48,10 @@ def command(
             _write_report(folder)
         return
     from opensora_fast.benchmarks.suites import list_cases
-    from opensora_fast.device import choose_device
+    from opensora_fast.device import check_device_name, choose_device
 
-    device = device if show and device else choose_device(device).type
+    # What is listed may be measured on another machine.
+    device = check_device_name(device) if show and device else choose_device(device).type
     words = [word for text in only or () for word in text.split()]
     names = providers.split(",") if providers else None
     cases = list_cases(suite, device, names, words)

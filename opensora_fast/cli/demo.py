@@ -22,7 +22,10 @@ def command(
 
     Runs the commands that a person would, one after another, and prints each. In the end DIR/report.html shows it all.
     """
+    from opensora_fast.device import choose_device
+
     started = time.monotonic()
+    choose_device(device)  # one that is not here is told before anything is made
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give another folder, or remove this one")
     clips, table, run_folder, samples = out / "clips", out / "clips.csv", out / "train", out / "samples"

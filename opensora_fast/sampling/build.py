@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel
 
 from opensora_fast.config import SampleConfig
-from opensora_fast.device import DTYPES
+from opensora_fast.device import DTYPES, choose_device
 from opensora_fast.diffusion import build_scheduler
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.model import STDiT2, STDiT2Config
@@ -39,7 +39,7 @@ def build_generator(config: SampleConfig, device: torch.device | str | None = No
         raise ValueError(f'dpm-solver cannot go on from given frames, loop={config.loop}; use type="iddpm" or loop=1')
     if config.scheduler.num_sampling_steps is None and config.scheduler.timestep_respacing is None:
         raise ValueError("scheduler.num_sampling_steps is missing; 100 is Open-Sora's choice")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(None) if device is None else torch.device(device)
     dtype = DTYPES[config.dtype]
     scheduler = build_scheduler(_given(config.scheduler))
     video_encoder = build_video_encoder(_given(config.vae), device, dtype)

@@ -36,7 +36,7 @@ def test_a_mistake_is_one_message(tmp_path, monkeypatch, capsys, arguments, mess
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("command", [["bench"], ["profile", "attention"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["bench"], ["profile", "attention"], ["profile", "step"], ["demo"]], ids=" ".join)
 @pytest.mark.parametrize(
     ("device", "message"),
     [("cuda", "torch finds no GPU; `opensora-fast doctor` says why"), ("tpu", "choose cpu or cuda")],
@@ -46,6 +46,14 @@ def test_a_device_that_is_not_here_is_refused_as_in_training(tmp_path, monkeypat
     assert run([*command, "--device", device, "--out", str(tmp_path / "rows")]) == 1
     assert f"--device {device}: {message}" in capsys.readouterr().err
     assert not (tmp_path / "rows").exists()
+
+
+@pytest.mark.parametrize("command", [["bench", "--list"], ["train", "demo", "--dry-run"]], ids=" ".join)
+def test_what_is_only_planned_may_be_for_a_device_that_is_not_here_but_must_be_one(monkeypatch, capsys, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run([*command, "--device", "cuda"]) == 0
+    assert run([*command, "--device", "tpu"]) == 1
+    assert "--device tpu: choose cpu or cuda" in capsys.readouterr().err
 
 
 def test_the_plan_can_be_read_without_measuring(capsys):
