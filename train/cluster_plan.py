@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from opensora_fast.data.balance import balance
+from opensora_fast.data.plan import count_steps
 from opensora_fast.parallel.cost import StepTime
 from opensora_fast.parallel.idle import idle_share, slowest_of_each_step
 from opensora_fast.parallel.join import count_replicas
@@ -281,7 +282,7 @@ def project_orders(costs: RunCosts, world_size: int, time: StepTime, mix: Mix) -
     seconds = np.array([time.seconds(costs.count_step(part, world_size)) for part in videos])
     tokens = np.array([part.tokens for part in videos])
     balanced = mix.bucket_of[balance(costs.get_order_costs()[mix.bucket_of], costs.config.seed, epoch=0)]
-    steps = mix.steps or max(1, len(mix.bucket_of) // replicas)
+    steps = mix.steps or max(1, count_steps(len(mix.bucket_of), replicas, drop_last=True))
     orders = []
     for bucket_of in (mix.bucket_of, balanced):
         taken = np.resize(bucket_of, steps * replicas)  # from the front again where the last step is not full

@@ -26,6 +26,7 @@ from opensora_fast.config import TrainConfig
 from opensora_fast.data.aspect import get_aspect_table
 from opensora_fast.data.balance import WINDOW
 from opensora_fast.data.bucket import Bucket, BucketId
+from opensora_fast.data.plan import count_steps
 from opensora_fast.train.data import read_data
 
 NAMES = ("resolution", "frames", "aspect_ratio", "clips", "share")
@@ -73,7 +74,7 @@ def mix_of_file(path: Path, config: TrainConfig, bucket: Bucket, world_size: int
     count = int(batches.sum())
     if count > MOST_BATCHES:
         raise ValueError(f"{path}: {count} micro-batches are too many to be planned one by one: give share, not clips")
-    steps = count // world_size if config.drop_last else -(-count // world_size)
+    steps = count_steps(count, world_size, config.drop_last)
     if steps == 0:
         raise ValueError(
             f"{path}: {_count_batches(count)} cannot fill one step of {world_size} processes with drop_last=True: use "

@@ -9,7 +9,7 @@ import numpy as np
 
 from opensora_fast.data.assignment import DROP_REASONS, DROPPED, find_drop_reasons
 from opensora_fast.data.bucket import Bucket
-from opensora_fast.data.plan import ClipSizes, EpochPlan, plan_epoch
+from opensora_fast.data.plan import ClipSizes, EpochPlan, count_steps, plan_epoch
 
 LATENT_SCALE = 8
 PATCH_SIZE = 2
@@ -138,7 +138,7 @@ def explain_plan(
     used = np.minimum(plan.clips, batches * plan.batch_size)
     buckets = _list_buckets(plan, batches)
     pairs = _list_pairs(plan, batches)
-    steps = len(plan) // world_size if drop_last else -(-len(plan) // world_size)
+    steps = count_steps(len(plan), world_size, drop_last)
     dropped = _count_dropped(plan, clips, frame_interval)
     incomplete = int((plan.clips - used).sum())
     if incomplete:

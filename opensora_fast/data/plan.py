@@ -61,6 +61,17 @@ class EpochPlan:
         return tuple(rows.tolist())
 
 
+def count_steps(micro_batches: int, world_size: int, drop_last: bool) -> int:
+    """Steps in which so many processes take a list of micro-batches, one each at a time.
+
+    Args:
+        micro_batches: of all processes together.
+        world_size: number of processes.
+        drop_last: whether those that do not fill a step are left out; otherwise the last step is filled up.
+    """
+    return micro_batches // world_size if drop_last else -(-micro_batches // world_size)
+
+
 def plan_epoch(
     clips: ClipSizes,
     bucket: Bucket,

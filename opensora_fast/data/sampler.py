@@ -11,7 +11,7 @@ import numpy as np
 
 from opensora_fast.data.bucket import Bucket, BucketId
 from opensora_fast.data.explain import Explanation, describe_no_batches, explain_plan
-from opensora_fast.data.plan import ClipSizes, EpochPlan, plan_epoch
+from opensora_fast.data.plan import ClipSizes, EpochPlan, count_steps, plan_epoch
 
 # Plans kept: a loader that reads ahead may be in the next epoch while a clip of this one still needs a replacement.
 KEPT_PLANS = 2
@@ -106,7 +106,7 @@ class BucketSampler:
     def __len__(self) -> int:
         """Micro-batches of this process from the start of the next iteration to the end of the epoch."""
         left = max(0, len(self.get_plan(self.epoch)) - self._start)
-        return left // self.world_size if self.drop_last else -(-left // self.world_size)
+        return count_steps(left, self.world_size, self.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be this epoch, from its start unless it is the current one."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from opensora_fast.data import Bucket
 from opensora_fast.data.assignment import assign_buckets
+from opensora_fast.data.plan import count_steps
 from opensora_fast.data.sampler import BucketSampler, MicroBatch
 
 CONFIG = {"144p": {1: (1.0, 4), 16: (0.5, 3)}, "240p": {1: (0.5, 2), 16: (1.0, 3), 32: (0.8, 1)}}
@@ -121,7 +122,9 @@ def test_any_number_of_processes_sees_the_same_global_order(make):
                 first = whole[batch.index % len(whole)]
                 assert (batch.rows, batch.bucket) == (first.rows, first.bucket)
         assert [batch.index for batch in merged] == list(range(len(merged)))
-        assert len(ranks[0]) == len(merged) // world_size
+        steps = len(merged) // world_size
+        assert len(ranks[0]) == ranks[0].explain().steps == steps
+        assert count_steps(len(whole), world_size, single.drop_last) == steps
 
 
 @settings(max_examples=40, deadline=None)
