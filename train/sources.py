@@ -47,7 +47,7 @@ class Source:
         data: table, buckets and the sampler that gives the order.
         inputs: encodes batches, or passes on their features.
         in_channels, caption_channels, model_max_length: what the model has to fit.
-        loader: yields one epoch of batches from the sampler's position on.
+        loader: yields the batches of one epoch.
     """
 
     data: TrainingData
@@ -58,11 +58,10 @@ class Source:
     loader: ClipLoader | FeatureLoader
 
     def iterate(self, epoch: int, consumed: int) -> Iterator[Batch]:
-        """The batches of one epoch from the position where `consumed` micro-batches are used up."""
-        sampler = self.data.sampler
-        sampler.load_state_dict({"seed": sampler.seed, "epoch": epoch, "consumed": consumed})
+        """The batches of one epoch from the position where `consumed` micro-batches are used up. The next epoch is
+        begun ahead."""
         try:
-            yield from self.loader
+            yield from self.loader.iterate(epoch, consumed)
         except RuntimeError as error:
             # A bucket without one usable clip left; other errors of the loader keep their class.
             raise ValueError(str(error)) from error

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,11 @@ import torch
 
 from opensora_fast.data.batch import Batch, make_conditions
 from opensora_fast.data.bucket import Bucket
+from opensora_fast.data.epoch_loader import EpochLoader
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, FeatureWriter
 from opensora_fast.data.loader import ClipLoader
 from opensora_fast.data.manifest import Manifest
 from opensora_fast.data.plan import ClipSizes, EpochPlan, balance_plan, plan_epoch
-from opensora_fast.data.prefetch import EpochPrefetcher
 from opensora_fast.data.sampler import KEPT_PLANS, BucketSampler, MicroBatch
 from opensora_fast.encoders import TextEncoder, VideoEncoder
 from opensora_fast.progress import Progress
@@ -246,7 +246,7 @@ def _shuffle_again(plan: EpochPlan, seed: int, epoch: int) -> EpochPlan:
     )
 
 
-class FeatureLoader:
+class FeatureLoader(EpochLoader):
     """Yields the batches of one epoch from cached features; used like a `ClipLoader`, without a decoder or encoders.
 
     `Batch.video` is None; `latents`, `text_embeddings` [B, 1, L, C] and `text_mask` [B, L] are set.
@@ -270,30 +270,13 @@ class FeatureLoader:
         fps_after_interval: bool = False,
         pin_memory: bool = False,
     ) -> None:
+        super().__init__(sampler, prefetch)
         self.manifest = manifest
-        self.sampler = sampler
         self.pin_memory = pin_memory
         self._fps_divisor = sampler.frame_interval if fps_after_interval else 1
-        self._epochs = EpochPrefetcher(self._make_batches, prefetch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """One epoch of the sampler. FeatureError if a shard cannot be used."""
-        return self._epochs.run()
-
-    def __len__(self) -> int:
-        """Batches of the next iteration."""
-        return len(self.sampler)
-
-    @property
-    def data_wait(self) -> float:
-        return self._epochs.waited
-
-    def close(self) -> None:
-        """End the thread of the loader."""
-        self._epochs.close()
 
     def load(self, micro_batch: MicroBatch) -> Batch:
-        """Read one micro-batch in the calling thread."""
+        """Read one micro-batch in the calling thread. FeatureError if a shard cannot be used."""
         settings, reader = self.sampler.reader.index.settings, self.sampler.reader
         rows = micro_batch.rows
         latents = torch.stack([reader.get_latents(micro_batch.epoch % self.sampler.draws, row) for row in rows])
@@ -317,7 +300,7 @@ class FeatureLoader:
             text_mask=mask,
         )
 
-    def _make_batches(self) -> Iterator[Batch]:
-        for micro_batch in self.sampler:
+    def _make_batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Batch]:
+        for micro_batch in micro_batches:
             batch = self.load(micro_batch)
             yield batch.pin_memory() if self.pin_memory else batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ import torch
 from opensora_fast.data.bad_clips import BadClipLog
 from opensora_fast.data.batch import Batch, make_conditions
 from opensora_fast.data.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
+from opensora_fast.data.epoch_loader import EpochLoader
 from opensora_fast.data.manifest import Manifest
-from opensora_fast.data.prefetch import EpochPrefetcher
 from opensora_fast.data.reporting import print_line
 from opensora_fast.data.sampler import BucketSampler, MicroBatch
 
@@ -27,8 +27,8 @@ class _NoUsableClip(Exception):
     """A place in a micro-batch cannot be filled from its bucket."""
 
 
-class ClipLoader:
-    """Yields the batches of one epoch, decoded ahead in a thread; `sampler.set_epoch` chooses the epoch.
+class ClipLoader(EpochLoader):
+    """Yields the batches of one epoch, decoded ahead in a thread; `sampler.set_epoch`, or `iterate`, chooses the epoch.
 
     A clip that cannot be decoded is replaced by another of its bucket (`sampler.replacement`) and listed. A bucket may
     hold no other, as those of rare shapes do: then a micro-batch of another bucket takes the place. Nothing here has a
@@ -73,8 +73,8 @@ class ClipLoader:
                 "frame_interval must be 1 or more, seed and prefetch 0 or more; "
                 f"got {frame_interval}, {seed} and {prefetch}"
             )
+        super().__init__(sampler, prefetch)
         self.manifest = manifest
-        self.sampler = sampler
         self.decoder = decoder
         self.frame_interval = frame_interval
         self.seed = seed
@@ -83,19 +83,6 @@ class ClipLoader:
         self.pin_memory = pin_memory
         self._report = report
         self._log = BadClipLog(bad_clips_path)
-        self._epochs = EpochPrefetcher(self._make_batches, prefetch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """One epoch of the sampler. Starting another iteration ends the one before."""
-        return self._epochs.run()
-
-    def __len__(self) -> int:
-        """Batches of the next iteration."""
-        return len(self.sampler)
-
-    @property
-    def data_wait(self) -> float:
-        return self._epochs.waited
 
     @property
     def bad_clips(self) -> int:
@@ -103,7 +90,7 @@ class ClipLoader:
 
     def close(self) -> None:
         """End the thread of the loader and the decoder."""
-        self._epochs.close()
+        super().close()
         self.decoder.close()
 
     def load(self, micro_batch: MicroBatch) -> Batch:
@@ -115,19 +102,19 @@ class ClipLoader:
         (batch,) = self._load_together([micro_batch])
         return batch
 
-    def _make_batches(self) -> Iterator[Batch]:
-        for micro_batches in self._group():
-            for batch in self._load_together(micro_batches):
+    def _make_batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Batch]:
+        for group in self._group(micro_batches):
+            for batch in self._load_together(group):
                 yield batch.pin_memory() if self.pin_memory else batch
 
-    def _group(self) -> Iterator[list[MicroBatch]]:
+    def _group(self, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
         """Micro-batches that are decoded together, so that small ones do not leave threads of the decoder idle.
 
         The first one of all comes alone: the training step waits for it.
         """
         group: list[MicroBatch] = []
         enough = 1
-        for micro_batch in self.sampler:
+        for micro_batch in micro_batches:
             group.append(micro_batch)
             if sum(len(member.rows) for member in group) >= enough or len(group) >= self.prefetch:
                 yield group

@@ -89,18 +89,21 @@ class Prefetcher(Generic[Item]):
         return False
 
 
+_END_OF_EPOCH = object()
+
+
 class EpochPrefetcher(Generic[Item]):
     """One `Prefetcher` after the other, for something that is iterated over once an epoch.
 
     Args:
-        make_items: gives the iterator of an epoch.
         depth: see `Prefetcher`.
     """
 
-    def __init__(self, make_items: Callable[[], Iterator[Item]], depth: int) -> None:
+    def __init__(self, depth: int) -> None:
         self.depth = depth
-        self._make_items = make_items
-        self._running: Prefetcher[Item] | None = None
+        self._running: Prefetcher[Any] | None = None
+        # Where the running one is at the start of an epoch that was begun ahead: (epoch, 0).
+        self._begun: tuple[int, int] | None = None
         self._waited_before = 0.0
 
     @property
@@ -108,14 +111,41 @@ class EpochPrefetcher(Generic[Item]):
         """Seconds that the consumer has waited for items, over all epochs."""
         return self._waited_before + (0.0 if self._running is None else self._running.waited)
 
-    def run(self) -> Iterator[Item]:
-        """The items of an epoch. The thread ends with the iterator, or when another epoch or `close` is called for."""
+    def run(self, make_items: Callable[[], Iterator[Item]]) -> Iterator[Item]:
+        """The items of an epoch. The thread ends with the iterator, or when another epoch or `close` is called for.
+
+        Args:
+            make_items: gives the iterator of the epoch.
+        """
         self.close()
-        running = self._running = Prefetcher(self._make_items, self.depth)
+        running = self._running = Prefetcher(make_items, self.depth)
         try:
             yield from running
         finally:
             if running is self._running:
+                self.close()
+
+    def run_on(self, make_items: Callable[[int, int], Iterator[Item]], epoch: int, start: int) -> Iterator[Item]:
+        """The items of an epoch. Behind them the thread goes on with the next epoch, and so does the next call if it is
+        for that; it ends when another place or `close` is called for, or when an iterator is left before its end.
+
+        Args:
+            make_items: make_items(epoch, start) gives the iterator of an epoch from a place in it.
+            epoch: number of the epoch.
+            start: place in it.
+        """
+        if self._begun != (epoch, start):
+            self.close()
+            self._running = Prefetcher(lambda: _chain_epochs(make_items, epoch, start), self.depth)
+        running, self._begun = self._running, None
+        try:
+            for item in running:
+                if item is _END_OF_EPOCH:
+                    self._begun = (epoch + 1, 0)
+                    return
+                yield item
+        finally:
+            if running is self._running and self._begun is None:
                 self.close()
 
     def close(self) -> None:
@@ -123,4 +153,12 @@ class EpochPrefetcher(Generic[Item]):
         if self._running is not None:
             self._running.close()
             self._waited_before += self._running.waited
-            self._running = None
+            self._running = self._begun = None
+
+
+def _chain_epochs(make_items: Callable[[int, int], Iterator[Item]], epoch: int, start: int) -> Iterator[Any]:
+    """The items of an epoch and of all that follow, with a mark behind each."""
+    while True:
+        yield from make_items(epoch, start)
+        yield _END_OF_EPOCH
+        epoch, start = epoch + 1, 0

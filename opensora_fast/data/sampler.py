@@ -96,17 +96,21 @@ class BucketSampler:
             raise ValueError(describe_no_batches(self.explain()))
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        plan = self.get_plan(self.epoch)
-        start = self._handed_out = self._start
-        for step in range(len(self)):
-            first = start + step * self.world_size
-            self._handed_out = first + self.world_size
-            yield self._get_micro_batch(plan, first + self.rank)
+        self._handed_out = self._start
+        for micro_batch in self.iterate(self.epoch, self._start):
+            self._handed_out = micro_batch.index - self.rank + self.world_size
+            yield micro_batch
 
     def __len__(self) -> int:
         """Micro-batches of this process from the start of the next iteration to the end of the epoch."""
-        left = max(0, len(self.get_plan(self.epoch)) - self._start)
-        return count_steps(left, self.world_size, self.drop_last)
+        return self._count_steps(self.get_plan(self.epoch), self._start)
+
+    def iterate(self, epoch: int, consumed: int) -> Iterator[MicroBatch]:
+        """The micro-batches of this process in an epoch of which so many of all processes are used up. The position of
+        the sampler is neither used nor moved."""
+        plan = self.get_plan(epoch)
+        for step in range(self._count_steps(plan, consumed)):
+            yield self._get_micro_batch(plan, consumed + step * self.world_size + self.rank)
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be this epoch, from its start unless it is the current one."""
@@ -203,6 +207,9 @@ class BucketSampler:
             while len(self._plans) > KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
         return self._plans[epoch]
+
+    def _count_steps(self, plan: EpochPlan, consumed: int) -> int:
+        return count_steps(max(0, len(plan) - consumed), self.world_size, self.drop_last)
 
     def _get_micro_batch(self, plan: EpochPlan, index: int) -> MicroBatch:
         # Numbers past the end, with which the last step is filled up, stand for the first micro-batches.

@@ -1,0 +1,55 @@
+"""What yields batches epoch by epoch, whatever they are made of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+
+from opensora_fast.data.batch import Batch
+from opensora_fast.data.prefetch import EpochPrefetcher
+from opensora_fast.data.sampler import BucketSampler, MicroBatch
+
+
+class EpochLoader(ABC):
+    """Makes the batches of a sampler's micro-batches, ahead in a thread.
+
+    Args:
+        sampler: gives the micro-batches.
+        prefetch: batches made ahead; 0 makes each when it is asked for.
+
+    Attributes:
+        data_wait: seconds that the consumer has waited for batches, over all epochs.
+    """
+
+    def __init__(self, sampler: BucketSampler, prefetch: int) -> None:
+        self.sampler = sampler
+        self._epochs: EpochPrefetcher[Batch] = EpochPrefetcher(prefetch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One epoch, from the position of the sampler. Starting another iteration ends the one before."""
+        return self._epochs.run(lambda: self._make_batches(self.sampler))
+
+    def iterate(self, epoch: int, consumed: int) -> Iterator[Batch]:
+        """An epoch, from where so many of its micro-batches are used up (all processes counted). The position of the
+        sampler is neither used nor moved.
+
+        While the last batches are used the first ones of the next epoch are made, with which its iteration begins if
+        it comes next. Starting any other ends this one.
+        """
+        return self._epochs.run_on(lambda *place: self._make_batches(self.sampler.iterate(*place)), epoch, consumed)
+
+    def __len__(self) -> int:
+        """Batches of the next iteration from the position of the sampler."""
+        return len(self.sampler)
+
+    @property
+    def data_wait(self) -> float:
+        return self._epochs.waited
+
+    def close(self) -> None:
+        """End the thread of the loader."""
+        self._epochs.close()
+
+    @abstractmethod
+    def _make_batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Batch]:
+        """The batches of micro-batches, in their order. Runs in the thread."""
