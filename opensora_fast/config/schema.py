@@ -42,9 +42,13 @@ class TrainConfig(Section):
     grad_clip: float | None = Field(1.0, ge=0)
     grad_checkpoint: Annotated[bool | int, BeforeValidator(check_blocks)] = False
     epochs: int = Field(1000, ge=1)
+    # The loss that is shown is the mean of so many steps; metrics.jsonl has every step.
     log_every: int = Field(10, ge=1)
+    # Steps between checkpoints; 0: only at the end.
     ckpt_every: int = Field(1000, ge=0)
+    # Clips decoded at a time; 0: one for each processor.
     num_workers: int = Field(4, ge=0)
+    # Checkpoint to continue; with start_from_scratch its weights, average and optimizer state, at step 0.
     load: str | None = None
     start_from_scratch: bool = False
     # So many processes compute each micro-batch together, each some of its frames (sequence parallelism).
@@ -58,18 +62,26 @@ class TrainConfig(Section):
     batch_size: int | None = None
 
     # This project's own.
+    # Stop after so many steps in all; None: after `epochs`.
     steps: int | None = Field(None, ge=0)
+    # Folder of cached latents and text embeddings, made where it is not there, from so many passes over the clips.
     features: str | None = None
     feature_draws: int = Field(1, ge=1)
+    # Threads of one operation on the CPU; None: torch's choice, or this process's share of the processors.
     cpu_threads: int | None = Field(None, ge=1)
     decoder: Literal["auto", "pyav", "dali"] = "auto"
+    # Batches made ahead; 0 makes each when it is needed.
     prefetch: int = Field(2, ge=0)
+    # Leave out clips that do not fill a micro-batch, and micro-batches that do not fill a step; False: fill them up.
     drop_last: bool = True
+    # Micro-batches of a step cost about the same, so that processes wait little for each other.
     balance: bool = False
     # Steps of at most so many video tokens are replayed as CUDA graphs; 0: none are.
     cuda_graph_tokens: int = Field(0, ge=0)
+    # Train though the clips of an entry of bucket_config are too few for one batch.
     allow_empty_buckets: bool = False
     ema_decay: float = Field(0.9999, ge=0, lt=1)
+    # The newest so many are kept.
     keep_checkpoints: int = Field(2, ge=1)
 
     @model_validator(mode="after")
