@@ -93,16 +93,8 @@ def _run(*words: object) -> None:
 
 def _explain(table: Path):
     from opensora_fast.config import load_train_config
-    from opensora_fast.data.bucket import Bucket
-    from opensora_fast.data.explain import explain_buckets
-    from opensora_fast.data.manifest import Manifest
+    from opensora_fast.train.data import read_data
     from opensora_fast.train.locate_config import locate_config
 
-    config = load_train_config(locate_config(Path("demo")), []).config
-    return explain_buckets(
-        Manifest.read(table),
-        Bucket(config.bucket_config),
-        frame_interval=config.dataset.frame_interval,
-        seed=config.seed,
-        drop_last=config.drop_last,
-    )
+    config = load_train_config(locate_config(Path("demo")), options={"dataset.data_path": str(table)}).config
+    return read_data(config).explanation
