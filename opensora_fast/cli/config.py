@@ -19,7 +19,7 @@ def config() -> None:
 
 @app.command()
 def show(
-    config: Annotated[Path, typer.Argument(help="Configuration file (.py in Open-Sora's format, or .json).")],
+    config: Annotated[Path, typer.Argument(help="Configuration in Open-Sora's format, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
