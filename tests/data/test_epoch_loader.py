@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from test_loader import FakeDecoder, make_loader, summarize, take_epoch
+from fake_clips import FakeDecoder, make_loader, summarize, take_epoch
 
 
 def take_epochs(epochs, **options):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_loader import FakeDecoder, make_manifest
+from fake_clips import FakeDecoder, make_manifest
 
 from opensora_fast.data.bucket import Bucket
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, FeatureWriter
