@@ -31,7 +31,7 @@ from types import ModuleType
 import typer
 
 PROGRAM = "opensora-fast"
-SEVERAL_PROCESSES = ("train",)
+SEVERAL_PROCESSES = ("train", "sample")
 # Folders beside `opensora_fast/` in a checkout, which only an installation makes its packages.
 PARTS_ELSEWHERE = ("kernels", "train", "benchmarks")
 INSTALL_CHECKOUT = "`pip install --no-deps --no-build-isolation -e .`"
