@@ -45,8 +45,8 @@ class Row:
         workload: name of the shape, for example "240p×16".
         op: name of the op, "" where the level says it.
         direction: "forward", "forward+backward", "backward of input", "backward of weight" (matrix products),
-            "training" (forward, backward, optimizer and average of the weights), "against seeds" or "against rounding"
-            (two limits of one comparison of loss curves).
+            "training" (forward, backward, optimizer and average of the weights), "update" (the latter two alone),
+            "against seeds" or "against rounding" (two limits of one comparison of loss curves).
         provider: implementation, for example "sdpa-flash", "ours".
         provider_version: version of its library.
         shape: sizes as text, for example "B=4 T=16 S=405 H=16 D=72".

@@ -6,6 +6,15 @@ As with any pytest-benchmark, `--benchmark-save NAME` keeps a run and `--benchma
 import pytest
 
 from opensora_fast.benchmarks.contest import OP_CALLS, op_results
+from opensora_fast.benchmarks.providers.adamw import (
+    ADAMW_PROVIDERS,
+    ADAMW_REFERENCES,
+    UPDATE,
+    adamw_results,
+    make_adamw_work,
+    parameter_shapes,
+    update_call,
+)
 from opensora_fast.benchmarks.providers.attention import ATTENTION_PROVIDERS, ATTENTION_REFERENCE
 from opensora_fast.benchmarks.providers.attention_work import KINDS, make_pack_attention_work
 from opensora_fast.benchmarks.providers.elementwise import (
@@ -50,6 +59,13 @@ def test_mlp(benchmark, scale, provider, direction):
     hidden = int(channels * scale.config.mlp_ratio)
     work = make_mlp_work(small_pack(scale).tokens, channels, hidden, scale.device, scale.dtype)
     time_provider(benchmark, provider, (MLP_REFERENCE,), work, direction, OP_CALLS[direction], op_results)
+
+
+@pytest.mark.parametrize("provider", ADAMW_PROVIDERS, ids=lambda provider: provider.name)
+def test_adamw(benchmark, scale, provider):
+    benchmark.group = "adamw"
+    work = make_adamw_work(parameter_shapes(scale.config.model_copy(update={"depth": 1})), scale.device, scale.dtype)
+    time_provider(benchmark, provider, ADAMW_REFERENCES, work, UPDATE, update_call, adamw_results)
 
 
 @pytest.mark.parametrize("provider", ATTENTION_PROVIDERS, ids=lambda provider: provider.name)

@@ -20,6 +20,7 @@ COMPILE_S = {"op": 6.0, "block": 15.0, "step": 18.0, "sampling": 15.0}
 GRAPHS_OF_SHORT_CHECKS = 2.5
 LONGEST_CHECKED = 40_000  # tokens of timed inputs that are compared with float64 themselves, about
 FLEX_S = 20.0
+LISTS_S = 60.0  # compiling a step of the optimizer on lists of tensors
 FIXED_S = {"op": 2.0, "block": 4.0, "step": 10.0, "sampling": 8.0}  # inputs, the float64 reference, eager
 PER_PROVIDER_S = {"op": 0.4, "block": 1.0, "step": 1.0, "sampling": 0.5}
 TRITON_S = 4.0  # kernels that are built for a new shape
@@ -44,6 +45,7 @@ def _estimate(case: Case, scale: Scale) -> float:
     graphs = GRAPHS_OF_SHORT_CHECKS if case.template.tokens > LONGEST_CHECKED else 1.0
     seconds += graphs * COMPILE_S[level] * sum(name.startswith("compile") for name in names)
     seconds += FLEX_S * ("flex" in names)
+    seconds += LISTS_S * (case.template.op == "adamw" and "compile" in names)
     seconds += TRITON_S * any(name.startswith("ours") for name in names)
     if level in ("step", "sampling"):
         share = 1.0 if level == "step" else 2 / 3  # sampling computes twice the videos, forward

@@ -9,6 +9,16 @@ from ..attention_profile import DEFAULT_LENGTHS, attention_template, make_attent
 from ..case import Case, Outcome, make_template
 from ..contest import OP_CALLS, Contest, run_contest
 from ..predictions import WIDE
+from ..providers.adamw import (
+    ADAMW_PROVIDERS,
+    ADAMW_REFERENCES,
+    UPDATE,
+    adamw_results,
+    count_adamw,
+    make_adamw_work,
+    parameter_shapes,
+    update_call,
+)
 from ..providers.attention import ATTENTION_PROVIDERS, ATTENTION_REFERENCE
 from ..providers.attention_work import KINDS, count_attention, make_pack_attention_work
 from ..providers.elementwise import (
@@ -42,6 +52,7 @@ def list_cases(scale: Scale) -> list[Case]:
         cases += [attention_case(scale, kind, pack, value) for kind in KINDS]
         cases += [elementwise_case(scale, op, pack, value - 5) for op in OPS]
         cases.append(mlp_case(scale, pack, value - 10))
+    cases.append(adamw_case(scale, HEADLINE_VALUE - 15))
     uniform = _headline(scale)[0]
     cases += [elementwise_case(scale, op, uniform, MIXED_VALUE, given=True) for op in OPS if op != "gelu_tanh"]
     cases.append(attention_case(scale, "spatial", uniform, MIXED_VALUE, norm_weight=WIDE_NORM_WEIGHT))
@@ -103,6 +114,40 @@ def mlp_case(scale: Scale, pack: Pack, value: float) -> Case:
 
     counts = count_mlp(pack.tokens, channels, hidden, dtype.itemsize)
     return _op_case(scale, template, pack, make, MLP_PROVIDERS, MLP_REFERENCE, counts, value)
+
+
+def adamw_case(scale: Scale, value: float) -> Case:
+    """An optimizer step on all parameters of the model; no videos are part of it."""
+    config, dtype = scale.config, scale.dtype
+    shapes = parameter_shapes(config)
+    parameters = sum(shape.numel() for shape in shapes.values())
+    template = make_template(
+        "op",
+        f"{parameters / 1e6:.1f} M parameters",
+        op="adamw",
+        shape=f"P={parameters} tensors={len(shapes)}",
+        dtype=scale.dtype_name,
+    )
+
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        # Float64 of all the weights of a large model does not fit beside them; one block has tensors of every kind.
+        small = parameter_shapes(config.model_copy(update={"depth": 1})) if scale.device == "cuda" else None
+        contest = Contest(
+            template=template,
+            work=make_adamw_work(shapes, scale.device, dtype),
+            providers=choose_providers(ADAMW_PROVIDERS, names),
+            references=ADAMW_REFERENCES,
+            calls={UPDATE: update_call},
+            counts={UPDATE: count_adamw(parameters, dtype.itemsize)},
+            sampling=Sampling(session.sampling_seconds(scale.seconds)),
+            results=adamw_results,
+            check_work=None if small is None else make_adamw_work(small, scale.device, dtype),
+            check_name="one block",
+            make_recorder=recorder_of(scale.device),
+        )
+        return run_contest(contest, session)
+
+    return Case(template, (UPDATE,), tuple(provider.name for provider in ADAMW_PROVIDERS), value, measure)
 
 
 def attention_case(

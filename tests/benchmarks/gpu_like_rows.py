@@ -83,6 +83,8 @@ def _count(row: Row) -> tuple[float, float]:
         return part * row.tokens * 1.42e9, part * row.tokens * 0.77e6
     if row.level != "op":
         return 0.0, 0.0
+    if row.op == "adamw":
+        return 0.0, 38.0 * sizes["P"]
     back = row.direction != "forward"
     moved = row.tokens * CHANNELS * 2.0 * (12 if back else 4)
     if not row.op.endswith("_attention"):

@@ -200,6 +200,7 @@ def test_the_memory_of_replays_is_free_afterwards():
 CASES = {
     "modulated_norm": lambda scale, pack: ops.elementwise_case(scale, "modulated_norm", pack, 0.0),
     "mlp": lambda scale, pack: ops.mlp_case(scale, pack, 0.0),
+    "adamw": lambda scale, pack: ops.adamw_case(scale, 0.0),
     "spatial": lambda scale, pack: ops.attention_case(scale, "spatial", pack, 0.0),
     "temporal": lambda scale, pack: ops.attention_case(scale, "temporal", pack, 0.0),
     "cross": lambda scale, pack: ops.attention_case(scale, "cross", pack, 0.0),

@@ -77,6 +77,14 @@ def test_every_section_has_rows_when_everything_was_measured():
     assert [section.title for section in SECTIONS if not section.has_rows(results)] == []
 
 
+def test_an_op_that_no_resolution_is_part_of_has_its_card(tmp_path):
+    ops = [row for row in gpu_like_rows() if row.op in ("adamw", "gelu_tanh") and row.provider in ("eager", "ours")]
+    page = write_report(write_rows(tmp_path, ops))
+    cards = section_of(page, "Ops").split("Ours against the best of the others")[0]
+    assert "P=767452064" in cards and cards.count("adamw") == 1
+    assert "B=5 T=16 S=405" in cards and "S=1590" not in cards  # all others at one resolution
+
+
 def test_a_page_of_cpu_rows_says_so_and_claims_no_speed(tmp_path):
     cpu = {"device_name": "cpu-x86_64", "driver": ""}
     rows = [make_row(**STEP, provider=name, **cpu) for name in ("upstream", "eager", "compile", "ours")]

@@ -57,6 +57,7 @@ PUSHED = [
     ("launch", "", "", {"ours-op", "cuda-graph"}),
     *(("gemm", op, "32768", {"cublas", "cublas-split", "quack"}) for op in ("qkv", "proj", "fc1", "fc2")),
     ("op", "mlp", "240p×16", {"compile", "quack", "ours"}),
+    ("op", "adamw", "767.5 M parameters", {"upstream", "torch-fused", "compile-flat", "ours"}),
     *(("op", op, "240p×16", {"compile", "ours"}) for op in ("modulated_norm", "gate_residual_modulated_norm")),
     ("op", "spatial_attention", "240p×16", {"sdpa-cudnn", "sdpa-flash", "flash-attn-4", "ours"}),
     ("op", "spatial_attention", "240p×16 wide", {"sdpa-cudnn", "ours"}),
@@ -215,6 +216,7 @@ def test_predictions_are_for_one_gpu_and_never_rows():
     assert predict(make_row(op="spatial_attention", shape="B=5 T=16 S=405 H=16 D=72")) == "260–360 TFLOP/s"
     assert predict(make_row(op="modulated_norm")) == "85–92 % of copy"
     assert predict(make_row(op="modulated_norm", provider="eager")) == ""
+    assert predict(make_row(op="adamw", direction="update")) == "77–83 % of copy"
     # 3.5 units of work, 1 at 260 and 2.5 at 200.
     both = make_row(op="spatial_attention", direction="forward+backward", shape="B=5 T=16 S=405 H=16 D=72")
     assert predict(both).startswith("214–")
