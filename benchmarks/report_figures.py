@@ -33,6 +33,7 @@ COLORS = {
     "flash-attn-2": "#d98880",
     "flash-attn-3": "#e74c3c",
     "flash-attn-4": "#ff7f50",
+    "flash-attn-4-padded": "#ffa07a",
     "xformers": "#7f8fd9",
     "apex": "#b5651d",
     "liger": "#2e8b57",

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from opensora_fast import kernels
 
@@ -113,32 +113,50 @@ def _sdpa(backend: str) -> Callable[[AttentionWork], Bound]:
     return _run_by_run(attend)
 
 
-def _dense_library(module: str, function: str) -> Attend:
-    """flash-attn and xformers: functions of [sequences, length, H, D]."""
+def _dense_library(module: str, function: str, padded: bool = False) -> Attend:
+    """flash-attn and xformers: functions of [sequences, length, H, D]; `padded`: see `_padded`."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         call = getattr(importlib.import_module(module), function)
-        return _first(call(*(z.transpose(1, 2) for z in (q, k, v)))).transpose(1, 2)
+        inputs = [z.transpose(1, 2) for z in (q, k, v)]
+        return (_padded(call, *inputs) if padded else _first(call(*inputs))).transpose(1, 2)
 
     return attend
 
 
-def _flash_varlen(module: str) -> AttendVarlen:
+def _flash_varlen(module: str, padded: bool = False) -> AttendVarlen:
     def attend(
         q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int
     ) -> Tensor:
-        output = importlib.import_module(module).flash_attn_varlen_func(
-            q,
-            k,
-            v,
+        call = partial(
+            importlib.import_module(module).flash_attn_varlen_func,
             cu_seqlens_q=q_starts,
             cu_seqlens_k=k_starts,
             max_seqlen_q=longest_q,
             max_seqlen_k=longest_k,
         )
-        return _first(output)
+        return _padded(call, q, k, v) if padded else _first(call(q, k, v))
 
     return attend
+
+
+# FlashAttention 4 (4.0.0b36) on Hopper, backward: the gradient of q is added up in tiles whose width is the head size
+# in multiples of 16 (80 for 72), and read in tiles whose width is that in multiples of 32 (96), so that all tiles of a
+# sequence but the first are read in the wrong place. Right where both are the same.
+# https://github.com/Dao-AILab/flash-attention/pull/2896
+HEAD_MULTIPLE = 32
+
+
+def _padded(call: Callable[..., Tensor | tuple[Tensor, ...]], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A call with zeros behind each head, up to a multiple of `HEAD_MULTIPLE`: the copies are in its time."""
+    size = q.shape[-1]
+    inputs = [pad(z, (0, -size % HEAD_MULTIPLE)) for z in (q, k, v)]
+    return _first(call(*inputs, softmax_scale=size**-0.5))[..., :size]
+
+
+def _needs_padding(work: AttentionWork) -> str:
+    size = next(iter(work.leaves.values())).shape[-1]
+    return needs_half(work) if size % HEAD_MULTIPLE else f"a head of {size} needs no padding"
 
 
 def _torch_varlen(
@@ -252,6 +270,15 @@ ATTENTION_PROVIDERS = (
         "flash-attn-4",
         _dense_or_varlen(_dense_library("flash_attn.cute", "flash_attn_func"), _flash_varlen("flash_attn.cute")),
         needs_module("flash_attn.cute", FLASH_4, needs_half),
+        version_of(FLASH_4),
+    ),
+    Provider(
+        "flash-attn-4-padded",
+        _dense_or_varlen(
+            _dense_library("flash_attn.cute", "flash_attn_func", padded=True),
+            _flash_varlen("flash_attn.cute", padded=True),
+        ),
+        needs_module("flash_attn.cute", FLASH_4, _needs_padding),
         version_of(FLASH_4),
     ),
     Provider("xformers", _prepare_xformers, needs_module("xformers.ops", XFORMERS, needs_half), version_of(XFORMERS)),

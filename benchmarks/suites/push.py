@@ -22,7 +22,7 @@ from . import ceilings, convergence, encoders, models, ops
 from .scale import Scale
 
 VALUE = 2000.0
-LIBRARIES = ("eager", "sdpa-flash", "sdpa-cudnn", "flash-attn-3", "flash-attn-4", "ours")
+LIBRARIES = ("eager", "sdpa-flash", "sdpa-cudnn", "flash-attn-3", "flash-attn-4", "flash-attn-4-padded", "ours")
 BANDWIDTH = ("eager", "compile", "ours")
 STEPS = ("upstream", "eager", "eager-flash", "eager-cudnn", "compile", "ours")
 # Where the activations of some do not fit.

@@ -59,7 +59,7 @@ PUSHED = [
     ("op", "mlp", "240p×16", {"compile", "quack", "ours"}),
     ("op", "adamw", "767.5 M parameters", {"upstream", "torch-fused", "compile-flat", "ours"}),
     *(("op", op, "240p×16", {"compile", "ours"}) for op in ("modulated_norm", "gate_residual_modulated_norm")),
-    ("op", "spatial_attention", "240p×16", {"sdpa-cudnn", "sdpa-flash", "flash-attn-4", "ours"}),
+    ("op", "spatial_attention", "240p×16", {"sdpa-cudnn", "sdpa-flash", "flash-attn-4-padded", "ours"}),
     ("op", "spatial_attention", "240p×16 wide", {"sdpa-cudnn", "ours"}),
     ("op", "spatial_attention", "480p×16", {"ours"}),  # with a head of 128
     *(("op", "spatial_attention", f"length {length}", {"sdpa-cudnn", "ours"}) for length in (144, 920, 1590, 3600)),
