@@ -15,9 +15,10 @@ from opensora_fast.model.block import PackContext, STDiT2Block, compute_block
 from opensora_fast.model.embedders import RotaryFrequencies
 
 from ..shapes import Pack, text_lengths
+from .broadcast import compute_broadcast_block
 from .provider import Bound, Provider, compiled, compiles_on_cuda, needs_cuda
 from .upstream import UpstreamBlock
-from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant
+from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant, attention_by
 
 ONE_SHAPE = "takes videos of one shape only"
 
@@ -80,6 +81,11 @@ def make_block_work(
     return BlockWork(block, layout, tuple(lengths), inputs, frequencies)
 
 
+def _compute_own(block: STDiT2Block, x: Tensor, context: PackContext, sdpa_order: tuple[str, ...]) -> Tensor:
+    with attention_by(sdpa_order):
+        return compute_block(block, x, None, context, None)[0]
+
+
 def _prepare_own(variant: Variant, work: BlockWork) -> Bound:
     angles = torch.arange(work.layout.max_frames, device=work.layout.device)[:, None] * work.frequencies
     inputs = work.inputs
@@ -94,13 +100,8 @@ def _prepare_own(variant: Variant, work: BlockWork) -> Bound:
         sin=angles.sin(),
         backends=variant.backends or REFERENCE,
     )
-    function = compiled(compute_block) if variant.compiled else compute_block
-
-    def call() -> Tensor:
-        with variant.attention():
-            return function(work.block, inputs["x"], None, context, None)[0]
-
-    return call
+    function = compiled(compute_broadcast_block) if variant.compiled else _compute_own
+    return lambda: function(work.block, inputs["x"], context, variant.sdpa_order)
 
 
 def _prepare_upstream(variant: Variant, work: BlockWork) -> Bound:

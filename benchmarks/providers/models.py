@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from opensora_fast.diffusion import IDDPM
 from opensora_fast.diffusion.guidance import GuidedModel
 from opensora_fast.model import STDiT2, STDiT2Config
+from opensora_fast.model.block import PackContext
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.optimizer import MasterAdamW
 
@@ -26,10 +27,11 @@ from ..contest import weights_like
 from ..shapes import Pack, Workload, text_lengths
 from ..timing import Call
 from .blocks import ONE_SHAPE, missing_on
+from .broadcast import compute_broadcast_block
 from .graphs import GraphedModel
-from .provider import Bound, Provider
+from .provider import Bound, Provider, compiled
 from .upstream import UpstreamSTDiT2
-from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant
+from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant, attention_by
 
 SEED = 0
 LEARNING_RATE, EMA_DECAY, GRAD_CLIP = 2e-5, 0.9999, 1.0
@@ -174,29 +176,27 @@ def view_of(model: STDiT2, variant: Variant) -> Model:
     own.backends = variant.backends or REFERENCE
     own.checkpointed_blocks = len(model.blocks) if variant.recompute else 0
     if variant.compiled:
-        _compile_blocks(own, variant.recompute)
+        _compile_blocks(own, variant)
 
     def call(latents: Latents, *arguments: Any, **conditions: Any) -> Latents:
         function = own if isinstance(latents, Tensor) else own.forward_packed
-        with variant.attention():
+        with attention_by(variant.sdpa_order):
             return function(latents, *arguments, **conditions)
 
     return call
 
 
-def _compile_blocks(own: STDiT2, recompute: bool) -> None:
-    """Gives a view compiled copies of its blocks; each is one graph, the same for all."""
-    blocks = [copy.copy(block) for block in own.blocks]
-    for block in blocks:
-        block.compile(dynamic=False)
-    own.blocks = nn.ModuleList(blocks)
+def _compile_blocks(own: STDiT2, variant: Variant) -> None:
+    """Has a view's blocks computed by one compiled function: one graph, the same for all."""
+    function = compiled(compute_broadcast_block)
 
-    def run_blocks(x: Tensor, context: Any) -> Tensor:
+    def run_blocks(x: Tensor, context: PackContext) -> Tensor:
         for block in own.blocks:
-            if recompute and torch.is_grad_enabled():
-                x, _ = checkpoint(block, x, None, context, None, use_reentrant=False, preserve_rng_state=False)
+            arguments = block, x, context, variant.sdpa_order
+            if variant.recompute and torch.is_grad_enabled():
+                x = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, _ = block(x, None, context, None)
+                x = function(*arguments)
         return x
 
     own._run_blocks = run_blocks

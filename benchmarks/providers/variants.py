@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora_fast.model.backends import Backends
 
@@ -60,19 +62,23 @@ class Variant:
         own = own_version() if self.uses_triton else torch_version()
         return f"{own} quack {version_of(QUACK)()}" if self.uses_quack else own
 
-    @contextmanager
-    def attention(self) -> Iterator[None]:
-        """Around a forward pass."""
-        if not self.sdpa:
-            yield
-            return
-        from torch.nn.attention import SDPBackend, sdpa_kernel
+    @property
+    def sdpa_order(self) -> tuple[str, ...]:
+        """Names of `SDPBackend`, those to be tried first before the others; () leaves PyTorch the choice."""
+        # What the first does not take (a mask, float64) goes to the next; cuDNN only to who asks for it.
+        names = (self.sdpa, "FLASH", "EFFICIENT") if self.sdpa else ()
+        return tuple(f"{name}_ATTENTION" for name in dict.fromkeys(names)) + ("MATH",) * bool(names)
 
-        # What the first does not take (a mask, float64) goes to the next.
-        names = (f"{self.sdpa}_ATTENTION", "FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-        order = [getattr(SDPBackend, name) for name in dict.fromkeys(names)]
-        with sdpa_kernel(order, set_priority=True):
-            yield
+
+def attention_by(order: Sequence[str]) -> AbstractContextManager[None]:
+    """Within it PyTorch's attention tries backends in this order.
+
+    torch.compile chooses when it makes a graph, and takes no notice of a later choice around that graph: another order
+    takes a graph of its own only where this is called within.
+    """
+    if not order:
+        return nullcontext()
+    return sdpa_kernel([getattr(SDPBackend, name) for name in order], set_priority=True)
 
 
 VARIANTS = (
