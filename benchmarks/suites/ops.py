@@ -9,9 +9,8 @@ from ..attention_profile import DEFAULT_LENGTHS, attention_template, make_attent
 from ..case import Case, Outcome, make_template
 from ..contest import OP_CALLS, Contest, run_contest
 from ..predictions import WIDE
-from ..providers.adamw import (
-    ADAMW_PROVIDERS,
-    ADAMW_REFERENCES,
+from ..providers.adamw import ADAMW_PROVIDERS, ADAMW_REFERENCES
+from ..providers.adamw_work import (
     UPDATE,
     adamw_results,
     count_adamw,

@@ -10,7 +10,15 @@ from opensora_fast import STDiT2Config
 from opensora_fast.benchmarks.accuracy import norm
 from opensora_fast.benchmarks.contest import make_yardstick
 from opensora_fast.benchmarks.providers import adamw
-from opensora_fast.benchmarks.providers.adamw import ADAMW_PROVIDERS, ADAMW_REFERENCES, adamw_results, make_adamw_work
+from opensora_fast.benchmarks.providers.adamw import ADAMW_PROVIDERS, ADAMW_REFERENCES
+from opensora_fast.benchmarks.providers.adamw_work import (
+    GRADIENT_NORM,
+    STATE,
+    adamw_results,
+    count_adamw,
+    make_adamw_work,
+    parameter_shapes,
+)
 from opensora_fast.benchmarks.suites import ops
 from opensora_fast.benchmarks.suites.scale import scale_of
 from opensora_fast.model import STDiT2
@@ -159,25 +167,25 @@ def test_a_step_begins_from_the_same_values_in_every_dtype():
     wide = work.to(torch.float64)
     before = {name: flat.clone() for name, flat in work.flat.items()}
     step_of("eager", work)()
-    assert all(not torch.equal(work.flat[name], before[name]) for name in (*adamw.STATE, "working"))
+    assert all(not torch.equal(work.flat[name], before[name]) for name in (*STATE, "working"))
     work.reset()
     wide.reset()
     for name, flat in before.items():
         assert torch.equal(work.flat[name], flat) and torch.equal(wide.flat[name], flat.double())
     gradients = list(work.tensors("gradient").values())
-    assert norm(gradients) == pytest.approx(adamw.GRADIENT_NORM, rel=0.1)  # so that it is clipped
+    assert norm(gradients) == pytest.approx(GRADIENT_NORM, rel=0.1)  # so that it is clipped
 
 
 def test_all_trainable_parameters_of_the_model_take_part():
     config = STDiT2Config.small()
     parameters = {name: value.shape for name, value in STDiT2(config).named_parameters() if value.requires_grad}
-    assert adamw.parameter_shapes(config) == parameters
+    assert parameter_shapes(config) == parameters
     case = ops.adamw_case(scale_of("cuda"), 0.0)
     assert (case.template.workload, case.template.shape) == ("767.5 M parameters", "P=767452064 tensors=705")
 
 
 def test_the_bytes_of_a_step_are_counted():
     # Read: the gradient twice, master, moments, average; written: these four and the working weights.
-    assert adamw.count_adamw(10, 2).bytes == 10 * (2 + 2 + 16 + 16 + 2)
-    assert adamw.count_adamw(10, 4).bytes == 10 * (4 + 4 + 16 + 16)  # the masters are the weights
-    assert adamw.count_adamw(10, 2).bytes == count_optimizer(10).bytes + 10 * 2  # which leaves out the norm
+    assert count_adamw(10, 2).bytes == 10 * (2 + 2 + 16 + 16 + 2)
+    assert count_adamw(10, 4).bytes == 10 * (4 + 4 + 16 + 16)  # the masters are the weights
+    assert count_adamw(10, 2).bytes == count_optimizer(10).bytes + 10 * 2  # which leaves out the norm
