@@ -21,7 +21,7 @@ from .provider import Bound
 # Larger than in training, so that what a step changes is not small beside what is there: an error in the change alone
 # would be lost in the size of the weights.
 LEARNING_RATE, EMA_DECAY, WEIGHT_SIZE = 0.01, 0.9, 0.02
-STEPS_BEFORE = 1000  # from the first steps on, 1 - β₂ᵗ has fewer digits where it is computed in float32
+STEPS_BEFORE = 1000  # in the first steps 1 - β₂ᵗ has few digits where a library computes it in float32
 MAX_NORM, GRADIENT_NORM = 1.0, 2.0
 NORM_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 # Of the state, whose names are those of the op's arguments.
