@@ -119,7 +119,7 @@ def launches(workload: Workload, builds: dict[tuple[str, str], dict[str, Any]]) 
     # Padded rows: keys and values, and in the backward pass queries and gradients.
     wide = row_width(HEAD_SIZE) / HEAD_SIZE if is_prepared(size) else 1.0
     if is_prepared(size):
-        yield Launch("spatial_attention_normed_keys", "", tokens * HEADS / 64, 1, (2 + 2 * wide) * row)
+        yield Launch("spatial_attention_preparation", "", tokens * HEADS / 64, 1, (2 + 2 * wide) * row)
     for kernel, rows, flops, streamed_row in (
         ("spatial_attention_forward", 2 + 2 * wide, 4, wide * pair),
         ("spatial_attention_queries_backward", 4 + 4 * wide if is_prepared(size) else 7, 5, wide * pair),

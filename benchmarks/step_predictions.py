@@ -31,7 +31,7 @@ TIMES = {
     "gate_residual_modulated_norm_forward": 3.0,
     "gate_residual_modulated_norm_backward": 3.0,
     # In the forward pass, and again in the backward pass in place of keeping them.
-    "spatial_attention_normed_keys": 2.0,
+    "spatial_attention_preparation": 2.0,
     # Before the first block and behind the last only.
     "modulated_norm_forward": 2 / 28,
     "modulated_norm_backward": 2 / 28,

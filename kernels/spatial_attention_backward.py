@@ -47,7 +47,8 @@ from .attention_tiles import (
 from .bias_gradient import BiasPartials
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .launch import launch
-from .spatial_attention_forward import COMPILED, is_prepared, launch_normed_keys, padded_values, shape_classes
+from .spatial_attention_forward import COMPILED, is_prepared, shape_classes
+from .spatial_attention_preparation import launch_preparation, padded_values, place_of_keys_and_values
 
 CONFIGURATIONS = {
     "spatial_attention_queries_backward": {
@@ -113,7 +114,7 @@ CONFIGURATIONS = {
 @triton.jit(do_not_specialize=["num_tokens"])
 def _queries(
     qkv,
-    normed_keys,
+    prepared,
     q_weight,
     k_weight,
     output,
@@ -152,17 +153,13 @@ def _queries(
     delta = tl.sum(o[0], axis=1) + tl.sum(o[1], axis=1)
     tl.store(deltas + in_statistics + rows, delta, mask=inside)
     log_sum = tl.load(statistics + in_statistics + rows, mask=inside, other=0.0 if FOLDED else float("inf"))
-    # Where keys and values are read, and where rows are left for the second kernel.
+    keys, values = place_of_keys_and_values(qkv, prepared, head, num_tokens, first_token, NORM, HEADS, HEAD_SIZE)
     if FOLDED:
-        keys = padded_rows(normed_keys, head, num_tokens, first_token, HEADS, HEAD_SIZE)
-        values = padded_values(normed_keys, head, num_tokens, first_token, HEADS, HEAD_SIZE)
         left_queries = padded_rows(scaled_queries, head, num_tokens, first_token, HEADS, HEAD_SIZE)
         g = append_number(g, -delta, HEAD_SIZE)
         left_gradient = padded_rows(padded_gradient, head, num_tokens, first_token, HEADS, HEAD_SIZE)
         store_head(left_gradient, g, rows, inside, None, HEAD_SIZE, FOLDED)
     else:
-        keys = normed_keys + in_output if NORM == NORM_DONE else frame + HEADS * HEAD_SIZE
-        values = frame + 2 * HEADS * HEAD_SIZE
         left_queries = scaled_queries + in_output
 
     q = load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
@@ -217,7 +214,7 @@ def _queries(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _keys(
     qkv,
-    normed_keys,
+    prepared,
     queries,
     output_gradient,
     statistics,
@@ -250,15 +247,15 @@ def _keys(
     in_output = first_token * OUTPUT_STRIDE + head * HEAD_SIZE
     in_statistics = head * num_tokens + first_token
     if FOLDED:
-        places = padded_rows(normed_keys, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+        places = padded_rows(prepared, head, num_tokens, first_token, HEADS, HEAD_SIZE)
         k = load_head(places, rows, inside, None, HEAD_SIZE, FOLDED)  # [ROWS, D]
-        places = padded_values(normed_keys, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+        places = padded_values(prepared, head, num_tokens, first_token, HEADS, HEAD_SIZE)
         v = load_head(places, rows, inside, None, HEAD_SIZE, FOLDED)
         streamed_queries = padded_rows(queries, head, num_tokens, first_token, HEADS, HEAD_SIZE)
         gradients = padded_rows(output_gradient, head, num_tokens, first_token, HEADS, HEAD_SIZE)
     else:
         if NORM == NORM_DONE:
-            k = load_head(normed_keys + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
+            k = load_head(prepared + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
         else:
             k = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
         v = load_head(keys + HEADS * HEAD_SIZE, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
@@ -328,9 +325,9 @@ def launch_backward(
     deltas = qkv.new_empty(heads, num_tokens, dtype=torch.float32)
     partials = []
     classes = shape_classes(qkv, runs)
-    normed_keys = None
+    prepared = None
     if q_weight is not None and any(is_prepared(name) for name, _ in classes):
-        normed_keys = launch_normed_keys(qkv, statistics, eps)
+        prepared = launch_preparation(qkv, statistics, eps)
 
     def norm_of(shape_class: str) -> int:
         norm = NO_NORM if q_weight is None else NORM_DONE if is_prepared(shape_class) else NORM_LOADED
@@ -364,7 +361,7 @@ def launch_backward(
             qkv,
             (
                 qkv,
-                normed_keys,
+                prepared,
                 q_weight,
                 k_weight,
                 output,
@@ -396,7 +393,7 @@ def launch_backward(
             qkv,
             (
                 qkv,
-                normed_keys,
+                prepared,
                 *left[shape_class],
                 statistics,
                 deltas,
@@ -421,7 +418,7 @@ def launch_backward(
 
 def compile_cases(arch: str) -> list[CompileCase]:
     cases = []
-    types = ("qkv", "normed_keys", "q_weight", "k_weight", "output", "output_gradient", "scaled_queries", "queries")
+    types = ("qkv", "prepared", "q_weight", "k_weight", "output", "output_gradient", "scaled_queries", "queries")
     types += ("padded_gradient", "qkv_gradient")
     tables = {
         "statistics": "*fp32",
@@ -441,7 +438,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
             signature = {argument: f"*{dtype}" for argument in types} | tables
             norm = NO_NORM if not with_norm else NORM_DONE if is_prepared(shape_class) else NORM_LOADED
             configuration = candidates_of(CONFIGURATIONS, name, shape_class, arch)[0]
-            absent = [] if norm == NORM_DONE else ["normed_keys"]
+            absent = [] if norm == NORM_DONE else ["prepared"]
             if kernel is _queries and not with_norm:
                 absent += ["q_weight", "k_weight"]
             cases.append(

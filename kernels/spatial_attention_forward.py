@@ -24,23 +24,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_loops import NO_NORM, NORM_COMPUTED, NORM_DONE, attend, is_folded
+from .attention_loops import NO_NORM, NORM_COMPUTED, NORM_DONE, attend
 from .attention_tables import row_tiles
 from .attention_tiles import (
-    append_factors,
     fold_query,
     load_head,
     load_tile,
     load_weight_product,
-    padded_rows,
     reciprocal_rms,
-    row_width,
-    scale_rows,
     store_head,
-    to_float32,
 )
 from .configurations import CompileCase, Configuration, candidates_of, select
-from .launch import ceil_divide, launch
+from .launch import launch
+from .spatial_attention_preparation import launch_preparation, place_of_keys_and_values
 
 # The longest frames of the classes "small" and "medium"; longer ones are "large". Small frames find the norm of the
 # keys on their way. For longer ones, which pass over keys and values more often, these are prepared once: that was 16 %
@@ -81,9 +77,6 @@ CONFIGURATIONS = {
         "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, maxnreg=255, num_warps=8, num_stages=1),),
         "float32@sm_100": (Configuration(ROWS=16, STEP=16, REMAINDER=16, maxnreg=255, num_warps=8, num_stages=1),),
     },
-    "spatial_attention_normed_keys": {
-        "any": (Configuration(ROWS=64, num_warps=4, num_stages=1), Configuration(ROWS=128, num_warps=4, num_stages=1)),
-    },
 }
 
 
@@ -116,57 +109,10 @@ def is_prepared(shape_class: str) -> bool:
     return shape_class in ("medium", "large")
 
 
-@triton.jit
-def padded_values(normed_keys, head, num_tokens, first_token, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """`padded_rows` of the values, which lie behind those of the keys."""
-    size = num_tokens.to(tl.int64) * (HEADS * row_width(HEAD_SIZE))
-    return padded_rows(normed_keys + size, head, num_tokens, first_token, HEADS, HEAD_SIZE)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _normed_keys(
-    qkv,
-    normed_keys,
-    statistics,
-    num_tokens,
-    eps,
-    HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """k · r_k, rounded, into normed_keys [N, H, D], and r_k into statistics[2].
-
-    Where `is_folded`, normed_keys are padded rows with factors, those of all keys before those of all values.
-    """
-    FOLDED: tl.constexpr = is_folded(NORM_DONE, HEAD_SIZE)
-    OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
-    TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
-    program = tl.program_id(0).to(tl.int64)
-    head = program % HEADS
-    token = program // HEADS * ROWS
-    rows = tl.arange(0, ROWS)
-    inside = rows < num_tokens - token
-    keys = qkv + token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
-    k = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
-    factors = reciprocal_rms(k, eps, HEAD_SIZE)
-    tl.store(statistics + (2 * HEADS + head) * num_tokens + token + rows, factors, mask=inside)
-    normed = scale_rows(to_float32(k), factors)
-    if FOLDED:
-        normed = append_factors(normed, HEAD_SIZE)
-        places = padded_rows(normed_keys, head, num_tokens, token, HEADS, HEAD_SIZE)
-        store_head(places, normed, rows, inside, None, HEAD_SIZE, FOLDED)
-        v = load_head(keys + OUTPUT_STRIDE, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
-        places = padded_values(normed_keys, head, num_tokens, token, HEADS, HEAD_SIZE)
-        store_head(places, append_factors(v, HEAD_SIZE), rows, inside, None, HEAD_SIZE, FOLDED)
-    else:
-        place = normed_keys + token * OUTPUT_STRIDE + head * HEAD_SIZE
-        store_head(place, normed, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
-
-
 @triton.jit(do_not_specialize=["num_tokens"])
 def _forward(
     qkv,
-    normed_keys,
+    prepared,
     q_weight,
     k_weight,
     output,
@@ -190,14 +136,7 @@ def _forward(
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
     frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
-    in_output = first_token * OUTPUT_STRIDE + head * HEAD_SIZE
-    FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
-    if FOLDED:
-        keys = padded_rows(normed_keys, head, num_tokens, first_token, HEADS, HEAD_SIZE)
-        values = padded_values(normed_keys, head, num_tokens, first_token, HEADS, HEAD_SIZE)
-    else:
-        keys = normed_keys + in_output if NORM == NORM_DONE else frame + HEADS * HEAD_SIZE
-        values = frame + 2 * HEADS * HEAD_SIZE
+    keys, values = place_of_keys_and_values(qkv, prepared, head, num_tokens, first_token, NORM, HEADS, HEAD_SIZE)
     key_factors = statistics + (2 * HEADS + head) * num_tokens + first_token
     keep_factors = first_row == 0  # the first tile of a frame writes down the norm of its keys
 
@@ -273,9 +212,9 @@ def launch_forward(
     """
     num_tokens, _, heads, head_size = qkv.shape
     classes = shape_classes(qkv, runs)
-    normed_keys = None
+    prepared = None
     if q_weight is not None and any(is_prepared(name) for name, _ in classes):
-        normed_keys = launch_normed_keys(qkv, statistics, eps)
+        prepared = launch_preparation(qkv, statistics, eps)
     for shape_class, bounds in classes:
         configuration = select(CONFIGURATIONS, "spatial_attention_forward", shape_class, qkv.device)
         tiles = row_tiles(tuple(runs), configuration["ROWS"], qkv.device, *bounds)
@@ -286,7 +225,7 @@ def launch_forward(
             qkv,
             (
                 qkv,
-                normed_keys,
+                prepared,
                 q_weight,
                 k_weight,
                 output,
@@ -305,37 +244,6 @@ def launch_forward(
         )
 
 
-def launch_normed_keys(qkv: Tensor, statistics: Tensor, eps: float) -> Tensor:
-    """Fills statistics[2] and returns k · r_k [N, H, D] in the dtype of qkv.
-
-    Where `is_folded` these are padded rows of keys and of values, [2, N · H · row_width].
-    """
-    num_tokens, _, heads, head_size = qkv.shape
-    if is_folded(NORM_DONE, head_size):
-        normed_keys = qkv.new_empty(2, num_tokens * heads * row_width(head_size))
-    else:
-        normed_keys = qkv.new_empty(num_tokens, heads, head_size)
-    configuration = select(CONFIGURATIONS, "spatial_attention_normed_keys", "any", qkv.device)
-    launch(
-        _normed_keys,
-        (ceil_divide(num_tokens, configuration["ROWS"]) * heads,),
-        qkv,
-        (
-            qkv,
-            normed_keys,
-            statistics,
-            num_tokens,
-            eps,
-        ),
-        {
-            "HEADS": heads,
-            "HEAD_SIZE": head_size,
-            **configuration.launch,
-        },
-    )
-    return normed_keys
-
-
 COMPILED = (  # dtype, whether with QK-norm, shape class
     ("bf16", True, "small"),
     ("bf16", True, "medium"),
@@ -351,8 +259,8 @@ def compile_cases(arch: str) -> list[CompileCase]:
     for dtype, with_norm, shape_class in COMPILED:
         configuration = candidates_of(CONFIGURATIONS, "spatial_attention_forward", shape_class, arch)[0]
         norm = NO_NORM if not with_norm else NORM_DONE if is_prepared(shape_class) else NORM_COMPUTED
-        absent = (() if norm == NORM_DONE else ("normed_keys",)) + (() if with_norm else ("q_weight", "k_weight"))
-        activations = ("qkv", "normed_keys", "q_weight", "k_weight", "output")
+        absent = (() if norm == NORM_DONE else ("prepared",)) + (() if with_norm else ("q_weight", "k_weight"))
+        activations = ("qkv", "prepared", "q_weight", "k_weight", "output")
         cases.append(
             CompileCase(
                 name="spatial_attention_forward",
@@ -368,21 +276,6 @@ def compile_cases(arch: str) -> list[CompileCase]:
                 unit="score",
                 work=configuration["ROWS"] * configuration["STEP"],
                 note=f"{'QK-norm' if with_norm else 'no norm'}; {shape_class} frames",
-            )
-        )
-    for dtype in ("bf16", "fp16", "fp32"):
-        configuration = candidates_of(CONFIGURATIONS, "spatial_attention_normed_keys", "any", arch)[0]
-        cases.append(
-            CompileCase(
-                name="spatial_attention_normed_keys",
-                kernel=_normed_keys,
-                signature=dict.fromkeys(("qkv", "normed_keys"), f"*{dtype}")
-                | {"statistics": "*fp32", "num_tokens": "i32", "eps": "fp32"},
-                constants={"HEADS": 16, "HEAD_SIZE": 72},
-                configuration=configuration,
-                dtype=dtype,
-                unit="element",
-                work=configuration["ROWS"] * 72,
             )
         )
     return cases
