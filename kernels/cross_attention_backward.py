@@ -28,6 +28,7 @@ from .configurations import CompileCase, Configuration, candidates_of, select
 from .cross_attention_chunks_backward import chunk_length, launch_chunks
 from .cross_attention_forward import shape_class
 from .cross_attention_short_backward import launch_short_backward, select_short
+from .cross_attention_tiles import load_rows_and_text
 from .launch import ceil_divide, launch
 
 CONFIGURATIONS = {
@@ -78,15 +79,11 @@ def _queries(
     TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     TEXT_STRIDE: tl.constexpr = 2 * HEADS * HEAD_SIZE
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
-    program = tl.program_id(0).to(tl.int64)
-    head = program % HEADS
-    tile = tiles + program // HEADS * 4
-    first_token = tl.load(tile).to(tl.int64) + tl.load(tile + 2)
-    video = tl.load(tile + 3)
+    head, first_token, rest, keys, text_length = load_rows_and_text(
+        tiles, kv, text_starts, text_lengths, HEADS, HEAD_SIZE
+    )
     rows = tl.arange(0, ROWS)
-    inside = rows < tl.load(tile + 1) - tl.load(tile + 2)
-    text_start = tl.load(text_starts + video).to(tl.int64)
-    text_length = tl.load(text_lengths + video)
+    inside = rows < rest
 
     in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
     in_statistics = head * num_tokens + first_token
@@ -94,7 +91,6 @@ def _queries(
     product = multiply(to_float32(load_head(output + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), to_float32(g))
     delta = tl.sum(product[0], axis=1) + tl.sum(product[1], axis=1)
     tl.store(deltas + in_statistics + rows, delta, mask=inside)
-    keys = kv + text_start * TEXT_STRIDE + head * HEAD_SIZE
     sums = query_gradient(
         load_head(q + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE),
         g,
@@ -144,26 +140,19 @@ def _text(
     TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     TEXT_STRIDE: tl.constexpr = 2 * HEADS * HEAD_SIZE
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
-    program = tl.program_id(0).to(tl.int64)
-    head = program % HEADS
-    chunk = program // HEADS
+    head, first_token, rest, keys, text_length = load_rows_and_text(
+        chunks, kv, text_starts, text_lengths, HEADS, HEAD_SIZE
+    )
+    length = tl.minimum(chunk_tokens, rest)
     first_row = tl.program_id(1) * ROWS
-    first_token = tl.load(chunks + chunk * 4).to(tl.int64)
-    first = tl.load(chunks + chunk * 4 + 2)
-    end = tl.minimum(first + chunk_tokens, tl.load(chunks + chunk * 4 + 1))
-    video = tl.load(chunks + chunk * 4 + 3)
-    text_start = tl.load(text_starts + video).to(tl.int64)
-    text_length = tl.load(text_lengths + video)
     if first_row >= text_length:
         return
 
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < text_length
-    keys = kv + text_start * TEXT_STRIDE + head * HEAD_SIZE
     k = load_head(keys, rows, inside, TEXT_STRIDE, HEAD_SIZE)  # [ROWS, D]
     v = load_head(keys + HEADS * HEAD_SIZE, rows, inside, TEXT_STRIDE, HEAD_SIZE)
     # Offsets within a video may pass 2^31 elements, those within a chunk do not.
-    first_token += first
     in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
     in_statistics = head * num_tokens + first_token
     key_sums, value_sums = key_gradient(
@@ -174,7 +163,7 @@ def _text(
         output_gradient + in_tokens,
         log_sums + in_statistics,
         deltas + in_statistics,
-        end - first,
+        length,
         ROWS=ROWS,
         STEP=STEP,
         REMAINDER=REMAINDER,
@@ -186,7 +175,7 @@ def _text(
     )
     scale = tl.where(text_length > 1, SCALE, 0.0)
     key_sums = key_sums[0] * scale, key_sums[1] * scale
-    partial = partials + chunk * max_length * TEXT_STRIDE + head * HEAD_SIZE
+    partial = partials + tl.program_id(0).to(tl.int64) // HEADS * max_length * TEXT_STRIDE + head * HEAD_SIZE
     store_head(partial, key_sums, rows, inside, TEXT_STRIDE, HEAD_SIZE)
     store_head(partial + HEADS * HEAD_SIZE, value_sums, rows, inside, TEXT_STRIDE, HEAD_SIZE)
 

@@ -19,6 +19,7 @@ from .attention_tables import row_tiles
 from .attention_tiles import load_head, store_head
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .cross_attention_short_forward import class_of_text, launch_short_forward, short_compile_cases
+from .cross_attention_tiles import load_rows_and_text
 from .launch import launch
 
 # Of texts of any length; 128 registers a thread: sixteen warps fit on a multiprocessor. Not num_stages=1, which gives
@@ -75,18 +76,13 @@ def _forward(
 ):
     TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     TEXT_STRIDE: tl.constexpr = 2 * HEADS * HEAD_SIZE
-    program = tl.program_id(0).to(tl.int64)
-    head = program % HEADS
-    tile = tiles + program // HEADS * 4
-    first_token = tl.load(tile).to(tl.int64) + tl.load(tile + 2)
-    video = tl.load(tile + 3)
+    head, first_token, rest, keys, text_length = load_rows_and_text(
+        tiles, kv, text_starts, text_lengths, HEADS, HEAD_SIZE
+    )
     rows = tl.arange(0, ROWS)
-    inside = rows < tl.load(tile + 1) - tl.load(tile + 2)
-    text_start = tl.load(text_starts + video).to(tl.int64)
-    text_length = tl.load(text_lengths + video)
+    inside = rows < rest
 
     in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
-    keys = kv + text_start * TEXT_STRIDE + head * HEAD_SIZE
     result, log_sum = attend(
         load_head(q + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE),  # [ROWS, D]
         keys,

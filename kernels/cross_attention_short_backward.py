@@ -38,6 +38,7 @@ from .attention_tiles import (
 )
 from .configurations import CompileCase, Configuration, select
 from .cross_attention_short_forward import class_of_text
+from .cross_attention_tiles import load_rows_and_text
 from .launch import launch
 
 # `chunks` is what `chunk_length` takes; two_passes=1 are the kernels of cross_attention_backward. Sums and scores fill
@@ -95,15 +96,10 @@ def _backward(
     TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     TEXT_STRIDE: tl.constexpr = 2 * HEADS * HEAD_SIZE
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
-    program = tl.program_id(0).to(tl.int64)
-    head = program % HEADS
-    chunk = program // HEADS
-    first = tl.load(chunks + chunk * 4 + 2)
-    length = tl.minimum(chunk_tokens, tl.load(chunks + chunk * 4 + 1) - first)
-    first_token = tl.load(chunks + chunk * 4).to(tl.int64) + first
-    video = tl.load(chunks + chunk * 4 + 3)
-    keys = kv + tl.load(text_starts + video).to(tl.int64) * TEXT_STRIDE + head * HEAD_SIZE
-    text_length = tl.load(text_lengths + video)
+    head, first_token, rest, keys, text_length = load_rows_and_text(
+        chunks, kv, text_starts, text_lengths, HEADS, HEAD_SIZE
+    )
+    length = tl.minimum(chunk_tokens, rest)
     if ADD:
         if first_text >= text_length:
             return
@@ -144,7 +140,8 @@ def _backward(
             sums = sums[0] + before[0], sums[1] + before[1]
         store_head(q_gradient + in_tokens, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
 
-    partial = partials + chunk * max_length * TEXT_STRIDE + head * HEAD_SIZE
+    program = tl.program_id(0).to(tl.int64)
+    partial = partials + program // HEADS * max_length * TEXT_STRIDE + head * HEAD_SIZE
     scaled = key_sums[0] * scale, key_sums[1] * scale
     store_head(partial, scaled, text, real, TEXT_STRIDE, HEAD_SIZE)
     store_head(partial + HEADS * HEAD_SIZE, value_sums, text, real, TEXT_STRIDE, HEAD_SIZE)

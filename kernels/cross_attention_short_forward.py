@@ -20,6 +20,7 @@ from torch import Tensor
 from .attention_tables import row_tiles
 from .attention_tiles import add_product, dot_rows, has_padding, load_head, split_head, store_head, tail_of, zero_head
 from .configurations import CompileCase, Configuration
+from .cross_attention_tiles import load_rows_and_text
 from .launch import launch
 
 TILE, LONGEST_TEXT = 128, 256  # text tokens: of one tile, and of two, which is what a program's registers hold
@@ -79,15 +80,10 @@ def _forward(
     TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     TEXT_STRIDE: tl.constexpr = 2 * HEADS * HEAD_SIZE
     SCALE: tl.constexpr = 1.4426950408889634 / HEAD_SIZE**0.5
-    program = tl.program_id(0).to(tl.int64)
-    head = program % HEADS
-    chunk = chunks + program // HEADS * 4
-    first = tl.load(chunk + 2)
-    length = tl.minimum(chunk_tokens, tl.load(chunk + 1) - first)
-    first_token = tl.load(chunk).to(tl.int64) + first
-    video = tl.load(chunk + 3)
-    keys = kv + tl.load(text_starts + video).to(tl.int64) * TEXT_STRIDE + head * HEAD_SIZE
-    text_length = tl.load(text_lengths + video)
+    head, first_token, rest, keys, text_length = load_rows_and_text(
+        chunks, kv, text_starts, text_lengths, HEADS, HEAD_SIZE
+    )
+    length = tl.minimum(chunk_tokens, rest)
 
     text = tl.arange(0, KEYS)
     real = text < text_length
