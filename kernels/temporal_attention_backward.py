@@ -47,6 +47,7 @@ from .rotary_tiles import (
 )
 from .temporal_tiles import (
     add_column_sums,
+    builds_of_tiles,
     finish_queries,
     normed_rows,
     place_rows,
@@ -86,16 +87,16 @@ CONFIGURATIONS = {
 @triton.jit
 def _backward_tile(
     sums,  # as `zero_sums` makes them
+    tile,
+    head,
+    eps,
     qkv,
     q_weight,
     k_weight,
     cos,
     sin,
-    tile,
     output_gradient,
     qkv_gradient,
-    head,
-    eps,
     WITH_WEIGHTS: tl.constexpr,
     WITH_BIAS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -214,48 +215,18 @@ def _backward(
 ):
     program = tl.program_id(0).to(tl.int64)
     first = (program // HEADS * TILES).to(tl.int32)
+    tensors = qkv, q_weight, k_weight, cos, sin, output_gradient, qkv_gradient
+    head = program % HEADS
     sums = zero_sums(HEAD_SIZE)
     if TILES == 1:
         sums = _backward_tile(
-            sums,
-            qkv,
-            q_weight,
-            k_weight,
-            cos,
-            sin,
-            tiles + first * 4,
-            output_gradient,
-            qkv_gradient,
-            program % HEADS,
-            eps,
-            WITH_WEIGHTS,
-            WITH_BIAS,
-            HEADS,
-            HEAD_SIZE,
-            ROWS,
-            EARLY,
+            sums, tiles + first * 4, head, eps, *tensors, WITH_WEIGHTS, WITH_BIAS, HEADS, HEAD_SIZE, ROWS, EARLY
         )
     else:
         # What does not change from tile to tile is found again for each: kept in registers, it would spill.
         for number in tl.range(first, tl.minimum(first + TILES, num_tiles), disable_licm=True):
             sums = _backward_tile(
-                sums,
-                qkv,
-                q_weight,
-                k_weight,
-                cos,
-                sin,
-                tiles + number * 4,
-                output_gradient,
-                qkv_gradient,
-                program % HEADS,
-                eps,
-                WITH_WEIGHTS,
-                WITH_BIAS,
-                HEADS,
-                HEAD_SIZE,
-                ROWS,
-                EARLY,
+                sums, tiles + number * 4, head, eps, *tensors, WITH_WEIGHTS, WITH_BIAS, HEADS, HEAD_SIZE, ROWS, EARLY
             )
     if partials is not None:
         FIRST: tl.constexpr = 0 if WITH_BIAS else 3
@@ -323,16 +294,10 @@ def launch_backward(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    builds = [(rows, dtype) for rows in (16, 32, 64) for dtype in ("bf16", "fp16")]
-    if arch != "sm_80":  # whose videos of more than 64 frames take the kernels for long videos
-        builds.append((128, "bf16"))
-    cases = [_compile_case(arch, *build) for build in builds]
-    if arch != "sm_80":
-        cases += [_compile_case(arch, rows, "bf16", with_norm=False) for rows in (16, 64)]
-    return cases
+    return [_compile_case(arch, *build) for build in builds_of_tiles(arch)]
 
 
-def _compile_case(arch: str, rows: int, dtype: str, with_norm: bool = True) -> CompileCase:
+def _compile_case(arch: str, rows: int, dtype: str, with_norm: bool) -> CompileCase:
     absent = () if with_norm else ("q_weight", "k_weight")
     pointers = ("qkv", "q_weight", "k_weight", "output_gradient", "qkv_gradient")
     return CompileCase(

@@ -28,7 +28,7 @@ from .attention_tiles import (
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .launch import launch
 from .rotary_tiles import load_angles, round_joined
-from .temporal_tiles import normed_rows, place_rows, query_factors
+from .temporal_tiles import builds_of_tiles, normed_rows, place_rows, query_factors
 
 CONFIGURATIONS = {
     "temporal_attention_forward": {
@@ -139,16 +139,10 @@ def launch_forward(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    builds = [(rows, dtype) for rows in (16, 32, 64) for dtype in ("bf16", "fp16")]
-    if arch != "sm_80":  # whose videos of more than 64 frames take the kernels for long videos
-        builds.append((128, "bf16"))
-    cases = [_compile_case(arch, *build) for build in builds]
-    if arch != "sm_80":
-        cases += [_compile_case(arch, rows, "bf16", with_norm=False) for rows in (16, 64)]
-    return cases
+    return [_compile_case(arch, *build) for build in builds_of_tiles(arch)]
 
 
-def _compile_case(arch: str, rows: int, dtype: str, with_norm: bool = True) -> CompileCase:
+def _compile_case(arch: str, rows: int, dtype: str, with_norm: bool) -> CompileCase:
     absent = () if with_norm else ("q_weight", "k_weight")
     return CompileCase(
         name="temporal_attention_forward",

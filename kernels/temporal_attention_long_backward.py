@@ -97,11 +97,9 @@ def _queries(
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     NORM: tl.constexpr = q_weight is not None
     dtype: tl.constexpr = qkv.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    head = program % HEADS
+    program, head, first_token, frames, frame_tokens, start = load_block(blocks, HEADS)
     queries = qkv + head * HEAD_SIZE
     keys = queries + HEADS * HEAD_SIZE
-    first_token, frames, frame_tokens, start = load_block(blocks + program // HEADS * 4)
     token, frame, inside = block_rows(first_token, frames, frame_tokens, start, ROWS)
 
     g = load_head(output_gradient + head * HEAD_SIZE, token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)
@@ -166,11 +164,9 @@ def _keys(
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     NORM: tl.constexpr = q_weight is not None
     dtype: tl.constexpr = qkv.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
-    head = program % HEADS
+    program, head, first_token, frames, frame_tokens, start = load_block(blocks, HEADS)
     queries = qkv + head * HEAD_SIZE
     keys = queries + HEADS * HEAD_SIZE
-    first_token, frames, frame_tokens, start = load_block(blocks + program // HEADS * 4)
     token, frame, inside = block_rows(first_token, frames, frame_tokens, start, ROWS)
 
     k, reciprocal = load_normed(keys, cos, sin, token, frame, inside, eps, NORM, TOKEN_STRIDE, HEAD_SIZE)

@@ -99,11 +99,9 @@ def _forward(
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     LOG2_SCALE: tl.constexpr = 1.4426950408889634 / HEAD_SIZE**0.5
     NORM: tl.constexpr = q_weight is not None
-    program = tl.program_id(0).to(tl.int64)
-    head = program % HEADS
+    program, head, first_token, frames, frame_tokens, start = load_block(blocks, HEADS)
     queries = qkv + head * HEAD_SIZE
     keys = queries + HEADS * HEAD_SIZE
-    first_token, frames, frame_tokens, start = load_block(blocks + program // HEADS * 4)
     token, frame, inside = block_rows(first_token, frames, frame_tokens, start, ROWS)
     q, _ = load_normed(queries, cos, sin, token, frame, inside, eps, NORM, TOKEN_STRIDE, HEAD_SIZE)
     factors = query_factors(q_weight, k_weight, LOG2_SCALE, NORM, HEAD_SIZE)

@@ -1,7 +1,7 @@
 """Pieces shared by the kernels of temporal attention: which rows a program has, and the way from raw rows and back.
 
 Letters: D head size, m rows of a tile, T frames, S tokens of a frame, W = q_weight · k_weight. A head tile [m, D] is a
-pair, see attention_tiles; the rows of `layout.place_tiles` and `layout.place_blocks` say what a program computes.
+pair, see attention_tiles.
 """
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ from .rotary_tiles import (
     scale_rows_apart,
     split_columns,
 )
+
+
+def builds_of_tiles(arch: str) -> list[tuple[int, str, bool]]:
+    """The builds of kernels for tiles: rows, dtype, whether with QK-norm."""
+    builds = [(rows, dtype, True) for rows in (16, 32, 64) for dtype in ("bf16", "fp16")]
+    if arch != "sm_80":  # whose videos of more than 64 frames take the kernels for blocks
+        builds += [(128, "bf16", True), (16, "bf16", False), (64, "bf16", False)]
+    return builds
+
 
 # The builds of kernels for blocks.
 COMPILED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -54,9 +63,15 @@ def place_rows(tile, ROWS: tl.constexpr, AGAIN: tl.constexpr = False):
 
 
 @triton.jit
-def load_block(block):
-    """A row of `layout.place_blocks`: token of the first frame at the place, T, S, first frame of the block."""
-    return tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+def load_block(blocks, HEADS: tl.constexpr):
+    """What this program computes: one head of one of the blocks of `layout.place_tiles`; heads run fastest.
+
+    Returns:
+        (program (int64), head, token of the first frame at the place, T, S, first frame of the block).
+    """
+    program = tl.program_id(0).to(tl.int64)
+    block = blocks + program // HEADS * 4
+    return program, program % HEADS, tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
 
 
 @triton.jit
