@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import sass
+from . import sass, sass_descriptors
 from .configurations import CompileCase
 from .dispatch import interpreting
 
@@ -57,7 +57,7 @@ def compile_kernels(architectures: list[str], processes: int | None = None) -> t
 
         - kernel, arch, config, dtype, note, attention, num_warps;
         - registers (a thread), spills (bytes), shared (bytes), hgmma (matrix instructions of sm_90 in the SASS), matrix
-          (matrix instructions of any kind);
+          (matrix instructions of any kind), unwritten_descriptors (those that `sass_descriptors` finds);
         - programs, warps: how many fit on a multiprocessor at once;
         - loads, stores: bytes that a thread moves at a time → how many instructions on global memory do so;
         - in_loop: whether the kernel has a hot loop (else `loop…` are of the whole kernel); loop: class of instruction
@@ -141,7 +141,7 @@ def compile_case(case: CompileCase, arch: str) -> dict[str, Any]:
         options=case.configuration.options,
     )
     cache = get_cache_manager(compiled.hash)
-    reader = b"".join(Path(file).read_bytes() for file in (__file__, sass.__file__))
+    reader = b"".join(Path(file).read_bytes() for file in (__file__, sass.__file__, sass_descriptors.__file__))
     kept_as = f"usage-{hashlib.sha256(reader).hexdigest()[:16]}.json"
     path = cache.get_file(kept_as)
     if path is not None:
@@ -152,7 +152,7 @@ def compile_case(case: CompileCase, arch: str) -> dict[str, Any]:
 
 
 def read_cubin(cubin: bytes) -> dict[str, Any]:
-    """Registers a thread, bytes of local memory (spills) and what `sass.describe_sass` finds, of a one-kernel cubin."""
+    """Registers a thread, bytes of local memory (spills) and what else is found in a cubin of one kernel."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -166,6 +166,7 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
         "registers": usage["REG"],
         "spills": usage["STACK"] + usage["LOCAL"],
         "hgmma": len(re.findall(r"\bHGMMA\b", text)),
+        "unwritten_descriptors": len(sass_descriptors.find_unwritten_descriptors(sass.parse_sass(text))),
         **sass.describe_sass(text),
     }
 
@@ -184,7 +185,8 @@ def write_budget(rows: list[dict[str, Any]]) -> None:
 
 
 def find_faults(rows: list[dict[str, Any]]) -> list[str]:
-    """Returns a line for each build that spills, attends without matrix instructions, or does not keep the budget.
+    """Returns a line for each build that spills, does not keep the budget, attends without matrix instructions, or has
+    some with unwritten descriptors.
 
     On sm_90 they must be HGMMA where there are the four warps that it takes. What needs more tensor memory than sm_100
     has is built without an error, as a kernel that only traps and has none.
@@ -202,6 +204,11 @@ def find_faults(rows: list[dict[str, Any]]) -> list[str]:
     faults += [f"{' / '.join(build_key(row))}: no matrix instruction" for row in attention if not row["matrix"]]
     hopper = [row for row in attention if row["arch"] == "sm_90" and row["num_warps"] >= 4 and row["matrix"]]
     faults += [f"{' / '.join(build_key(row))}: no HGMMA" for row in hopper if not row["hgmma"]]
+    faults += [
+        f"{' / '.join(build_key(row))}: {count} matrix instructions whose descriptors are not written on every path"
+        for row in rows
+        if (count := row["unwritten_descriptors"])
+    ]
     return faults + check_budget(rows, budget["rows"])
 
 

@@ -44,7 +44,8 @@ def compile_all(
     check_budget: Annotated[
         bool,
         typer.Option(
-            help="Exit with 1 if a build spills, needs more than the budget, or attends without the matrix units."
+            help="Exit with 1 if a build spills, needs more than the budget, attends without the matrix units, or "
+            "leaves their descriptors unwritten."
         ),
     ] = False,
 ) -> None:

@@ -44,6 +44,7 @@ def test_builds_for_sm_90() -> None:
     assert [name(row) for row in attention if not row["matrix"]] == [], "these builds do not use the matrix units"
     groups = [row for row in attention if row["num_warps"] >= 4]
     assert [name(row) for row in groups if not row["hgmma"]] == [], "these builds use those of older GPUs"
+    assert [name(row) for row in builds if row["unwritten_descriptors"]] == [], "they multiply what nothing wrote"
     assert [name(row) for row in builds if row["programs"] < 1] == [], "these builds fit on no multiprocessor"
     assert [name(row) for row in builds if row["loop"]["other"]] == [], "sass.CLASSES lacks instructions of these"
     loops = [row for row in attention if row["unit"] == "score"]
@@ -82,15 +83,17 @@ def test_a_budget_without_a_build_is_named() -> None:
     assert faults == ["b / sm_90 /  / bf16 / : in the budget, but not built"]
 
 
-def test_faults_are_spills_missing_matrix_instructions_and_the_budget(monkeypatch) -> None:
+def test_faults_are_spills_what_is_wrong_with_matrix_instructions_and_the_budget(monkeypatch) -> None:
     monkeypatch.setattr(
         "opensora_fast.kernels.compilation.read_budget", lambda: {"triton": triton.__version__, "rows": [row()]}
     )
-    build = row(attention=True, matrix=4, hgmma=4, spills=0, num_warps=4)
+    build = row(attention=True, matrix=4, hgmma=4, unwritten_descriptors=0, spills=0, num_warps=4)
     assert find_faults([build]) == []
     assert find_faults([build | {"spills": 8}]) == ["a / sm_90 /  / bf16 / : 8 bytes of spills"]
     assert find_faults([build | {"hgmma": 0}]) == ["a / sm_90 /  / bf16 / : no HGMMA"]
     assert find_faults([build | {"hgmma": 0, "num_warps": 2}]) == []
+    unwritten = "a / sm_90 /  / bf16 / : 2 matrix instructions whose descriptors are not written on every path"
+    assert find_faults([build | {"unwritten_descriptors": 2}]) == [unwritten]
     trap = build | {"arch": "sm_100", "matrix": 0, "hgmma": 0}
     assert "a / sm_100 /  / bf16 / : no matrix instruction" in find_faults([trap])
     assert find_faults([build | {"registers": 65}]) == ["a / sm_90 /  / bf16 / : 65 registers, budget 64"]
