@@ -22,9 +22,7 @@ from .cross_attention_short_forward import class_of_text, launch_short_forward, 
 from .cross_attention_tiles import load_rows_and_text
 from .launch import launch
 
-# Of texts of any length; 128 registers a thread: sixteen warps fit on a multiprocessor. Not num_stages=1, which gives
-# wrong results on sm_90: ptxas 12.8 then computes matrix descriptors of the loop over whole steps from a uniform
-# register that nothing has written.
+# Of texts of any length; 128 registers a thread: sixteen warps fit on a multiprocessor.
 LOOPS = (
     Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=128, num_warps=8, num_stages=2),
     Configuration(ROWS=128, STEP=64, REMAINDER=32, maxnreg=255, num_warps=4, num_stages=2),

@@ -78,6 +78,22 @@ class Configuration:
         """Keyword arguments of a launch: `kernel[grid](..., **configuration.launch)`."""
         return {**self.constexprs, **self.options}
 
+    @cached_property
+    def fault(self) -> str:
+        """What Triton 3.6 and 3.7.1 build wrongly from this on sm_90, without an error; "" where nothing is known.
+
+        Both were met with the kernels on `attention_loops`, which alone have a REMAINDER; fewer than 64 rows are not
+        multiplied by the instructions that it is about.
+        """
+        constants = dict(self.constants)
+        if "REMAINDER" not in constants or constants.get("ROWS", 0) < 64:
+            return ""
+        if self.num_stages == 1:
+            return "with num_stages=1 ptxas leaves a matrix descriptor unwritten on one path, and results are wrong"
+        if constants["REMAINDER"] >= 64:
+            return "with REMAINDER=64 the small forward of spatial attention reads beyond its shared memory"
+        return ""
+
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.choices.items())
 
@@ -129,25 +145,34 @@ def select(table: Table, kernel: str, shape_class: str, device: torch.device) ->
     """Returns the configuration to launch `kernel` with: the measured one of this GPU, else the default.
 
     Raises:
-        ValueError: the measured file names a configuration that is no longer a candidate.
+        ValueError: the measured file names a configuration that is no longer a candidate, or what is chosen is known to
+            be built wrongly for this GPU (`Configuration.fault`).
     """
     arch, gpu = _describe_gpu(device) if device.type == "cuda" else (None, None)
     candidates = candidates_of(table, kernel, shape_class, arch)
     for recorder in _recorders:
         recorder[kernel, shape_class] = candidates
-    if (kernel, shape_class) in _forced:
-        return _forced[kernel, shape_class]
+    chosen = _forced.get((kernel, shape_class)) or _find_measured(kernel, shape_class, candidates, gpu) or candidates[0]
+    if arch == "sm_90" and chosen.fault:
+        raise ValueError(f"{kernel} / {shape_class}: {chosen} is refused: {chosen.fault}; take it out of its table")
+    return chosen
+
+
+def _find_measured(
+    kernel: str, shape_class: str, candidates: Sequence[Configuration], gpu: str | None
+) -> Configuration | None:
     measured = read_measured(gpu).get((kernel, shape_class)) if gpu is not None else None
     if measured is None:
-        return candidates[0]
+        return None
     for candidate in candidates:
         if candidate.choices == measured:
             return candidate
     if _replacers:
-        return candidates[0]
+        return None
+    fault = Configuration(**measured).fault
     raise ValueError(
-        f"{measured_path(gpu)}: {measured} is not a candidate of {kernel} / {shape_class}; "
-        "run `opensora-fast kernels autotune` again or delete the entry"
+        f"{measured_path(gpu)}: {measured} is not a candidate of {kernel} / {shape_class}"
+        f"{f' ({fault})' if fault else ''}; run `opensora-fast kernels autotune` again or delete the entry"
     )
 
 

@@ -76,6 +76,48 @@ def test_a_tuner_replaces_what_is_no_longer_a_candidate(gpu) -> None:
     assert select(TABLE, "kernel", "any", CUDA) == SMALL
 
 
+FAULTY = [
+    (Configuration(ROWS=64, STEP=64, REMAINDER=32, num_stages=1), "ptxas leaves a matrix descriptor unwritten"),
+    (Configuration(ROWS=64, STEP=64, REMAINDER=64, num_stages=2), "reads beyond its shared memory"),
+]
+
+
+@pytest.mark.parametrize(("faulty", "reason"), FAULTY)
+def test_what_is_built_wrongly_is_refused_however_it_is_chosen(gpu, monkeypatch, faulty, reason) -> None:
+    table = {"kernel": {"any": (SMALL, faulty), "default": (faulty,)}}
+    row = {"kernel": "kernel", "shape_class": "any", "configuration": faulty.choices}
+    with pytest.raises(ValueError, match=f"kernel / default: ROWS=64 .* is refused: .*{reason}"):
+        select(table, "kernel", "default", CUDA)
+    with configurations.force("kernel", "any", faulty), pytest.raises(ValueError, match=f"is refused: .*{reason}"):
+        select(table, "kernel", "any", CUDA)
+    gpu.write_text(json.dumps({"rows": [row]}))
+    configurations.read_measured.cache_clear()
+    with pytest.raises(ValueError, match=f"is refused: .*{reason}"):
+        select(table, "kernel", "any", CUDA)
+    with pytest.raises(ValueError, match=f"not a candidate of kernel / any .*{reason}.*; run"):
+        select(TABLE, "kernel", "any", CUDA)
+    monkeypatch.setattr(configurations, "_describe_gpu", lambda device: ("sm_80", "NVIDIA Test 1"))
+    assert select(table, "kernel", "any", CUDA) == faulty  # it is known of sm_90 only
+
+
+def test_a_tuner_passes_over_what_is_built_wrongly(gpu) -> None:
+    faulty, reason = FAULTY[0]
+    table = {"kernel": {"any": (SMALL, faulty)}}
+
+    def call(x):
+        return select(table, "kernel", "any", CUDA)["BLOCK"] * x
+
+    workload = autotune.Workload("op", "tiny", (torch.ones(2, requires_grad=True),), call)
+    good, bad = autotune.measure_workload(workload, time=lambda run: 1.0)
+    assert (good.microseconds, bad.microseconds) == (1.0, None) and reason in bad.reason
+
+
+def test_float32_and_few_rows_may_go_without_pipelining() -> None:
+    """They are not multiplied by the instructions that take descriptors."""
+    assert not Configuration(ROWS=32, STEP=32, REMAINDER=16, num_stages=1).fault
+    assert not Configuration(STEP=32, num_stages=1).fault  # not of the loops with a remainder
+
+
 def test_force_and_record() -> None:
     with configurations.record_selections() as recorded, configurations.force("kernel", "any", LARGE):
         assert select(TABLE, "kernel", "any", CPU) == LARGE
@@ -90,6 +132,8 @@ def test_every_table_has_unlike_candidates_and_every_committed_choice_is_one() -
         for kernel, classes in table.items():
             for shape_class, candidates in classes.items():
                 assert candidates and len(set(candidates)) == len(candidates), f"{kernel} / {shape_class}"
+                if "@sm_80" not in shape_class and "@sm_100" not in shape_class:
+                    assert [candidate.fault for candidate in candidates if candidate.fault] == []
     merged = {key: value for table in tables for key, value in table.items()}
     for path in configurations.MEASURED_FOLDER.glob("*.json"):
         for row in json.loads(path.read_text())["rows"]:
