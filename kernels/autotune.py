@@ -4,7 +4,10 @@ A workload calls one op at a shape of the model. The kernels that it launches, a
 ask `configurations.select` meanwhile; each candidate is then forced in turn, its results are compared with those of the
 present choice, and it is timed: kernels named `…_backward` over the backward alone, others over the forward. The
 candidate with the least time over all workloads of its shape class wins. One that cannot be built or launched, or whose
-results differ, costs itself alone; what has been measured is kept when the time is over, or the GPU lost.
+results differ, costs itself alone; one that hangs ends the process, which says so. What has been measured is kept then,
+and when the time is over or the GPU lost; but it does not replace what an earlier run measured over more workloads.
+
+Times are microseconds of one call in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ import io
 import json
 import os
 import statistics
+import sys
+import threading
 import time as clock
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -216,6 +221,34 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.stream(torch.cuda.Stream(device))
 
 
+HANGS_AFTER = 180.0  # seconds, far more than it should take to build, compare and time a candidate
+
+
+@contextmanager
+def end_if_hanging(what: str, seconds: float = HANGS_AFTER) -> Iterator[None]:
+    """Ends the process, with a message, when what is done within takes longer: a kernel on a GPU cannot be interrupted.
+
+    The driver ends the kernel with the process.
+    """
+
+    def give_up() -> None:
+        print(
+            f"Error: {what}: not over after {seconds:g} s, so it hangs. What was measured before on other workloads "
+            "is kept: take it out of its table, then tune the ops that are left with --op",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def measure_workload(workload: Workload, time: Callable[[Callable[[], object]], float] = time_on_gpu) -> list[Timing]:
     """Times every candidate of every kernel that the workload launches.
 
@@ -225,7 +258,8 @@ def measure_workload(workload: Workload, time: Callable[[Callable[[], object]], 
     with replace_measured():
         for backward in (False, True):
             expected, failure = [], ""
-            with record_selections() as selections:
+            present = f"the present choice for {workload.op} on {workload.pack}"
+            with record_selections() as selections, end_if_hanging(present):
                 try:
                     expected = workload.prepare_backward()() if backward else workload.forward()
                 except Exception as error:  # compilers and drivers raise anything; other workloads go on
@@ -236,7 +270,8 @@ def measure_workload(workload: Workload, time: Callable[[Callable[[], object]], 
                 for configuration in candidates if len(candidates) > 1 else ():
                     microseconds, reason = None, failure
                     if not failure:
-                        with force(kernel, shape_class, configuration):
+                        candidate = f"{kernel} / {shape_class} on {workload.pack}, {configuration}"
+                        with force(kernel, shape_class, configuration), end_if_hanging(candidate):
                             microseconds, reason = _measure(workload, backward, expected, time)
                     timings.append(
                         Timing(workload.op, workload.pack, kernel, shape_class, configuration, microseconds, reason)
@@ -364,15 +399,32 @@ def tune(ops: Sequence[str], device: torch.device, deadline: float | None = None
     return len(ops) * len(PACKS), run()
 
 
-def write_measured(rows: Sequence[dict[str, Any]], gpu: str, about: dict[str, str], path: Path | None = None) -> Path:
-    """Writes the rows to `path`, by default the file that `select` reads; rows of other kernels in it are kept.
+def write_measured(
+    timings: Sequence[Timing], gpu: str, about: dict[str, str], path: Path | None = None
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Writes what `choose_fastest` chooses to `path`, by default the file that `select` reads.
 
-    Each row says of itself what is `about` it: versions, commit and date, which those kept have of their own.
+    A row that is there already stays where these timings give none for its kernel and shape class, and where it was
+    measured over more workloads, unless its configuration is no candidate any more. (Rows hold the sum over workloads,
+    so those of two runs cannot be put together.) Each row says of itself what is `about` it: versions, commit and date.
+
+    Returns:
+        The path, and the earlier rows that stay though these timings give another.
     """
     path = path or measured_path(gpu)
-    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    named = {(row["kernel"], row["shape_class"]): row for row in [*kept, *({**row, **about} for row in rows)]}
+    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    named = {(row["kernel"], row["shape_class"]): row for row in earlier}
+    candidates = {(timing.kernel, timing.shape_class, str(timing.configuration)) for timing in timings}
+    stay = []
+    for row in choose_fastest(timings):
+        key = row["kernel"], row["shape_class"]
+        before = named.get(key)
+        if before is not None and before["workloads"] > row["workloads"]:
+            if (*key, str(Configuration(**before["configuration"]))) in candidates:
+                stay.append(before)
+                continue
+        named[key] = {**row, **about}
     lines = ",\n".join(json.dumps(row) for _, row in sorted(named.items()))
     _replace_file(path, f'{{"gpu": {json.dumps(gpu)}, "rows": [\n{lines}\n]}}\n')
     read_measured.cache_clear()
-    return path
+    return path, stay

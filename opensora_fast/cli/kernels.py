@@ -107,8 +107,8 @@ def autotune(
 ) -> None:
     """Measure every candidate configuration on this GPU and write the fastest of each shape class.
 
-    The kernels read `kernels/configurations/<gpu>.json`. Both files are written anew after every workload. Needs a CUDA
-    GPU.
+    The kernels read `kernels/configurations/<gpu>.json`. Both files are written anew after every workload. What an
+    earlier run measured over more workloads than this one got through is kept. Needs a CUDA GPU.
     """
     import torch
 
@@ -121,27 +121,31 @@ def autotune(
     total, measured = tune(op or TUNED_OPS, torch.device("cuda"), deadline)
     about = describe_environment("cuda")
     versions = {"torch": about.torch, "triton": about.triton, "commit": about.commit, "date": about.date}
-    found, rows = [], []
+    found = []
     # First of all, so that a place where nothing can be written costs no measurement.
-    path = write_measured(rows, torch.cuda.get_device_name(), versions, out)
+    gpu = torch.cuda.get_device_name()
+    path, stay = write_measured(found, gpu, versions, out)
     if timings is not None:
         write_timings(found, timings)
     with Progress("measure configurations", total=total, unit="workloads") as progress:
         for of_workload in measured:
             found += of_workload
-            rows = choose_fastest(found)
-            path = write_measured(rows, torch.cuda.get_device_name(), versions, out)
+            path, stay = write_measured(found, gpu, versions, out)
             if timings is not None:
                 write_timings(found, timings)
             progress.advance(1, op=of_workload[0].op if of_workload else "nothing to choose")
     for failed in found:
         if failed.reason:
             print(f"{failed.kernel} / {failed.shape_class} on {failed.pack}, {failed.configuration}: {failed.reason}")
+    rows = choose_fastest(found)
     if not rows:
         raise ValueError("every candidate failed" if found else "no candidate was measured: give a longer --budget")
+    kept = {(row["kernel"], row["shape_class"]): row["workloads"] for row in stay}
     for row in rows:
         choice = " ".join(f"{name}={value}" for name, value in row["configuration"].items())
         default = row["default_microseconds"]
         gain = "the default does not run" if default is None else f"{default / row['microseconds']:.2f} x the default"
-        print(f"{row['kernel']} / {row['shape_class']}: {choice}  ({gain})")
+        before = kept.get((row["kernel"], row["shape_class"]))
+        over = f"; not written: on {row['workloads']} workloads, and what was chosen on {before} before stays"
+        print(f"{row['kernel']} / {row['shape_class']}: {choice}  ({gain}{over if before else ''})")
     print(f"wrote {path}")

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
@@ -116,8 +118,7 @@ def test_a_lost_gpu_ends_the_measurement_after_its_workload(monkeypatch) -> None
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
     path = tmp_path / "new" / "gpu.json"
-    row = {"kernel": "a", "shape_class": "any", "configuration": FIRST.choices}
-    autotune.write_measured([row], "NVIDIA Test 1", {}, path)
+    autotune.write_measured([timing(FIRST, 1.0)], "NVIDIA Test 1", {}, path)
     before = path.read_text()
 
     def stop(*arguments):
@@ -125,7 +126,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(autotune.os, "replace", stop)
     for write in (
-        lambda: autotune.write_measured([row | {"kernel": "b"}], "NVIDIA Test 1", {}, path),
+        lambda: autotune.write_measured([timing(SECOND, 1.0)], "NVIDIA Test 1", {}, path),
         lambda: autotune.write_timings([timing(FIRST, 1.0)], path),
     ):
         with pytest.raises(KeyboardInterrupt):
@@ -182,8 +183,8 @@ def test_nothing_is_begun_after_the_deadline(monkeypatch) -> None:
 def test_the_file_keeps_the_rows_of_other_kernels_and_when_they_were_measured(tmp_path) -> None:
     path = tmp_path / "gpu.json"
     for commit, (kernel, configuration) in enumerate((("a", FIRST), ("b", FIRST), ("a", SECOND))):
-        row = {"kernel": kernel, "shape_class": "any", "configuration": configuration.choices}
-        autotune.write_measured([row], "NVIDIA Test 1", {"triton": "3", "commit": str(commit)}, path)
+        measured = replace(timing(configuration, 1.0), kernel=kernel)
+        autotune.write_measured([measured], "NVIDIA Test 1", {"triton": "3", "commit": str(commit)}, path)
     written = json.loads(path.read_text())
     assert written["gpu"] == "NVIDIA Test 1"
     assert [(row["kernel"], row["configuration"], row["triton"], row["commit"]) for row in written["rows"]] == [
@@ -191,6 +192,59 @@ def test_the_file_keeps_the_rows_of_other_kernels_and_when_they_were_measured(tm
         ("b", FIRST.choices, "3", "1"),
     ]
     read_measured.cache_clear()
+
+
+def test_a_run_cut_short_keeps_what_was_measured_over_more_workloads(tmp_path) -> None:
+    path = tmp_path / "gpu.json"
+
+    def write(*packs: str, fastest: Configuration, candidates=(FIRST, SECOND)) -> list[dict]:
+        times = [timing(one, 1.0 if one == fastest else 2.0, pack) for pack in packs for one in candidates]
+        return autotune.write_measured(times, "NVIDIA Test 1", {"commit": "".join(packs)}, path)[1]
+
+    def written() -> tuple[dict, int, str]:
+        (row,) = json.loads(path.read_text())["rows"]
+        return row["configuration"], row["workloads"], row["commit"]
+
+    assert write("a", "b", fastest=FIRST) == []
+    (stays,) = write("a", fastest=SECOND)
+    assert (stays["configuration"], stays["workloads"]) == (FIRST.choices, 2)
+    assert written() == (FIRST.choices, 2, "ab")
+    assert write("c", "d", fastest=SECOND) == []
+    assert written() == (SECOND.choices, 2, "cd")
+    other = Configuration(BLOCK=3)
+    assert write("a", fastest=other, candidates=(FIRST, other)) == []  # SECOND is no candidate any more
+    assert written() == (other.choices, 1, "a")
+    read_measured.cache_clear()
+
+
+def test_the_command_says_what_it_did_not_write(tmp_path, monkeypatch, capsys) -> None:
+    about = SimpleNamespace(torch="2", triton="3", commit="0", date="")
+    monkeypatch.setattr("opensora_fast.benchmarks.environment.describe_environment", lambda device: about)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test 1")
+    out = tmp_path / "gpu.json"
+    runs = iter([["a", "b"], ["c"]])
+    monkeypatch.setattr(
+        autotune, "tune", lambda ops, device, deadline: (2, iter([[timing(FIRST, 3.0, pack)] for pack in next(runs)]))
+    )
+    cli.autotune(out=out, op=["gelu_tanh"], budget=None, timings=None)
+    assert "not written" not in capsys.readouterr().out
+    cli.autotune(out=out, op=["gelu_tanh"], budget=None, timings=None)
+    assert "op_forward / any: BLOCK=1 num_warps=4 num_stages=2  (1.00 x the default; not written: on 1 workloads, " in (
+        capsys.readouterr().out
+    )
+    read_measured.cache_clear()
+
+
+def test_a_candidate_that_hangs_ends_the_process_and_is_named() -> None:
+    script = (
+        "import time; from opensora_fast.kernels.autotune import end_if_hanging\n"
+        "with end_if_hanging('quick', 60.0): pass\n"
+        "with end_if_hanging('BLOCK=2 of a / any', 0.1): time.sleep(60.0)"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert process.returncode == 1
+    assert "BLOCK=2 of a / any: not over after 0.1 s, so it hangs" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_an_unknown_op_is_named() -> None:
