@@ -283,6 +283,13 @@ def multiply(left, right):
 
 
 @triton.jit
+def row_products(left, right):
+    """Σ left · right over the columns of each row of two head tiles [m, D] of any dtypes: float32 [m]."""
+    products = multiply(to_float32(left), to_float32(right))
+    return tl.sum(products[0], axis=1) + tl.sum(products[1], axis=1)
+
+
+@triton.jit
 def scale_rows(head, factors):
     """Row i of a head tile times factors[i]."""
     return head[0] * factors[:, None], head[1] * factors[:, None]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .attention_loops import NO_NORM, key_gradient, query_gradient
 from .attention_tables import row_tiles, tile_ranges
-from .attention_tiles import load_head, multiply, store_column_sums, store_head, to_float32
+from .attention_tiles import load_head, row_products, store_column_sums, store_head
 from .bias_gradient import BiasPartials
 from .configurations import CompileCase, Configuration, candidates_of, select
 from .cross_attention_chunks_backward import chunk_length, launch_chunks
@@ -88,8 +88,7 @@ def _queries(
     in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
     in_statistics = head * num_tokens + first_token
     g = load_head(output_gradient + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
-    product = multiply(to_float32(load_head(output + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), to_float32(g))
-    delta = tl.sum(product[0], axis=1) + tl.sum(product[1], axis=1)
+    delta = row_products(load_head(output + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE), g)
     tl.store(deltas + in_statistics + rows, delta, mask=inside)
     sums = query_gradient(
         load_head(q + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE),

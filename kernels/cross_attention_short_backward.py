@@ -29,7 +29,7 @@ from .attention_tiles import (
     load_head,
     load_numbers,
     load_weight,
-    multiply,
+    row_products,
     store_head,
     store_vector,
     tail_of,
@@ -122,9 +122,7 @@ def _backward(
         queries = load_head(q + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
         queries = queries[0], tl.where(ones_column, 1.0, queries[1]).to(queries[1].dtype)
         g = load_head(output_gradient + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
-        product = load_head(output + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
-        product = multiply(to_float32(product), to_float32(g))
-        delta = tl.sum(product[0], axis=1) + tl.sum(product[1], axis=1)
+        delta = row_products(load_head(output + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE), g)
         log_sum = load_numbers(statistics, rows, inside, 0.0)
         scores = dot_rows(k, queries) * (SCALE * 1.4426950408889634) - log_sum[None, :]  # [KEYS, ROWS]
         probabilities = tl.exp2(tl.where(real[:, None], scores, float("-inf")))

@@ -37,6 +37,7 @@ from .attention_tiles import (
     multiply,
     padded_rows,
     rms_norm_gradient,
+    row_products,
     row_width,
     scale_rows,
     store_column_sums,
@@ -148,9 +149,7 @@ def _queries(
     in_output = first_token * OUTPUT_STRIDE + head * HEAD_SIZE
     in_statistics = head * num_tokens + first_token
     g = load_head(output_gradient + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)  # [ROWS, D]
-    o = to_float32(load_head(output + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE))
-    o = multiply(o, to_float32(g))
-    delta = tl.sum(o[0], axis=1) + tl.sum(o[1], axis=1)
+    delta = row_products(load_head(output + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE), g)
     tl.store(deltas + in_statistics + rows, delta, mask=inside)
     log_sum = tl.load(statistics + in_statistics + rows, mask=inside, other=0.0 if FOLDED else float("inf"))
     keys, values = place_of_keys_and_values(qkv, prepared, head, num_tokens, first_token, NORM, HEADS, HEAD_SIZE)

@@ -24,6 +24,7 @@ from .attention_tiles import (
     dot_rows,
     load_head,
     multiply,
+    row_products,
     store_column_sums,
     store_head,
     store_vector,
@@ -103,9 +104,7 @@ def _queries(
     token, frame, inside = block_rows(first_token, frames, frame_tokens, start, ROWS)
 
     g = load_head(output_gradient + head * HEAD_SIZE, token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)
-    o = load_head(output + head * HEAD_SIZE, token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)
-    o = multiply(to_float32(o), to_float32(g))
-    delta = tl.sum(o[0], axis=1) + tl.sum(o[1], axis=1)
+    delta = row_products(load_head(output + head * HEAD_SIZE, token, inside, HEADS * HEAD_SIZE, HEAD_SIZE), g)
     log_sum = tl.load(log_sums + token * HEADS + head, mask=inside, other=float("inf"))  # makes P zero
 
     q, reciprocal = load_normed(queries, cos, sin, token, frame, inside, eps, NORM, TOKEN_STRIDE, HEAD_SIZE)
