@@ -58,17 +58,17 @@ CONFIGURATIONS = {
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _queries(
-    q,
-    kv,
-    output,
-    output_gradient,
-    log_sums,
-    deltas,
-    q_gradient,
-    bias_partials,
-    tiles,
-    text_starts,
-    text_lengths,
+    q,  # [N, H, D]
+    kv,  # [M, 2, H, D]
+    output,  # [N, H, D]
+    output_gradient,  # [N, H, D]
+    log_sums,  # float32 [H, N]
+    deltas,  # float32 [H, N] out: δ
+    q_gradient,  # [N, H, D] out
+    bias_partials,  # float32 [tiles · H, D] out, or None
+    tiles,  # int32 [tiles, 4]
+    text_starts,  # int32 [B]
+    text_lengths,  # int32 [B]
     num_tokens,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -117,15 +117,15 @@ def _queries(
 
 @triton.jit(do_not_specialize=["num_tokens", "chunk_tokens", "max_length"])
 def _text(
-    q,
-    kv,
-    output_gradient,
-    log_sums,
-    deltas,
-    partials,
-    chunks,
-    text_starts,
-    text_lengths,
+    q,  # [N, H, D]
+    kv,  # [M, 2, H, D]
+    output_gradient,  # [N, H, D]
+    log_sums,  # float32 [H, N]
+    deltas,  # float32 [H, N]
+    partials,  # float32 [chunks, max_length, 2, H, D] out
+    chunks,  # int32 [chunks, 4], tiles of `chunk_tokens` rows
+    text_starts,  # int32 [B]
+    text_lengths,  # int32 [B]
     num_tokens,
     chunk_tokens,
     max_length,
@@ -135,7 +135,7 @@ def _text(
     STEP: tl.constexpr,
     REMAINDER: tl.constexpr,
 ):
-    """partials float32 [chunks, max_length, 2, H, D]; rows beyond a video's text are not written."""
+    """Grid (chunks · H, tiles of text). Rows of `partials` beyond a video's text are not written."""
     TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     TEXT_STRIDE: tl.constexpr = 2 * HEADS * HEAD_SIZE
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5

@@ -1,9 +1,9 @@
 """Triton kernel of cross-attention, backward: adds up what the chunks of a video gave each token of its text.
 
-A video has up to 10^5 tokens for at most a few hundred text tokens: chunks make enough programs to fill the GPU. Their
-float32 sums are added in the order of the chunks, without atomics.
+A video has up to 10^5 tokens for at most a few hundred text tokens: chunks make enough programs to fill the GPU. Here
+one program adds up, in float32, COLUMNS numbers of one text token, in the order of the chunks and without atomics.
 
-Per call: 8·L·H·D bytes for each chunk.
+Per call: 8·L·H·D bytes for each chunk. Letters as in cross_attention.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def chunk_length(num_tokens: int, chunks: int = 16) -> int:
 
 @triton.jit(do_not_specialize=["max_length"])
 def _chunks(
-    partials,
-    kv_gradient,
-    chunk_ranges,
-    text_starts,
-    text_lengths,
+    partials,  # float32 [chunks, max_length, 2, H, D]
+    kv_gradient,  # [M, 2, H, D] out
+    chunk_ranges,  # int32 [B, 2]
+    text_starts,  # int32 [B]
+    text_lengths,  # int32 [B]
     max_length,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Adds up the chunks of one text token: WIDTH = 2·H·D numbers in blocks of COLUMNS."""
+    """Grid (max_length, blocks of columns, B); WIDTH = 2·H·D."""
     row = tl.program_id(0)
     video = tl.program_id(2)
     if row >= tl.load(text_lengths + video):

@@ -58,13 +58,13 @@ CONFIGURATIONS = {
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _forward(
-    q,
-    kv,
-    output,
-    log_sums,
-    tiles,
-    text_starts,
-    text_lengths,
+    q,  # [N, H, D]
+    kv,  # [M, 2, H, D]
+    output,  # [N, H, D] out
+    log_sums,  # float32 [H, N] out
+    tiles,  # int32 [tiles, 4]
+    text_starts,  # int32 [B]
+    text_lengths,  # int32 [B]
     num_tokens,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,

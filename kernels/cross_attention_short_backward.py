@@ -68,17 +68,17 @@ def select_short(q: Tensor, max_length: int) -> Configuration | None:
 
 @triton.jit(do_not_specialize=["num_tokens", "chunk_tokens", "max_length", "first_text"])
 def _backward(
-    q,
-    kv,
-    output,
-    output_gradient,
-    log_sums,
-    q_gradient,
-    partials,
-    bias_partials,
-    chunks,
-    text_starts,
-    text_lengths,
+    q,  # [N, H, D]
+    kv,  # [M, 2, H, D]
+    output,  # [N, H, D]
+    output_gradient,  # [N, H, D]
+    log_sums,  # float32 [H, N]
+    q_gradient,  # [N, H, D] out
+    partials,  # float32 [chunks, max_length, 2, H, D] out
+    bias_partials,  # float32 [chunks · H, D] out, or None
+    chunks,  # int32 [chunks, 4], tiles of `chunk_tokens` rows
+    text_starts,  # int32 [B]
+    text_lengths,  # int32 [B]
     num_tokens,
     chunk_tokens,
     max_length,
@@ -89,7 +89,7 @@ def _backward(
     KEYS: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """partials float32 [chunks, max_length, 2, H, D]; rows beyond a video's text are not written.
+    """Rows of `partials` beyond a video's text are not written.
 
     ADD: to what is in q_gradient and bias_partials, by text tokens from `first_text` on.
     """

@@ -62,13 +62,13 @@ def _load_text(keys, text, real, TEXT_STRIDE: tl.constexpr, HEAD_SIZE: tl.conste
 
 @triton.jit(do_not_specialize=["num_tokens", "chunk_tokens"])
 def _forward(
-    q,
-    kv,
-    output,
-    log_sums,
-    chunks,
-    text_starts,
-    text_lengths,
+    q,  # [N, H, D]
+    kv,  # [M, 2, H, D]
+    output,  # [N, H, D] out
+    log_sums,  # float32 [H, N] out
+    chunks,  # int32 [chunks, 4], tiles of `chunk_tokens` rows
+    text_starts,  # int32 [B]
+    text_lengths,  # int32 [B]
     num_tokens,
     chunk_tokens,
     HEADS: tl.constexpr,

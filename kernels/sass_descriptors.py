@@ -2,7 +2,7 @@
 
 HGMMA reads tiles in shared memory by descriptors of 64 bits, in pairs of uniform registers. ptxas 12.8 builds loops of
 attention without pipelining in which such a pair is made from a uniform register that is written on another path only,
-and says nothing (see `configurations.find_fault`); the results are wrong.
+and says nothing (see `configurations.Configuration.fault`); the results are wrong.
 
 A register counts as written at an instruction where, on every path from the start of the kernel, what wrote it last
 read nothing but constants, other kinds of registers, and uniform registers that count as written. Two things are not

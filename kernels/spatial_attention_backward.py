@@ -114,20 +114,20 @@ CONFIGURATIONS = {
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _queries(
-    qkv,
-    prepared,
-    q_weight,
+    qkv,  # [N, 3, H, D]
+    prepared,  # of spatial_attention_preparation, or None
+    q_weight,  # [D] or None
     k_weight,
-    output,
-    output_gradient,
-    statistics,
-    deltas,
-    scaled_queries,
-    padded_gradient,
-    qkv_gradient,
-    weight_partials,
-    bias_partials,
-    tiles,
+    output,  # [N, H, D]
+    output_gradient,  # [N, H, D]
+    statistics,  # float32 [1 or 3, H, N]
+    deltas,  # float32 [H, N] out: δ
+    scaled_queries,  # out, with QK-norm: q', [N, H, D] or padded rows
+    padded_gradient,  # out, where scores are folded: padded rows
+    qkv_gradient,  # [N, 3, H, D] out: the queries
+    weight_partials,  # float32 [tiles · H, D] out, with QK-norm: parts of G
+    bias_partials,  # float32 [tiles · H, D] out, or None
+    tiles,  # int32 [tiles, 4]
     num_tokens,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -212,16 +212,16 @@ def _queries(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _keys(
-    qkv,
-    prepared,
-    queries,
-    output_gradient,
-    statistics,
-    deltas,
-    qkv_gradient,
-    key_bias_partials,
+    qkv,  # [N, 3, H, D]
+    prepared,  # of spatial_attention_preparation, or None
+    queries,  # as the first kernel leaves them
+    output_gradient,  # likewise
+    statistics,  # float32 [1 or 3, H, N]
+    deltas,  # float32 [H, N]
+    qkv_gradient,  # [N, 3, H, D] out: keys and values
+    key_bias_partials,  # float32 [tiles · H, D] out, or None
     value_bias_partials,
-    tiles,
+    tiles,  # int32 [tiles, 4]
     num_tokens,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -231,7 +231,8 @@ def _keys(
     NORM: tl.constexpr,
 ):
     """`queries` are those of qkv without QK-norm, else the scaled ones [N, H, D]; where `is_folded`, they and
-    `output_gradient` [N, H, D] are padded rows with a number."""
+    `output_gradient`, else [N, H, D], are padded rows with a number.
+    """
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)

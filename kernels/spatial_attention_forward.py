@@ -111,13 +111,13 @@ def is_prepared(shape_class: str) -> bool:
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _forward(
-    qkv,
-    prepared,
-    q_weight,
+    qkv,  # [N, 3, H, D]
+    prepared,  # of spatial_attention_preparation, or None
+    q_weight,  # [D] or None
     k_weight,
-    output,
-    statistics,
-    tiles,
+    output,  # [N, H, D] out
+    statistics,  # float32 [1 or 3, H, N] out
+    tiles,  # int32 [tiles, 4]
     num_tokens,
     eps,
     HEADS: tl.constexpr,

@@ -68,7 +68,7 @@ def place_of_keys_and_values(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _prepare(
     qkv,  # [N, 3, H, D]
-    prepared,  # out
+    prepared,  # out, as `launch_preparation` says
     statistics,  # float32 [3, H, N] out: the last of the three
     num_tokens,
     eps,

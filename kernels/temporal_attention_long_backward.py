@@ -74,15 +74,15 @@ CONFIGURATIONS = {
 
 @triton.jit
 def _queries(
-    qkv,
-    q_weight,
+    qkv,  # [N, 3, H, D]
+    q_weight,  # [D] or None
     k_weight,
-    cos,
+    cos,  # float32 [T, D/2]
     sin,
-    blocks,
-    output,
-    output_gradient,
-    log_sums,
+    blocks,  # int32 [blocks, 4]
+    output,  # [N, H, D]
+    output_gradient,  # [N, H, D]
+    log_sums,  # float32 [N, H]
     deltas,  # float32 [N, H] out
     qkv_gradient,  # [N, 3, H, D] out
     partials,  # float32 [blocks · H, D] out, or None
@@ -140,16 +140,16 @@ def _queries(
 
 @triton.jit
 def _keys(
-    qkv,
-    q_weight,
+    qkv,  # [N, 3, H, D]
+    q_weight,  # [D] or None
     k_weight,
-    cos,
+    cos,  # float32 [T, D/2]
     sin,
-    blocks,
-    output_gradient,
-    log_sums,
-    deltas,
-    qkv_gradient,
+    blocks,  # int32 [blocks, 4]
+    output_gradient,  # [N, H, D]
+    log_sums,  # float32 [N, H]
+    deltas,  # float32 [N, H]
+    qkv_gradient,  # [N, 3, H, D] out
     key_bias_partials,  # float32 [blocks · H, D] out, or None
     value_bias_partials,
     eps,
