@@ -4,7 +4,7 @@ A pack is one matrix `x [N, C]` that holds the tokens of B videos of any shapes,
 video are ordered (frame, row, column). A dense batch is the pack of equal shapes.
 
 Letters: B videos, T frames of a video, S tokens of one of its frames, F frames of all videos together,
-N tokens of all videos together, P places (sum of S over videos), M text tokens of all videos together.
+N tokens of all videos together, M text tokens of all videos together.
 """
 
 from __future__ import annotations
@@ -59,9 +59,6 @@ class PackLayout:
 
     Attributes (all tensors int32 on `device`):
         shapes: for each video (T, H, W), H and W in tokens.
-        token_offsets [B+1]: first token of each video.
-        frame_offsets [F+1]: first token of each frame; the cumulative lengths of spatial attention.
-        video_table [B, 4]: first token, T, S and first place of each video; the table of temporal attention.
         frame_video [F]: video of each frame.
         token_frame [N]: frame of each token, counted over the whole pack.
         tile_tables: for each size of FRAME_TILE_SIZES what `frame_tiles` and `video_tiles` return.
@@ -71,9 +68,6 @@ class PackLayout:
 
     shapes: tuple[tuple[int, int, int], ...]
     device: torch.device
-    token_offsets: Tensor
-    frame_offsets: Tensor
-    video_table: Tensor
     frame_video: Tensor
     token_frame: Tensor
     tile_tables: dict[int, tuple[Tensor, Tensor]]
@@ -109,20 +103,8 @@ class PackLayout:
         return sum(frames * height * width for frames, height, width in self.shapes)
 
     @cached_property
-    def num_places(self) -> int:
-        return sum(height * width for _, height, width in self.shapes)
-
-    @cached_property
     def max_frames(self) -> int:
         return max(frames for frames, _, _ in self.shapes)
-
-    @cached_property
-    def max_frame_tokens(self) -> int:
-        return max(height * width for _, height, width in self.shapes)
-
-    @cached_property
-    def max_video_tokens(self) -> int:
-        return max(frames * height * width for frames, height, width in self.shapes)
 
     @cached_property
     def tile_counts(self) -> tuple[int, ...]:
@@ -246,7 +228,6 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
         raise ValueError(f"PackLayout: {int(tokens.sum())} tokens; a pack holds fewer than 2**31")
     frame_video = torch.repeat_interleave(torch.arange(len(shapes), device="cpu"), frames)
     tokens_of_frame = frame_tokens[frame_video]
-    table = torch.stack([_starts(tokens)[:-1], frames, frame_tokens, _starts(frame_tokens)[:-1]], dim=1)
     token_frame = torch.repeat_interleave(torch.arange(len(frame_video), device="cpu"), tokens_of_frame)
 
     def place(tensor: Tensor) -> Tensor:
@@ -256,9 +237,6 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
     layout = PackLayout(
         shapes=shapes,
         device=device,
-        token_offsets=place(_starts(tokens)),
-        frame_offsets=place(_starts(tokens_of_frame)),
-        video_table=place(table.contiguous()),
         frame_video=place(frame_video),
         token_frame=place(token_frame),
         tile_tables={

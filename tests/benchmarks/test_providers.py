@@ -98,7 +98,7 @@ def test_a_block_is_built_on_another_device_than_the_host():
     pack = Pack("mixed", (Workload("144p", 3, 1), Workload("256", 1, 2)))  # sizes that no other test has
     work = make_block_work(CONFIG, pack, 5, "meta", torch.float32)
     assert work.device == "meta" and work.layout.num_tokens == pack.tokens
-    tensors = [*work.leaves.values(), work.frequencies, work.layout.video_table]
+    tensors = [*work.leaves.values(), work.frequencies, work.layout.token_frame]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 

@@ -72,7 +72,7 @@ def test_a_layout_first_made_in_inference_mode_serves_training_later() -> None:
     weight = torch.ones(layout.num_videos, 1, requires_grad=True)
     weight[layout.frame_video].sum().backward()  # saves the index
     assert weight.grad.flatten().tolist() == [3.0, 2.0]
-    tables = [layout.token_offsets, layout.frame_offsets, layout.video_table, layout.token_frame]
+    tables = [layout.frame_position, layout.token_frame, *layout.place_tiles(64)]
     tables += [table for size in FRAME_TILE_SIZES for table in (layout.frame_tiles(size), layout.video_tiles(size))]
     assert not any(table.is_inference() for table in tables)
 
@@ -81,7 +81,7 @@ def test_another_default_device_changes_nothing() -> None:
     """`with torch.device(...)` around a model's construction or call, as is usual, is about the tensors of the user."""
     with torch.device("meta"):
         layout = PackLayout.of([(3, 5, 7), (130, 1, 3)], "cpu")
-        tables = [layout.token_offsets, *layout.frame_tiles(FRAME_TILE_SIZES[0]), *layout.place_tiles(64)]
+        tables = [layout.token_frame, *layout.frame_tiles(FRAME_TILE_SIZES[0]), *layout.place_tiles(64)]
         tables += [row_tiles((3, 35, 130, 3), 16, layout.device), tile_ranges((3, 35, 130, 3), 16, layout.device)]
         text = TextLayout.from_lengths([4, 2], layout.device)
     assert {table.device.type for table in (*tables, text.starts, text.lengths)} == {"cpu"}
