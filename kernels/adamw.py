@@ -9,7 +9,7 @@ Replaces in training: what follows backward, element by element. AdamW is Loshch
 (https://arxiv.org/abs/1711.05101) without weight decay, as Open-Sora 1.1 trains; the average is its EMA.
 
 Where `norm` is not finite nothing changes, and no number is read back to find out. Limits: gradients and working
-weights float32, float16 or bfloat16, all else float32.
+weights float32, float16 or bfloat16, all else float32. One program of the Triton kernel takes BLOCK parameters.
 
 Bytes for each parameter with bfloat16 gradients and working weights: 18 read, 18 written; 68 to 72 without fusion.
 """

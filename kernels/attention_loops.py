@@ -7,7 +7,9 @@ scores: all three loops then multiply the very same operands, so that the probab
 however large the logits are.
 The rows beyond a whole number of steps come first, masked, in steps of REMAINDER; whole steps of STEP need no mask.
 
-Letters: m rows that stay, n rows of one step, D head size. A head tile [m, D] is a pair, see attention_tiles.
+Letters: m rows that stay, n rows of one step, D head size. A head tile [m, D] is a pair, see attention_tiles. Pointers
+to streamed rows are those of `load_head` to the first row of the sequence, those to their numbers (one for each row,
+float32) point to that of the first row.
 """
 
 from __future__ import annotations

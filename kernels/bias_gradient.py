@@ -35,7 +35,7 @@ def collect_bias_gradient_reference(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class BiasPartials:
-    """What the programs of a backward kernel add up for a bias, one row for each tile of tokens.
+    """What the programs of a backward kernel add up for a bias, one row for each tile of tokens and head.
 
     Args:
         like: the bias [parts, H, D] or [H, D]; None where no gradient is wanted, and then `take` gives None.

@@ -41,6 +41,7 @@ def check_branch(
     bias: Tensor | None,
     **tables: Tensor | None,
 ) -> None:
+    """As `check_modulation`; branch [N, C], bias [C] or None."""
     check_modulation(op, x, layout, frame_rows, **tables)
     check_tokens(op, "branch", branch, layout, x.shape[1])
     if bias is not None:

@@ -6,9 +6,10 @@ With z = x + bias and u = sqrt(2/π) · (z + 0.044715 · z³), 0.5 · (1 + tanh(
     d_x = d_y · (s + z · s · (1 - s) · 2 · sqrt(2/π) · (1 + 3 · 0.044715 · z²)),     d_bias = Σ d_x over tokens
 
 which needs one exponential and keeps the relative precision of y for negative z, where 1 + tanh(u) loses it. A program
-of the backward walks a tile of tokens in a block of columns; its sum for d_bias stays in registers and goes to
-`partials [1, tiles, K]`, which `sum_tiles` adds up in a fixed order: no atomics. Bytes for each element in bf16:
-forward 4, backward 6 and 8/t for the sums of a tile of t tokens. Autograd keeps x, which the matrix product made.
+of the forward takes BLOCK_TOKENS tokens in a block of columns; one of the backward walks a tile of tokens in a block of
+columns; its sum for d_bias stays in registers and goes to `partials [1, tiles, K]`, which `sum_tiles` adds up in a
+fixed order: no atomics. Bytes for each element in bf16: forward 4, backward 6 and 8/t for the sums of a tile of t
+tokens. Autograd keeps x, which the matrix product made.
 
 Letters: N tokens, K channels.
 """
@@ -121,6 +122,7 @@ def gelu_tanh_backward(
 
 
 def launch_forward(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Fills y [N, K], contiguous; x [N, K], bias [K]."""
     tokens, channels = x.shape
     configuration = select(CONFIGURATIONS, "gelu_tanh_forward", "any", x.device)
     blocks = ceil_divide(channels, configuration["BLOCK_COLUMNS"])
@@ -142,6 +144,7 @@ def launch_forward(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
 
 
 def launch_backward(d_y: Tensor, x: Tensor, bias: Tensor | None, d_x: Tensor | None, d_bias: Tensor | None) -> None:
+    """Fills d_x [N, K] and d_bias [K], contiguous, those that are not None."""
     tokens, channels = x.shape
     configuration = select(CONFIGURATIONS, "gelu_tanh_backward", "any", x.device)
     blocks = ceil_divide(channels, configuration["BLOCK_COLUMNS"])

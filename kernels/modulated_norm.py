@@ -108,6 +108,7 @@ def _(x, shift, scale, frame_rows, tiles, backward_tiles, backward_video_tiles, 
 
 
 def allocate_norm(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """For x [N, C], uninitialized: normed [N, C] of `dtype`, mean and rstd, float32 [N]."""
     statistics = [x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)]
     return empty_as(x, dtype), *statistics
 

@@ -93,6 +93,7 @@ def compiled_configurations(kernel: str, arch: str) -> dict[str, Configuration]:
 
 
 def select_row_configuration(kernel: str, num_tokens: int, device: torch.device) -> Configuration:
+    """As `configurations.select`; a forward's shape class depends on how many tokens there are."""
     shape_class = "any"
     if kernel.endswith("_forward"):
         shape_class = "few" if num_tokens <= FEW_TOKENS else "many"

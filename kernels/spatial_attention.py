@@ -5,7 +5,8 @@
 Replaces in ST-DiT-2: everything between `attn.qkv` and `attn.proj`.
 
 Kernels: spatial_attention_forward.py and spatial_attention_backward.py; one launch of each serves all frames of a pack
-that are of one class (`shape_classes`). Limits: float32, float16, bfloat16; D a multiple of 8 up to 128.
+that are of one class (`shape_classes`). Before either, spatial_attention_preparation.py for longer frames.
+Limits: float32, float16, bfloat16; D a multiple of 8 up to 128.
 
 Letters: N tokens, H heads, D head size, S tokens of a frame.
 """

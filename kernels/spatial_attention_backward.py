@@ -1,7 +1,7 @@
 """Triton kernels of spatial attention, backward. The formulas and the public function are in spatial_attention.
 
-Two kernels, no atomics. With g the output's gradient, P the probabilities, δ = rowsum(g · output), W = q_weight ·
-k_weight, q̂ = q · r_q and k̂ = k · r_k (r the reciprocal RMS),
+Two kernels, no atomics, each launched once for every one of the `shape_classes`. With g the output's gradient, P the
+probabilities, δ = rowsum(g · output), W = q_weight · k_weight, q̂ = q · r_q and k̂ = k · r_k (r the reciprocal RMS),
 
     dS = P · (g · Vᵀ - δ)            gradient of the logits
     queries (first): δ and dQ        one program per tile of queries and head, looping over the frame's keys

@@ -1,15 +1,15 @@
 """Triton kernel of spatial attention, forward. The formulas and the public function are in spatial_attention.
 
-One program computes ROWS queries of one head of one frame. With W = q_weight · k_weight, r = reciprocal RMS and
-c = log2(e) / sqrt(D), the score of base 2 is
+One program computes ROWS queries of one head of one frame; all frames of one of the `shape_classes` share a launch.
+With W = q_weight · k_weight, r = reciprocal RMS and c = log2(e) / sqrt(D), the score of base 2 is
 
     score[i, j] = Σ_d (q[i, d] · r_q[i] · W[d] · c) · (k[j, d] · r_k[j])
 
 where the first bracket is one tile rounded once to the input's dtype. In small frames k goes to the matrix units
-unchanged and r_k[j] is a factor on a column; for longer ones a kernel norms the keys beforehand, and copies them and
-the values to where they can be read fast (see `attention_tiles.padded_rows`). As |score| is at most
-c · D · max|W|, a small enough bound, known from the weights alone, allows exp2 without a running maximum; all programs
-of a launch take the same branch.
+unchanged and r_k[j] is a factor on a column; for longer ones spatial_attention_preparation norms the keys beforehand,
+and copies them and the values to where they can be read fast. As |score| is at most c · D · max|W|, a small enough
+bound, known from the weights alone, allows exp2 without a running maximum; all programs of a launch take the same
+branch.
 
 Per call: 4·S·H·D FLOPs and 8·H·D bytes (half precision) for each token.
 """

@@ -82,7 +82,10 @@ def launch_sum_tiles(
     frame_rows: Tensor | None = None,
     video_tiles: Tensor | None = None,
 ) -> None:
-    """Adds up `partials` float32 [len(by_row) (+ 1), tiles, C] into `by_row`, each [R, C], and `total` [C]."""
+    """Adds up `partials` float32 [len(by_row) (+ 1), tiles, C] into `by_row`, each [R, C], and `total` [C] or None.
+
+    The tables of the layout say which tile belongs to which row; without them there is one row.
+    """
     sums, num_tiles, channels = partials.shape
     rows = by_row[0].shape[0] if by_row else 1
     outputs = [*by_row, None, None, None][:3]
