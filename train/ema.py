@@ -20,7 +20,7 @@ class EMA:
         decay: 0.9999 in Open-Sora.
 
     Attributes:
-        flat: float32, of the optimizer's shard, as its masters.
+        flat: float32, like the optimizer's masters.
     """
 
     def __init__(self, optimizer: "MasterAdamW", decay: float) -> None:
@@ -36,4 +36,4 @@ class EMA:
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Set the average from a state dict that holds at least its names."""
-        self._optimizer.layout.fill(self.flat, state, self._optimizer.shard.start)
+        self._optimizer.fill(self.flat, state)

@@ -6,7 +6,8 @@ a step whose gradient is not finite is skipped on the device itself (see `Master
 the weights of the step before. A checkpoint is a copy on the host, which a thread writes while the loop goes on.
 
 Several processes tell each other their losses at the same place, while their GPUs do backward, and with them whether a
-signal has come: so all stop before the same step, or after it.
+signal has come: so all stop before the same step, or after it. By then each has begun to average all its gradients, so
+none waits for what a stopped one has not begun. They also wait for each other's batches, before any begins a step.
 """
 
 import contextlib
@@ -203,6 +204,7 @@ class Trainer:
             if batch is None:
                 break
             data_wait = time.perf_counter() - started
+            self.processes.gather(None)  # all have their batches
             taken = self._take_step(batch, taken, data_wait, stop)
             now = time.perf_counter()
             row = taken.row
@@ -249,6 +251,7 @@ class Trainer:
                 self.graphs.backward(losses)
             else:
                 losses["loss"].backward()
+            self.optimizer.begin_step()
         except torch.OutOfMemoryError as error:
             raise ValueError(_describe_out_of_memory(batch, step, self.graphs is not None, error)) from error
         own_losses = dict(zip(losses, values.get(), strict=True))

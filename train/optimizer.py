@@ -7,13 +7,16 @@ the masters, which are then rounded into the working weights. The same here.
 Weights, moments and average each lie in one flat tensor, of which those by name are views: a step of 768 M parameters
 in some 800 tensors is then a handful of launches (see `opensora_fast.kernels.adamw`).
 
-Of several processes each holds the masters, moments and average of one shard of the flat tensor (ZeRO stage 1): the
-gradients are averaged into shards, each process updates its own, and the new working weights are spread. DDP would keep
-all of it on every device. It also changes its buckets after the first step, and with them the order in which more than
-two processes' gradients are added: a resumed run would not be exact. Here the order depends on the layout alone.
+For several processes the flat tensor is cut into segments (see `opensora_fast.train.gradients`), and each process holds
+the masters, moments and average of one shard of every segment (ZeRO stage 1): the gradients are averaged into shards
+while backward goes on, each process updates its own, and the new working weights of a segment are spread while the next
+one is updated. DDP would keep all of it on every device. It also changes its buckets after the first step, and with
+them the order in which more than two processes' gradients are added: a resumed run would not be exact. Here the order
+depends on the layout alone.
 """
 
 from collections.abc import Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ from opensora_fast.kernels import adamw
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.flat import FlatLayout
+from opensora_fast.train.gradients import MeanGradient, cut_segments
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -33,19 +37,20 @@ class MasterAdamW:
 
     Args:
         model: in float32, on any device, with its initial weights. Moved in place to `device` and `dtype`; afterwards
-            its trainable parameters are views of one tensor and must stay where they are.
-        dtype: working dtype, float32 or bfloat16. In float32 the parameters are their own masters.
+            its trainable parameters are views of one tensor (of several processes: of one for each segment) and must
+            stay where they are.
+        dtype: working dtype, float32 or bfloat16. In float32 the parameters of one process are their own masters.
         device: where the model trains.
         lr: learning rate.
         grad_clip: largest global norm of the gradient; None or 0 does not clip.
         backend: of the step: "auto", "reference" or "triton"; "auto" is Triton on CUDA.
         processes: those that train the model together, each with the same initial weights; None is this one alone.
-            What needs all of them (`step`, `masters`, `full_state`, `state_dict`) every one must call.
+            What needs all of them (backward, `begin_step`, `step`, `masters`, `full_state`, `state_dict`) every one
+            must call.
 
     Attributes:
-        layout: where each trainable parameter lies in a flat tensor.
-        shard: the part of a flat tensor that this process updates: the whole one if it is alone.
-        master: float32 weights of the shard.
+        shapes: of the trainable parameters, by name.
+        master: float32 weights that this process updates: its shards of all segments, or all weights if it is alone.
         fixed: float32 weights and buffers that are not trained, by name, on the CPU.
     """
 
@@ -75,25 +80,39 @@ class MasterAdamW:
             if name not in self._parameters
         }
         self.processes = Processes(device) if processes is None else processes
-        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
-        self.layout = FlatLayout(shapes, self.processes.world_size)
-        length = self.layout.size // self.processes.world_size
-        self.shard = slice(self.processes.rank * length, (self.processes.rank + 1) * length)
-        self._dtype = dtype
-        self._weights = self.layout.gather(self._parameters, dtype, device)
-        self._working = None
-        self.master = self._weights[self.shard]
-        if dtype != torch.float32:
-            self._working = self.master
-            self.master = torch.zeros(length, device=device)
-            self.layout.fill(self.master, self._parameters, self.shard.start)
-        for name, view in self.layout.views(self._weights).items():
-            self._parameters[name].data = view
+        self.shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        alone = self.processes.world_size == 1
+        self._segments = [FlatLayout(self.shapes)] if alone else cut_segments(self.shapes, self.processes.world_size)
+        lengths = [layout.size // self.processes.world_size for layout in self._segments]
+        ends = list(accumulate(lengths))
+        self._shards = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        self._weights = [layout.gather(self._parameters, dtype, device) for layout in self._segments]
+        working = [weights.view(self.processes.world_size, -1)[self.processes.rank] for weights in self._weights]
+        if alone and dtype == torch.float32:
+            self.master, self._working = working[0], [None]
+        else:
+            self.master, self._working = torch.zeros(ends[-1], device=device), working
+            self.fill(self.master, self._parameters)
+        for layout, weights in zip(self._segments, self._weights, strict=True):
+            for name, view in layout.views(weights).items():
+                self._parameters[name].data = view
         model.to(device, dtype)
+        self._gradient = MeanGradient(self._parameters, self._segments, dtype, device, self.processes)
         self._moments = [torch.zeros_like(self.master) for _ in range(2)]
         self._step = torch.zeros((), device=device)
         # Weights drawn on processors of different kinds may differ in the last bit.
-        self.processes.spread(self._weights)
+        for weights in self._weights:
+            self.processes.spread(weights)()
+
+    def begin_step(self) -> None:
+        """Of several processes: begin to average what backward has not begun to. To be called after backward and before
+        the processes meet elsewhere: after that one may stop, and none waits for what another has not begun.
+
+        Raises:
+            ValueError: a trainable parameter has no gradient, or a second one before `step`.
+        """
+        if self.processes.world_size > 1:
+            self._gradient.begin()
 
     @torch.no_grad()
     def step(self, ema: EMA | None = None) -> Tensor:
@@ -105,35 +124,36 @@ class MasterAdamW:
             The norm of the averaged gradient before clipping, float32 [] on the device; the caller reads it.
 
         Raises:
-            ValueError: a trainable parameter has no gradient.
+            ValueError: as `begin_step`.
         """
-        missing = [name for name, parameter in self._parameters.items() if parameter.grad is None]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"no gradient of {missing[0]}{more}: call backward before step")
-        gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
-        gradient = self.layout.gather(gradients, self._dtype, self.device)
-        del gradients
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        gradient = self.processes.average(gradient)
-        norm = self.processes.join_norms(torch.linalg.vector_norm(gradient, dtype=torch.float32))
-        adamw(
-            gradient,
-            norm,
-            self._step,
-            self.master,
-            *self._moments,
-            self._working,
-            None if ema is None else ema.flat,
-            lr=self.lr,
-            betas=BETAS,
-            eps=EPSILON,
-            max_norm=self.grad_clip,
-            decay=0.0 if ema is None else ema.decay,
-            backend=self.backend,
-        )
-        self.processes.spread(self._weights)
+        gradients, norms = [], []
+        for gradient in self._gradient.finish():
+            gradients.append(gradient)
+            norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        norm = self.processes.join_norms(norms)
+        # Every segment takes the same step: all but the last count it on a copy.
+        steps = [*(self._step.clone() for _ in self._segments[1:]), self._step]
+        spreading = []
+        parts = zip(gradients, self._shards, steps, self._working, self._weights, strict=True)
+        for gradient, shard, step, working, weights in parts:
+            adamw(
+                gradient,
+                norm,
+                step,
+                self.master[shard],
+                *(moments[shard] for moments in self._moments),
+                working,
+                None if ema is None else ema.flat[shard],
+                lr=self.lr,
+                betas=BETAS,
+                eps=EPSILON,
+                max_norm=self.grad_clip,
+                decay=0.0 if ema is None else ema.decay,
+                backend=self.backend,
+            )
+            spreading.append(self.processes.spread(weights))
+        for wait in spreading:
+            wait()
         return norm
 
     @property
@@ -145,13 +165,21 @@ class MasterAdamW:
         """Float32 weights by parameter name, trainable ones only; see `collect`."""
         return self.collect(self.master)
 
-    def collect(self, shard: Tensor) -> dict[str, Tensor]:
-        """By parameter name, the tensors of a flat one of which each process gives its shard.
+    def fill(self, flat: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Copy into a tensor like `master` what lies in it of tensors by parameter name."""
+        for layout, shard in zip(self._segments, self._shards, strict=True):
+            layout.fill(flat[shard], tensors, self.processes.rank * (shard.stop - shard.start))
+
+    def collect(self, flat: Tensor) -> dict[str, Tensor]:
+        """By parameter name, the tensors of which each process gives its shards, in a tensor like `master`.
 
         Views of it where the process is alone; of several, rank 0 gets them on its host, and the others none.
         """
-        whole = self.processes.collect(shard)
-        return {} if whole is None else self.layout.views(whole)
+        tensors = {}
+        for layout, shard in zip(self._segments, self._shards, strict=True):
+            whole = self.processes.collect(flat[shard])
+            tensors |= {} if whole is None else layout.views(whole)
+        return tensors
 
     def full_state(self, trained: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """State dict of the model in float32: `trained` (the masters by default) with what is not trained.
@@ -163,7 +191,7 @@ class MasterAdamW:
     @torch.no_grad()
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
         """Set masters, working weights and untrained tensors from a full state dict; ValueError if it does not fit."""
-        shapes = {**{name: value.shape for name, value in self.fixed.items()}, **self.layout.shapes}
+        shapes = {**{name: value.shape for name, value in self.fixed.items()}, **self.shapes}
         problems = [f"{name} is missing" for name in shapes if name not in state]
         problems += [f"{name} is unknown" for name in state if name not in shapes]
         problems += [
@@ -174,7 +202,7 @@ class MasterAdamW:
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise ValueError(f"the weights are of another model: {'; '.join(problems[:3])}{more}")
-        self.layout.fill(self.master, state, self.shard.start)
+        self.fill(self.master, state)
         self.fixed = {name: state[name].clone() for name in self.fixed}
         self.model.load_state_dict(state)
 
@@ -198,7 +226,7 @@ class MasterAdamW:
         """Restore what `state_dict` gave, to any number of processes. ValueError names the first tensor that does not
         fit."""
         shapes = {"step": self._step.shape}
-        shapes |= {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in self.layout.shapes.items()}
+        shapes |= {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in self.shapes.items()}
         if unknown := sorted(set(state) - set(shapes)):
             raise ValueError(f"optimizer state of another model: {unknown[0]} is not here")
         for name, shape in shapes.items():
@@ -206,5 +234,4 @@ class MasterAdamW:
                 raise ValueError(f"optimizer state of another model: {name} is missing or of another shape")
         self._step.copy_(state["step"])
         for kind, shard in zip(MOMENTS, self._moments, strict=True):
-            moments = {name: state[f"{kind}.{name}"] for name in self.layout.shapes}
-            self.layout.fill(shard, moments, self.shard.start)
+            self.fill(shard, {name: state[f"{kind}.{name}"] for name in self.shapes})

@@ -245,7 +245,7 @@ def describe_replay(out: Path, checkpoint: Path, step: int, processes: Processes
 def describe_run(trainer: Trainer, steps_per_epoch: int, start: Start) -> str:
     """One line on what is about to be trained."""
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    trained = sum(shape.numel() for shape in trainer.optimizer.layout.shapes.values())
+    trained = sum(shape.numel() for shape in trainer.optimizer.shapes.values())
     count = trainer.processes.world_size
     where = str(trainer.model.device) if count == 1 else f"{count} processes on {trainer.model.device.type}"
     begins = "from the start" if trainer.position.step == 0 else f"after step {trainer.position.step} of {start.resume}"

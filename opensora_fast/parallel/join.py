@@ -91,6 +91,7 @@ def join_processes(device_name: str | None, sequence_size: int = 1) -> Iterator[
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
     )
+    sequence: SequenceGroup | None = None
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         state_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
@@ -99,6 +100,12 @@ def join_processes(device_name: str | None, sequence_size: int = 1) -> Iterator[
         yield processes
         # torchrun ends all processes when one has ended with an error code: only after rank 0 has written everything.
         processes.gather(None)
+    except BaseException:
+        # NCCL would wait for collectives that this process has begun, and one that has failed never will.
+        for group in (dist.group.WORLD, sequence and sequence.group):
+            if group is not None:
+                group.abort()
+        raise
     finally:
         dist.destroy_process_group()
 

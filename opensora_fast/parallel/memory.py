@@ -1,8 +1,9 @@
 """Memory of a training step on one GPU, counted.
 
 What stays: weights, their float32 masters, two Adam moments and the average; of W processes each holds 1/W of the last
-four (ZeRO stage 1). What comes and goes: what the ops keep for backward, and gradients. Per token and block, in rows of
-C elements (r = MLP ratio), with the Triton ops:
+four (ZeRO stage 1). What comes and goes: what the ops keep for backward, and gradients: one process makes a flat copy
+of them behind backward; of several each copies and frees them while backward goes on, and sums 1/W of them beside. Per
+token and block, in rows of C elements (r = MLP ratio), with the Triton ops:
 
     4    residual stream behind each of the four sublayers
     3    inputs of both qkv Linears and of the MLP
@@ -98,8 +99,9 @@ class MemoryModel:
 
     @property
     def optimizer(self) -> int:
-        """Bytes of masters (in float32 the weights are their own), moments and average, this process's share."""
-        copies = 3 if self.element == FLOAT else 4
+        """Bytes of masters (in float32 the weights of one process are their own), moments and average: of several, this
+        process's share."""
+        copies = 3 if self.element == FLOAT and self.processes == 1 else 4
         return FLOAT * copies * self.size.trained // self.processes
 
     @property
@@ -167,7 +169,8 @@ class MemoryModel:
 
         # Between these blocks memory rises or falls steadily.
         worst = max(at(block) for block in {0, recomputed - 1, min(recomputed, depth - 1), depth - 1} if block >= 0)
-        return max(worst, 2 * self.element * self.size.trained)  # gradients, and the flat copy of them
+        gathered = self.element * self.size.trained  # gradients; beside them their copy, or the sums of a shard
+        return max(worst, gathered + gathered // self.processes)
 
     def graphs(self, recomputed: int) -> int:
         """Bytes that CUDA graphs hold: their pool, the gradients that they write, and the inputs that they read."""

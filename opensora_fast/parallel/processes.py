@@ -4,14 +4,14 @@ Each process, or each group of processes that compute together (see `sequence.py
 with the same weights. Each process owns one shard of the optimizer's state (ZeRO stage 1,
 https://arxiv.org/abs/1910.02054). Gradients and weights travel between the devices, over NCCL or, on the CPU, gloo.
 Everything else goes from host to host over gloo, what is small as JSON: a host may wait for another as long as it
-takes, while NCCL takes ten minutes without an answer for a failure. As the hosts meet in every step before the devices
-do, no device waits for another one's data either.
+takes, while NCCL takes ten minutes without an answer for a failure. As the hosts meet in every step when they have
+their data, before the devices do, no device waits for another one's data either.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -75,23 +75,30 @@ class Processes:
         not communicate."""
         yield
 
-    def average(self, gradient: Tensor) -> Tensor:
-        """This process's shard of the mean of the gradients of all micro-batches.
+    def average(self, gradient: Tensor) -> Callable[[], Tensor]:
+        """Begin to average the gradients of all micro-batches. All processes must begin whatever they average or spread
+        in the same order, as often.
 
         Args:
-            gradient: [world_size · shard], float32 or bfloat16, on the device.
+            gradient: [world_size · shard], float32 or bfloat16, on the device. It must stay as it is until the mean is
+                there.
 
         Returns:
-            [shard]: of one process the gradient itself, otherwise float32.
+            What waits for the mean, on CUDA without keeping the host, and returns this process's shard of it [shard]:
+            of one process the gradient itself, otherwise float32.
         """
-        return gradient
+        return lambda: gradient
 
-    def join_norms(self, norm: Tensor) -> Tensor:
-        """The norm [] of a tensor, from the norm [] of each process's shard; the same bits on every process."""
+    def join_norms(self, norms: list[Tensor]) -> Tensor:
+        """The norm [] of a tensor, from the norms [] of its parts, of which each process holds as many, one if it is
+        alone; the same bits on every process."""
+        (norm,) = norms
         return norm
 
-    def spread(self, flat: Tensor) -> None:
-        """Give every process all shards: `flat` [world_size · shard] has its own at its place, and gets the others'."""
+    def spread(self, flat: Tensor) -> Callable[[], None]:
+        """Begin to give every process all shards: `flat` [world_size · shard] has its own at its place, and gets the
+        others'. Returns what waits for them, on CUDA without keeping the host."""
+        return lambda: None
 
     def collect(self, shard: Tensor) -> Tensor | None:
         """The flat tensor [world_size · shard] of which each process gives a shard: on rank 0, elsewhere None.
@@ -154,23 +161,36 @@ class JoinedProcesses(Processes):
         if self.rank == 0:
             self.gather(None)
 
-    def average(self, gradient: Tensor) -> Tensor:
+    def average(self, gradient: Tensor) -> Callable[[], Tensor]:
         """The sum is taken in the gradient's own dtype, as Open-Sora's ZeRO does and with half of float32's traffic in
         bfloat16; the division by the number of micro-batches is in float32 and loses nothing more."""
         total = gradient.new_empty(len(gradient) // self.world_size)
         with naming_the_loss():
-            _reduce_scatter(total, gradient)
-        return total / self._divisor
+            work = _reduce_scatter(total, gradient)
 
-    def join_norms(self, norm: Tensor) -> Tensor:
-        norms = norm.new_empty(self.world_size)
-        with naming_the_loss():
-            all_gather(norms, norm.reshape(1))
-        return torch.linalg.vector_norm(norms)
+        def wait() -> Tensor:
+            with naming_the_loss():
+                work.wait()
+            return total / self._divisor
 
-    def spread(self, flat: Tensor) -> None:
+        return wait
+
+    def join_norms(self, norms: list[Tensor]) -> Tensor:
+        own = torch.stack(norms)
+        every = own.new_empty(self.world_size * len(own))
         with naming_the_loss():
-            all_gather(flat, flat.view(self.world_size, -1)[self.rank])
+            all_gather(every, own)
+        return torch.linalg.vector_norm(every)
+
+    def spread(self, flat: Tensor) -> Callable[[], None]:
+        with naming_the_loss():
+            work = all_gather(flat, flat.view(self.world_size, -1)[self.rank], async_op=True)
+
+        def wait() -> None:
+            with naming_the_loss():
+                work.wait()
+
+        return wait
 
     def collect(self, shard: Tensor) -> Tensor | None:
         chunks = range(0, len(shard), CHUNK)
@@ -187,16 +207,18 @@ class JoinedProcesses(Processes):
         return whole.view(-1)
 
 
-def _reduce_scatter(output: Tensor, tensor: Tensor) -> None:
+def _reduce_scatter(output: Tensor, tensor: Tensor) -> dist.Work:
     # torch 2.13 has renamed it, and warns of the name before.
     function = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    function(output, tensor)
+    return function(output, tensor, async_op=True)
 
 
-def all_gather(output: Tensor, tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+def all_gather(
+    output: Tensor, tensor: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
+) -> dist.Work | None:
     """`output`: the tensors of all processes one behind another."""
     function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    function(output, tensor, group=group)
+    return function(output, tensor, group=group, async_op=async_op)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from alike_processes import AlikeProcesses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_memory import LiveBytes, SavedBytes
@@ -13,6 +14,8 @@ from opensora_fast.diffusion import IDDPM
 from opensora_fast.parallel import sequence
 from opensora_fast.parallel.memory import FLOAT, LARGEST_BATCH, MemoryModel, ModelSize, usable_memory
 from opensora_fast.parallel.operations import VideoBatch, largest_share
+from opensora_fast.parallel.processes import Processes
+from opensora_fast.train import gradients
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.optimizer import MasterAdamW
 
@@ -139,12 +142,22 @@ def test_recomputed_blocks_of_many_small_videos_keep_their_modulation(device):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "videos", "recomputed"),
-    [(144, (2, 16, 12, 16), 0), (144, (2, 16, 12, 16), 4), (576, (1, 2, 4, 4), 0)],
-    ids=["stored", "recomputed", "few tokens"],
+    ("hidden", "videos", "recomputed", "dtype", "processes"),
+    [
+        (144, (2, 16, 12, 16), 0, torch.bfloat16, 1),
+        (144, (2, 16, 12, 16), 4, torch.bfloat16, 1),
+        (576, (1, 2, 4, 4), 0, torch.bfloat16, 1),
+        (144, (2, 16, 12, 16), 4, torch.bfloat16, 4),
+        (576, (1, 2, 4, 4), 0, torch.bfloat16, 4),
+        (576, (1, 2, 4, 4), 0, torch.float32, 2),
+    ],
+    ids=["stored", "recomputed", "few tokens", "recomputed, 4 processes", "few tokens, 4 processes", "float32, 2"],
 )
-def test_a_step_of_the_trainer_allocates_what_is_counted(hidden, videos, recomputed, device):
+def test_a_step_of_the_trainer_allocates_what_is_counted(
+    hidden, videos, recomputed, dtype, processes, device, monkeypatch
+):
     """Loss, optimizer and average included, within 4 %; with few tokens the optimizer's gradients are the most."""
+    monkeypatch.setattr(gradients, "SEGMENT", 1 << 16)
     config = STDiT2Config.small(depth=4, hidden_size=hidden, num_heads=hidden // 72, model_max_length=TEXT)
     batch, frames, rows, columns = videos
     live, diffusion = LiveBytes(), IDDPM()
@@ -152,7 +165,15 @@ def test_a_step_of_the_trainer_allocates_what_is_counted(hidden, videos, recompu
         model = STDiT2(config).train()
         use_kernels(model, backend="triton")
         model.set_checkpointing(recomputed)
-        optimizer = MasterAdamW(model, dtype=torch.bfloat16, device=device, lr=1e-4, grad_clip=1.0, backend="triton")
+        optimizer = MasterAdamW(
+            model,
+            dtype=dtype,
+            device=device,
+            lr=1e-4,
+            grad_clip=1.0,
+            backend="triton",
+            processes=Processes(device) if processes == 1 else AlikeProcesses(0, processes, device),
+        )
         ema = EMA(optimizer, 0.9999)
         standing = live.peak = live.bytes
 
@@ -164,8 +185,9 @@ def test_a_step_of_the_trainer_allocates_what_is_counted(hidden, videos, recompu
             diffusion.training_losses(model, latents, timesteps, conditions)["loss"].mean().backward()
 
         step()
+        optimizer.begin_step()
         optimizer.step(ema)
-    count = MemoryModel(config, measure_size(model), TEXT)
+    count = MemoryModel(config, measure_size(model), TEXT, dtype.itemsize, processes)
     assert standing == pytest.approx(count.standing, rel=0.01)
     counted = count.activations(VideoBatch(batch, frames, rows * columns), recomputed)
     assert live.peak - standing == pytest.approx(counted, rel=0.04)
@@ -196,6 +218,7 @@ def test_what_stands_is_shared_among_processes_without_the_working_weights():
     assert alone.standing == 18 * XL_SIZE.parameters
     assert among.standing == 2 * XL_SIZE.parameters + 16 * XL_SIZE.parameters // 64
     assert MemoryModel(XL, XL_SIZE, text=200, element=4).standing == 16 * XL_SIZE.parameters
+    assert MemoryModel(XL, XL_SIZE, text=200, element=4, processes=2).standing == 12 * XL_SIZE.parameters
 
 
 SHAPES = st.builds(

@@ -62,8 +62,7 @@ def test_a_process_alone_copies_and_communicates_nothing(monkeypatch):
         assert type(processes) is Processes and (processes.rank, processes.world_size) == (0, 1)
         value, tensor = object(), torch.ones(64)
         assert processes.gather(value) == [value]
-        for method in (processes.average, processes.join_norms, processes.collect):
-            assert method(tensor) is tensor
-        processes.spread(tensor)
+        assert processes.average(tensor)() is processes.join_norms([tensor]) is processes.collect(tensor) is tensor
+        processes.spread(tensor)()
         with processes.first():
             pass

@@ -116,7 +116,7 @@ def launcher():
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     ) as process:
         yield process
         process.stdin.close()
@@ -125,11 +125,13 @@ def launcher():
 @pytest.fixture
 def train_together(launcher, config, table):
     """train_together(world_size, out, *more, fault=None) trains in several processes and returns, of each rank,
-    `code`, `out` and `error`. A fault is dict(kind=..., rank=..., step=...)."""
+    `code`, `out` and `error`. A fault is dict(kind=..., rank=..., step=...). The gradients of the tiny model, with its
+    130 k parameters, are averaged in several segments, too."""
 
-    def run(world_size, out, *more, fault=None, seconds=120):
+    def run(world_size, out, *more, fault=None, segment=1 << 13, seconds=120):
         arguments = ["train", str(config), "--data-path", str(table), "--out", str(out), "--device", "cpu"]
-        job = {"world_size": world_size, "arguments": [*arguments, *map(str, more)], "fault": fault, "seconds": seconds}
+        job = {"world_size": world_size, "arguments": [*arguments, *map(str, more)]}
+        job |= {"segment": segment, "fault": fault, "seconds": seconds}
         launcher.stdin.write(json.dumps(job) + "\n")
         launcher.stdin.flush()
         return json.loads(launcher.stdout.readline())

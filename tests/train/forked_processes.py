@@ -1,9 +1,10 @@
 """Runs `opensora-fast train` in several processes as torchrun does, but each a fork of this one, which has imported
 everything once.
 
-Reads a job a line, in JSON, from standard input: `world_size`, `arguments` of the command, and perhaps a `fault`, which
-happens in the process `rank` at `step`. Answers with a line: of each rank the exit code (negative: killed by that
-signal; null: it had to be ended after `seconds`), the time of its end, standard output and standard error.
+Reads a job a line, in JSON, from standard input: `world_size`, `arguments` of the command, the elements of a `segment`
+of the gradients, and perhaps a `fault`, which happens in the process `rank` (null: in all) at `step`. Answers with a
+line: of each rank the exit code (negative: killed by that signal; null: it had to be ended after `seconds`), the time
+of its end, standard output and standard error.
 """
 
 import json
@@ -13,15 +14,20 @@ import socket
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from run_again import RunAgain
 
+import opensora_fast.parallel.processes as processes_module
 from opensora_fast import cli
 from opensora_fast.encoders import build_text_encoder
-from opensora_fast.train import train
+from opensora_fast.train import gradients, train
+from opensora_fast.train.gradients import MeanGradient
 from opensora_fast.train.loop import Trainer
+from opensora_fast.train.optimizer import MasterAdamW
+from opensora_fast.train.step_graph import StepGraphs
 
 
 def main() -> None:
@@ -31,7 +37,8 @@ def main() -> None:
         print(json.dumps(run_job(**json.loads(line))), flush=True)
 
 
-def run_job(world_size: int, arguments: list[str], fault: dict | None, seconds: float) -> list[dict]:
+def run_job(world_size: int, arguments: list[str], segment: int, fault: dict | None, seconds: float) -> list[dict]:
+    gradients.SEGMENT = segment
     with tempfile.TemporaryDirectory() as folder:
         port = find_free_port()
         children = []
@@ -65,7 +72,7 @@ def become_rank(rank: int, world_size: int, port: int, folder: Path, arguments: 
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        if fault is not None and fault["rank"] == rank:
+        if fault is not None and fault["rank"] in (rank, None):
             FAULTS[fault["kind"]](fault["step"])
         code = cli.run(arguments)
     finally:
@@ -130,23 +137,80 @@ def kill(trainer, losses):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def out_of_memory(trainer, losses):
+def out_of_memory(*_):
     raise torch.OutOfMemoryError("tried to allocate more than there is")
+
+
+def in_backward(happen):
+    """At the end of backward, when only the gradient of the patches' weight is still missing."""
+
+    def install(trainer, losses):
+        trainer.model.x_embedder.proj.weight.register_hook(lambda gradient: happen(trainer, losses) and None)
+        return losses
+
+    return install
+
+
+def replay(_: int) -> None:
+    """Every step is a replayed one, whose backward calls no hooks."""
+
+    def make_graphs(config, model, diffusion):
+        compute = partial(train.compute_losses, model, diffusion)
+        return StepGraphs(model, compute, 10**6, occurrences=1, record=RunAgain())
+
+    train.make_graphs = make_graphs
+
+
+def replay_and_lose(step: int) -> None:
+    replay(step)
+    at_step(nan_loss)(step)
+
+
+def tell_order(step: int) -> None:
+    """Print, in their order and with the time, batches and gradients that are there, reduce-scatters that begin, and
+    `backward` after each. The batch of that step comes a second late to rank 1."""
+    iterate, arrive, begin = Trainer._iterate, MeanGradient._arrive, MasterAdamW.begin_step
+    reduce_scatter = processes_module._reduce_scatter
+
+    def tell(*words):
+        print("told", *words, time.monotonic())
+
+    def tell_batches(self):
+        for number, batch in enumerate(iterate(self), start=1):
+            if self.processes.rank == 1 and number == step:
+                time.sleep(1)
+            tell("batch", number)
+            yield batch
+
+    def tell_gradient(self, number, name, parameter):
+        tell("gradient", name)
+        arrive(self, number, name, parameter)
+
+    def tell_segment(output, tensor):
+        tell("reduce-scatter", len(tensor))
+        return reduce_scatter(output, tensor)
+
+    def tell_backward(self):
+        tell("backward", "")
+        begin(self)
+
+    Trainer._iterate, MeanGradient._arrive, MasterAdamW.begin_step = tell_batches, tell_gradient, tell_backward
+    processes_module._reduce_scatter = tell_segment
 
 
 def kill_while_giving_a_shard(step: int) -> None:
     """`kill -9` of a process that has given the checkpoint of that step its weights, but not yet the average."""
-    sent = 0
-    real = dist.send
+    collected = 0
+    real = MasterAdamW.collect
 
-    def count(*arguments, **options):
-        nonlocal sent
-        sent += 1
-        if sent % 4 == 2 and sent // 4 == step - 1:  # four shards a checkpoint: weights, average, two moments
+    def count(self, flat):
+        nonlocal collected
+        collected += 1
+        if collected == 4 * (step - 1) + 2:  # four of them a checkpoint: weights, average, two moments
             os.kill(os.getpid(), signal.SIGKILL)
-        real(*arguments, **options)
+        return real(self, flat)
 
-    dist.send = count
+    MasterAdamW.collect = count
 
 
 def kill_while_writing(step: int) -> None:
@@ -178,7 +242,12 @@ FAULTS = {
     "nan gradient": at_step(nan_gradient),
     "sigterm": at_step(sigterm),
     "kill": at_step(kill),
+    "kill in backward": at_step(in_backward(kill)),
     "out of memory": at_step(out_of_memory),
+    "out of memory in backward": at_step(in_backward(out_of_memory)),
+    "replay": replay,
+    "replay, nan loss": replay_and_lose,
+    "tell order": tell_order,
     "kill while giving a shard": kill_while_giving_a_shard,
     "kill while writing": kill_while_writing,
 }

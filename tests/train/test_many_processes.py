@@ -109,6 +109,78 @@ def test_stop_and_resume_is_exact(train_together, whole, tmp_path, world_size):
     assert_same_weights(checkpoint_of(out, STEPS), checkpoint_of(expected, STEPS))
 
 
+@pytest.fixture(scope="module")
+def told_order():
+    """Set by the test that runs, so that both look at one run."""
+    return []
+
+
+@pytest.fixture
+def told(train_together, tmp_path, told_order):
+    """told[rank][step]: what was told, as [what, name, time], of three blocks and two steps. See `tell_order`."""
+    if not told_order:
+        fault = {"kind": "tell order", "rank": None, "step": 2}
+        results = train_together(2, tmp_path / "run", "--steps", 2, "model.depth=3", fault=fault)
+        assert_all_end_with(results, 0)
+        for result in results:
+            lines = [line.split(" ")[1:] for line in result["out"].splitlines() if line.startswith("told ")]
+            second = lines.index(next(line for line in lines if line[:2] == ["batch", "2"]))
+            told_order.append([lines[:second], lines[second:]])
+    return told_order
+
+
+def test_segments_are_averaged_in_one_order_while_backward_goes_on(told):
+    steps = [step for steps in told for step in steps]
+    for step in steps:
+        # The last block is on its way before the first has a gradient, and so on.
+        places = [
+            next(place for place, (_, name, _) in enumerate(step) if name.startswith(f"blocks.{block}."))
+            for block in (2, 1, 0)
+        ]
+        begun = [sum(what == "reduce-scatter" for what, _, _ in step[:place]) for place in places]
+        assert begun == sorted(set(begun))
+        # Nothing is left for the time after backward.
+        last = max(place for place, (what, _, _) in enumerate(step) if what in ("gradient", "reduce-scatter"))
+        assert step[last][0] == "reduce-scatter" and step[last + 1][0] == "backward"
+        names = [name for what, name, _ in step if what == "gradient"]
+        assert len(names) == len(set(names)) > 60
+    sizes = [[size for what, size, _ in step if what == "reduce-scatter"] for step in steps]
+    assert sizes == [sizes[0]] * 4 and len(sizes[0]) > 20
+
+
+def test_no_device_waits_for_the_batch_of_another_process(told):
+    for step in (0, 1):
+        batches, began = (
+            [float(next(line for line in steps[step] if line[0] == what)[2]) for steps in told]
+            for what in ("batch", "reduce-scatter")
+        )
+        assert max(batches) < min(began)
+    assert batches[1] > batches[0] + 0.5  # it was late
+
+
+def test_averaging_while_backward_goes_on_or_after_it_is_the_same_to_the_bit(train_together, whole, tmp_path):
+    """A step that is replayed as a graph is averaged after its backward. One process does that, the other does not."""
+    for world_size in (2, 3):
+        out, expected = tmp_path / str(world_size), whole(world_size)
+        fault = {"kind": "replay", "rank": 1, "step": 0}
+        results = train_together(world_size, out, "--steps", STEPS, DTYPES[world_size], fault=fault)
+        assert_all_end_with(results, 0)
+        assert read_losses(out) == read_losses(expected)
+        assert_same_weights(checkpoint_of(out, STEPS), checkpoint_of(expected, STEPS))
+
+
+def test_of_two_processes_the_segments_change_nothing(train_together, tmp_path):
+    """a + b is b + a. The norm alone is added in another order, so nothing is clipped here; with more processes other
+    gradients are added in another order, too."""
+    for segment in (1 << 10, 1 << 24):
+        more = ["--steps", 2, "grad_clip=None", "dtype=bf16"]
+        assert_all_end_with(train_together(2, tmp_path / str(segment), *more, segment=segment), 0)
+    few, many = (tmp_path / str(segment) for segment in (1 << 24, 1 << 10))
+    for one, other in zip(read_metrics(few / "metrics.jsonl"), read_metrics(many / "metrics.jsonl"), strict=True):
+        assert one["loss"] == other["loss"] and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+    assert_same_weights(checkpoint_of(few, 2), checkpoint_of(many, 2))
+
+
 def test_the_order_goes_on_with_another_number_of_processes(train_together, train, tmp_path, table, config):
     """3 processes, then 1, then 2: together they take every micro-batch of the epoch once, in its order."""
     out = tmp_path / "run"
@@ -140,12 +212,12 @@ def test_a_step_is_described_for_all_processes(whole, table):
     assert names == {"checkpoints", "config.json", "encoders", "kernels.json", "metrics.jsonl"}
 
 
-@pytest.mark.parametrize(("what", "ranks"), [("loss", [1]), ("gradient", [0, 1])])
-def test_what_is_not_finite_in_one_process_stops_all_before_the_step(train_together, whole, tmp_path, what, ranks):
+@pytest.mark.parametrize(("kind", "ranks"), [("nan loss", [1]), ("replay, nan loss", [1]), ("nan gradient", [0, 1])])
+def test_what_is_not_finite_in_one_process_stops_all_before_the_step(train_together, whole, tmp_path, kind, ranks):
     out = tmp_path / "run"
-    results = train_together(2, out, "--steps", STEPS, fault={"kind": f"nan {what}", "rank": 1, "step": 3})
+    results = train_together(2, out, "--steps", STEPS, fault={"kind": kind, "rank": 1, "step": 3})
     assert_all_end_with(results, 1)
-    name = "loss" if what == "loss" else "gradient norm"
+    name = "loss" if "loss" in kind else "gradient norm"
     assert f"rank 0: error: step 3: the {name} is nan" in results[0]["error"] and LOST in results[1]["error"]
     report = json.loads((out / "nonfinite.json").read_text())
     assert [batch["rank"] for batch in report["batches"]] == ranks
@@ -174,9 +246,10 @@ def test_nobody_ends_before_rank_0_has_written_everything(train_together, featur
     assert abs(results[0]["time"] - results[1]["time"]) < 1
 
 
-def test_an_error_in_one_process_ends_all_with_its_message(train_together, tmp_path):
+@pytest.mark.parametrize("kind", ["out of memory", "out of memory in backward"])
+def test_an_error_in_one_process_ends_all_with_its_message(train_together, tmp_path, kind):
     out = tmp_path / "run"
-    fault = {"kind": "out of memory", "rank": 1, "step": 2}
+    fault = {"kind": kind, "rank": 1, "step": 2}
     results = train_together(3, out, "--steps", STEPS, "ckpt_every=1", fault=fault)
     assert_all_end_with(results, 1)
     assert "opensora-fast, rank 1: error: step 2: out of GPU memory with 1 clips of bucket" in results[1]["error"]
@@ -184,7 +257,10 @@ def test_an_error_in_one_process_ends_all_with_its_message(train_together, tmp_p
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("kill", 1), ("kill while giving a shard", 1), ("kill while writing", 0)])
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [("kill", 1), ("kill in backward", 1), ("kill while giving a shard", 1), ("kill while writing", 0)],
+)
 def test_kill_minus_9_of_one_process_ends_the_others_and_leaves_a_good_checkpoint(
     train_together, whole, tmp_path, kind, rank
 ):
@@ -196,7 +272,7 @@ def test_kill_minus_9_of_one_process_ends_the_others_and_leaves_a_good_checkpoin
     told = []
     assert find_newest(out / "checkpoints", told.append) == checkpoint_of(out, 2) and not told
     assert_same_weights(checkpoint_of(out, 2), checkpoint_of(whole(2), 2))
-    if kind == "kill":
+    if kind in ("kill", "kill in backward"):
         return
     # What is left of the checkpoint does not stand in the way.
     assert any(path.name.startswith(".unfinished") for path in (out / "checkpoints").iterdir())
