@@ -20,6 +20,7 @@ from .checks import check_modulation, check_tensor, check_tokens
 from .layout import PackLayout
 from .registration import choose_backend, empty_as, empty_if, kernel_op, promote
 from .row_tiles import choose_tiles
+from .token_rows import token_rows
 
 
 def gate_residual_reference(
@@ -28,7 +29,7 @@ def gate_residual_reference(
     if bias is not None:
         branch = branch + bias
     if gate is not None:
-        branch = gate[frame_rows[layout.token_frame]] * branch
+        branch = token_rows(gate, frame_rows, layout) * branch
     return x + branch
 
 

@@ -18,14 +18,14 @@ from .checks import check_modulation
 from .layout import PackLayout
 from .registration import choose_backend, empty_as, empty_if, kernel_op, output_dtype
 from .row_tiles import choose_tiles
+from .token_rows import token_rows
 
 
 def modulated_norm_reference(
     x: Tensor, shift: Tensor, scale: Tensor, frame_rows: Tensor, layout: PackLayout, eps: float = 1e-6
 ) -> Tensor:
-    token_rows = frame_rows[layout.token_frame]
-    normed = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
-    return normed * (1 + scale[token_rows]) + shift[token_rows]
+    shift, scale = (token_rows(table, frame_rows, layout) for table in (shift, scale))
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
 def modulated_norm(

@@ -15,7 +15,6 @@ from opensora_fast.model.block import PackContext, STDiT2Block, compute_block
 from opensora_fast.model.embedders import RotaryFrequencies
 
 from ..shapes import Pack, text_lengths
-from .broadcast import compute_broadcast_block
 from .provider import Bound, Provider, compiled, compiles_on_cuda, needs_cuda
 from .upstream import UpstreamBlock
 from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant, attention_by
@@ -81,7 +80,8 @@ def make_block_work(
     return BlockWork(block, layout, tuple(lengths), inputs, frequencies)
 
 
-def _compute_own(block: STDiT2Block, x: Tensor, context: PackContext, sdpa_order: tuple[str, ...]) -> Tensor:
+def compute_alone(block: STDiT2Block, x: Tensor, context: PackContext, sdpa_order: tuple[str, ...]) -> Tensor:
+    """x [N, C] → [N, C], nothing made for the next block; `sdpa_order`: see `attention_by`."""
     with attention_by(sdpa_order):
         return compute_block(block, x, None, context, None)[0]
 
@@ -100,7 +100,7 @@ def _prepare_own(variant: Variant, work: BlockWork) -> Bound:
         sin=angles.sin(),
         backends=variant.backends or REFERENCE,
     )
-    function = compiled(compute_broadcast_block) if variant.compiled else _compute_own
+    function = compiled(compute_alone) if variant.compiled else compute_alone
     return lambda: function(work.block, inputs["x"], context, variant.sdpa_order)
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from opensora_fast import kernels
 from opensora_fast.kernels import PackLayout
+from opensora_fast.kernels.token_rows import token_rows
 from opensora_fast.parallel.operations import Count
 
 from ..shapes import Pack
-from .broadcast import EPS, token_rows
 from .provider import (
     Bound,
     Outputs,
@@ -35,6 +35,7 @@ from .provider import (
 from .upstream import modulate, select_frames
 
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm", "gelu_tanh")
+EPS = 1e-6
 Norm = Callable[[Tensor], Tensor]  # [N, C] → [N, C], LayerNorm without affine
 
 # Rows of C (gelu_tanh: of K) elements that an op must read and write: forward, backward.
@@ -169,16 +170,10 @@ def with_norm(norm: Norm) -> Callable[[ElementwiseWork], Outputs]:
         x = leaves["x"]
         if "branch" in leaves:
             x = x + rows["gate"] * (leaves["branch"] + leaves["bias"])
-        if work.op == "gate_residual":
-            return x
         normed = norm(x) * (1 + rows["scale"]) + rows["shift"]
         return (x, normed) if "branch" in leaves else normed
 
     return call
-
-
-def torch_norm(x: Tensor) -> Tensor:
-    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
 def apex_norm(x: Tensor) -> Tensor:
@@ -194,13 +189,8 @@ def liger_norm(x: Tensor) -> Tensor:
     return LigerLayerNormFunction.apply(x, x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1]), EPS)
 
 
-def broadcast_call(work: ElementwiseWork) -> Outputs:
-    """As one writes it who compiles it, see `broadcast.py`."""
-    return own_call(work, "reference") if work.op == "gelu_tanh" else with_norm(torch_norm)(work)
-
-
 def _prepare_compiled(work: ElementwiseWork) -> Bound:
-    function = compiled(broadcast_call)
+    function = compiled(lambda work: own_call(work, "reference"))
     return lambda: function(work)
 
 

@@ -26,8 +26,7 @@ from ..accuracy import OUTPUT, Named, norm
 from ..contest import weights_like
 from ..shapes import Pack, Workload, text_lengths
 from ..timing import Call
-from .blocks import ONE_SHAPE, missing_on
-from .broadcast import compute_broadcast_block
+from .blocks import ONE_SHAPE, compute_alone, missing_on
 from .graphs import GraphedModel
 from .provider import Bound, Provider, compiled
 from .upstream import UpstreamSTDiT2
@@ -188,7 +187,7 @@ def view_of(model: STDiT2, variant: Variant) -> Model:
 
 def _compile_blocks(own: STDiT2, variant: Variant) -> None:
     """Has a view's blocks computed by one compiled function: one graph, the same for all."""
-    function = compiled(compute_broadcast_block)
+    function = compiled(compute_alone)
 
     def run_blocks(x: Tensor, context: PackContext) -> Tensor:
         for block in own.blocks:

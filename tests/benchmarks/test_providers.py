@@ -15,7 +15,6 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import layer_norm
 
 from opensora_fast import STDiT2Config
-from opensora_fast.benchmarks.accuracy import distance, norm
 from opensora_fast.benchmarks.contest import op_results
 from opensora_fast.benchmarks.providers import blocks, elementwise
 from opensora_fast.benchmarks.providers.blocks import BLOCK_PROVIDERS, block_provider, make_block_work
@@ -47,27 +46,6 @@ def test_a_librarys_norm_with_our_modulation(op):
     call = elementwise.with_norm(lambda x: layer_norm(x, x.shape[-1:], eps=elementwise.EPS))
     expected, _ = op_results(partial(elementwise.own_call, work, "reference"), work)
     assert_same(op_results(partial(call, work), work)[0], expected)
-
-
-@pytest.mark.parametrize("pack", ["uniform", "mixed", "given frames"])
-@pytest.mark.parametrize("op", elementwise.OPS)
-def test_ops_by_broadcast_are_those_by_gathered_rows(op, pack):
-    videos = PACK if pack == "mixed" else Pack.of(Workload("144p", 5, 2))
-    work = elementwise.make_elementwise_work(op, videos, "cpu", torch.float32, 24, given_frames=pack == "given frames")
-    wide = work.to(torch.float64)
-    expected, _ = op_results(partial(elementwise.own_call, wide, "reference"), wide)
-    assert_same(op_results(partial(elementwise.broadcast_call, work), work)[0], expected)
-
-
-def test_the_gradients_of_rows_that_are_broadcast_are_sums_in_float32():
-    """They err as one rounding to bfloat16 for each frame, however many tokens share the row."""
-    pack = Pack.of(Workload("240p", 4, 1))
-    work = elementwise.make_elementwise_work("modulated_norm", pack, "cpu", torch.bfloat16, 24)
-    wide = work.to(torch.float64)
-    expected, _ = op_results(partial(elementwise.own_call, wide, "reference"), wide)
-    results, _ = op_results(partial(elementwise.broadcast_call, work), work)
-    for name in ("gradient of shift", "gradient of scale"):
-        assert distance(results[name], expected[name]) <= 2 * torch.finfo(torch.bfloat16).eps * norm(expected[name])
 
 
 def test_given_frames_are_for_videos_of_one_shape():
