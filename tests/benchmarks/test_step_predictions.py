@@ -14,7 +14,13 @@ from opensora_fast.benchmarks.step_predictions import (
     product_flops_per_token,
     read_kernels,
 )
-from opensora_fast.kernels import PackLayout, spatial_attention, spatial_attention_backward, spatial_attention_forward
+from opensora_fast.kernels import (
+    PackLayout,
+    spatial_attention,
+    spatial_attention_backward,
+    spatial_attention_forward,
+    spatial_attention_preparation,
+)
 from opensora_fast.model import STDiT2Config
 from opensora_fast.parallel.operations import linear_flops_per_token
 
@@ -46,7 +52,7 @@ def test_a_step_is_the_sum_of_its_launches():
 
 def test_spatial_attention_launches_its_kernels_as_often_as_is_counted(monkeypatch, interpreter, device):
     launched = Counter()
-    for module in (spatial_attention_forward, spatial_attention_backward):
+    for module in (spatial_attention_forward, spatial_attention_preparation, spatial_attention_backward):
 
         def count(table, kernel, *others, select=module.select):
             launched[kernel] += 1
