@@ -5,11 +5,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
+from opensora_fast.parallel.processes import ProcessLostError
+
 
 class Background:
     """Runs one job at a time in a thread of its own. Leaving its block waits for the job.
 
-    What a job raises comes out of `check`, `wait` or the end of the block; of several errors the first counts.
+    What a job raises comes out of `check`, `wait` or the end of the block, unless the block ends with an error of its
+    own. That another process is lost is none: it may have ended because of what the job raised.
     """
 
     def __init__(self) -> None:
@@ -37,5 +40,5 @@ class Background:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._pool.shutdown(wait=True)
-        if kind is None:
+        if kind is None or issubclass(kind, ProcessLostError):
             self.wait()

@@ -28,7 +28,7 @@ from opensora_fast.data.batch import Batch
 from opensora_fast.data.explain import count_tokens
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.model import STDiT2
-from opensora_fast.parallel.processes import Processes
+from opensora_fast.parallel.processes import Processes, ProcessLostError
 from opensora_fast.progress import Progress
 from opensora_fast.train.background import Background
 from opensora_fast.train.checkpoint import get_step, locate_step, write_checkpoint
@@ -38,7 +38,7 @@ from opensora_fast.train.metrics import MetricsWriter
 from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.optimizer import MasterAdamW
 from opensora_fast.train.randomness import seed_step
-from opensora_fast.train.state import Position, take_snapshot, write_state
+from opensora_fast.train.state import Position, collect_state, take_snapshot, write_state
 from opensora_fast.train.step import compute_losses, draw_inputs
 from opensora_fast.train.step_graph import StepGraphs
 from opensora_fast.train.stop import StopSignals
@@ -165,15 +165,26 @@ class Trainer:
         self.finish_saving()
         snapshot, step = take_snapshot(self, self._buffers), self.position.step
         parent = self.folder / "checkpoints"
+        collected = collect_state(self.optimizer, snapshot)
 
         def fill(folder: Path) -> None:
-            write_state(self, snapshot, folder)
+            write_state(self, snapshot, collected, folder)
             self.extra_files(folder)
 
-        if self.processes.rank == 0:
-            self._background.start(lambda: write_checkpoint(parent, step, fill, self.limits.keep_checkpoints))
-        else:
-            self._background.start(lambda: write_state(self, snapshot, None))
+        def give() -> None:
+            for _ in collected:
+                pass
+
+        def write() -> None:
+            try:
+                write_checkpoint(parent, step, fill, self.limits.keep_checkpoints)
+            except BaseException:
+                # Even if the disk is full: the others wait until their shards have been taken.
+                with contextlib.suppress(ProcessLostError):
+                    give()
+                raise
+
+        self._background.start(write if self.processes.rank == 0 else give)
         self.last_checkpoint = locate_step(parent, step)
 
     def finish_saving(self) -> None:

@@ -1,6 +1,7 @@
 """What a checkpoint of a run holds, and how a run takes it up again."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from opensora_fast.train.optimizer import MasterAdamW
 
 if TYPE_CHECKING:
     from opensora_fast.train.loop import Trainer
@@ -68,25 +71,37 @@ def take_snapshot(trainer: "Trainer", buffers: dict[str, Tensor]) -> Snapshot:
     )
 
 
-def write_state(trainer: "Trainer", snapshot: Snapshot, folder: Path | None) -> None:
+def collect_state(optimizer: MasterAdamW, snapshot: Snapshot) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors of a checkpoint by name: of `model`, of `ema`, and of `optimizer`, whole on rank 0.
+
+    What is written does not depend on the number of processes. Every one must go through all of it, at the same time:
+    the others wait until rank 0 has taken their shards.
+    """
+    for name, shard in (("model", "master"), ("ema", "ema")):
+        yield name, optimizer.full_state(optimizer.collect(snapshot.shards[shard]))
+    yield "optimizer", optimizer.state_dict(snapshot.shards)
+
+
+def write_state(
+    trainer: "Trainer", snapshot: Snapshot, collected: Iterable[tuple[str, dict[str, Tensor]]], folder: Path
+) -> None:
     """Fill a checkpoint folder: `model/` and `ema/` in float32 as `STDiT2.from_pretrained` reads them, the optimizer,
     and the position of sampler and random numbers.
 
-    What is written does not depend on the number of processes. Rank 0 writes; the others give it their shards, in the
-    same order, and have no folder.
+    Args:
+        trainer: the run.
+        snapshot: of it.
+        collected: what `collect_state` gives of the snapshot.
+        folder: to be filled, by rank 0.
     """
-    optimizer = trainer.optimizer
-    for name, shard in (("model", "master"), ("ema", "ema")):
-        state = optimizer.full_state(optimizer.collect(snapshot.shards[shard]))
-        if folder is None:
+    for name, state in collected:
+        state = {key: value.contiguous() for key, value in state.items()}
+        if name == "optimizer":
+            save_file(state, folder / "optimizer.safetensors")
             continue
         (folder / name).mkdir()
-        save_file({key: value.contiguous() for key, value in state.items()}, folder / name / WEIGHTS, FOR_TORCH)
+        save_file(state, folder / name / WEIGHTS, FOR_TORCH)
         (folder / name / "config.json").write_text(trainer.model.config.model_dump_json(indent=2) + "\n")
-    state = optimizer.state_dict(snapshot.shards)
-    if folder is None:
-        return
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(snapshot.position, indent=2) + "\n")
 
 

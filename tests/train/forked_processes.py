@@ -23,7 +23,7 @@ from run_again import RunAgain
 import opensora_fast.parallel.processes as processes_module
 from opensora_fast import cli
 from opensora_fast.encoders import build_text_encoder
-from opensora_fast.train import gradients, train
+from opensora_fast.train import gradients, state, train
 from opensora_fast.train.gradients import MeanGradient
 from opensora_fast.train.loop import Trainer
 from opensora_fast.train.optimizer import MasterAdamW
@@ -225,6 +225,20 @@ def kill_while_writing(step: int) -> None:
     os.rename = rename
 
 
+def lose_memory_while_the_disk_is_full(step: int) -> None:
+    """Rank 0 cannot write the average into the checkpoint of the step before; then the others have no memory left."""
+    real = state.save_file
+
+    def save_file(tensors, path, *more):
+        if path.parent.name == "ema" and path.parent.parent.name.endswith(f"step-{step - 1:08d}"):
+            raise OSError("no space left on device")
+        real(tensors, path, *more)
+
+    state.save_file = save_file
+    if os.environ["RANK"] != "0":
+        at_step(out_of_memory)(step)
+
+
 def report_slowly(step: int) -> None:
     """Rank 0 takes two seconds for what it writes and prints in the end."""
     real = train.report_kernels
@@ -250,6 +264,7 @@ FAULTS = {
     "tell order": tell_order,
     "kill while giving a shard": kill_while_giving_a_shard,
     "kill while writing": kill_while_writing,
+    "out of memory while the disk is full": lose_memory_while_the_disk_is_full,
 }
 
 if __name__ == "__main__":

@@ -257,6 +257,18 @@ def test_an_error_in_one_process_ends_all_with_its_message(train_together, tmp_p
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+def test_no_process_waits_to_give_its_shard_of_a_checkpoint_that_cannot_be_written(train_together, features, tmp_path):
+    """It has an error of its own, and rank 0 waits for it elsewhere. Both say what is wrong."""
+    out = tmp_path / "run"
+    fault = {"kind": "out of memory while the disk is full", "rank": None, "step": 3}
+    results = train_together(2, out, "--steps", STEPS, "ckpt_every=1", features, fault=fault, seconds=30)
+    assert_all_end_with(results, 1)
+    assert "rank 1: error: step 3: out of GPU memory" in results[1]["error"]
+    assert re.search("rank 0: error: the checkpoint .* could not be written: no space left", results[0]["error"])
+    names = {path.name for path in (out / "checkpoints").iterdir()}
+    assert names == {"step-00000001"}
+
+
 @pytest.mark.parametrize(
     ("kind", "rank"),
     [("kill", 1), ("kill in backward", 1), ("kill while giving a shard", 1), ("kill while writing", 0)],
