@@ -28,7 +28,7 @@ from opensora_fast.data.batch import Batch
 from opensora_fast.data.explain import count_tokens
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.model import STDiT2
-from opensora_fast.parallel.processes import Processes, ProcessLostError
+from opensora_fast.parallel.processes import Processes, ProcessLostError, do_all
 from opensora_fast.progress import Progress
 from opensora_fast.train.background import Background
 from opensora_fast.train.checkpoint import get_step, locate_step, write_checkpoint
@@ -171,20 +171,16 @@ class Trainer:
             write_state(self, snapshot, collected, folder)
             self.extra_files(folder)
 
-        def give() -> None:
-            for _ in collected:
-                pass
-
         def write() -> None:
             try:
                 write_checkpoint(parent, step, fill, self.limits.keep_checkpoints)
             except BaseException:
-                # Even if the disk is full: the others wait until their shards have been taken.
+                # The disk is full, or a process is lost: the others wait until their shards have been taken.
                 with contextlib.suppress(ProcessLostError):
-                    give()
+                    do_all(collected)
                 raise
 
-        self._background.start(write if self.processes.rank == 0 else give)
+        self._background.start(write if self.processes.rank == 0 else lambda: do_all(collected))
         self.last_checkpoint = locate_step(parent, step)
 
     def finish_saving(self) -> None:

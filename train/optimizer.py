@@ -16,13 +16,14 @@ depends on the layout alone.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from opensora_fast.kernels import adamw
-from opensora_fast.parallel.processes import Processes
+from opensora_fast.parallel.processes import Processes, do_all
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.flat import FlatLayout
 from opensora_fast.train.gradients import MeanGradient, cut_segments
@@ -175,10 +176,14 @@ class MasterAdamW:
 
         Views of it where the process is alone; of several, rank 0 gets them on its host, and the others none.
         """
-        tensors = {}
-        for layout, shard in zip(self._segments, self._shards, strict=True):
+        tensors: dict[str, Tensor] = {}
+
+        def take(layout: FlatLayout, shard: slice) -> None:
             whole = self.processes.collect(flat[shard])
-            tensors |= {} if whole is None else layout.views(whole)
+            tensors.update({} if whole is None else layout.views(whole))
+
+        parts = zip(self._segments, self._shards, strict=True)
+        do_all(partial(take, layout, shard) for layout, shard in parts)
         return tensors
 
     def full_state(self, trained: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -218,8 +223,13 @@ class MasterAdamW:
             shards: copies of `shards`, to be taken in their place.
         """
         shards = self.shards if shards is None else shards
-        moments = {f"{kind}.{name}": value for kind in MOMENTS for name, value in self.collect(shards[kind]).items()}
-        return {"step": shards["step"], **moments}
+        state = {"step": shards["step"]}
+
+        def take(kind: str) -> None:
+            state.update({f"{kind}.{name}": value for name, value in self.collect(shards[kind]).items()})
+
+        do_all(partial(take, kind) for kind in MOMENTS)
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

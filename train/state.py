@@ -1,8 +1,9 @@
 """What a checkpoint of a run holds, and how a run takes it up again."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 FORMAT = 2
 FOR_TORCH = {"format": "pt"}
+State = tuple[str, dict[str, Tensor]]
 
 
 @dataclass
@@ -71,20 +73,22 @@ def take_snapshot(trainer: "Trainer", buffers: dict[str, Tensor]) -> Snapshot:
     )
 
 
-def collect_state(optimizer: MasterAdamW, snapshot: Snapshot) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The tensors of a checkpoint by name: of `model`, of `ema`, and of `optimizer`, whole on rank 0.
+def collect_state(optimizer: MasterAdamW, snapshot: Snapshot) -> Iterator[Callable[[], State]]:
+    """What gives the tensors of a checkpoint, of `model`, of `ema`, and of `optimizer`: by name, whole on rank 0.
 
-    What is written does not depend on the number of processes. Every one must go through all of it, at the same time:
-    the others wait until rank 0 has taken their shards.
+    What is written does not depend on the number of processes. Each must call all of them, in this order: the others
+    wait until rank 0 has taken their shards.
     """
-    for name, shard in (("model", "master"), ("ema", "ema")):
-        yield name, optimizer.full_state(optimizer.collect(snapshot.shards[shard]))
-    yield "optimizer", optimizer.state_dict(snapshot.shards)
+
+    def collect(name: str, shard: str) -> State:
+        return name, optimizer.full_state(optimizer.collect(snapshot.shards[shard]))
+
+    yield partial(collect, "model", "master")
+    yield partial(collect, "ema", "ema")
+    yield lambda: ("optimizer", optimizer.state_dict(snapshot.shards))
 
 
-def write_state(
-    trainer: "Trainer", snapshot: Snapshot, collected: Iterable[tuple[str, dict[str, Tensor]]], folder: Path
-) -> None:
+def write_state(trainer: "Trainer", snapshot: Snapshot, collected: Iterable[Callable[[], State]], folder: Path) -> None:
     """Fill a checkpoint folder: `model/` and `ema/` in float32 as `STDiT2.from_pretrained` reads them, the optimizer,
     and the position of sampler and random numbers.
 
@@ -94,7 +98,8 @@ def write_state(
         collected: what `collect_state` gives of the snapshot.
         folder: to be filled, by rank 0.
     """
-    for name, state in collected:
+    for collect in collected:
+        name, state = collect()
         state = {key: value.contiguous() for key, value in state.items()}
         if name == "optimizer":
             save_file(state, folder / "optimizer.safetensors")

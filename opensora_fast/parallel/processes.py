@@ -11,8 +11,9 @@ their data, before the devices do, no device waits for another one's data either
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,7 +104,8 @@ class Processes:
     def collect(self, shard: Tensor) -> Tensor | None:
         """The flat tensor [world_size · shard] of which each process gives a shard: on rank 0, elsewhere None.
 
-        Of several processes it comes to the host, so that no device has to hold it.
+        Of several processes it comes to the host, so that no device has to hold it. If one of them is lost, rank 0
+        takes the shards of the others before it says so: each waits until its own has been taken.
         """
         return shard
 
@@ -193,18 +195,32 @@ class JoinedProcesses(Processes):
         return wait
 
     def collect(self, shard: Tensor) -> Tensor | None:
-        chunks = range(0, len(shard), CHUNK)
-        with naming_the_loss():
-            if self.rank != 0:
-                for start in chunks:
+        if self.rank != 0:
+            with naming_the_loss():
+                for start in range(0, len(shard), CHUNK):
                     dist.send(shard[start : start + CHUNK].cpu(), 0, group=self._state_group)
-                return None
-            whole = torch.empty(self.world_size, len(shard), dtype=shard.dtype)
-            whole[0].copy_(shard)
-            for rank in range(1, self.world_size):
-                for start in chunks:
-                    dist.recv(whole[rank, start : start + CHUNK], rank, group=self._state_group)
+            return None
+        whole = torch.empty(self.world_size, len(shard), dtype=shard.dtype)
+        whole[0].copy_(shard)
+        do_all(partial(self._receive, whole[rank], rank) for rank in range(1, self.world_size))
         return whole.view(-1)
+
+    def _receive(self, shard: Tensor, rank: int) -> None:
+        with naming_the_loss():
+            for start in range(0, len(shard), CHUNK):
+                dist.recv(shard[start : start + CHUNK], rank, group=self._state_group)
+
+
+def do_all(jobs: Iterable[Callable[[], Any]]) -> None:
+    """Do all of them, and only then raise the ProcessLostError of any: another process waits for each."""
+    lost = None
+    for job in jobs:
+        try:
+            job()
+        except ProcessLostError as error:
+            lost = error
+    if lost is not None:
+        raise lost
 
 
 def _reduce_scatter(output: Tensor, tensor: Tensor) -> dist.Work:

@@ -294,6 +294,13 @@ def test_kill_minus_9_of_one_process_ends_the_others_and_leaves_a_good_checkpoin
     assert not any(path.name.startswith(".unfinished") for path in (out / "checkpoints").iterdir())
 
 
+def test_a_process_that_is_lost_while_it_gives_a_shard_keeps_no_other(train_together, features, tmp_path):
+    """Some have shards to give yet, which rank 0 takes: none of them would end before, and others wait for them."""
+    fault = {"kind": "kill while giving a shard", "rank": 2, "step": 2}
+    results = train_together(5, tmp_path / "run", "--steps", STEPS, "ckpt_every=1", features, fault=fault, seconds=30)
+    assert [result["code"] for result in results] == [1, 1, -signal.SIGKILL, 1, 1]
+
+
 def test_bad_clips_of_every_process_are_listed_and_told(train_together, tmp_path, table):
     folder = tmp_path / "clips"
     shutil.copytree(table.parent, folder)
