@@ -103,10 +103,11 @@ def write_state(trainer: "Trainer", snapshot: Snapshot, collected: Iterable[Call
         state = {key: value.contiguous() for key, value in state.items()}
         if name == "optimizer":
             save_file(state, folder / "optimizer.safetensors")
-            continue
-        (folder / name).mkdir()
-        save_file(state, folder / name / WEIGHTS, FOR_TORCH)
-        (folder / name / "config.json").write_text(trainer.model.config.model_dump_json(indent=2) + "\n")
+        else:
+            (folder / name).mkdir()
+            save_file(state, folder / name / WEIGHTS, FOR_TORCH)
+            (folder / name / "config.json").write_text(trainer.model.config.model_dump_json(indent=2) + "\n")
+        del state  # on the host of rank 0, beside what is collected next
     (folder / "state.json").write_text(json.dumps(snapshot.position, indent=2) + "\n")
 
 
