@@ -93,6 +93,11 @@ class TrainConfig(Section):
                 f"sp_size={self.sp_size} and cuda_graph_tokens={self.cuda_graph_tokens}: what processes exchange "
                 "within a step is not recorded in CUDA graphs; use one of them"
             )
+        if self.model.num_heads % self.sp_size:
+            raise ValueError(
+                f"sp_size={self.sp_size}: the {self.model.num_heads} heads of the model cannot be shared out evenly "
+                f"among {self.sp_size} processes; take a divisor of {self.model.num_heads}"
+            )
         if not self.bucket_config:
             raise ValueError(
                 "bucket_config is empty: every clip would be dropped; write for example {'240p': {16: (1.0, 4)}}"

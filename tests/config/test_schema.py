@@ -148,6 +148,7 @@ def test_vae_dtype_and_builder_keys(train_file):
         ("epochs=1.5", r"epochs: .*integer"),
         ("dtype=fp16", r"dtype: use 'bf16' or 'fp32'; fp16 would need loss scaling"),
         ("sp_size=0", r"sp_size: .*greater than or equal to 1"),
+        ("sp_size=3", r"sp_size=3: the 16 heads .* take a divisor of 16"),
         ("dataset.type=VideoTextDataset", r"dataset\.type: only 'VariableVideoTextDataset'"),
         ("dataset.image_size=(256, 256)", r"dataset\.image_size: must be None: bucket_config decides"),
         ("dataset.num_frames=16", r"dataset\.num_frames: must be None"),
