@@ -14,7 +14,7 @@ Letters: P processes, N tokens of the pack, n tokens of this process, C hidden s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -189,15 +189,18 @@ class FrameShare:
 
     def give_tokens(self, x: Tensor) -> Tensor:
         """x [n, …, H, D] of this process's tokens and all heads → [N, …, H / P, D] of all tokens and its heads."""
-        return _GiveTokens.apply(x, self)
+        return _Exchange.apply(x, self, _to_heads, _to_tokens)
 
     def take_tokens(self, x: Tensor) -> Tensor:
         """The way back: x [N, …, H / P, D] → [n, …, H, D]; zeros for tokens that are computed in vain."""
-        return _TakeTokens.apply(x, self)
+        return _Exchange.apply(x, self, _to_tokens, _to_heads)
 
     def gather(self, tokens: Tensor) -> Tensor:
         """tokens [n, channels] of each process → [N, channels] on all. Each keeps the gradient of its own."""
         return _Gather.apply(tokens, self)
+
+
+Exchange = Callable[[Tensor, FrameShare], Tensor]
 
 
 def _to_heads(x: Tensor, share: FrameShare) -> Tensor:
@@ -222,28 +225,18 @@ def _to_tokens(x: Tensor, share: FrameShare) -> Tensor:
     return torch.cat([x, x.new_zeros(share.vain, *x.shape[1:])]) if share.vain else x
 
 
-class _GiveTokens(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """One of the two exchanges forward, and the other, which is its inverse, backward."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: FrameShare) -> Tensor:
-        ctx.share = share
-        return _to_heads(x, share)
+    def forward(ctx: Any, x: Tensor, share: FrameShare, there: Exchange, back: Exchange) -> Tensor:
+        ctx.share, ctx.back = share, back
+        return there(x, share)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _to_tokens(gradient, ctx.share), None
-
-
-class _TakeTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: FrameShare) -> Tensor:
-        ctx.share = share
-        return _to_tokens(x, share)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _to_heads(gradient, ctx.share), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(gradient, ctx.share), None, None, None
 
 
 class _Gather(torch.autograd.Function):

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from opensora_fast.config import SampleConfig
 from opensora_fast.cpu_threads import cpu_threads
-from opensora_fast.device import choose_device
 from opensora_fast.parallel.join import join_processes, read_place
 from opensora_fast.sampling.build import make_settings
 from opensora_fast.sampling.generate import Sample, VideoGenerator, make_tasks
@@ -33,7 +32,6 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
     if config.save_dir is None:
         raise ValueError("there is no folder for the samples; give --save-dir or save_dir")
     folder = Path(config.save_dir)
-    choose_device(device)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_dir {folder} is a file; give a folder")
     all_prompts = choose_prompts(config)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from joint_runs import LOST, assert_all_end_with, checkpoint_of
 from losses import read_losses
 from one_process import OneProcess
 from safetensors.torch import load_file
@@ -31,16 +32,6 @@ from opensora_fast.train.train import choose_cpu_threads, describe_replay
 STEPS = 4
 DTYPES = {2: "dtype=fp32", 3: "dtype=bf16"}
 CPU = torch.device("cpu")
-LOST = "another process of this run has ended"
-
-
-def checkpoint_of(out, step):
-    return out / "checkpoints" / f"step-{step:08d}"
-
-
-def assert_all_end_with(results, code):
-    assert [result["code"] for result in results] == [code] * len(results), results
-    assert all("Traceback" not in result["error"] for result in results)
 
 
 @pytest.fixture(scope="module")

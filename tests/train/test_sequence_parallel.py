@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from joint_runs import LOST, assert_all_end_with, checkpoint_of
 from losses import read_losses
 from safetensors.torch import load_file
 from same_checkpoints import assert_same_weights
@@ -15,16 +16,6 @@ from opensora_fast.data.bad_clips import read_bad_clips
 from opensora_fast.train.metrics import read_metrics
 
 STEPS = 4
-LOST = "another process of this run has ended"
-
-
-def checkpoint_of(out, step):
-    return out / "checkpoints" / f"step-{step:08d}"
-
-
-def assert_all_end_with(results, code):
-    assert [result["code"] for result in results] == [code] * len(results), results
-    assert all("Traceback" not in result["error"] for result in results)
 
 
 @pytest.fixture(scope="module")
