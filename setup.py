@@ -32,7 +32,7 @@ setup(
     packages=list_packages(),
     package_dir={package: folder for folder, package in TOP_LEVEL_FOLDERS.items()},
     package_data={
-        "opensora_fast.kernels": ["compile_budget.json"],
+        "opensora_fast.kernels.compilation": ["compile_budget.json"],
         "opensora_fast.kernels.configurations": ["*.json"],
         "opensora_fast.data": ["tables/*.json"],
         "opensora_fast.train": ["configs/*.py"],

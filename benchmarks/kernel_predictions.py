@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_fast.kernels.attention_tiles import row_width
+from opensora_fast.kernels.attention.cross_chunks_backward import chunk_length
+from opensora_fast.kernels.attention.spatial_forward import LONGEST_MEDIUM_FRAME, LONGEST_SMALL_FRAME, is_prepared
+from opensora_fast.kernels.attention.temporal_backward import tiles_of_a_program
+from opensora_fast.kernels.attention.tiles import row_width
 from opensora_fast.kernels.compilation import compile_kernels
-from opensora_fast.kernels.cross_attention_chunks_backward import chunk_length
 from opensora_fast.kernels.layout import PLACE_TILE_ROWS
-from opensora_fast.kernels.spatial_attention_forward import LONGEST_MEDIUM_FRAME, LONGEST_SMALL_FRAME, is_prepared
-from opensora_fast.kernels.temporal_attention_backward import tiles_of_a_program
 
 from .shapes import VIDEO_SIZES, Workload, fill
 

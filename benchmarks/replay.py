@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from opensora_fast.kernels.attention_tables import keep_tables
+from opensora_fast.kernels.attention.tables import keep_tables
 
 from .timing import Call
 

@@ -1,6 +1,8 @@
 """The ops of ST-DiT-2 on packs of videos: a reference in plain PyTorch and a Triton kernel for each, with one meaning.
 
-This package imports torch and triton only and knows nothing of configurations, files or training.
+A file here is an op: its formula, its reference, its checks and its registration. Their Triton kernels are in
+`attention/` and `rows/`, block sizes in `configurations/`, and what builds kernels without a GPU in `compilation/`.
+This package imports torch and triton only and knows nothing of configuration files or training.
 """
 
 if __name__ == "kernels":

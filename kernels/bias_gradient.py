@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .tile_sums import launch_sum_tiles
+from .rows.tile_sums import launch_sum_tiles
 
 
 class _CollectBiasGradient(torch.autograd.Function):

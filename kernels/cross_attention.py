@@ -4,10 +4,9 @@
 
 Replaces in ST-DiT-2: everything between `cross_attn.q_linear` / `kv_linear` and `cross_attn.proj`.
 
-Kernels: cross_attention_forward.py and cross_attention_backward.py for texts of any length,
-cross_attention_short_forward.py and cross_attention_short_backward.py for up to 256 tokens on sm_90,
-cross_attention_chunks_backward.py behind either. Limits: float32, float16, bfloat16; D a multiple of 8 up to 128; any
-number of text tokens.
+Kernels: attention/cross_forward.py and _backward.py for texts of any length, attention/cross_short_forward.py and
+_short_backward.py for up to 256 tokens on sm_90, attention/cross_chunks_backward.py behind either. Limits: float32,
+float16, bfloat16; D a multiple of 8 up to 128; any number of text tokens.
 
 Letters: N video tokens, M text tokens, H heads, D head size, L the longest text.
 """
@@ -87,7 +86,7 @@ def cross_attention(
     return _cross_attention(q, kv.to(q.dtype), q_bias, text.starts, text.lengths, text.max_length, runs)[0]
 
 
-# ---- registration: tensors and numbers only; `runs` is what attention_tables calls by that name ----
+# ---- registration: tensors and numbers only; `runs` is what attention/tables.py calls by that name ----
 
 
 @kernel_op("opensora_fast::cross_attention")
@@ -101,7 +100,7 @@ def _cross_attention(
     runs: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [N, H, D] and the log sums of `launch_forward`."""
-    from .cross_attention_forward import launch_forward
+    from .attention.cross_forward import launch_forward
 
     output, log_sums = _allocate_outputs(q)
     launch_forward(q.contiguous(), kv.contiguous(), output, log_sums, text_starts, text_lengths, max_length, runs)
@@ -132,7 +131,7 @@ def _cross_attention_backward(
     runs: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, kv and q_bias; the last is empty where it is None."""
-    from .cross_attention_backward import launch_backward
+    from .attention.cross_backward import launch_backward
 
     tensors = [tensor.contiguous() for tensor in (output_gradient, q, kv, output)]
     q_gradient, kv_gradient, bias_gradient = gradients = _allocate_gradients(q, kv, q_bias)

@@ -7,7 +7,7 @@ here because its gradient is then a by-product of this op's backward.
 
 Replaces in ST-DiT-2: the gate, frame-mask selection and residual after each branch.
 
-Kernels: residual_norm_forward.py and residual_norm_backward.py. Limits: float32, float16, bfloat16; C at least 2.
+Kernels: rows/residual_norm_forward.py and _backward.py. Limits: float32, float16, bfloat16; C at least 2.
 
 Letters: N tokens, C channels, F frames, R rows of the modulation table.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from .checks import check_modulation, check_tensor, check_tokens
 from .layout import PackLayout
 from .registration import choose_backend, empty_as, empty_if, kernel_op, promote
-from .row_tiles import choose_tiles
+from .rows.tiles import choose_tiles
 from .token_rows import token_rows
 
 
@@ -98,7 +98,7 @@ def _gate_residual(
     backward_tiles: Tensor,
     backward_video_tiles: Tensor,
 ) -> Tensor:
-    from .residual_norm_forward import launch_forward
+    from .rows.residual_norm_forward import launch_forward
 
     residual = empty_as(x, promote(x, branch, gate, bias))
     launch_forward(
@@ -139,7 +139,7 @@ def _gate_residual_backward(
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (d_branch [N, C], d_gate [R, C], d_bias [C]); those that are not wanted are empty."""
-    from .residual_norm_backward import launch_backward
+    from .rows.residual_norm_backward import launch_backward
 
     outputs = _allocate_gradients(branch, gate, bias, wants_branch, wants_gate, wants_bias)
     launch_backward(

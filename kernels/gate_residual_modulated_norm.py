@@ -7,7 +7,7 @@ As `gate_residual` followed by `modulated_norm`; see there for the parts.
 
 Replaces in ST-DiT-2: gate, frame-mask selection and residual after a branch, and the modulated norm before the next.
 
-Kernels: residual_norm_forward.py and residual_norm_backward.py. Limits: float32, float16, bfloat16; C at least 2.
+Kernels: rows/residual_norm_forward.py and _backward.py. Limits: float32, float16, bfloat16; C at least 2.
 
 Letters: N tokens, C channels, F frames, R rows of the modulation table.
 """
@@ -21,7 +21,7 @@ from .gate_residual import check_branch, gate_residual_reference
 from .layout import PackLayout
 from .modulated_norm import allocate_norm, modulated_norm_reference
 from .registration import choose_backend, empty_as, empty_if, kernel_op, output_dtype, promote
-from .row_tiles import choose_tiles
+from .rows.tiles import choose_tiles
 
 
 def gate_residual_modulated_norm_reference(
@@ -103,7 +103,7 @@ def _gate_residual_modulated_norm(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns (residual [N, C], normed [N, C], mean float32 [N], rstd float32 [N])."""
-    from .residual_norm_forward import launch_forward
+    from .rows.residual_norm_forward import launch_forward
 
     residual, normed, mean, rstd = _allocate(x, residual_dtype, dtype)
     launch_forward(
@@ -170,7 +170,7 @@ def _gate_residual_modulated_norm_backward(
 
     `wants` says so for (d_x, d_branch, d_shift and d_scale, d_gate, d_bias).
     """
-    from .residual_norm_backward import launch_backward
+    from .rows.residual_norm_backward import launch_backward
 
     outputs = _allocate_gradients(residual, scale, gate, bias, x_dtype, branch_dtype, wants)
     wanted = [output if output.numel() else None for output in outputs]

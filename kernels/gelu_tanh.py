@@ -4,7 +4,7 @@
 
 Replaces in ST-DiT-2: the bias of `mlp.fc1` and the activation behind it.
 
-Kernels: gelu_tanh_kernels.py. Limits: float32, float16, bfloat16.
+Kernels: rows/gelu_tanh.py. Limits: float32, float16, bfloat16.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -
 
 @kernel_op("opensora_fast::gelu_tanh")
 def _gelu_tanh(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    from .gelu_tanh_kernels import launch_forward
+    from .rows.gelu_tanh import launch_forward
 
     y = empty_as(x, dtype)
     launch_forward(x, bias, y)
@@ -68,7 +68,7 @@ def _gelu_tanh_backward(
     d_y: Tensor, x: Tensor, bias: Tensor | None, wants_x: bool, wants_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns (d_x [N, K], d_bias [K]); those that are not wanted are empty."""
-    from .gelu_tanh_kernels import launch_backward
+    from .rows.gelu_tanh import launch_backward
 
     d_x, d_bias = _allocate_gradients(x, bias, wants_x, wants_bias)
     launch_backward(d_y, x, bias, d_x if wants_x else None, d_bias if wants_bias else None)

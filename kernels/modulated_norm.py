@@ -4,7 +4,7 @@
 
 Replaces in ST-DiT-2: norm1, norm_temp, norm2 and norm_final with their `t2i_modulate` and frame-mask selection.
 
-Kernels: residual_norm_forward.py and residual_norm_backward.py. Limits: float32, float16, bfloat16; C at least 2.
+Kernels: rows/residual_norm_forward.py and _backward.py. Limits: float32, float16, bfloat16; C at least 2.
 
 Letters: N tokens, C channels, F frames, R rows of the modulation table.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from .checks import check_modulation
 from .layout import PackLayout
 from .registration import choose_backend, empty_as, empty_if, kernel_op, output_dtype
-from .row_tiles import choose_tiles
+from .rows.tiles import choose_tiles
 from .token_rows import token_rows
 
 
@@ -80,7 +80,7 @@ def _modulated_norm(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (normed [N, C] of `dtype`, mean float32 [N], rstd float32 [N])."""
-    from .residual_norm_forward import launch_forward
+    from .rows.residual_norm_forward import launch_forward
 
     normed, mean, rstd = allocate_norm(x, dtype)
     launch_forward(
@@ -127,7 +127,7 @@ def _modulated_norm_backward(
     wants_tables: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (d_x [N, C], d_shift [R, C], d_scale [R, C]); those that are not wanted are empty."""
-    from .residual_norm_backward import launch_backward
+    from .rows.residual_norm_backward import launch_backward
 
     outputs = _allocate_gradients(x, scale, wants_x, wants_tables)
     launch_backward(

@@ -133,7 +133,7 @@ def _qk_norm_rotary(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """`tiles` is `layout.frame_tiles(TILE_TOKENS)`, `frame_position` the layout's."""
-    from .qk_norm_rotary_kernels import launch_forward
+    from .rows.qk_norm_rotary import launch_forward
 
     outputs = _allocate_outputs(q, k)
     launch_forward(q, k, q_weight, k_weight, cos, sin, tiles, TILE_TOKENS, frame_position, *outputs, eps)
@@ -165,7 +165,7 @@ def _qk_norm_rotary_backward(
     wants_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, q_weight and k_weight; the last two are empty where they are not wanted."""
-    from .qk_norm_rotary_kernels import launch_backward
+    from .rows.qk_norm_rotary import launch_backward
 
     q_raw, k_raw, *weights = _allocate_gradients(q, k, q_weight, k_weight, wants_weights)
     sums = launch_backward(

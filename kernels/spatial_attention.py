@@ -4,8 +4,8 @@
 
 Replaces in ST-DiT-2: everything between `attn.qkv` and `attn.proj`.
 
-Kernels: spatial_attention_forward.py and spatial_attention_backward.py; one launch of each serves all frames of a pack
-that are of one class (`shape_classes`). Before either, spatial_attention_preparation.py for longer frames.
+Kernels: attention/spatial_forward.py and _backward.py; one launch of each serves all frames of a pack that are of one
+class (`shape_classes`). Before either, attention/spatial_preparation.py for longer frames.
 Limits: float32, float16, bfloat16; D a multiple of 8 up to 128.
 
 Letters: N tokens, H heads, D head size, S tokens of a frame.
@@ -75,7 +75,7 @@ def spatial_attention(
     return _spatial_attention(qkv, q_weight, k_weight, qkv_bias, runs, eps)[0]
 
 
-# ---- registration: tensors and numbers only; `runs` is what attention_tables calls by that name ----
+# ---- registration: tensors and numbers only; `runs` is what attention/tables.py calls by that name ----
 
 
 @kernel_op("opensora_fast::spatial_attention")
@@ -88,7 +88,7 @@ def _spatial_attention(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [N, H, D] and the statistics of `launch_forward`."""
-    from .spatial_attention_forward import launch_forward
+    from .attention.spatial_forward import launch_forward
 
     output, statistics = _allocate_outputs(qkv, q_weight)
     launch_forward(*_contiguous(qkv, q_weight, k_weight), output, statistics, runs, eps)
@@ -126,7 +126,7 @@ def _spatial_attention_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of qkv, q_weight, k_weight and qkv_bias; those of what is None are empty."""
-    from .spatial_attention_backward import launch_backward
+    from .attention.spatial_backward import launch_backward
 
     gradients = _allocate_gradients(qkv, q_weight, k_weight, qkv_bias)
     qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient = gradients

@@ -8,8 +8,8 @@ Replaces in ST-DiT-2: everything between `attn_temp.qkv` and `attn_temp.proj`, t
 Limits: head size a multiple of 8 up to 128; any number of frames, and packs of any mixture. No atomics: two runs give
 equal bits. No gradient of the angles.
 
-Kernels: temporal_attention_forward and _backward where a tile of 16, 32, 64 or 128 rows holds all frames of a place,
-temporal_attention_long_forward and _long_backward beyond, and for float32 on a GPU.
+Kernels: attention/temporal_forward.py and _backward.py where a tile of 16, 32, 64 or 128 rows holds all frames of a
+place, attention/temporal_long_forward.py and _long_backward.py beyond, and for float32 on a GPU.
 
 Letters: N tokens, H heads, D head size, T frames of a video, S tokens of a frame.
 """
@@ -26,7 +26,7 @@ from .checks import check_angles, check_head_size, check_self_attention
 from .layout import PLACE_BLOCK_ROWS, PLACE_TILE_ROWS, PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
 from .registration import choose_backend, empty_as, kernel_op
-from .tile_sums import launch_sum_tiles
+from .rows.tile_sums import launch_sum_tiles
 
 
 def temporal_attention_reference(
@@ -134,8 +134,8 @@ def _temporal_attention(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns the output [N, H, D], and for long videos log2 of each row's sum of exp2 [N, H] (else empty)."""
-    from .temporal_attention_forward import launch_forward
-    from .temporal_attention_long_forward import launch_long_forward
+    from .attention.temporal_forward import launch_forward
+    from .attention.temporal_long_forward import launch_long_forward
 
     output, log_sums = _allocate_outputs(qkv, blocks)
     inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
@@ -193,8 +193,8 @@ def _temporal_attention_backward(
     wants_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of qkv, q_weight, k_weight and qkv_bias; those that are not wanted are empty."""
-    from .temporal_attention_backward import launch_backward, tiles_of_a_program
-    from .temporal_attention_long_backward import launch_long_backward
+    from .attention.temporal_backward import launch_backward, tiles_of_a_program
+    from .attention.temporal_long_backward import launch_long_backward
 
     gradients = _allocate_gradients(qkv, q_weight, k_weight, qkv_bias, wants_weights)
     qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient = gradients
@@ -206,7 +206,7 @@ def _temporal_attention_backward(
     wants_bias = qkv_bias is not None
     sums, parts = None, [None] * len(groups)
     if wants_weights or wants_bias:
-        # The programs' parts of the gradients of the biases of q, k and v, and of G, see temporal_attention_backward.
+        # The programs' parts of the gradients of the biases of q, k and v, and of G, see temporal_backward.
         sums = qkv.new_empty(4, sum(groups), *qkv.shape[2:], dtype=torch.float32)
         parts = sums.split(groups, dim=1)
     inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from opensora_fast.kernels import PackLayout, calls
-from opensora_fast.kernels.attention_tables import keep_tables
+from opensora_fast.kernels.attention.tables import keep_tables
 from opensora_fast.model import STDiT2
 from opensora_fast.train.most_used import MostUsed
 from opensora_fast.train.step import LATENTS

@@ -82,7 +82,7 @@ class Configuration:
     def fault(self) -> str:
         """What Triton 3.6 and 3.7.1 build wrongly from this on sm_90, without an error; "" where nothing is known.
 
-        Both were met with the kernels on `attention_loops`, which alone have a REMAINDER; fewer than 64 rows are not
+        Both were met with the kernels on `attention.loops`, which alone have a REMAINDER; fewer than 64 rows are not
         multiplied by the instructions that it is about.
         """
         constants = dict(self.constants)

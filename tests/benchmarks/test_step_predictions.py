@@ -14,13 +14,8 @@ from opensora_fast.benchmarks.step_predictions import (
     product_flops_per_token,
     read_kernels,
 )
-from opensora_fast.kernels import (
-    PackLayout,
-    spatial_attention,
-    spatial_attention_backward,
-    spatial_attention_forward,
-    spatial_attention_preparation,
-)
+from opensora_fast.kernels import PackLayout, spatial_attention
+from opensora_fast.kernels.attention import spatial_backward, spatial_forward, spatial_preparation
 from opensora_fast.model import STDiT2Config
 from opensora_fast.parallel.operations import linear_flops_per_token
 
@@ -52,14 +47,14 @@ def test_a_step_is_the_sum_of_its_launches():
 
 def test_spatial_attention_launches_its_kernels_as_often_as_is_counted(monkeypatch, interpreter, device):
     launched = Counter()
-    for module in (spatial_attention_forward, spatial_attention_preparation, spatial_attention_backward):
+    for module in (spatial_forward, spatial_preparation, spatial_backward):
 
         def count(table, kernel, *others, select=module.select):
             launched[kernel] += 1
             return select(table, kernel, *others)
 
         monkeypatch.setattr(module, "select", count)
-    monkeypatch.setattr(spatial_attention_forward, "LONGEST_SMALL_FRAME", 0)
+    monkeypatch.setattr(spatial_forward, "LONGEST_SMALL_FRAME", 0)
     # Not float32, which has a class of its own on a GPU.
     qkv = torch.randn(6, 3, 1, 24, device=device, dtype=torch.float16, requires_grad=True)
     weight = torch.ones(24, device=device, dtype=torch.float16)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from opensora_fast.cli import kernels as cli
-from opensora_fast.kernels import autotune, gelu_tanh_kernels
+from opensora_fast.kernels import autotune
 from opensora_fast.kernels.autotune import Timing, Workload, choose_fastest, make_workload, measure_workload
 from opensora_fast.kernels.configurations import Configuration, read_measured
-from opensora_fast.kernels.row_tiles import CONFIGURATIONS
+from opensora_fast.kernels.rows import gelu_tanh, tiles
 
 FIRST, SECOND = Configuration(BLOCK=1), Configuration(BLOCK=2)
 
@@ -33,7 +33,7 @@ def test_every_candidate_of_every_kernel_runs_and_agrees(op, device) -> None:
     timings = measure_workload(workload, time=lambda run: float(next(ticks)))
     kernels = {f"{op}_forward", f"{op}_backward"}
     assert {timing.kernel for timing in timings} == kernels
-    table = CONFIGURATIONS | gelu_tanh_kernels.CONFIGURATIONS
+    table = tiles.CONFIGURATIONS | gelu_tanh.CONFIGURATIONS
     for kernel in kernels:
         shape_class = "any" if "any" in table[kernel] else "few"
         tried = [timing.configuration for timing in timings if timing.kernel == kernel]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from opensora_fast.kernels import PackLayout, TextLayout, cross_attention
-from opensora_fast.kernels.attention_tables import row_tiles, tile_ranges
+from opensora_fast.kernels.attention.cross_chunks_backward import LONGEST_CHUNK, SHORTEST_CHUNK, chunk_length
+from opensora_fast.kernels.attention.cross_short_forward import class_of_text
+from opensora_fast.kernels.attention.tables import row_tiles, tile_ranges
 from opensora_fast.kernels.configurations import Configuration, force, record_selections
-from opensora_fast.kernels.cross_attention_chunks_backward import LONGEST_CHUNK, SHORTEST_CHUNK, chunk_length
-from opensora_fast.kernels.cross_attention_short_forward import class_of_text
 
 ours, reference = partial(cross_attention, backend="triton"), partial(cross_attention, backend="reference")
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensora_fast.kernels import PackLayout, TextLayout
-from opensora_fast.kernels.attention_tables import keep_tables, row_tiles, tile_ranges
+from opensora_fast.kernels.attention.tables import keep_tables, row_tiles, tile_ranges
 from opensora_fast.kernels.layout import FRAME_TILE_SIZES
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 20), st.integers(1, 30)), min_size=1, max_size=4)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opensora_fast import kernels
 from opensora_fast.kernels import PackLayout
-from opensora_fast.kernels.row_tiles import fill_rounds
+from opensora_fast.kernels.rows.tiles import fill_rounds
 
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
 CHANNELS = 88  # two blocks, 64 and 24 of 32

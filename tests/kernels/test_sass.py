@@ -2,7 +2,7 @@
 
 import pytest
 
-from opensora_fast.kernels.sass import (
+from opensora_fast.kernels.compilation.sass import (
     CLASSES,
     count_kinds,
     count_programs,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from opensora_fast.kernels.sass import parse_sass
-from opensora_fast.kernels.sass_descriptors import find_unwritten_descriptors
+from opensora_fast.kernels.compilation.sass import parse_sass
+from opensora_fast.kernels.compilation.sass_descriptors import find_unwritten_descriptors
 
 BOTH = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR12], R24"
 SECOND = "HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR12].tnspB, R24"  # the first factor is in registers

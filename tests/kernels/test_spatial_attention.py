@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora_fast.kernels import PackLayout, spatial_attention
-from opensora_fast.kernels.attention_tables import row_tiles
-from opensora_fast.kernels.attention_tiles import PART_FACTORS
-from opensora_fast.kernels.spatial_attention_forward import BOUNDED_UP_TO
+from opensora_fast.kernels.attention.spatial_forward import BOUNDED_UP_TO
+from opensora_fast.kernels.attention.tables import row_tiles
+from opensora_fast.kernels.attention.tiles import PART_FACTORS
 
 ours, reference = partial(spatial_attention, backend="triton"), partial(spatial_attention, backend="reference")
 
@@ -120,10 +120,10 @@ def test_logits_near_the_bound(sign, dtype, device, compare) -> None:
 
 @pytest.fixture(params=["small", "medium", "large"])
 def frame_class(request, monkeypatch) -> str:
-    """Every frame as one of this class. Rows of all but small ones are padded, see attention_tiles."""
+    """Every frame as one of this class. Rows of all but small ones are padded, see attention/tiles.py."""
     longest = {"small": (10**6, 10**6), "medium": (0, 10**6), "large": (0, 0)}[request.param]
     for name, value in zip(("LONGEST_SMALL_FRAME", "LONGEST_MEDIUM_FRAME"), longest, strict=True):
-        monkeypatch.setattr(f"opensora_fast.kernels.spatial_attention_forward.{name}", value)
+        monkeypatch.setattr(f"opensora_fast.kernels.attention.spatial_forward.{name}", value)
     return request.param
 
 

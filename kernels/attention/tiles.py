@@ -196,7 +196,7 @@ def append_number(head, numbers, HEAD_SIZE: tl.constexpr):
 
 @triton.jit
 def load_tile(tiles, HEADS: tl.constexpr, AGAIN: tl.constexpr = False):
-    """What this program computes: one head of one tile of `attention_tables.row_tiles`; heads run fastest.
+    """What this program computes: one head of one tile of `tables.row_tiles`; heads run fastest.
 
     AGAIN is as in `load_weight_product`.
 

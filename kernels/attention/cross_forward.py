@@ -1,8 +1,8 @@
 """Triton kernel of cross-attention, forward. The formulas and the public function are in cross_attention.
 
 One program computes ROWS tokens of one head of one video, looping over the text of that video, whose length only the
-device knows. There is no QK-norm, so the softmax keeps a running maximum. Short texts have a kernel of their own, see
-cross_attention_short_forward.
+device knows. There is no QK-norm, so the softmax keeps a running maximum. Short texts have a kernel of their own,
+see cross_short_forward.
 
 Per call: 4·L·H·D FLOPs and 4·H·D bytes (half precision) for each video token; the text comes from the L2 cache.
 """
@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_loops import NO_NORM, attend
-from .attention_tables import row_tiles
-from .attention_tiles import load_head, store_head
-from .configurations import CompileCase, Configuration, candidates_of, select
-from .cross_attention_short_forward import class_of_text, launch_short_forward, short_compile_cases
-from .cross_attention_tiles import load_rows_and_text
-from .launch import launch
+from ..configurations import CompileCase, Configuration, candidates_of, select
+from ..launch import launch
+from .cross_short_forward import class_of_text, launch_short_forward, short_compile_cases
+from .cross_tiles import load_rows_and_text
+from .loops import NO_NORM, attend
+from .tables import row_tiles
+from .tiles import load_head, store_head
 
 # Of texts of any length; 128 registers a thread: sixteen warps fit on a multiprocessor.
 LOOPS = (
@@ -31,7 +31,7 @@ LOOPS = (
 )
 CONFIGURATIONS = {
     "cross_attention_forward": {
-        "text of one tile": (  # those with `chunk_tokens` are of cross_attention_short_forward
+        "text of one tile": (  # those with `chunk_tokens` are of cross_short_forward
             Configuration(ROWS=64, chunk_tokens=512, num_warps=4, num_stages=2),
             Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=2),
             Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=3),

@@ -13,7 +13,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import tempfile
@@ -23,9 +22,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..configurations import CompileCase
+from ..dispatch import interpreting
 from . import sass, sass_descriptors
-from .configurations import CompileCase
-from .dispatch import interpreting
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 BUDGET_PATH = Path(__file__).parent / "compile_budget.json"
@@ -34,15 +33,12 @@ KEY = ("kernel", "arch", "config", "dtype", "note")
 
 
 def modules_with(name: str) -> list[ModuleType]:
-    """The modules of this package that define `name`, in order of their names."""
-    folder = Path(__file__).parent
-    names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]) if not module.ispkg)
+    """The modules of `opensora_fast.kernels` that define `name`, in order of their paths."""
+    folder, package = Path(__file__).parent.parent, __package__.rpartition(".")[0]
     defines = re.compile(rf"^(?:def )?{name}\b", flags=re.MULTILINE)
-    return [
-        importlib.import_module(f"{__package__}.{module}")
-        for module in names
-        if defines.search((folder / f"{module}.py").read_text(encoding="utf-8"))
-    ]
+    files = [file for file in folder.rglob("*.py") if defines.search(file.read_text(encoding="utf-8"))]
+    modules = sorted(".".join((package, *file.relative_to(folder).with_suffix("").parts)) for file in files)
+    return [importlib.import_module(module) for module in modules]
 
 
 def compile_kernels(architectures: list[str], processes: int | None = None) -> tuple[int, Iterator[dict[str, Any]]]:

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configurations import CompileCase, Configuration
-from .launch import ceil_divide, launch
+from ..configurations import CompileCase, Configuration
+from ..launch import ceil_divide, launch
 
 # 32 columns of float32 are one cache line. There are too few programs to hide a wait for memory: many tiles in flight.
 CONFIGURATION = Configuration(BLOCK_TILES=256, BLOCK_COLUMNS=32, num_warps=8, num_stages=1)

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import add_product, dot_rows, load_head, multiply, scale_rows, store_head, to_dtype, zero_head
-from .configurations import CompileCase, Configuration, candidates_of, select
-from .launch import launch
-from .layout import PLACE_BLOCK_ROWS
+from ..configurations import CompileCase, Configuration, candidates_of, select
+from ..launch import launch
+from ..layout import PLACE_BLOCK_ROWS
 from .temporal_tiles import COMPILED_DTYPES, block_class, block_rows, load_block, load_normed, query_factors
+from .tiles import add_product, dot_rows, load_head, multiply, scale_rows, store_head, to_dtype, zero_head
 
 CONFIGURATIONS = {
     "temporal_attention_long_forward": {

@@ -16,7 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import (
+from ..configurations import CompileCase, Configuration, candidates_of, select
+from ..launch import launch
+from .rotary_tiles import load_angles, round_joined
+from .temporal_tiles import builds_of_tiles, normed_rows, place_rows, query_factors
+from .tiles import (
     add_product,
     dot_rows,
     load_head,
@@ -25,10 +29,6 @@ from .attention_tiles import (
     store_head,
     zero_head,
 )
-from .configurations import CompileCase, Configuration, candidates_of, select
-from .launch import launch
-from .rotary_tiles import load_angles, round_joined
-from .temporal_tiles import builds_of_tiles, normed_rows, place_rows, query_factors
 
 CONFIGURATIONS = {
     "temporal_attention_forward": {

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configurations import CompileCase, Configuration, candidates_of, select
-from .launch import ceil_divide, launch
+from ..configurations import CompileCase, Configuration, candidates_of, select
+from ..launch import ceil_divide, launch
 from .tile_sums import launch_sum_tiles
 
 CONFIGURATIONS = {

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configurations import CompileCase, Configuration
-from .launch import launch
-from .row_tiles import (
+from ..configurations import CompileCase, Configuration
+from ..launch import launch
+from .tiles import (
     COMPILED,
     compiled_configurations,
     select_row_configuration,

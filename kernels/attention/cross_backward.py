@@ -1,13 +1,13 @@
 """Triton kernels of cross-attention, backward. The formulas and the public function are in cross_attention.
 
-Three kernels, no atomics; for short texts that of cross_attention_short_backward is in place of the first two. With g
-the output's gradient, P the probabilities and δ = rowsum(g · output),
+Three kernels, no atomics; for short texts that of cross_short_backward is in place of the first two. With g the
+output's gradient, P the probabilities and δ = rowsum(g · output),
 
     dS = P · (g · Vᵀ - δ)       gradient of the logits
     queries (first): δ and dQ = dS · K / sqrt(D)    one program per tile of video tokens and head
     text (second):   dK = dSᵀ · Q / sqrt(D) and dV = Pᵀ · g over a chunk of a video's tokens: one program per chunk,
                      tile of text and head, writing float32 partial sums
-    chunks (third):  adds the partial sums of each text token: see cross_attention_chunks_backward
+    chunks (third):  adds the partial sums of each text token: see cross_chunks_backward
 
 Per call: 14·L·H·D FLOPs (10 useful) and 14·H·D bytes (half precision) for each video token, and 16·L·H·D bytes for
 each chunk.
@@ -20,16 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_loops import NO_NORM, key_gradient, query_gradient
-from .attention_tables import row_tiles, tile_ranges
-from .attention_tiles import load_head, row_products, store_column_sums, store_head
-from .bias_gradient import BiasPartials
-from .configurations import CompileCase, Configuration, candidates_of, select
-from .cross_attention_chunks_backward import chunk_length, launch_chunks
-from .cross_attention_forward import shape_class
-from .cross_attention_short_backward import launch_short_backward, select_short
-from .cross_attention_tiles import load_rows_and_text
-from .launch import ceil_divide, launch
+from ..bias_gradient import BiasPartials
+from ..configurations import CompileCase, Configuration, candidates_of, select
+from ..launch import ceil_divide, launch
+from .cross_chunks_backward import chunk_length, launch_chunks
+from .cross_forward import shape_class
+from .cross_short_backward import launch_short_backward, select_short
+from .cross_tiles import load_rows_and_text
+from .loops import NO_NORM, key_gradient, query_gradient
+from .tables import row_tiles, tile_ranges
+from .tiles import load_head, row_products, store_column_sums, store_head
 
 CONFIGURATIONS = {
     "cross_attention_queries_backward": {

@@ -31,8 +31,8 @@ from functools import lru_cache
 
 import torch
 
-from .configurations import Configuration, candidates_of, select
-from .layout import FRAME_TILE_SIZES, PackLayout
+from ..configurations import Configuration, candidates_of, select
+from ..layout import FRAME_TILE_SIZES, PackLayout
 
 FEW_TOKENS = 16384  # up to here a tile of 64 tokens would leave multiprocessors without work
 

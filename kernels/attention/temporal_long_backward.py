@@ -1,6 +1,6 @@
 """Triton kernels of temporal attention, backward, for videos whose frames do not fit into one tile.
 
-The formulas are in temporal_attention_backward; here P comes from the forward pass's log_sums, and two kernels without
+The formulas are in temporal_backward; here P comes from the forward pass's log_sums, and two kernels without
 atomics follow one another, each program looping over the frames of its place in steps of STEP:
 
     queries (first): δ = rowsum(g · output), dq and the parts of G     one program per block of queries
@@ -19,7 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import (
+from ..configurations import CompileCase, Configuration, candidates_of, select
+from ..launch import launch
+from ..layout import PLACE_BLOCK_ROWS
+from .rotary_tiles import load_angles, rotate_back, scale_rows_apart, subtract_along
+from .temporal_tiles import (
+    COMPILED_DTYPES,
+    block_class,
+    block_rows,
+    finish_queries,
+    load_block,
+    load_normed,
+    query_factors,
+)
+from .tiles import (
     add_product,
     dot_rows,
     load_head,
@@ -31,19 +44,6 @@ from .attention_tiles import (
     to_dtype,
     to_float32,
     zero_head,
-)
-from .configurations import CompileCase, Configuration, candidates_of, select
-from .launch import launch
-from .layout import PLACE_BLOCK_ROWS
-from .rotary_tiles import load_angles, rotate_back, scale_rows_apart, subtract_along
-from .temporal_tiles import (
-    COMPILED_DTYPES,
-    block_class,
-    block_rows,
-    finish_queries,
-    load_block,
-    load_normed,
-    query_factors,
 )
 
 CONFIGURATIONS = {

@@ -5,7 +5,7 @@ walks over the chunk, ROWS tokens a step, while the queries of the next step are
 there at once, so that with one tile of text the softmax needs neither a running maximum nor a rescale.
 
 Per call: 4·L·H·D FLOPs and 4·H·D bytes (half precision) for each video token, and for each chunk 4·L·H·D bytes from the
-L2 cache. The last column of the head's tail must be padding: see `attention_tiles.has_padding`.
+L2 cache. The last column of the head's tail must be padding: see `tiles.has_padding`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tables import row_tiles
-from .attention_tiles import add_product, dot_rows, has_padding, load_head, split_head, store_head, tail_of, zero_head
-from .configurations import CompileCase, Configuration
-from .cross_attention_tiles import load_rows_and_text
-from .launch import launch
+from ..configurations import CompileCase, Configuration
+from ..launch import launch
+from .cross_tiles import load_rows_and_text
+from .tables import row_tiles
+from .tiles import add_product, dot_rows, has_padding, load_head, split_head, store_head, tail_of, zero_head
 
 TILE, LONGEST_TEXT = 128, 256  # text tokens: of one tile, and of two, which is what a program's registers hold
 
@@ -131,7 +131,7 @@ def launch_short_forward(
     runs: list[int],
     configuration: Configuration,
 ) -> None:
-    """As `cross_attention_forward.launch_forward`, for texts that have a `class_of_text`."""
+    """As `cross_forward.launch_forward`, for texts that have a `class_of_text`."""
     num_tokens, heads, head_size = q.shape
     chunks = row_tiles(tuple(runs), configuration["chunk_tokens"], q.device)
     launch(

@@ -7,7 +7,7 @@ scores: all three loops then multiply the very same operands, so that the probab
 however large the logits are.
 The rows beyond a whole number of steps come first, masked, in steps of REMAINDER; whole steps of STEP need no mask.
 
-Letters: m rows that stay, n rows of one step, D head size. A head tile [m, D] is a pair, see attention_tiles. Pointers
+Letters: m rows that stay, n rows of one step, D head size. A head tile [m, D] is a pair, see tiles. Pointers
 to streamed rows are those of `load_head` to the first row of the sequence, those to their numbers (one for each row,
 float32) point to that of the first row.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import (
+from .tiles import (
     add_product,
     carries_number,
     dot_rows,
@@ -45,7 +45,7 @@ NORM_DONE = tl.constexpr(3)  # already, in memory
 def is_folded(norm, head_size):
     """True where a score minus the log-sum of its query is one product in the backward pass.
 
-    Padded rows (see `attention_tiles.row_width`) of queries, output gradients, normed keys and values carry a number
+    Padded rows (see `tiles.row_width`) of queries, output gradients, normed keys and values carry a number
     beside their head then: minus the log-sum, minus delta, and the factors of its parts.
     """
     return norm == NORM_DONE.value and carries_number(head_size)

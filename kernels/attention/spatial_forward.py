@@ -6,7 +6,7 @@ With W = q_weight · k_weight, r = reciprocal RMS and c = log2(e) / sqrt(D), the
     score[i, j] = Σ_d (q[i, d] · r_q[i] · W[d] · c) · (k[j, d] · r_k[j])
 
 where the first bracket is one tile rounded once to the input's dtype. In small frames k goes to the matrix units
-unchanged and r_k[j] is a factor on a column; for longer ones spatial_attention_preparation norms the keys beforehand,
+unchanged and r_k[j] is a factor on a column; for longer ones spatial_preparation norms the keys beforehand,
 and copies them and the values to where they can be read fast. As |score| is at most c · D · max|W|, a small enough
 bound, known from the weights alone, allows exp2 without a running maximum; all programs of a launch take the same
 branch.
@@ -24,9 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_loops import NO_NORM, NORM_COMPUTED, NORM_DONE, attend
-from .attention_tables import row_tiles
-from .attention_tiles import (
+from ..configurations import CompileCase, Configuration, candidates_of, select
+from ..launch import launch
+from .loops import NO_NORM, NORM_COMPUTED, NORM_DONE, attend
+from .spatial_preparation import launch_preparation, place_of_keys_and_values
+from .tables import row_tiles
+from .tiles import (
     fold_query,
     load_head,
     load_tile,
@@ -34,9 +37,6 @@ from .attention_tiles import (
     reciprocal_rms,
     store_head,
 )
-from .configurations import CompileCase, Configuration, candidates_of, select
-from .launch import launch
-from .spatial_attention_preparation import launch_preparation, place_of_keys_and_values
 
 # The longest frames of the classes "small" and "medium"; longer ones are "large". Small frames find the norm of the
 # keys on their way. For longer ones, which pass over keys and values more often, these are prepared once: that was 16 %
@@ -112,7 +112,7 @@ def is_prepared(shape_class: str) -> bool:
 @triton.jit(do_not_specialize=["num_tokens"])
 def _forward(
     qkv,  # [N, 3, H, D]
-    prepared,  # of spatial_attention_preparation, or None
+    prepared,  # of spatial_preparation, or None
     q_weight,  # [D] or None
     k_weight,
     output,  # [N, H, D] out

@@ -25,17 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import (
-    add_product,
-    dot_rows,
-    load_head,
-    multiply,
-    store_head,
-    to_float32,
-    zero_head,
-)
-from .configurations import CompileCase, Configuration, candidates_of, select
-from .launch import ceil_divide, launch
+from ..configurations import CompileCase, Configuration, candidates_of, select
+from ..launch import ceil_divide, launch
 from .rotary_tiles import (
     hand_over,
     load_angles,
@@ -54,6 +45,15 @@ from .temporal_tiles import (
     query_factors,
     store_sums,
     zero_sums,
+)
+from .tiles import (
+    add_product,
+    dot_rows,
+    load_head,
+    multiply,
+    store_head,
+    to_float32,
+    zero_head,
 )
 
 # EARLY reads v and the output's gradient before the queries are normed, which hides the wait for them behind that work

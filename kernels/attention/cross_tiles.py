@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows_and_text(tiles, kv, text_starts, text_lengths, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """What this program computes: one head of one tile (or chunk) of `attention_tables.row_tiles`; heads run fastest.
+    """What this program computes: one head of one tile (or chunk) of `tables.row_tiles`; heads run fastest.
 
     Args:
         tiles: int32 [tiles, 4].

@@ -2,7 +2,7 @@
 
 One program walks over a chunk of a video's tokens for one head and one tile of KEYS text tokens, which stay on chip:
 five matrix products and one exponential for each score, where queries and text apart take seven and two. With the
-letters of cross_attention_backward, each step of ROWS tokens gives
+letters of cross_backward, each step of ROWS tokens gives
 
     δ = rowsum(g · output)        dQ = dS · K / sqrt(D)        dK += dSᵀ · Q / sqrt(D)        dV += Pᵀ · g
 
@@ -23,7 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import (
+from ..configurations import CompileCase, Configuration, select
+from ..launch import launch
+from .cross_short_forward import class_of_text
+from .cross_tiles import load_rows_and_text
+from .tiles import (
     add_product,
     dot_rows,
     load_head,
@@ -36,12 +40,8 @@ from .attention_tiles import (
     to_float32,
     zero_head,
 )
-from .configurations import CompileCase, Configuration, select
-from .cross_attention_short_forward import class_of_text
-from .cross_attention_tiles import load_rows_and_text
-from .launch import launch
 
-# `chunks` is what `chunk_length` takes; two_passes=1 are the kernels of cross_attention_backward. Sums and scores fill
+# `chunks` is what `chunk_length` takes; two_passes=1 are the kernels of cross_backward. Sums and scores fill
 # the registers, so that one program of eight warps fits on a multiprocessor. With two stages it reads the rows of the
 # next step only when a step is over, with more during it.
 ONE_PASS = tuple(

@@ -25,16 +25,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configurations import CompileCase, Configuration
-from .launch import launch
+from ..configurations import CompileCase, Configuration
+from ..launch import launch
 from .residual_norm_forward import dense_rows, load_row, row_stride, sum_row
-from .row_tiles import (
+from .tile_sums import launch_sum_tiles
+from .tiles import (
     COMPILED,
     compiled_configurations,
     select_row_configuration,
     split_columns,
 )
-from .tile_sums import launch_sum_tiles
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
     prepared keys = k · r_k, rounded to the input's dtype; r_k is the reciprocal RMS, which statistics[2] receives
 
-Where `attention_loops.is_folded`, keys and values are copied as padded rows with factors beside each head: all keys,
-then all values, each as `attention_tiles.padded_rows` finds them. Otherwise keys alone are prepared, [N, H, D].
+Where `loops.is_folded`, keys and values are copied as padded rows with factors beside each head: all keys,
+then all values, each as `tiles.padded_rows` finds them. Otherwise keys alone are prepared, [N, H, D].
 
 One program prepares ROWS tokens of one head. It runs before the forward pass, and again before the backward pass, which
 takes less memory than keeping its rows.
@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_loops import NORM_DONE, is_folded
-from .attention_tiles import (
+from ..configurations import CompileCase, Configuration, candidates_of, select
+from ..launch import ceil_divide, launch
+from .loops import NORM_DONE, is_folded
+from .tiles import (
     append_factors,
     load_head,
     padded_rows,
@@ -28,8 +30,6 @@ from .attention_tiles import (
     store_head,
     to_float32,
 )
-from .configurations import CompileCase, Configuration, candidates_of, select
-from .launch import ceil_divide, launch
 
 CONFIGURATIONS = {
     "spatial_attention_preparation": {

@@ -18,7 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import (
+from ..attention.rotary_tiles import (
+    load_angles,
+    reciprocal_rms_apart,
+    rotate,
+    rotate_back,
+    scale_rows_apart,
+    subtract_along,
+)
+from ..attention.tiles import (
     load_head,
     load_weight,
     multiply,
@@ -26,9 +34,8 @@ from .attention_tiles import (
     store_vector,
     to_float32,
 )
-from .configurations import CompileCase, Configuration, select
-from .launch import ceil_divide, launch
-from .rotary_tiles import load_angles, reciprocal_rms_apart, rotate, rotate_back, scale_rows_apart, subtract_along
+from ..configurations import CompileCase, Configuration, select
+from ..launch import ceil_divide, launch
 
 CONFIGURATIONS = {
     name: {

@@ -1,7 +1,7 @@
 """Rotary embedding of head tiles, and the seam that keeps the two tiles of a head apart.
 
-A head tile is a pair (wide, tail), see attention_tiles. Rotation works on interleaved pairs of columns: a row of
-sixteen-byte pieces is split into its even and odd columns and joined again within the registers of one thread, so
+A head tile is a pair (wide, tail), see tiles. Rotation works on interleaved pairs of columns: a row of sixteen-byte
+pieces is split into its even and odd columns and joined again within the registers of one thread, so
 loads stay wide and nothing passes through shared memory [compiled].
 
 Letters: D head size, m rows, T frames.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import tail_of, to_float32, wide_of
+from .tiles import tail_of, to_float32, wide_of
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _round(tile, dtype: tl.constexpr):
 
 @triton.jit
 def round_joined(head, dtype: tl.constexpr):
-    """`attention_tiles.to_dtype` of a float32 head tile that was made by `join_columns`, for matrix products.
+    """`tiles.to_dtype` of a float32 head tile that was made by `join_columns`, for matrix products.
 
     The sum over an axis of length one is no instruction. It hides the joining of columns from the compiler, which would
     give such products operands of four columns a thread, read and rearranged by more instructions [compiled: 2675
@@ -99,14 +99,14 @@ def hand_over(factors):
 
 @triton.jit
 def reciprocal_rms_apart(head, eps, HEAD_SIZE: tl.constexpr):
-    """`attention_tiles.reciprocal_rms` of a float32 head tile [m, D]."""
+    """`tiles.reciprocal_rms` of a float32 head tile [m, D]."""
     squares = hand_over(tl.sum(head[0] * head[0], axis=1)) + tl.sum(head[1] * head[1], axis=1)
     return tl.rsqrt(squares / HEAD_SIZE + eps)
 
 
 @triton.jit
 def scale_rows_apart(head, factors):
-    """`attention_tiles.scale_rows` for factors [m] that were made from both tiles."""
+    """`tiles.scale_rows` for factors [m] that were made from both tiles."""
     return head[0] * hand_over(factors)[:, None], head[1] * factors[:, None]
 
 

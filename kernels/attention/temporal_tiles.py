@@ -1,7 +1,7 @@
 """Pieces shared by the kernels of temporal attention: which rows a program has, and the way from raw rows and back.
 
 Letters: D head size, m rows of a tile, T frames, S tokens of a frame, W = q_weight · k_weight. A head tile [m, D] is a
-pair, see attention_tiles.
+pair, see tiles.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_tiles import load_head, load_weight_product, tail_of, to_float32, wide_of
 from .rotary_tiles import (
     join_columns,
     load_angles,
@@ -19,6 +18,7 @@ from .rotary_tiles import (
     scale_rows_apart,
     split_columns,
 )
+from .tiles import load_head, load_weight_product, tail_of, to_float32, wide_of
 
 
 def builds_of_tiles(arch: str) -> list[tuple[int, str, bool]]:

@@ -1,0 +1,196 @@
+"""Spatial attention, backward: launches its two kernels. The public function is in spatial_attention.
+
+Two kernels, no atomics, each launched once for every one of the `shape_classes`. With g the output's gradient, P the
+probabilities, δ = rowsum(g · output), W = q_weight · k_weight, q̂ = q · r_q and k̂ = k · r_k (r the reciprocal RMS),
+
+    dS = P · (g · Vᵀ - δ)            gradient of the logits
+    δ and dQ                         first, spatial_queries_backward
+    dK and dV                        second, spatial_keys_backward
+    d q̂ = W · (dS · k̂) / sqrt(D)     d k̂ = W · (dSᵀ · q̂) / sqrt(D), then the gradient of the RMS norm
+
+The first kernel leaves the queries as the forward pass scaled and rounded them, q' = q̂ · W · log2(e) / sqrt(D), for
+the second, which then needs no weights: d k̂ = dSᵀ · q' / log2(e). In longer frames it leaves a copy of the output's
+gradient, too, and both are padded rows with a number beside each head (see `loops.is_folded`).
+
+Both weights' gradients come from the one sum G = Σ (dS · k̂) · q̂ / sqrt(D) over all rows: dq_weight = k_weight · G,
+dk_weight = q_weight · G. Each program of the first kernel writes its part of G to a row of its own; the rows are summed
+afterwards.
+
+Per call: 14·S·H·D FLOPs (10 useful) and 28·H·D bytes (half precision) for each token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..bias_gradient import BiasPartials
+from ..configurations import CompileCase, Configuration, candidates_of, select
+from ..launch import launch
+from .loops import NO_NORM, NORM_DONE, NORM_LOADED, is_folded
+from .spatial_forward import COMPILED, is_prepared, shape_classes
+from .spatial_keys_backward import CONFIGURATIONS as KEYS_CONFIGURATIONS
+from .spatial_keys_backward import spatial_keys_backward
+from .spatial_preparation import launch_preparation
+from .spatial_queries_backward import CONFIGURATIONS as QUERIES_CONFIGURATIONS
+from .spatial_queries_backward import spatial_queries_backward
+from .tables import row_tiles
+from .tiles import row_width
+
+_TABLE = QUERIES_CONFIGURATIONS | KEYS_CONFIGURATIONS
+
+
+def launch_backward(
+    output_gradient: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    output: Tensor,
+    statistics: Tensor,
+    qkv_gradient: Tensor,
+    bias_gradient: Tensor | None,
+    runs: list[int],
+    eps: float,
+) -> Tensor:
+    """Fills the gradients of qkv [N, 3, H, D] and of its bias [3, H, D] (None where it is not wanted).
+
+    Returns G [D] float32 of the module's docstring (empty without QK-norm).
+
+    All of [N, …] must be contiguous.
+    """
+    num_tokens, _, heads, head_size = qkv.shape
+    device = qkv.device
+    deltas = qkv.new_empty(heads, num_tokens, dtype=torch.float32)
+    partials = []
+    classes = shape_classes(qkv, runs)
+    prepared = None
+    if q_weight is not None and any(is_prepared(name) for name, _ in classes):
+        prepared = launch_preparation(qkv, statistics, eps)
+
+    def norm_of(shape_class: str) -> int:
+        norm = NO_NORM if q_weight is None else NORM_DONE if is_prepared(shape_class) else NORM_LOADED
+        return norm.value
+
+    def plan(kernel: str) -> list[tuple[str, Configuration, Tensor]]:
+        chosen = [(name, select(_TABLE, kernel, name, device), bounds) for name, bounds in classes]
+        return [(name, found, row_tiles(tuple(runs), found["ROWS"], device, *bounds)) for name, found, bounds in chosen]
+
+    # Of each class, as rows are of another width where scores are folded; only packs of several have more than one.
+    left = {}
+
+    def leave(shape_class: str) -> tuple[Tensor, Tensor]:
+        """(queries, output gradient) as the first kernel leaves them for the second."""
+        if q_weight is None:
+            return qkv, output_gradient
+        if not is_folded(norm_of(shape_class), head_size):
+            return torch.empty_like(output), output_gradient
+        rows = output.new_empty(2, num_tokens * heads * row_width(head_size))
+        return rows[0], rows[1]
+
+    launches = plan("spatial_attention_queries_backward")
+    bias_partials = BiasPartials(bias_gradient, 1, sum(tiles.shape[0] for *_, tiles in launches))
+    for shape_class, configuration, tiles in launches:
+        programs = tiles.shape[0] * heads
+        left[shape_class] = leave(shape_class)
+        partials.append(qkv.new_empty(0 if q_weight is None else programs, head_size, dtype=torch.float32))
+        launch(
+            spatial_queries_backward,
+            (programs,),
+            qkv,
+            (
+                qkv,
+                prepared,
+                q_weight,
+                k_weight,
+                output,
+                output_gradient,
+                statistics,
+                deltas,
+                *left[shape_class],
+                qkv_gradient,
+                partials[-1],
+                bias_partials.take(tiles.shape[0])[0],
+                tiles,
+                num_tokens,
+            ),
+            {
+                "HEADS": heads,
+                "HEAD_SIZE": head_size,
+                "NORM": norm_of(shape_class),
+                **configuration.launch,
+            },
+        )
+    if bias_gradient is not None:
+        bias_partials.add_up(bias_gradient[:1])
+    launches = plan("spatial_attention_keys_backward")
+    bias_partials = BiasPartials(bias_gradient, 2, sum(tiles.shape[0] for *_, tiles in launches))
+    for shape_class, configuration, tiles in launches:
+        launch(
+            spatial_keys_backward,
+            (tiles.shape[0] * heads,),
+            qkv,
+            (
+                qkv,
+                prepared,
+                *left[shape_class],
+                statistics,
+                deltas,
+                qkv_gradient,
+                *bias_partials.take(tiles.shape[0])[:2],
+                tiles,
+                num_tokens,
+            ),
+            {
+                "HEADS": heads,
+                "HEAD_SIZE": head_size,
+                "NORM": norm_of(shape_class),
+                **configuration.launch,
+            },
+        )
+    if bias_gradient is not None:
+        bias_partials.add_up(bias_gradient[1:])
+    if q_weight is None:
+        return partials[0]
+    return (partials[0] if len(partials) == 1 else torch.cat(partials)).sum(dim=0)
+
+
+def compile_cases(arch: str) -> list[CompileCase]:
+    cases = []
+    types = ("qkv", "prepared", "q_weight", "k_weight", "output", "output_gradient", "scaled_queries", "queries")
+    types += ("padded_gradient", "qkv_gradient")
+    tables = {
+        "statistics": "*fp32",
+        "deltas": "*fp32",
+        "weight_partials": "*fp32",
+        "bias_partials": "*fp32",
+        "key_bias_partials": "*fp32",
+        "value_bias_partials": "*fp32",
+        "tiles": "*i32",
+        "num_tokens": "i32",
+    }
+    for name, kernel in (
+        ("spatial_attention_queries_backward", spatial_queries_backward),
+        ("spatial_attention_keys_backward", spatial_keys_backward),
+    ):
+        for dtype, with_norm, shape_class in COMPILED:
+            signature = {argument: f"*{dtype}" for argument in types} | tables
+            norm = NO_NORM if not with_norm else NORM_DONE if is_prepared(shape_class) else NORM_LOADED
+            configuration = candidates_of(_TABLE, name, shape_class, arch)[0]
+            absent = [] if norm == NORM_DONE else ["prepared"]
+            if kernel is spatial_queries_backward and not with_norm:
+                absent += ["q_weight", "k_weight"]
+            cases.append(
+                CompileCase(
+                    name=name,
+                    kernel=kernel,
+                    signature={key: value for key, value in signature.items() if key in kernel.arg_names},
+                    constants=dict.fromkeys(absent) | {"HEADS": 16, "HEAD_SIZE": 72, "NORM": norm.value},
+                    configuration=configuration,
+                    dtype=dtype,
+                    attention=dtype != "fp32",
+                    unit="score",
+                    work=configuration["ROWS"] * configuration["STEP"],
+                    note=f"{'QK-norm' if with_norm else 'no norm'}; {shape_class} frames",
+                )
+            )
+    return cases

@@ -1,0 +1,161 @@
+"""Triton kernel of spatial attention, backward: the gradient of the queries, and what spatial_keys_backward needs.
+
+One program per tile of ROWS queries and head, looping over the frame's keys. The formulas are in spatial_backward.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..configurations import Configuration
+from .loops import NO_NORM, NORM_DONE, is_folded, query_gradient
+from .spatial_preparation import place_of_keys_and_values
+from .tiles import (
+    append_number,
+    fold_query,
+    load_head,
+    load_tile,
+    load_weight_product,
+    multiply,
+    padded_rows,
+    rms_norm_gradient,
+    row_products,
+    scale_rows,
+    store_column_sums,
+    store_head,
+    store_vector,
+    to_float32,
+)
+
+CONFIGURATIONS = {
+    "spatial_attention_queries_backward": {
+        "small": (
+            # One or two warps hardly wait for each other; those of the second spill a little, and were faster still.
+            Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=2, num_stages=2),
+            Configuration(ROWS=32, STEP=32, REMAINDER=16, num_warps=1, num_stages=2),
+            # 168 registers a thread: three programs of four warps fit on a multiprocessor.
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
+        ),
+        # Shared memory holds two programs there, whatever the registers.
+        "small@sm_100": (Configuration(ROWS=64, STEP=64, REMAINDER=16, num_warps=4, num_stages=2),),
+        "small@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=2),),
+        # Rests in steps of 32 were 1 to 2 % faster on an H200, and spill 8 bytes with triton 3.7.1.
+        "medium": (
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
+        ),
+        "medium@sm_100": (Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),),
+        "medium@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
+        "large": (
+            Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
+            Configuration(ROWS=128, STEP=128, REMAINDER=32, num_warps=8, num_stages=3),
+            Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=3),
+        ),
+        # Steps of 128 need more tensor memory than there is, and the build is a kernel that only traps.
+        "large@sm_100": (Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=2),),
+        "large@sm_80": (Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=4, num_stages=3),),
+        "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, num_warps=8, num_stages=1),),
+    },
+}
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def spatial_queries_backward(
+    qkv,  # [N, 3, H, D]
+    prepared,  # of spatial_preparation, or None
+    q_weight,  # [D] or None
+    k_weight,
+    output,  # [N, H, D]
+    output_gradient,  # [N, H, D]
+    statistics,  # float32 [1 or 3, H, N]
+    deltas,  # float32 [H, N] out: δ
+    scaled_queries,  # out, with QK-norm: q', [N, H, D] or padded rows
+    padded_gradient,  # out, where scores are folded: padded rows
+    qkv_gradient,  # [N, 3, H, D] out: the queries
+    weight_partials,  # float32 [tiles · H, D] out, with QK-norm: parts of G
+    bias_partials,  # float32 [tiles · H, D] out, or None
+    tiles,  # int32 [tiles, 4]
+    num_tokens,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
+    OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
+    FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
+    head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
+    rows = first_row + tl.arange(0, ROWS)
+    inside = rows < length
+
+    frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
+    in_output = first_token * OUTPUT_STRIDE + head * HEAD_SIZE
+    in_statistics = head * num_tokens + first_token
+    g = load_head(output_gradient + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)  # [ROWS, D]
+    delta = row_products(load_head(output + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE), g)
+    tl.store(deltas + in_statistics + rows, delta, mask=inside)
+    log_sum = tl.load(statistics + in_statistics + rows, mask=inside, other=0.0 if FOLDED else float("inf"))
+    keys, values = place_of_keys_and_values(qkv, prepared, head, num_tokens, first_token, NORM, HEADS, HEAD_SIZE)
+    if FOLDED:
+        left_queries = padded_rows(scaled_queries, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+        g = append_number(g, -delta, HEAD_SIZE)
+        left_gradient = padded_rows(padded_gradient, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+        store_head(left_gradient, g, rows, inside, None, HEAD_SIZE, FOLDED)
+    else:
+        left_queries = scaled_queries + in_output
+
+    q = load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+    if NORM != NO_NORM:
+        query_factors = statistics + HEADS * num_tokens + in_statistics + rows
+        factors = tl.load(query_factors, mask=inside, other=0.0)
+        q = fold_query(q, factors * (SCALE * LOG2_E), load_weight_product(q_weight, k_weight, HEAD_SIZE))
+        if FOLDED:
+            q = append_number(q, -log_sum, HEAD_SIZE)
+        store_head(left_queries, q, rows, inside, OUTPUT_STRIDE, HEAD_SIZE, FOLDED)
+    sums = query_gradient(
+        q,
+        g,
+        log_sum,
+        delta,
+        keys,
+        values,
+        statistics + 2 * HEADS * num_tokens + in_statistics,
+        length,
+        ROWS=ROWS,
+        STEP=STEP,
+        REMAINDER=REMAINDER,
+        NORM=NORM,
+        SCALE=SCALE * LOG2_E if NORM == NO_NORM else 1.0,
+        KEY_STRIDE=OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE,
+        VALUE_STRIDE=TOKEN_STRIDE,
+        HEAD_SIZE=HEAD_SIZE,
+    )
+    # Read again what the loop did not need, so that it does not occupy registers there.
+    head, first_token, length, first_row, _ = load_tile(tiles, HEADS, AGAIN=True)
+    rows = first_row + tl.arange(0, ROWS)
+    inside = rows < length
+    scale = tl.where(length > 1, SCALE, 0.0)  # a lone key has probability one: nothing moves it
+    sums = sums[0] * scale, sums[1] * scale  # dS · k̂ / sqrt(D)
+    if NORM != NO_NORM:
+        query_factors = statistics + (HEADS + head) * num_tokens + first_token + rows
+        factors = tl.load(query_factors, mask=inside, other=0.0, cache_modifier=".ca")
+        frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
+        normed = scale_rows(to_float32(load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), factors)  # q̂
+        partial = multiply(sums, normed)  # rows outside the frame are zero
+        partial = tl.sum(partial[0], axis=0), tl.sum(partial[1], axis=0)
+        store_vector(weight_partials + tl.program_id(0).to(tl.int64) * HEAD_SIZE, partial, HEAD_SIZE)
+        sums = multiply(sums, load_weight_product(q_weight, k_weight, HEAD_SIZE, AGAIN=True))
+        sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
+    # Before the gradient is stored: the other way round Triton 3.6 spills 24 bytes on sm_90.
+    if bias_partials is not None:
+        store_column_sums(bias_partials, sums, inside, HEAD_SIZE)
+    gradient = qkv_gradient + first_token * TOKEN_STRIDE + head * HEAD_SIZE
+    store_head(gradient, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
