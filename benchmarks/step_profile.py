@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .providers.models import Training, make_model_work, make_training, model_provider, training_call
+from .providers.model_work import Training, make_model_work, make_training
+from .providers.models import model_provider, training_call
 from .providers.variants import VARIANT_OF
 from .shapes import Workload
 from .suites.scale import Scale

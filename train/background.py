@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from opensora_fast.parallel.processes import ProcessLostError
+from opensora_fast.parallel.collectives import ProcessLostError
 
 
 class Background:

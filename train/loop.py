@@ -28,7 +28,8 @@ from opensora_fast.data.batch import Batch
 from opensora_fast.data.explain import count_tokens
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.model import STDiT2
-from opensora_fast.parallel.processes import Processes, ProcessLostError, do_all
+from opensora_fast.parallel.collectives import ProcessLostError, do_all
+from opensora_fast.parallel.processes import Processes
 from opensora_fast.progress import Progress
 from opensora_fast.train.background import Background
 from opensora_fast.train.checkpoint import get_step, locate_step, write_checkpoint

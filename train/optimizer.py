@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from opensora_fast.kernels import adamw
-from opensora_fast.parallel.processes import Processes, do_all
+from opensora_fast.parallel.collectives import do_all
+from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.flat import FlatLayout
 from opensora_fast.train.gradients import MeanGradient, cut_segments

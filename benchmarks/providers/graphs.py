@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +14,7 @@ from opensora_fast.train.step_graph import Recorder, StepGraphs
 from ..accuracy import OUTPUT
 from ..contest import weights_like
 from ..timing import Call
-
-if TYPE_CHECKING:
-    from .models import ModelWork
+from .model_work import ModelWork
 
 
 @dataclass(frozen=True)

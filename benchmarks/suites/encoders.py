@@ -21,7 +21,8 @@ from opensora_fast.parallel.operations import Count, count_training_step
 
 from ..case import Case, Outcome
 from ..contest import run_contest
-from ..providers.models import BoundModel, ModelWork, step_call
+from ..providers.model_work import ModelWork
+from ..providers.models import BoundModel, step_call
 from ..providers.provider import Bound, Provider
 from ..session import Session
 from ..shapes import Pack, Workload, text_lengths

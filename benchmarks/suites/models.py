@@ -12,13 +12,10 @@ from ..case import Case, Outcome, make_template
 from ..contest import FORWARD, FORWARD_BACKWARD, OP_CALLS, Contest, run_contest
 from ..mixed import uniform_parts
 from ..providers.blocks import BLOCK_PROVIDERS, BLOCK_REFERENCES, make_block_work
+from ..providers.model_work import ModelWork, Training, make_model_work, make_training
 from ..providers.models import (
     MODEL_PROVIDERS,
     MODEL_REFERENCES,
-    ModelWork,
-    Training,
-    make_model_work,
-    make_training,
     model_output,
     model_results,
     sampling_call,

@@ -1,16 +1,11 @@
-"""Initial weights and freezing, as Open-Sora 1.1 starts its training."""
+"""Initial weights and freezing of an `STDiT2`, as Open-Sora 1.1 starts its training."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
-if TYPE_CHECKING:
-    from .stdit2 import STDiT2
 
-
-def initialize_weights(model: STDiT2) -> None:
+def initialize_weights(model: nn.Module) -> None:
     """Xavier-uniform Linears with zero bias; normal(0.02) time, modulation and caption MLPs; zero where a block starts
     as the identity: temporal and cross-attention output, and the final Linear."""
     for module in model.modules():
@@ -37,7 +32,7 @@ def initialize_weights(model: STDiT2) -> None:
     nn.init.zeros_(model.final_layer.linear.bias)
 
 
-def freeze(model: STDiT2, part: str | None) -> None:
+def freeze(model: nn.Module, part: str | None) -> None:
     """Stops training of all but temporal attention ("not_temporal") or of cross-attention ("text")."""
     for name, parameter in model.named_parameters():
         if part == "not_temporal" and "attn_temp" not in name:

@@ -361,7 +361,7 @@ class STDiT2(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`, which `from_pretrained` and upstream read."""
-        weights.save_pretrained(self, folder)
+        weights.save_pretrained(self.config, self.state_dict(), folder)
 
 
 def _stack_equal(videos: Sequence[Tensor]) -> list[Tensor]:

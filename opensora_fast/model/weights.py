@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensora_fast.locate import Need, locate_pretrained
 
 from .config import STDiT2Config
-
-if TYPE_CHECKING:
-    from .stdit2 import STDiT2
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -93,7 +91,7 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 
-def load_strictly(model: STDiT2, state: dict[str, Tensor], source: str | Path) -> None:
+def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Loads `state` into `model`; every key must match.
 
     Raises:
@@ -113,11 +111,11 @@ def load_strictly(model: STDiT2, state: dict[str, Tensor], source: str | Path) -
     model.load_state_dict(state)
 
 
-def save_pretrained(model: STDiT2, folder: str | Path) -> None:
+def save_pretrained(config: STDiT2Config, state: Mapping[str, Tensor], folder: str | Path) -> None:
     """Writes `config.json` and `model.safetensors` into `folder`, creating it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    keys = {"architectures": ["STDiT2"], "model_type": "STDiT2"} | model.config.model_dump()
+    keys = {"architectures": ["STDiT2"], "model_type": "STDiT2"} | config.model_dump()
     (folder / CONFIG_NAME).write_text(json.dumps(keys, indent=2) + "\n")
-    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    tensors = {key: value.detach().contiguous() for key, value in state.items()}
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})

@@ -11,24 +11,20 @@ their data, before the devices do, no device waits for another one's data either
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from opensora_fast.parallel.sequence import SequenceGroup
+from opensora_fast.parallel.collectives import all_gather, do_all, naming_the_loss, reduce_scatter
+from opensora_fast.parallel.sequence import SequenceGroup
 
 # Elements of a flat tensor that are on the way from one host to another at a time: 256 MB of float32.
 CHUNK = 1 << 26
-
-
-class ProcessLostError(ValueError):
-    """Another process of the run has ended."""
 
 
 class Processes:
@@ -168,7 +164,7 @@ class JoinedProcesses(Processes):
         bfloat16; the division by the number of micro-batches is in float32 and loses nothing more."""
         total = gradient.new_empty(len(gradient) // self.world_size)
         with naming_the_loss():
-            work = _reduce_scatter(total, gradient)
+            work = reduce_scatter(total, gradient)
 
         def wait() -> Tensor:
             with naming_the_loss():
@@ -209,40 +205,3 @@ class JoinedProcesses(Processes):
         with naming_the_loss():
             for start in range(0, len(shard), CHUNK):
                 dist.recv(shard[start : start + CHUNK], rank, group=self._state_group)
-
-
-def do_all(jobs: Iterable[Callable[[], Any]]) -> None:
-    """Do all of them, and only then raise the ProcessLostError of any: another process waits for each."""
-    lost = None
-    for job in jobs:
-        try:
-            job()
-        except ProcessLostError as error:
-            lost = error
-    if lost is not None:
-        raise lost
-
-
-def _reduce_scatter(output: Tensor, tensor: Tensor) -> dist.Work:
-    # torch 2.13 has renamed it, and warns of the name before.
-    function = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return function(output, tensor, async_op=True)
-
-
-def all_gather(
-    output: Tensor, tensor: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
-) -> dist.Work | None:
-    """`output`: the tensors of all processes one behind another."""
-    function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return function(output, tensor, group=group, async_op=async_op)
-
-
-@contextmanager
-def naming_the_loss() -> Iterator[None]:
-    """ProcessLostError in place of what torch raises where another process cannot be reached."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ProcessLostError(
-            "another process of this run has ended or cannot be reached; its own message, or torchrun's, says why"
-        ) from error

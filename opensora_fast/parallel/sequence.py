@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opensora_fast.kernels import PackLayout
-from opensora_fast.parallel.processes import all_gather, naming_the_loss
+from opensora_fast.parallel.collectives import all_gather, naming_the_loss
 
 Shapes = tuple[tuple[int, int, int], ...]
 

@@ -1,6 +1,6 @@
 """Generating videos and images from prompts and references.
 
-generator = VideoGenerator.from_config(load_sample_config("sample.py").config)
+generator = opensora_fast.sampling.build.build_generator(load_sample_config("sample.py").config)
 [sample] = generator.generate("a car driving on the ocean")
 sample.save("ocean")                                             # ocean.mp4
 """
@@ -113,7 +113,7 @@ class _Task:
 
 
 class VideoGenerator:
-    """A model with its encoders and a sampler.
+    """A model with its encoders and a sampler; `opensora_fast.sampling.build` makes one of a configuration.
 
     Args:
         model: an `STDiT2` (or another with the same `forward`) on its device; called in evaluation mode.
@@ -135,13 +135,6 @@ class VideoGenerator:
         self.text_encoder = text_encoder
         self.scheduler = scheduler
         self.settings = settings or SampleSettings()
-
-    @classmethod
-    def from_config(cls, config: Any, device: torch.device | str | None = None) -> VideoGenerator:
-        """Build everything that a `SampleConfig` describes; see `opensora_fast.sampling.build`."""
-        from opensora_fast.sampling.build import build_generator
-
-        return build_generator(config, device)
 
     def generate(
         self,

@@ -11,8 +11,8 @@ from typing import TypeVar
 from opensora_fast.config import SampleConfig
 from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.parallel.join import join_processes, read_place
-from opensora_fast.sampling.build import make_settings
-from opensora_fast.sampling.generate import Sample, VideoGenerator, make_tasks
+from opensora_fast.sampling.build import build_generator, make_settings
+from opensora_fast.sampling.generate import Sample, make_tasks
 from opensora_fast.sampling.prompts import read_prompts
 
 MAX_NAME_BYTES = 200  # file systems take 255, and an ending and a number follow
@@ -41,7 +41,7 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
     make_tasks(prompts, references, strategies, make_settings(config))
     together = read_place(os.environ).world_size
     with join_processes(device, together) as processes, cpu_threads(config.cpu_threads):
-        generator = VideoGenerator.from_config(config, processes.device)
+        generator = build_generator(config, processes.device)
         generator.model.share_frames(processes.sequence)
         written: set[str] = set()
         for sample in generator.stream(prompts, references, strategies, progress=processes.rank == 0):

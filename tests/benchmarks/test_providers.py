@@ -19,11 +19,10 @@ from opensora_fast.benchmarks.contest import op_results
 from opensora_fast.benchmarks.providers import blocks, elementwise
 from opensora_fast.benchmarks.providers.blocks import BLOCK_PROVIDERS, block_provider, make_block_work
 from opensora_fast.benchmarks.providers.graphs import GraphedModel
+from opensora_fast.benchmarks.providers.model_work import make_model_work, make_training
 from opensora_fast.benchmarks.providers.models import (
     MODEL_PROVIDERS,
     compute_losses,
-    make_model_work,
-    make_training,
     model_output,
     model_provider,
     model_results,

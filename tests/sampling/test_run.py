@@ -12,7 +12,9 @@ from opensora_fast.cli import run
 from opensora_fast.config import SampleConfig
 from opensora_fast.data.video_files import read_reference, save_image
 from opensora_fast.encoders.linear_autoencoder import LinearAutoencoder
-from opensora_fast.sampling import Sample, VideoGenerator
+from opensora_fast.sampling import Sample
+from opensora_fast.sampling import run as sampling_run
+from opensora_fast.sampling.build import build_generator
 from opensora_fast.sampling.run import name_sample, run_sampling
 from opensora_fast.train.checkpoint import write_checkpoint
 
@@ -136,7 +138,7 @@ def test_a_training_run_is_sampled_with_its_averaged_weights(folder, tmp_path):
 def test_the_configuration_is_one_call_from_python(folder):
     values = json.loads((folder / "sample.json").read_text())
     config = SampleConfig(**values, model={"from_pretrained": str(folder / "model")})
-    generator = VideoGenerator.from_config(config, "cpu")
+    generator = build_generator(config, "cpu")
     [sample] = generator.generate("a cat", progress=False)
     assert sample.video.shape == (3, 3, 32, 48)
     assert (generator.scheduler.cfg_scale, generator.scheduler.cfg_channel) == (2.0, 3)
@@ -174,7 +176,7 @@ def test_a_mistake_ends_with_one_message_and_code_1(folder, tmp_path, monkeypatc
 
 
 def test_mistakes_in_prompts_and_folders_cost_no_time(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(VideoGenerator, "from_config", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sampling_run, "build_generator", lambda *_: pytest.fail("weights were loaded"))
     (tmp_path / "file").touch()
     assert sample(folder, "--prompt", "a", "--save-dir", str(tmp_path / "file")) == 1
     options = ("--reference-path", "missing.png", "--mask-strategy", "0", "--save-dir", str(tmp_path))
