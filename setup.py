@@ -36,7 +36,8 @@ setup(
         "opensora_fast.kernels.configurations": ["*.json"],
         "opensora_fast.data": ["tables/*.json"],
         "opensora_fast.train": ["configs/*.py"],
-        "opensora_fast.benchmarks": ["published/*", "predictions/*.csv", "results/**/*.csv"],
+        "opensora_fast.benchmarks": ["published/*", "results/**/*.csv"],
+        "opensora_fast.benchmarks.predictions": ["*.csv"],
     },
     install_requires=[
         "torch>=2.7",

@@ -189,3 +189,14 @@ def _tensors(value: Result) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return list(value.values() if isinstance(value, Mapping) else value)
+
+
+def weights_like(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """Random gradients to send back, the same numbers for every dtype."""
+    generator = torch.Generator(outputs[0].device).manual_seed(seed)
+    return [
+        torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32)
+        .to(torch.bfloat16)
+        .to(output.dtype)
+        for output in outputs
+    ]

@@ -11,33 +11,17 @@ import torch
 
 from opensora_fast.progress import Progress
 
-from .case import make_template
-from .contest import FORWARD, FORWARD_BACKWARD, OP_CALLS, Contest, forward_backward_call, run_contest
-from .providers.attention import ATTENTION_PROVIDERS, ATTENTION_REFERENCE
-from .providers.attention_work import KINDS, count_attention, make_attention_work
-from .providers.provider import Provider, choose_providers
-from .replay import recorder_of
+from .contest import FORWARD, FORWARD_BACKWARD, forward_backward_call, run_contest
+from .providers.attention import ATTENTION_PROVIDERS
+from .providers.attention_work import KINDS, make_attention_work
+from .providers.provider import choose_providers
 from .rows import CALLED, Row, append_rows
 from .session import Refused, Session, threads_of
+from .suites.attention_lengths import DEFAULT_LENGTHS, SIZES, make_attention_contest
 from .suites.ceilings import measure_ceilings
-from .timing import Sampling
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-DEFAULT_LENGTHS = {
-    ("spatial", "cuda"): (64, 144, 256, 405, 920, 1590, 2304, 3600, 4096),
-    ("temporal", "cuda"): (1, 4, 8, 16, 32, 64, 96, 128, 256, 512),
-    ("cross", "cuda"): (1, 20, 77, 120, 200),
-    ("spatial", "cpu"): (16, 64, 144),
-    ("temporal", "cpu"): (1, 4, 16, 32),
-    ("cross", "cpu"): (1, 20, 77),
-}
-# Heads, head size and tokens: ST-DiT-2 XL/2 with enough tokens to fill a GPU, but no more than 65535 sequences, which
-# PyTorch's attention cannot launch; a size that a CPU does in milliseconds.
-SIZES = {"cuda": (16, 72, 49152), "cpu": (2, 72, 512)}
-# Tokens of the comparison with float64, whose scores are kept in memory: 16 frames of 144, two of 4096.
-CHECK_TOKENS = {"cuda": 8192, "cpu": 512}
 
 
 def profile_attention(
@@ -84,45 +68,6 @@ def profile_attention(
             refused += new_refused
             progress.advance(1, length=length)
     return rows, refused
-
-
-def make_attention_contest(
-    kind: str, length: int, device: str, dtype: torch.dtype, providers: Sequence[Provider], seconds: float
-) -> Contest:
-    """The contest of one attended length; `seconds` for the samples of each direction."""
-    heads, head_size, tokens = SIZES[device]
-    work = make_attention_work(kind, length, device, dtype, tokens, heads, head_size)
-    shapes, channels = work.layout.shapes, heads * head_size
-    counts = count_attention(kind, shapes, work.text_lengths, channels, dtype.itemsize)
-    check_work = None
-    if CHECK_TOKENS[device] < work.layout.num_tokens:
-        check_work = make_attention_work(kind, length, device, dtype, CHECK_TOKENS[device], heads, head_size)
-    return Contest(
-        template=attention_template(kind, length, device, dtype),
-        work=work,
-        providers=providers,
-        references=(ATTENTION_REFERENCE,),
-        calls=OP_CALLS,
-        counts=dict(zip(OP_CALLS, counts, strict=True)),
-        sampling=Sampling(seconds),
-        check_work=check_work,
-        check_name=f"length {length}, {check_work.layout.num_tokens} tokens" if check_work else "",
-        make_recorder=recorder_of(device),
-    )
-
-
-def attention_template(kind: str, length: int, device: str, dtype: torch.dtype) -> Row:
-    """What the rows of one attended length have in common."""
-    heads, head_size, tokens = SIZES[device]
-    tokens = max(tokens // 2, 1) * 2 if kind == "cross" else max(tokens // length, 1) * length
-    return make_template(
-        "op",
-        f"length {length}",
-        op=f"{kind}_attention",
-        shape=f"N={tokens} length={length} H={heads} D={head_size}",
-        tokens=tokens,
-        dtype=str(dtype).removeprefix("torch."),
-    )
 
 
 def trace_attention(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opensora_fast.parallel.operations import Count
 
-from .accuracy import OUTPUT, Judgement, Named, Yardstick, norm
+from .accuracy import OUTPUT, Judgement, Named, Yardstick, norm, weights_like
 from .clocks import watch_clocks
 from .providers.provider import Bound, Outputs, Provider
 from .replay import Recorder, make_replay, own_stream
@@ -342,17 +342,6 @@ def op_results(bound: Bound, work: Any) -> tuple[Named, float]:
         named[OUTPUT if len(outputs) == 1 else f"{OUTPUT} {index}"] = output.detach()
     named |= {f"gradient of {name}": gradient for name, gradient in zip(work.leaves, gradients, strict=True)}
     return named, norm(weights)
-
-
-def weights_like(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
-    """Random gradients to send back, the same numbers for every dtype."""
-    generator = torch.Generator(outputs[0].device).manual_seed(seed)
-    return [
-        torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32)
-        .to(torch.bfloat16)
-        .to(output.dtype)
-        for output in outputs
-    ]
 
 
 def forward_call(bound: Bound, work: Any) -> Call:

@@ -18,7 +18,7 @@ from opensora_fast.model import STDiT2
 from opensora_fast.parallel.hardware import DATASHEETS
 
 from .convergence import AGAINST_ROUNDING
-from .report_rows import Results, Work, is_ours, published_for
+from .report.results import Results, Work, is_ours, published_for
 from .roofline import floor_tokens_per_s
 from .rows import Row, read_folder
 from .shapes import VIDEO_SIZES, fill

@@ -14,7 +14,7 @@ from opensora_fast.parallel.hardware import Gpu, recognize_gpu
 from opensora_fast.parallel.memory import MemoryModel
 from opensora_fast.parallel.operations import Count, VideoBatch, count_recomputation
 
-from .report_rows import Results
+from .report.results import Results
 from .rows import Row
 
 OURS, OURS_RECOMPUTING = "ours", "ours-recompute"

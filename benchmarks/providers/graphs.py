@@ -11,8 +11,7 @@ from torch import Tensor
 from opensora_fast.train.step import LATENTS, TIMESTEPS, compute_losses, draw_inputs
 from opensora_fast.train.step_graph import Recorder, StepGraphs
 
-from ..accuracy import OUTPUT
-from ..contest import weights_like
+from ..accuracy import OUTPUT, weights_like
 from ..timing import Call
 from .model_work import ModelWork
 

@@ -19,8 +19,7 @@ from opensora_fast.diffusion.guidance import GuidedModel
 from opensora_fast.model import STDiT2
 from opensora_fast.model.block import PackContext
 
-from ..accuracy import OUTPUT, Named, norm
-from ..contest import weights_like
+from ..accuracy import OUTPUT, Named, norm, weights_like
 from ..timing import Call
 from .blocks import ONE_SHAPE, compute_alone, missing_on
 from .graphs import GraphedModel

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..attention_profile import DEFAULT_LENGTHS, attention_template, make_attention_contest
 from ..case import Case, Outcome, make_template
 from ..contest import OP_CALLS, Contest, run_contest
 from ..predictions import WIDE
@@ -34,6 +33,7 @@ from ..rows import Row
 from ..session import Session
 from ..shapes import Pack, text_lengths
 from ..timing import Sampling
+from .attention_lengths import DEFAULT_LENGTHS, attention_template, make_attention_contest
 from .scale import Scale
 
 DIRECTIONS = tuple(OP_CALLS)

@@ -107,7 +107,7 @@ def _measure(
 
 
 def _write_report(folder: Path) -> None:
-    from opensora_fast.benchmarks.report import write_report
+    from opensora_fast.benchmarks.report.page import write_report
 
     typer.echo(f"report: {write_report(folder)}")
 

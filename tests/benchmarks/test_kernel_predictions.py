@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from opensora_fast.benchmarks import kernel_predictions
-from opensora_fast.benchmarks.kernel_predictions import DEFAULT_PATH, H200, Launch, predict, predict_all, steps
+from opensora_fast.benchmarks.predictions import kernels
+from opensora_fast.benchmarks.predictions.kernels import DEFAULT_PATH, H200, Launch, predict, predict_all, steps
 from opensora_fast.benchmarks.shapes import VIDEO_SIZES
 
 # One multiprocessor of 1 GHz and round rates.
@@ -59,4 +59,4 @@ def test_the_committed_file_says_that_it_predicts() -> None:
     assert all(float(row["predicted_us"]) >= float(row["floor_us"]) > 0 for row in rows)
     times = ("issue", "mufu", "matrix", "dram", "l2")
     assert all(float(row[f"{row['limiter']}_us"]) == max(float(row[f"{name}_us"]) for name in times) for row in rows)
-    assert kernel_predictions.H200.name == rows[0]["machine"]
+    assert kernels.H200.name == rows[0]["machine"]

@@ -17,7 +17,7 @@ from opensora_fast.benchmarks.readme import (
     replace_block,
     training_lines,
 )
-from opensora_fast.benchmarks.report_rows import Results
+from opensora_fast.benchmarks.report.results import Results
 from opensora_fast.benchmarks.rows import append_rows
 
 ROOT = Path(__file__).parents[2]

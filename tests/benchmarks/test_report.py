@@ -15,10 +15,10 @@ from opensora_fast.benchmarks import supervise
 from opensora_fast.benchmarks.accuracy import Part
 from opensora_fast.benchmarks.convergence import EAGER, PERTURBED, SEEDS, Curve, write_curve
 from opensora_fast.benchmarks.mixed import uniform_parts
-from opensora_fast.benchmarks.report import CPU_NOTE, SECTIONS, write_report
-from opensora_fast.benchmarks.report_ops import judge_prediction
-from opensora_fast.benchmarks.report_rows import Results, group, published_for, rate, time_text
-from opensora_fast.benchmarks.report_steps import speed_ups
+from opensora_fast.benchmarks.report.ops import judge_prediction
+from opensora_fast.benchmarks.report.page import CPU_NOTE, SECTIONS, write_report
+from opensora_fast.benchmarks.report.results import Results, group, published_for, rate, time_text
+from opensora_fast.benchmarks.report.steps import speed_ups
 from opensora_fast.benchmarks.rows import append_rows, level_path
 from opensora_fast.benchmarks.session import Refused, Session
 from opensora_fast.benchmarks.shapes import Pack

@@ -8,7 +8,7 @@ from bench_toys import make_row
 from gpu_like_rows import gpu_like_rows
 from page_in_browser import open_browser
 
-from opensora_fast.benchmarks.report import ROW_COLUMNS, write_report
+from opensora_fast.benchmarks.report.page import ROW_COLUMNS, write_report
 from opensora_fast.benchmarks.rows import append_rows, level_path
 from opensora_fast.data.explain import BucketLine, Explanation
 from opensora_fast.data.video_files import save_video

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opensora_fast.benchmarks.predictions import RESOLUTIONS
-from opensora_fast.benchmarks.step_predictions import (
+from opensora_fast.benchmarks.predictions.steps import (
     DEFAULT_PATH,
     TIMES,
     predict_steps,

@@ -10,14 +10,11 @@ from pathlib import Path
 
 from opensora_fast.html_report import HtmlReport
 
-from . import report_convergence as convergence
-from . import report_memory as memory
-from . import report_ops as ops
-from . import report_steps as steps
-from .accuracy import Part
-from .report_rows import Results, check_share, is_ours, joined, rate
-from .rows import Row
-from .shapes import VIDEO_SIZES
+from ..accuracy import Part
+from ..rows import Row
+from ..shapes import VIDEO_SIZES
+from . import convergence, memory, ops, steps
+from .results import Results, check_share, is_ours, joined, rate
 
 REPORT_FILE = "report.html"
 CPU_NOTE = (

@@ -1,6 +1,6 @@
 """Predicts the time of every kernel on an H200 from its machine code, without running it.
 
-    python -m opensora_fast.benchmarks.kernel_predictions [--builds rows.json] [--out benchmarks/predictions/h200.csv]
+    python -m opensora_fast.benchmarks.predictions.kernels [--builds rows.json] [--out benchmarks/predictions/h200.csv]
 
 `rows.json` is what `opensora-fast kernels compile --arch sm_90 --json` prints; without it the kernels are built here.
 Every number written is a PREDICTION, none was measured.
@@ -33,9 +33,9 @@ from opensora_fast.kernels.attention.tiles import row_width
 from opensora_fast.kernels.compilation import compile_kernels
 from opensora_fast.kernels.layout import PLACE_TILE_ROWS
 
-from .shapes import VIDEO_SIZES, Workload, fill
+from ..shapes import VIDEO_SIZES, Workload, fill
 
-DEFAULT_PATH = Path(__file__).parent / "predictions" / "h200.csv"
+DEFAULT_PATH = Path(__file__).with_name("h200.csv")
 TOKENS, FRAMES, TEXT = 50_000, 16, 120  # tokens of a launch, frames of a video, text tokens of a video
 HEADS, HEAD_SIZE = 16, 72
 HIDDEN, MLP = HEADS * HEAD_SIZE, 4 * HEADS * HEAD_SIZE

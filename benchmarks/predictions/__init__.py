@@ -5,8 +5,8 @@ Targets for this project's kernels ("good" and "goal"), counted or estimated fig
 
 from __future__ import annotations
 
-from .contest import FORWARD, FORWARD_BACKWARD
-from .rows import Row
+from ..contest import FORWARD, FORWARD_BACKWARD
+from ..rows import Row
 
 PREDICTED_FOR = "h200"  # a part of the device's name
 

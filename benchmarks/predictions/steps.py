@@ -1,8 +1,8 @@
 """What a training step should take on an H200: the predicted kernels of all blocks, matrix products and the optimizer.
 
-    python -m opensora_fast.benchmarks.step_predictions
+    python -m opensora_fast.benchmarks.predictions.steps
 
-adds up `predictions/h200.csv` (`kernel_predictions`) into `predictions/h200_steps.csv`: where the time of a step goes,
+adds up `predictions/h200.csv` (`predictions.kernels`) into `predictions/h200_steps.csv`: where the time of a step goes,
 what that makes in tokens/s, and the rate that matrix products would need for the goal. Nothing here is a measurement.
 Not in it: products of the text (keys and values of cross-attention, less than half a percent of a step), the layers
 before and behind the blocks, the loss, launches and what waits for them.
@@ -19,9 +19,9 @@ from typing import Any
 from opensora_fast.model import STDiT2Config
 from opensora_fast.parallel.operations import OPTIMIZER_BYTES
 
-from .kernel_predictions import DEFAULT_PATH as KERNELS_PATH
-from .kernel_predictions import H200, write_predictions
-from .predictions import PRODUCTS, RESOLUTIONS, STEPS
+from ..predictions import PRODUCTS, RESOLUTIONS, STEPS
+from .kernels import DEFAULT_PATH as KERNELS_PATH
+from .kernels import H200, write_predictions
 
 DEFAULT_PATH = KERNELS_PATH.with_name("h200_steps.csv")
 PARTS = ("spatial_attention", "temporal_attention", "cross_attention", "norms and gates", "gelu_tanh")
@@ -53,7 +53,7 @@ def part_of(kernel: str) -> str:
 
 
 def predict_steps(kernels: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """One row for each resolution, from rows of `kernel_predictions`; times in ns for each token."""
+    """One row for each resolution, from rows of `predictions.kernels`; times in ns for each token."""
     config = STDiT2Config.xl_2()
     kernels = list(kernels)
     flops = product_flops_per_token(config)

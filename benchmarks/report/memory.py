@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from opensora_fast.html_report import Bar, HtmlReport
 
-from .report_rows import Results, Work, gib, headline, is_ours, rate
-from .report_steps import COMPARED, missing_bars
+from .results import Results, Work, gib, headline, is_ours, rate
+from .steps import COMPARED, missing_bars
 
 
 def has_memory(results: Results) -> bool:

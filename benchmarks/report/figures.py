@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from opensora_fast.html_report import ACCENT
 from opensora_fast.parallel.hardware import Gpu
 
-from .report_rows import Results, is_ours, time_text
-from .rows import Row
+from ..rows import Row
+from .results import Results, is_ours, time_text
 
 SIZE = (4.9, 3.5)
 # Colors that can be told apart on white and on black.

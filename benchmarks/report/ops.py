@@ -7,11 +7,13 @@ import re
 
 from opensora_fast.html_report import Bar, HtmlReport
 
-from .contest import FORWARD, FORWARD_BACKWARD
-from .predictions import predict
-from .providers.attention_work import KINDS
-from .report_figures import choose_markers, legend_of, plot_over_length, plot_roofline
-from .report_rows import (
+from ..contest import FORWARD, FORWARD_BACKWARD
+from ..predictions import predict
+from ..providers.attention_work import KINDS
+from ..rows import Row
+from ..shapes import SIZES, Workload
+from .figures import choose_markers, legend_of, plot_over_length, plot_roofline
+from .results import (
     Results,
     Work,
     check_share,
@@ -23,9 +25,7 @@ from .report_rows import (
     timing_text,
     work_order,
 )
-from .report_steps import missing_bars, time_bars
-from .rows import Row
-from .shapes import SIZES, Workload
+from .steps import missing_bars, time_bars
 
 BEHIND = ("missed", "slower than predicted")  # verdicts
 LENGTH = "length "  # workloads of attention over its length begin so

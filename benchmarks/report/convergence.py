@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from opensora_fast.html_report import Bar, HtmlReport
 
-from .convergence import EAGER, PERTURBED, Curve, read_curves, smooth
-from .report_figures import color_of, plot_lines
-from .report_rows import Results, check_share, is_ours
-from .report_steps import missing_bars
-from .rows import Row
+from ..convergence import EAGER, PERTURBED, Curve, read_curves, smooth
+from ..rows import Row
+from .figures import color_of, plot_lines
+from .results import Results, check_share, is_ours
+from .steps import missing_bars
 
 WINDOW = 20  # steps of the moving average, where no row says it
 GRAY = "#8c8c8c"

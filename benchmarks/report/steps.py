@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from opensora_fast.html_report import Bar, HtmlReport
 from opensora_fast.parallel.hardware import DATASHEETS
 
-from .mixed import compare_mixed
-from .providers.variants import PEERS, WATERFALL
-from .report_rows import (
+from ..mixed import compare_mixed
+from ..providers.variants import PEERS, WATERFALL
+from ..rows import Row
+from ..suites.scale import scale_of
+from .results import (
     Results,
     Work,
     check_share,
@@ -24,8 +26,6 @@ from .report_rows import (
     time_text,
     timing_text,
 )
-from .rows import Row
-from .suites.scale import scale_of
 
 TECHNIQUES = {
     "upstream": "Open-Sora 1.1 as shipped",
