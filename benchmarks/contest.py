@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_fast.parallel.operations import Count
+from opensora_fast.costs.operations import Count
 
 from .accuracy import OUTPUT, Judgement, Named, Yardstick, norm, weights_like
 from .clocks import watch_clocks

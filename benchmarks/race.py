@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from opensora_fast.parallel.operations import Count
+from opensora_fast.costs.operations import Count
 
 from .case import Outcome
 from .clocks import watch_clocks

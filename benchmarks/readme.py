@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from opensora_fast import kernels
+from opensora_fast.costs.hardware import DATASHEETS
 from opensora_fast.model import STDiT2
-from opensora_fast.parallel.hardware import DATASHEETS
 
 from .convergence import AGAINST_ROUNDING
 from .report.results import Results, Work, is_ours, published_for

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opensora_fast.costs.hardware import Gpu
+from opensora_fast.costs.operations import count_forward, count_training_step
 from opensora_fast.model import STDiT2Config
-from opensora_fast.parallel.hardware import Gpu
-from opensora_fast.parallel.operations import count_forward, count_training_step
 
 from .shapes import Workload
 

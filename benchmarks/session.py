@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from opensora_fast.costs.hardware import Gpu
+from opensora_fast.costs.operations import Count
 from opensora_fast.cpu_threads import cpu_threads
-from opensora_fast.parallel.hardware import Gpu
-from opensora_fast.parallel.operations import Count
 
 from .accuracy import Part
 from .environment import describe_environment

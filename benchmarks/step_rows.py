@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
+from opensora_fast.costs.hardware import Gpu, recognize_gpu
+from opensora_fast.costs.memory import MemoryModel
+from opensora_fast.costs.operations import Count, VideoBatch, count_recomputation
+from opensora_fast.costs.step_time import MeasuredStep
 from opensora_fast.model import STDiT2Config
-from opensora_fast.parallel.cost import MeasuredStep
-from opensora_fast.parallel.hardware import Gpu, recognize_gpu
-from opensora_fast.parallel.memory import MemoryModel
-from opensora_fast.parallel.operations import Count, VideoBatch, count_recomputation
 
 from .report.results import Results
 from .rows import Row

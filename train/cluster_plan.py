@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from opensora_fast.costs.idle import idle_share, slowest_of_each_step
+from opensora_fast.costs.memory import RESERVE, MemoryModel, usable_memory
+from opensora_fast.costs.step_time import StepTime
 from opensora_fast.data.balance import balance
 from opensora_fast.data.plan import count_steps
-from opensora_fast.parallel.cost import StepTime
-from opensora_fast.parallel.idle import idle_share, slowest_of_each_step
 from opensora_fast.parallel.join import count_replicas
-from opensora_fast.parallel.memory import RESERVE, MemoryModel, usable_memory
 from opensora_fast.train.costs import RunCosts
 from opensora_fast.train.memory_check import GIB, BucketMemory, count_buckets
 from opensora_fast.train.mix import Mix

@@ -10,15 +10,9 @@ import numpy as np
 import torch
 
 from opensora_fast.config import TrainConfig
-from opensora_fast.data.bucket import Bucket, BucketId, FrameEntry, ResolutionEntry
-from opensora_fast.data.explain import LATENT_SCALE
-from opensora_fast.device import DTYPES
-from opensora_fast.encoders import choose_text_dtype
-from opensora_fast.kernels import token_grid
-from opensora_fast.model import STDiT2, STDiT2Config
-from opensora_fast.parallel.hardware import DATASHEETS
-from opensora_fast.parallel.memory import MemoryModel, ModelSize
-from opensora_fast.parallel.operations import (
+from opensora_fast.costs.hardware import DATASHEETS
+from opensora_fast.costs.memory import MemoryModel, ModelSize
+from opensora_fast.costs.operations import (
     Count,
     VideoBatch,
     count_optimizer,
@@ -26,6 +20,12 @@ from opensora_fast.parallel.operations import (
     count_training_step,
     largest_share,
 )
+from opensora_fast.data.bucket import Bucket, BucketId, FrameEntry, ResolutionEntry
+from opensora_fast.data.explain import LATENT_SCALE
+from opensora_fast.device import DTYPES
+from opensora_fast.encoders import choose_text_dtype
+from opensora_fast.kernels import token_grid
+from opensora_fast.model import STDiT2, STDiT2Config
 from opensora_fast.train.parts import make_model_config
 from opensora_fast.train.step_graph import MOST_SHAPES
 

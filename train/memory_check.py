@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from opensora_fast.config import TrainConfig
-from opensora_fast.parallel.memory import RESERVE, MemoryModel, usable_memory
+from opensora_fast.costs.memory import RESERVE, MemoryModel, usable_memory
 from opensora_fast.train.costs import RunCosts
 from opensora_fast.train.data import TrainingData
 

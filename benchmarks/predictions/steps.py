@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from opensora_fast.costs.operations import OPTIMIZER_BYTES
 from opensora_fast.model import STDiT2Config
-from opensora_fast.parallel.operations import OPTIMIZER_BYTES
 
 from ..predictions import PRODUCTS, RESOLUTIONS, STEPS
 from .kernels import DEFAULT_PATH as KERNELS_PATH

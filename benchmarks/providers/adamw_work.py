@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opensora_fast.costs.operations import Count
 from opensora_fast.model import STDiT2, STDiT2Config
-from opensora_fast.parallel.operations import Count
 from opensora_fast.train.flat import FlatLayout
 
 from ..accuracy import OUTPUT, Named

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opensora_fast.costs.operations import Count
 from opensora_fast.kernels import PackLayout, TextLayout
 from opensora_fast.kernels.qk_norm_rotary import rms_norm_reference, rotary_reference
-from opensora_fast.parallel.operations import Count
 
 KINDS = ("spatial", "temporal", "cross")
 # q, k, v each [sequences, H, length, D] → [sequences, H, length, D]

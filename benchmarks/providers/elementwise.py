@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from opensora_fast import kernels
+from opensora_fast.costs.operations import Count
 from opensora_fast.kernels import PackLayout
 from opensora_fast.kernels.token_rows import token_rows
-from opensora_fast.parallel.operations import Count
 
 from ..shapes import Pack
 from .provider import (

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 from opensora_fast import kernels
-from opensora_fast.parallel.operations import Count
+from opensora_fast.costs.operations import Count
 
 from .elementwise import APEX
 from .products import QUACK

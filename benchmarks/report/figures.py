@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from opensora_fast.costs.hardware import Gpu
 from opensora_fast.html_report import ACCENT
-from opensora_fast.parallel.hardware import Gpu
 
 from ..rows import Row
 from .results import Results, is_ours, time_text

@@ -11,8 +11,8 @@ from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
-from opensora_fast.parallel.hardware import Gpu, recognize_gpu
-from opensora_fast.parallel.operations import Count
+from opensora_fast.costs.hardware import Gpu, recognize_gpu
+from opensora_fast.costs.operations import Count
 
 from ..roofline import project
 from ..rows import Row, read_folder

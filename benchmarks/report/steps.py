@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from opensora_fast.costs.hardware import DATASHEETS
 from opensora_fast.html_report import Bar, HtmlReport
-from opensora_fast.parallel.hardware import DATASHEETS
 
 from ..mixed import compare_mixed
 from ..providers.variants import PEERS, WATERFALL

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opensora_fast import kernels
-from opensora_fast.parallel.operations import Count
+from opensora_fast.costs.operations import Count
 
 from ..case import Case, Outcome, make_template
 from ..providers.products import DIRECTIONS, PRODUCT_PROVIDERS, Product, make_product

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from opensora_fast.costs.operations import Count, count_training_step
 from opensora_fast.encoders.t5 import T5Encoder
 from opensora_fast.encoders.vae import VideoAutoencoderKL
-from opensora_fast.parallel.operations import Count, count_training_step
 
 from ..case import Case, Outcome
 from ..contest import run_contest

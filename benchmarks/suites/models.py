@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from opensora_fast.parallel.operations import Count, count_block, count_forward, count_optimizer, count_training_step
+from opensora_fast.costs.operations import Count, count_block, count_forward, count_optimizer, count_training_step
 
 from ..case import Case, Outcome, make_template
 from ..contest import FORWARD, FORWARD_BACKWARD, OP_CALLS, Contest, run_contest

@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import torch
 
+from opensora_fast.costs.hardware import DATASHEETS
 from opensora_fast.model import STDiT2Config
-from opensora_fast.parallel.hardware import DATASHEETS
 
 from ..environment import query_gpu
 from ..shapes import VIDEO_SIZES, Pack, Workload, fill

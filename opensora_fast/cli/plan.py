@@ -10,8 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from opensora_fast.benchmarks.step_rows import StepRows
-    from opensora_fast.parallel.cost import StepTime
-    from opensora_fast.parallel.hardware import Gpu
+    from opensora_fast.costs.hardware import Gpu
+    from opensora_fast.costs.step_time import StepTime
     from opensora_fast.train.costs import RunCosts
 
 ASSUMED_GPU = "H200"
@@ -83,8 +83,8 @@ def _choose_time(
 ) -> tuple["StepTime", list[float], str, list[str]]:
     """The model of a step's time, measured over counted memory, how the GPU was chosen, and notes."""
     from opensora_fast.benchmarks.step_rows import find_committed_rows, read_step_rows
-    from opensora_fast.parallel.cost import FEWEST_ROWS, StepTime, fit_step_time
-    from opensora_fast.parallel.hardware import find_gpu
+    from opensora_fast.costs.hardware import find_gpu
+    from opensora_fast.costs.step_time import FEWEST_ROWS, StepTime, fit_step_time
 
     dtype = {2: "bfloat16", 4: "float32"}[costs.element]
     model, memory = costs.model, costs.get_memory_model(world_size=1)
@@ -112,7 +112,7 @@ def _choose_time(
 
 
 def _describe_too_few(measured: "StepRows", costs: "RunCosts") -> str:
-    from opensora_fast.parallel.cost import FEWEST_ROWS
+    from opensora_fast.costs.step_time import FEWEST_ROWS
 
     model = f"{costs.model.hidden_size} channels, {costs.model.depth} blocks, {costs.config.dtype}"
     steps = f"{len(measured.rows)} training step{'s' * (len(measured.rows) != 1)} on {measured.gpu.name}"
@@ -126,7 +126,7 @@ def _choose_gpu() -> tuple["Gpu", str]:
     """This machine's GPU, with the memory that it has, or the assumed one."""
     import torch
 
-    from opensora_fast.parallel.hardware import find_gpu, recognize_gpu
+    from opensora_fast.costs.hardware import find_gpu, recognize_gpu
 
     here = recognize_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if here is not None:

@@ -1,1 +1,1 @@
-"""Several processes that train one model together, and what it costs."""
+"""Several processes that train one model together."""

@@ -17,7 +17,7 @@ from opensora_fast.benchmarks.providers.provider import Provider, choose_provide
 from opensora_fast.benchmarks.rows import Row
 from opensora_fast.benchmarks.session import Session
 from opensora_fast.benchmarks.timing import Sampling
-from opensora_fast.parallel.operations import Count
+from opensora_fast.costs.operations import Count
 
 
 @dataclass(frozen=True)

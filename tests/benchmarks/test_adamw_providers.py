@@ -21,8 +21,8 @@ from opensora_fast.benchmarks.providers.adamw_work import (
 )
 from opensora_fast.benchmarks.suites import ops
 from opensora_fast.benchmarks.suites.scale import scale_of
+from opensora_fast.costs.operations import count_optimizer
 from opensora_fast.model import STDiT2
-from opensora_fast.parallel.operations import count_optimizer
 
 SHAPES = {name: torch.Size(shape) for name, shape in {"weight": (33, 40), "bias": (33,), "table": (6, 40)}.items()}
 NAMES = [provider.name for provider in ADAMW_PROVIDERS]

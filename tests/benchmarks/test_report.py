@@ -25,7 +25,7 @@ from opensora_fast.benchmarks.shapes import Pack
 from opensora_fast.benchmarks.suites import NAMES
 from opensora_fast.benchmarks.suites.scale import scale_of
 from opensora_fast.cli import run
-from opensora_fast.parallel.hardware import DATASHEETS
+from opensora_fast.costs.hardware import DATASHEETS
 
 STEP = {"level": "step", "op": "", "direction": "training", "shape": "B=5 T=16 S=405", "tokens": 32400}
 # 4.2 TB/s and 800 TFLOP/s.

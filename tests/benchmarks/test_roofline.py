@@ -5,8 +5,8 @@ import pytest
 from opensora_fast import STDiT2Config
 from opensora_fast.benchmarks.roofline import floor_tokens_per_s, project
 from opensora_fast.benchmarks.shapes import VIDEO_SIZES, fill
-from opensora_fast.parallel.hardware import DATASHEETS, Gpu
-from opensora_fast.parallel.operations import count_training_step
+from opensora_fast.costs.hardware import DATASHEETS, Gpu
+from opensora_fast.costs.operations import count_training_step
 
 XL = STDiT2Config.xl_2()
 PARAMETERS = 767.5e6

@@ -14,10 +14,10 @@ from opensora_fast.benchmarks.predictions.steps import (
     product_flops_per_token,
     read_kernels,
 )
+from opensora_fast.costs.operations import linear_flops_per_token
 from opensora_fast.kernels import PackLayout, spatial_attention
 from opensora_fast.kernels.attention import spatial_backward, spatial_forward, spatial_preparation
 from opensora_fast.model import STDiT2Config
-from opensora_fast.parallel.operations import linear_flops_per_token
 
 
 def kernel(name, microseconds, workload):

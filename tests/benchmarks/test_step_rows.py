@@ -11,11 +11,11 @@ from opensora_fast import STDiT2Config
 from opensora_fast.benchmarks.rows import Row, append_rows
 from opensora_fast.benchmarks.step_rows import find_committed_rows, read_step_rows
 from opensora_fast.benchmarks.suites import list_cases
-from opensora_fast.parallel.cost import StepTime, fit_step_time
-from opensora_fast.parallel.hardware import DATASHEETS
-from opensora_fast.parallel.memory import MemoryModel, ModelSize
-from opensora_fast.parallel.operations import Count, VideoBatch, count_optimizer, count_recomputation
-from opensora_fast.parallel.operations import count_training_step as count_step
+from opensora_fast.costs.hardware import DATASHEETS
+from opensora_fast.costs.memory import MemoryModel, ModelSize
+from opensora_fast.costs.operations import Count, VideoBatch, count_optimizer, count_recomputation
+from opensora_fast.costs.operations import count_training_step as count_step
+from opensora_fast.costs.step_time import StepTime, fit_step_time
 
 H200 = DATASHEETS["H200"]
 XL = STDiT2Config.xl_2()

@@ -11,7 +11,7 @@ import pytest
 from opensora_fast.benchmarks.environment import Environment
 from opensora_fast.benchmarks.rows import Row, append_rows
 from opensora_fast.cli import run
-from opensora_fast.parallel.hardware import DATASHEETS
+from opensora_fast.costs.hardware import DATASHEETS
 
 LABEL = "counted, not measured"
 

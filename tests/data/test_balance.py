@@ -8,11 +8,11 @@ from golden_buckets import bucket_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opensora_fast.costs.idle import idle_share
 from opensora_fast.data import Bucket
 from opensora_fast.data.balance import BLOCKS, WINDOW, balance
 from opensora_fast.data.plan import plan_epoch
 from opensora_fast.data.sampler import BucketSampler
-from opensora_fast.parallel.idle import idle_share
 
 
 def draw_costs(count: int, seed: int, kinds: int = 12) -> np.ndarray:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sharing_processes import compute, make_model, run
 
+from opensora_fast.costs.operations import VideoBatch, largest_share
 from opensora_fast.kernels import PackLayout
 from opensora_fast.parallel.join import count_replicas
-from opensora_fast.parallel.operations import VideoBatch, largest_share
 from opensora_fast.parallel.sequence import FrameRange, SequenceGroup, divide_frames
 
 SHAPES = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=6).map(tuple)

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 
 from opensora_fast.config import load_train_config
+from opensora_fast.costs.hardware import DATASHEETS
+from opensora_fast.costs.step_time import StepTime
 from opensora_fast.data.bucket import Bucket
-from opensora_fast.parallel.cost import StepTime
-from opensora_fast.parallel.hardware import DATASHEETS
 from opensora_fast.train.cluster_plan import project_orders
 from opensora_fast.train.costs import RunCosts
 from opensora_fast.train.data import read_data

@@ -8,11 +8,11 @@ import torch
 from losses import read_losses
 
 from opensora_fast.config import load_train_config
+from opensora_fast.costs.hardware import DATASHEETS
+from opensora_fast.costs.operations import count_forward
 from opensora_fast.data.bucket import Bucket
 from opensora_fast.data.explain import count_tokens
 from opensora_fast.data.sampler import BucketSampler
-from opensora_fast.parallel.hardware import DATASHEETS
-from opensora_fast.parallel.operations import count_forward
 from opensora_fast.train.costs import SD_VAE_PARAMETERS, T5_XXL_PARAMETERS, RunCosts
 from opensora_fast.train.data import TrainingData
 from opensora_fast.train.locate_config import locate_config

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from opensora_fast.config import load_train_config
+from opensora_fast.costs.memory import usable_memory
 from opensora_fast.data.bucket import Bucket
-from opensora_fast.parallel.memory import usable_memory
 from opensora_fast.train.costs import RunCosts
 from opensora_fast.train.data import read_data
 from opensora_fast.train.locate_config import locate_config

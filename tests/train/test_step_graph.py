@@ -20,10 +20,10 @@ from same_checkpoints import assert_same_weights
 from toy_steps import EPOCH, MASKS, SHAPES, make_batch, make_model, make_trainer
 
 from opensora_fast.config import load_train_config
+from opensora_fast.costs.memory import VideoBatch
 from opensora_fast.data.bucket import Bucket
 from opensora_fast.diffusion import IDDPM, MaskGenerator, SpeeDiffusion
 from opensora_fast.kernels import calls
-from opensora_fast.parallel.memory import VideoBatch
 from opensora_fast.train.checkpoint import list_checkpoints
 from opensora_fast.train.costs import RunCosts
 from opensora_fast.train.host_values import HostValues

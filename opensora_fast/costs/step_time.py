@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opensora_fast.parallel.hardware import Gpu
-from opensora_fast.parallel.operations import Count
+from opensora_fast.costs.hardware import Gpu
+from opensora_fast.costs.operations import Count
 
 # Three numbers are fitted; with at least twice as many rows the residuals say something.
 FEWEST_ROWS = 6

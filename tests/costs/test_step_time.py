@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from opensora_fast import STDiT2Config
 from opensora_fast.benchmarks.shapes import VIDEO_SIZES, fill
-from opensora_fast.parallel.cost import FEWEST_ROWS, MeasuredStep, StepTime, fit_step_time
-from opensora_fast.parallel.hardware import DATASHEETS
-from opensora_fast.parallel.idle import idle_share, slowest_of_each_step
-from opensora_fast.parallel.operations import Count, count_training_step
+from opensora_fast.costs.hardware import DATASHEETS
+from opensora_fast.costs.idle import idle_share, slowest_of_each_step
+from opensora_fast.costs.operations import Count, count_training_step
+from opensora_fast.costs.step_time import FEWEST_ROWS, MeasuredStep, StepTime, fit_step_time
 
 H200 = DATASHEETS["H200"]
 XL = STDiT2Config.xl_2()

@@ -32,7 +32,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opensora_fast.parallel.operations import VideoBatch, Videos, largest_share
+from opensora_fast.costs.operations import VideoBatch, Videos, largest_share
 
 if TYPE_CHECKING:
     from opensora_fast.model import STDiT2Config

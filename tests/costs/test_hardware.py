@@ -2,7 +2,7 @@
 
 import pytest
 
-from opensora_fast.parallel.hardware import DATASHEETS, find_gpu, recognize_gpu
+from opensora_fast.costs.hardware import DATASHEETS, find_gpu, recognize_gpu
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"])

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from opensora_fast.parallel.hardware import Gpu
+from opensora_fast.costs.hardware import Gpu
 
 if TYPE_CHECKING:
     from opensora_fast.model import STDiT2Config

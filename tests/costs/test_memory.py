@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from live_memory import LiveBytes, SavedBytes
 
 from opensora_fast import STDiT2, STDiT2Config, use_kernels
+from opensora_fast.costs.memory import FLOAT, LARGEST_BATCH, MemoryModel, ModelSize, usable_memory
+from opensora_fast.costs.operations import VideoBatch, largest_share
 from opensora_fast.diffusion import IDDPM
 from opensora_fast.parallel import sequence
-from opensora_fast.parallel.memory import FLOAT, LARGEST_BATCH, MemoryModel, ModelSize, usable_memory
-from opensora_fast.parallel.operations import VideoBatch, largest_share
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train import gradients
 from opensora_fast.train.ema import EMA

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opensora_fast import STDiT2, STDiT2Config
 from opensora_fast.benchmarks.shapes import Workload, fill
-from opensora_fast.parallel.operations import (
+from opensora_fast.costs.operations import (
     attention_flops_per_token,
     count_block,
     count_forward,
