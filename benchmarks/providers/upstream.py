@@ -159,8 +159,9 @@ class UpstreamSTDiT2(nn.Module):
         grid = x.shape[2:]
         S = grid[1] * grid[2]
         x = x.flatten(2).transpose(1, 2)
-        position = position_embedding(grid[1], grid[2], scale, self.config.hidden_size, x.device).to(x.dtype)
-        x = (x.view(videos, frames, S, -1) + position).view(videos, frames * S, -1)
+        rounded_to = x.dtype if self.config.upstream_rounding else torch.float32
+        position = position_embedding(grid[1], grid[2], scale, self.config.hidden_size, x.device, rounded_to)
+        x = (x.view(videos, frames, S, -1) + position.to(x.dtype)).view(videos, frames * S, -1)
 
         has_given = x_mask is not None
         noised, given, space, time = own._modulation(conditions, has_given)

@@ -52,9 +52,9 @@ class STDiT2Config(BaseModel):
         model_max_length: L, text tokens that a caption is padded to.
         freeze: None, "not_temporal" (train temporal attention only) or "text" (cross-attention is not trained).
         qk_norm: RMS norm of queries and keys in self-attention.
-        upstream_rounding: round timesteps, sizes and rotary angles to the model's dtype before they are used, as
-            Open-Sora 1.1 does and as its released weights were trained; False keeps them in float32. The same in a
-            float32 model.
+        upstream_rounding: round timesteps, sizes, rotary angles and the frequencies of positions to the model's dtype
+            before they are used, as Open-Sora 1.1 does and as its released weights were trained; False keeps them in
+            float32. The same in a float32 model.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

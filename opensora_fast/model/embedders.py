@@ -96,7 +96,14 @@ class PatchEmbedder(nn.Module):
         return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-def position_embedding(height: int, width: int, scale: float | Tensor, channels: int, device: torch.device) -> Tensor:
+def position_embedding(
+    height: int,
+    width: int,
+    scale: float | Tensor,
+    channels: int,
+    device: torch.device,
+    rounded_to: torch.dtype = torch.float32,
+) -> Tensor:
     """2-D sine-cosine position embedding of one frame.
 
     The first half of the channels encodes the column, the second half the row; each is `[sin, cos]` of C/4 frequencies
@@ -107,13 +114,14 @@ def position_embedding(height: int, width: int, scale: float | Tensor, channels:
         scale: sqrt(height · width in pixels) / input_sq_size; a scalar tensor on the GPU is not read by the host.
         channels: C.
         device: where the result is put.
+        rounded_to: the frequencies are rounded to it; upstream's are a buffer that takes the dtype of the model.
 
     Returns:
         float32 [S, C].
     """
     base = round((height * width) ** 0.5)
     exponents = torch.arange(0, channels // 2, 2, device=device).float() / (channels // 2)
-    frequencies = 1.0 / (10000**exponents)
+    frequencies = (1.0 / (10000**exponents)).to(rounded_to).float()
 
     def encode(length: int) -> Tensor:
         coordinates = torch.arange(length, device=device, dtype=torch.float32) / scale * (base / length)

@@ -285,9 +285,10 @@ class STDiT2(nn.Module):
                 groups.append((shape, scale, 1))
         pieces = []
         first = 0
+        rounded_to = self.dtype if self.config.upstream_rounding else torch.float32
         for (frames, height, width), scale, videos in groups:
             embed = position_embedding if isinstance(scale, Tensor) else cached_position_embedding
-            position = embed(height, width, scale, self.config.hidden_size, layout.device).to(x.dtype)
+            position = embed(height, width, scale, self.config.hidden_size, layout.device, rounded_to).to(x.dtype)
             last = first + videos * frames * height * width
             pieces.append((x[first:last].view(-1, height * width, x.shape[1]) + position).flatten(0, 1))
             first = last

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from opensora_fast import STDiT2, STDiT2Config
+from opensora_fast.model.embedders import position_embedding
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -299,6 +300,22 @@ def test_checkpointing_takes_a_number_of_blocks_that_the_model_has(blocks):
     for given, kept in ((True, len(model.blocks)), (False, 0), (1, 1)):
         model.set_checkpointing(given)
         assert model.checkpointed_blocks == kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_what_upstream_rounds(dtype):
+    """Outputs of upstream in half precision are met more closely than their distance from float32's."""
+    name, half = str(dtype).removeprefix("torch."), load_file(GOLDEN / "stdit2_half.safetensors")
+    model = STDiT2(golden_config()).eval()
+    model.load_state_dict(load_file(GOLDEN / "stdit2_weights.safetensors"))
+    model.to(dtype)
+    for case in ("plain", "frame_mask"):
+        data, expected = load_file(GOLDEN / f"stdit2_{case}.safetensors"), half[f"{case}.{name}"]
+        with torch.no_grad():
+            output = model(**{key[3:]: value for key, value in data.items() if key.startswith("in.")})
+        assert relative(output, expected) < relative(expected, data["out"])
+    positions = position_embedding(9, 16, 0.4, 144, torch.device("cpu"), rounded_to=dtype).to(dtype)
+    assert torch.equal(positions.float(), half[f"positions.{name}"])
 
 
 def test_upstreams_rounding_is_an_option_that_only_matters_below_float32():
