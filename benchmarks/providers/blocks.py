@@ -15,6 +15,7 @@ from opensora_fast.model.block import PackContext, STDiT2Block, compute_block
 from opensora_fast.model.embedders import RotaryFrequencies
 
 from ..shapes import Pack, text_lengths
+from .open_sora import missing_open_sora
 from .provider import Bound, Provider, compiled, compiles_on_cuda, needs_cuda
 from .upstream import UpstreamBlock
 from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant, attention_by
@@ -141,6 +142,8 @@ def block_provider(variant: Variant) -> Provider:
 
 def missing_on(variant: Variant, work: BlockWork) -> str:
     """Why a variant cannot run where the work is."""
+    if variant.installed:
+        return missing_open_sora(variant.flash, work)
     if variant.compiled:
         return compiles_on_cuda(work)
     if variant.uses_quack:
@@ -152,7 +155,9 @@ def missing_on(variant: Variant, work: BlockWork) -> str:
 
 
 BLOCK_PROVIDERS = tuple(
-    block_provider(variant) for variant in VARIANTS if not variant.name.endswith(("-recompute", "-stored", "-graph"))
+    block_provider(variant)
+    for variant in VARIANTS
+    if not (variant.installed or variant.name.endswith(("-recompute", "-stored", "-graph")))
 )
 # Both are eager PyTorch, in our order of operations and in upstream's.
 BLOCK_REFERENCES = tuple(block_provider(VARIANT_OF[name]) for name in ("eager", "upstream"))

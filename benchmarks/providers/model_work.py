@@ -18,6 +18,8 @@ SEED = 0
 LEARNING_RATE, EMA_DECAY, GRAD_CLIP = 2e-5, 0.9999, 1.0
 FPS = 24.0
 
+SCALARS = ("num_frames", "height", "width", "ar", "fps")  # that describe a video
+
 Latents = Tensor | list[Tensor]
 
 
@@ -112,4 +114,7 @@ def make_model_work(model: STDiT2, pack: Workload | Pack, text: int, training: T
         "fps": torch.full((videos,), FPS),
     }
     timestep = torch.randint(0, 1000, (videos,), generator=torch.Generator().manual_seed(SEED))
+    # Open-Sora rounds them to the model's dtype: numbers that bfloat16 has are the same to every provider.
+    timestep = timestep.bfloat16().long()
+    conditions |= {name: conditions[name].bfloat16().float() for name in SCALARS}
     return ModelWork(model, latents, timestep, conditions, training)

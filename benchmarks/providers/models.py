@@ -24,6 +24,7 @@ from ..timing import Call
 from .blocks import ONE_SHAPE, compute_alone, missing_on
 from .graphs import GraphedModel
 from .model_work import SEED, Latents, ModelWork
+from .open_sora import open_sora_view
 from .provider import Bound, Provider, compiled
 from .upstream import UpstreamSTDiT2
 from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant, attention_by
@@ -60,6 +61,8 @@ MODEL_REFERENCES = tuple(model_provider(VARIANT_OF[name]) for name in ("eager-re
 
 def view_of(model: STDiT2, variant: Variant) -> Model:
     """The model computed as the variant does; parameters and modules are shared, `model` itself stays as it is."""
+    if variant.installed:
+        return open_sora_view(model, variant.flash, variant.recompute)
     if variant.is_upstream:
         view = UpstreamSTDiT2(model.config, flash=variant.flash, checkpointing=variant.recompute, own=model)
         view.train(model.training)

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora_fast.model.backends import Backends
 
+from .open_sora import OPEN_SORA
 from .products import QUACK
 from .provider import own_version, torch_version, version_of
 
@@ -30,6 +31,7 @@ class Variant:
     Attributes:
         name: of the provider.
         backends: of this project's ops; None: upstream's own order of operations.
+        installed: upstream's own code, not this project's writing of it.
         flash: upstream with flash attention on.
         recompute: activations are computed again in backward.
         compiled: every block goes through torch.compile.
@@ -39,6 +41,7 @@ class Variant:
 
     name: str
     backends: Backends | None = None
+    installed: bool = False
     flash: bool = False
     recompute: bool = False
     compiled: bool = False
@@ -59,6 +62,8 @@ class Variant:
 
     def version(self) -> str:
         """Of what computes."""
+        if self.installed:
+            return f"{torch_version()} opensora {version_of(OPEN_SORA)()}"
         own = own_version() if self.uses_triton else torch_version()
         return f"{own} quack {version_of(QUACK)()}" if self.uses_quack else own
 
@@ -82,6 +87,9 @@ def attention_by(order: Sequence[str]) -> AbstractContextManager[None]:
 
 
 VARIANTS = (
+    Variant("open-sora", installed=True, recompute=True),
+    # As its configurations mean it: they misspell the key.
+    Variant("open-sora-flash", installed=True, flash=True, recompute=True),
     Variant("upstream", recompute=True),  # as shipped: naive attention, activations recomputed
     Variant("upstream-flash", flash=True, recompute=True),
     Variant("upstream-flash-stored", flash=True),
@@ -117,8 +125,8 @@ WATERFALL = (
     "ours-norms-gelu-temporal-spatial",
     "ours",
 )
-PEERS = ("upstream", "upstream-flash", "eager", "eager-flash", "eager-cudnn", "compile", "compile-flash")
-PEERS += ("compile-upstream", "ours")
+PEERS = ("open-sora", "open-sora-flash", "upstream", "upstream-flash", "eager", "eager-flash", "eager-cudnn")
+PEERS += ("compile", "compile-flash", "compile-upstream", "ours")
 # On packs of mixed shapes; upstream's rows say that it takes one shape only.
 PACK_PEERS = ("upstream-flash", "eager", "eager-flash", "compile", "ours")
 # Where the activations of 16 frames of 720p do not fit without.

@@ -19,6 +19,8 @@ SIZE = (4.9, 3.5)
 # Colors that can be told apart on white and on black.
 COLORS = {
     "ours": ACCENT,
+    "open-sora": "#555555",
+    "open-sora-flash": "#8a6d1d",
     "upstream": "#8c8c8c",
     "upstream-flash": "#b8860b",
     "eager": "#e07b39",

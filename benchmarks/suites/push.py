@@ -24,12 +24,14 @@ from .scale import Scale
 VALUE = 2000.0
 LIBRARIES = ("eager", "sdpa-flash", "sdpa-cudnn", "flash-attn-3", "flash-attn-4", "flash-attn-4-padded", "ours")
 BANDWIDTH = ("eager", "compile", "ours")
-STEPS = ("upstream", "eager", "eager-flash", "eager-cudnn", "compile", "ours")
+# Open-Sora's own code, where its package is installed; this project's writing of it, as shipped and with flash.
+STEPS = ("open-sora", "upstream", "upstream-flash", "compile", "ours")
+BLOCKS = ("upstream", "eager", "eager-flash", "eager-cudnn", "compile", "ours")
 # With another attention, and in upstream's order of operations, whose cross-attention has no mask: if the gradients of
 # "compile" are wrong, these tell where.
 OTHER_COMPILED = ("compile-flash", "compile-upstream")
 # Where the activations of some do not fit.
-LONG_STEPS = ("upstream", "eager-recompute", "compile-recompute", "ours", "ours-recompute")
+LONG_STEPS = (*STEPS[:3], "compile-recompute", "ours", "ours-recompute")
 # Where the host takes longer than the GPU.
 SMALL_STEPS = ("eager", "compile", "ours", "ours-graph")
 LIKE_ANOTHER = "gate_residual"  # a part of gate_residual_modulated_norm
@@ -48,8 +50,8 @@ def list_cases(scale: Scale) -> list[Case]:
     first = Pack.of(headline[0])
     basics, gemms, more_gemms = _ceilings(scale)
     small = [_small_step(scale, workload) for workload in _small_batches(scale)]
-    blocks = [only(models.block_case(scale, Pack.of(workload), 0), STEPS) for workload in headline]
-    blocks[0] = only(models.block_case(scale, first, 0), (*STEPS, QUACK))
+    blocks = [only(models.block_case(scale, Pack.of(workload), 0), BLOCKS) for workload in headline]
+    blocks[0] = only(models.block_case(scale, first, 0), (*BLOCKS, QUACK))
     parts: list[Sequence[Case]] = [
         basics,
         gemms,

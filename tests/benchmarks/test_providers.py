@@ -37,6 +37,7 @@ from opensora_fast.model.backends import OPS, Backends
 CONFIG = STDiT2Config.small(upstream_rounding=False)
 PACK = Pack("mixed", (Workload("144p", 2, 1), Workload("256", 1, 1)))
 UNIFORM = Pack.of(Workload("144p", 2, 2))
+EAGER = model_provider(VARIANT_OF["eager"])
 
 
 @pytest.mark.parametrize("op", ["modulated_norm", "gate_residual_modulated_norm"])
@@ -112,7 +113,7 @@ def model_work():
 
 def test_all_models_are_the_same_and_share_their_parameters(model_work):
     wide = model_work.to(torch.float64)
-    expected, _ = model_results(MODEL_PROVIDERS[4].prepare(wide), wide)
+    expected, _ = model_results(EAGER.prepare(wide), wide)
     names = []
     for provider in available(MODEL_PROVIDERS, model_work):
         results, _ = model_results(provider.prepare(model_work), model_work)
@@ -132,7 +133,7 @@ def mixed_work(model_work):
 
 def test_all_models_that_take_a_mixed_pack_are_the_same(mixed_work):
     wide = mixed_work.to(torch.float64)
-    expected, _ = model_results(MODEL_PROVIDERS[4].prepare(wide), wide)
+    expected, _ = model_results(EAGER.prepare(wide), wide)
     shapes = [tuple(video.shape) for video in expected["output"]]
     assert shapes == [(8, 2, 18, 32)] * 2 + [(8, 1, 32, 32), (8, 1, 18, 32)]
     names = []
@@ -175,7 +176,7 @@ def test_the_losses_of_a_mixed_pack_are_those_of_its_videos(mixed_work):
 def test_a_training_step_on_a_mixed_pack_trains(mixed_work):
     weight = mixed_work.model.blocks[0].mlp.fc1.weight
     before = weight.detach().clone()
-    training_call(MODEL_PROVIDERS[4].prepare(mixed_work), mixed_work)()
+    training_call(EAGER.prepare(mixed_work), mixed_work)()
     assert not torch.equal(before, weight.detach())
 
 
@@ -194,7 +195,7 @@ def test_a_training_step_of_any_variant_trains_the_shared_weights(model_work):
 @pytest.mark.parametrize("name", ["compile", "compile-recompute", "compile-upstream"])
 def test_compiled_models_are_one_graph_for_all_blocks_and_are_not_compiled_again(model_work, monkeypatch, name):
     graphs = Graphs(monkeypatch)
-    expected, _ = model_results(MODEL_PROVIDERS[4].prepare(model_work), model_work)
+    expected, _ = model_results(EAGER.prepare(model_work), model_work)
     provider = next(provider for provider in MODEL_PROVIDERS if provider.name == name)
     bound = provider.prepare(model_work)
     assert_same(model_results(bound, model_work)[0], expected, 5e-6)
@@ -206,7 +207,7 @@ def test_compiled_models_are_one_graph_for_all_blocks_and_are_not_compiled_again
 
 def test_a_compiled_model_takes_a_mixed_pack(mixed_work, monkeypatch):
     graphs = Graphs(monkeypatch)
-    expected, _ = model_results(MODEL_PROVIDERS[4].prepare(mixed_work), mixed_work)
+    expected, _ = model_results(EAGER.prepare(mixed_work), mixed_work)
     bound = next(provider for provider in MODEL_PROVIDERS if provider.name == "compile").prepare(mixed_work)
     for _ in range(2):
         assert_same(model_results(bound, mixed_work)[0], expected, 5e-6)
@@ -230,7 +231,7 @@ def replayed(work, view="eager") -> GraphedModel:
 
 
 def test_results_of_a_graphed_model_are_those_of_a_replay(model_work):
-    expected, sent_back = model_results(MODEL_PROVIDERS[4].prepare(model_work), model_work)
+    expected, sent_back = model_results(EAGER.prepare(model_work), model_work)
     results, same = model_results(replayed(model_work), model_work)
     assert_same(results, expected, 1e-6)
     assert same == sent_back
@@ -254,7 +255,7 @@ def test_training_steps_of_a_graphed_model_are_replayed_and_train_as_others_do()
     weights = []
     for make_call in (
         lambda work: replace(replayed(work), record=recorder).make_step(),
-        lambda work: training_call(MODEL_PROVIDERS[4].prepare(work), work),
+        lambda work: training_call(EAGER.prepare(work), work),
     ):
         training = make_training(
             STDiT2Config.small(upstream_rounding=False, class_dropout_prob=0.0), "cpu", torch.float32
@@ -318,7 +319,7 @@ def test_views_choose_their_kernels_without_touching_the_model(model_work):
 
 
 def test_the_gradients_of_a_model_have_the_names_of_its_parameters(model_work):
-    results, _ = model_results(MODEL_PROVIDERS[4].prepare(model_work), model_work)
+    results, _ = model_results(EAGER.prepare(model_work), model_work)
     named = dict(model_work.model.named_parameters())
     gradients = results["gradient of the parameters"]
     assert list(gradients) == [name for name, parameter in named.items() if parameter.requires_grad]

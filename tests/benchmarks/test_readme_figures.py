@@ -63,7 +63,16 @@ def test_upstream_of_the_same_videos_stands_below_ours():
     smaller = make_row(**STEP, provider="upstream", p50_ms=500.0, shape="B=2 T=16")
     block = build_block([Results(None, (ours, smaller, upstream))])
     assert "| Open-Sora's model as shipped, same GPU and run | – | 21.6 | – | – | – |" in block
+    text = " ".join(block.split())
+    assert "in our writing" in text and "flash attention has not been measured" in text
     assert "as shipped" not in build_block([Results(None, (ours, smaller))])
+    genuine = make_row(**STEP, provider="open-sora", p50_ms=1620.0, shape="B=5 T=16")
+    flash = make_row(**STEP, provider="upstream-flash", p50_ms=600.0, shape="B=5 T=16")
+    block = build_block([Results(None, (ours, upstream, flash, genuine))])
+    assert "| Open-Sora's model as shipped, same GPU and run | – | 20.0 | – | – | – |" in block
+    assert "| the same with flash attention | – | 54.0 | – | – | – |" in block
+    text = " ".join(block.split())
+    assert "its own code" in text and "flash attention has not been measured" not in text
 
 
 def test_where_only_another_gpu_was_measured_it_is_named():
