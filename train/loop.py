@@ -92,6 +92,9 @@ class Trainer:
         graphs: replays small steps; None computes all as they come.
         seed: of the run.
         data_fingerprint: says whether a checkpoint's order of batches is that of this run.
+
+    Attributes:
+        background: writes the checkpoints.
     """
 
     model: STDiT2
@@ -112,7 +115,7 @@ class Trainer:
     last_checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
-        self._background = Background()
+        self.background = Background(self.note)
         self._buffers: dict[str, Tensor] = {}
         self._progress: Progress | None = None
         self._metrics: MetricsWriter | None = None
@@ -127,7 +130,8 @@ class Trainer:
         """Train to the end. Returns the number of the signal, to any process, that stopped the run before it, or None.
 
         Raises:
-            NonFiniteError: after a checkpoint of the step before and `nonfinite.json` have been written.
+            NonFiniteError: after a checkpoint of the step before and `nonfinite.json` have been written; or without
+                them, where the checkpoint cannot be.
             ValueError: there are no batches, or a batch does not fit into memory.
         """
         first = self.position.step
@@ -138,11 +142,11 @@ class Trainer:
                 self._metrics = stack.enter_context(contextlib.closing(metrics))
                 self._progress = stack.enter_context(Progress("train", total=total, unit="steps"))
             try:
-                stack.enter_context(self._background)
-                with contextlib.closing(self._iterate()) as batches:
-                    self._take_steps(batches, stop)
-                self.save()
-                self.finish_saving()
+                with self.background:
+                    with contextlib.closing(self._iterate()) as batches:
+                        self._take_steps(batches, stop)
+                    self.save()
+                    self.finish_saving()
             finally:
                 self._progress = None
             return self._find_signal(stop)
@@ -181,7 +185,7 @@ class Trainer:
                     do_all(collected)
                 raise
 
-        self._background.start(write if self.processes.rank == 0 else lambda: do_all(collected))
+        self.background.start(write if self.processes.rank == 0 else lambda: do_all(collected))
         self.last_checkpoint = locate_step(parent, step)
 
     def finish_saving(self) -> None:
@@ -190,7 +194,7 @@ class Trainer:
         Raises:
             ValueError: it could not be written.
         """
-        self._background.wait()
+        self.background.wait()
 
     def compute_losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """`loss` and its parts, each [] on the device, for a batch at a step; draws all randomness of the step."""
@@ -227,7 +231,7 @@ class Trainer:
                 taken = None
                 self.save()
                 started = time.perf_counter()
-            self._background.check()
+            self.background.check()
         self._finish(taken)
 
     def _find_signal(self, stop: StopSignals) -> int | None:
@@ -324,8 +328,6 @@ class Trainer:
     def _stop_not_finite(self, what: str, value: float, step: int, batch: Batch) -> NoReturn:
         # The state is that before the step: step back to its batch.
         self.position = Position(step - 1, batch.epoch, self._first_index(batch))
-        self.save()
-        self.finish_saving()
         own = {
             "rank": self.processes.rank,
             "value": str(value),
@@ -340,6 +342,13 @@ class Trainer:
             if not math.isfinite(float(told["value"])):
                 found.setdefault(told["micro_batch"], told)  # several processes may share one
         batches = list(found.values())
+        described = "\n".join(f"  {_describe_batch(told, self.processes.world_size)}" for told in batches)
+        happened = f"step {step}: the {what} is {batches[0]['value']}"
+        try:
+            self.save()
+            self.finish_saving()
+        except ValueError as error:
+            raise NonFiniteError(f"{happened}. Batch:\n{described}\nand {error}") from error
         if self.processes.rank != 0:
             # Rank 0 says what has happened. Were another the first to end, torchrun could end rank 0 before it does.
             self.processes.gather(None)
@@ -347,10 +356,9 @@ class Trainer:
         path = self.folder / "nonfinite.json"
         report = {"step": step, "what": what, "batches": batches, "replay": command}
         path.write_text(json.dumps(report, indent=2) + "\n")
-        described = "\n".join(f"  {_describe_batch(told, self.processes.world_size)}" for told in batches)
         raise NonFiniteError(
-            f"step {step}: the {what} is {batches[0]['value']}. The weights are those of step {step - 1} "
-            f"({self.last_checkpoint}). Batch (also in {path}):\n{described}\nTo run this step again:\n  {command}"
+            f"{happened}. The weights are those of step {step - 1} ({self.last_checkpoint}). Batch (also in {path}):\n"
+            f"{described}\nTo run this step again:\n  {command}"
         )
 
 

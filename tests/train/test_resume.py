@@ -193,7 +193,37 @@ def test_training_goes_on_while_a_checkpoint_of_its_step_is_written(train, tmp_p
     assert_same_weights(*(folder / "checkpoints" / "step-00000002" for folder in (out, ends)))
 
 
-def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_the_next_step(train, tmp_path, monkeypatch):
+def run_out_of_memory(losses):
+    raise torch.OutOfMemoryError("tried to allocate more than there is")
+
+
+def stop_by_signal(losses):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def press_ctrl_c_twice(losses):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def lose_numbers(losses):
+    losses["loss"] = losses["loss"] * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("happen", "code", "told"),
+    [
+        (lambda losses: None, 1, "opensora-fast: error: the checkpoint"),
+        (run_out_of_memory, 1, "opensora-fast: error: step 3: out of GPU memory"),
+        (lose_numbers, 1, "opensora-fast: error: step 3: the loss is nan"),
+        (stop_by_signal, 1, "opensora-fast: error: the checkpoint"),
+        (press_ctrl_c_twice, 130, "\nerror: the checkpoint"),
+    ],
+    ids=["nothing else", "out of memory", "not finite", "signal", "Ctrl-C twice"],
+)
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_is_told_whatever_else_stops_it(
+    train, tmp_path, monkeypatch, happen, code, told
+):
     def save_file(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -201,13 +231,17 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_the_next_step(trai
     real = Trainer.compute_losses
 
     def compute_losses(self, batch, step):
-        while step == 3 and not self._background._job.done():
-            time.sleep(0.01)
-        return real(self, batch, step)
+        losses = real(self, batch, step)
+        if step == 3:
+            while self.background.is_busy:
+                time.sleep(0.01)
+            happen(losses)
+        return losses
 
     monkeypatch.setattr(Trainer, "compute_losses", compute_losses)
-    code, _, error = train(tmp_path / "run", "--steps", 9, "ckpt_every=2")
-    assert code == 1 and "No space left on device" in error and "Traceback" not in error
+    ended, _, error = train(tmp_path / "run", "--steps", 9, "ckpt_every=2")
+    assert ended == code and told in error and "Traceback" not in error
+    assert error.count("step-00000002 could not be written: [Errno 28] No space left on device") == 1, error
     assert len(read_losses(tmp_path / "run")) == 2  # the row of a step is written during the next one
 
 
