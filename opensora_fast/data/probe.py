@@ -12,6 +12,7 @@ from opensora_fast.data.clips import IMAGE_EXTENSIONS, ClipError, is_image_path
 from opensora_fast.data.manifest import IMAGE_FPS, check_ending, write_table
 from opensora_fast.data.picture_size import is_hidden
 from opensora_fast.data.pyav_decoder import count_processors, describe
+from opensora_fast.data.still_images import check_levels, upright_size
 from opensora_fast.data.video_index import check_file, codec_name, open_video, read_packets
 from opensora_fast.data.worker_threads import Overdue, WorkerThreads
 from opensora_fast.progress import Progress
@@ -64,9 +65,11 @@ def probe_image(path: str, depth: Depth) -> MediaInfo:
 
     try:
         with Image.open(path) as image:
+            check_levels(image)
+            size = upright_size(image)
             if depth != "header":
                 image.load()
-            return MediaInfo(1, image.height, image.width, IMAGE_FPS, (image.format or "").lower())
+            return MediaInfo(1, *size, IMAGE_FPS, (image.format or "").lower())
     except Exception as error:  # Pillow's readers let all kinds of exceptions out on damaged files
         raise ClipError(f"cannot be read as an image: {describe(error)}") from None
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional
 
+from opensora_fast.data.still_images import to_rgb
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -83,7 +85,7 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     """Resize and crop a still image.
 
     Args:
-        image: any mode; it is converted to RGB (transparency is dropped, as Open-Sora's loader does).
+        image: any mode; see `still_images.to_rgb`.
         size: (height, width) in pixels.
 
     Returns:
@@ -91,7 +93,7 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     """
     from PIL import Image
 
-    image = image.convert("RGB")
+    image = to_rgb(image)
     crop = CoverCrop.of_image((image.height, image.width), size)
     image = image.resize((crop.scaled_width, crop.scaled_height), Image.Resampling.BICUBIC)
     image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))

@@ -95,7 +95,7 @@ def test_frame_of_the_target_size_is_only_scaled():
     assert output.min() >= -1 and output.max() <= 1
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
 def test_image_is_pillows_bicubic(mode):
     pixels = np.random.default_rng(3).integers(0, 256, (40, 61, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).convert(mode)
