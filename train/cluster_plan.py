@@ -14,7 +14,7 @@ from opensora_fast.data.balance import balance
 from opensora_fast.data.plan import count_steps
 from opensora_fast.parallel.join import count_replicas
 from opensora_fast.train.costs import RunCosts
-from opensora_fast.train.memory_check import GIB, BucketMemory, count_buckets
+from opensora_fast.train.memory_check import GIB, BucketMemory, GraphAdvice, advise_on_graphs, count_buckets
 from opensora_fast.train.mix import Mix
 
 NOT_IN_TIMES = "times are of the model alone; not in them: communication between GPUs, encoding, loading, checkpoints"
@@ -64,6 +64,7 @@ class ClusterPlan:
         encoders: what of the encoders is in the memory.
         recomputed: blocks that recompute as configured.
         buckets: pairs that keep clips, largest resolution and longest first.
+        graph_advice: what CUDA graphs would take, where they are not configured and some steps are small.
         mix: where the micro-batches come from; `steps` of an epoch if known.
         orders: shuffled, and balanced.
         is_balanced: whether the configuration balances.
@@ -79,6 +80,7 @@ class ClusterPlan:
     encoders: str
     recomputed: int
     buckets: list[BucketPlan]
+    graph_advice: GraphAdvice | None
     mix: str
     steps: int | None
     orders: list[Order]
@@ -130,6 +132,7 @@ class ClusterPlan:
                 | {"seconds": line.seconds, "tokens_per_s": line.tokens_per_s}
                 for line in self.buckets
             ],
+            "graph_advice": self.graph_advice and asdict(self.graph_advice),
             "mix": self.mix,
             "steps_per_epoch": self.steps,
             "projections": [asdict(order) for order in self.orders],
@@ -167,6 +170,7 @@ class ClusterPlan:
             "largest: batch size that fits as configured; recompute: the least grad_checkpoint that makes it fit",
             *(f"warning: {warning}" for warning in self.warnings),
             self._advise_on_recomputing(),
+            *([] if self.graph_advice is None else [self.graph_advice.describe()]),
             "",
             f"micro-batches: {self.mix}"
             + ("" if self.steps is None else f": {self.steps} step{'s' * (self.steps != 1)} an epoch"),
@@ -253,8 +257,8 @@ def make_plan(
     model = costs.get_memory_model(world_size)
     if ratios:
         model = replace(model, activation_factor=max(ratios))
-    buckets = []
-    for line in count_buckets(costs, model, time.gpu.memory):
+    buckets, lines = [], count_buckets(costs, model, time.gpu.memory)
+    for line in lines:
         videos = costs.get_videos((line.resolution, line.frames, line.aspect_ratio))
         buckets.append(BucketPlan(line, time.seconds(costs.count_step(videos, world_size))))
     return ClusterPlan(
@@ -267,6 +271,7 @@ def make_plan(
         encoders=costs.describe_encoders(),
         recomputed=costs.recomputed,
         buckets=buckets,
+        graph_advice=advise_on_graphs(costs, model, lines, time.gpu.memory),
         mix=mix.source,
         steps=mix.steps,
         orders=project_orders(costs, world_size, time, mix),

@@ -39,6 +39,8 @@ from opensora_fast.train.step import LATENTS
 OCCURRENCES = 2
 MARGIN = 8
 MOST_SHAPES = 64
+# Worth trying where nothing is configured: up to so many tokens the host takes about as long as an H200, or longer.
+SUGGESTED_TOKENS = 16384
 
 Losses = dict[str, Tensor]
 Key = tuple[tuple[str, torch.dtype, torch.Size], ...]

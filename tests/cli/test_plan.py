@@ -141,16 +141,22 @@ def test_what_does_not_fit_is_named_with_its_fix(plan):
     assert "warning" not in plan("stage3", "--gpu", "H800", "--world-size", 64, f"grad_checkpoint={fewest}")[1]
 
 
-def test_cuda_graphs_take_memory_beside_every_step(plan, plan_json):
+def test_cuda_graphs_take_memory_beside_every_step_and_are_advised_where_they_fit(plan, plan_json):
     words = ("stage1", "--gpu", "H200", "--world-size", 64)
     without, with_graphs = plan_json(*words), plan_json(*words, "cuda_graph_tokens=16384")
     held = with_graphs["memory"]["graphs"]
     assert without["memory"]["graphs"] == 0 < held
     for before, after in zip(without["buckets"], with_graphs["buckets"], strict=True):
         assert after["peak"] == before["peak"] + held and after["largest_batch"] < before["largest_batch"]
-    assert "CUDA graphs" not in plan(*words)[1]
     (line,) = [line for line in plan(*words, "cuda_graph_tokens=16384")[1].splitlines() if "CUDA graphs" in line]
     assert f"hold {held / 2**30:.1f} GiB beside every step" in line and len(line) <= 120
+    advice = {"tokens": 16384, "small": 11, "pairs": 11, "memory": held, "fits": True, "processes": 64}
+    assert without["graph_advice"] == advice and with_graphs["graph_advice"] is None
+    (line,) = [line for line in plan(*words)[1].splitlines() if "CUDA graphs" in line]
+    assert (
+        line.startswith("cuda_graph_tokens=16384 would replay") and "11 of 11 buckets; a step is faster where" in line
+    )
+    assert line.endswith(f"hold {held / 2**30:.1f} GiB (counted): every bucket fits beside them")
 
 
 def test_a_table_gives_the_steps_of_an_epoch(plan_json, tmp_path):

@@ -13,7 +13,7 @@ from opensora_fast.data.bucket import Bucket
 from opensora_fast.train.costs import RunCosts
 from opensora_fast.train.data import read_data
 from opensora_fast.train.locate_config import locate_config
-from opensora_fast.train.memory_check import GIB, count_buckets, warn_of_memory
+from opensora_fast.train.memory_check import GIB, advise_on_graphs, count_buckets, warn_of_memory
 
 
 @pytest.fixture
@@ -43,10 +43,14 @@ def clips(tmp_path) -> str:
     return str(path)
 
 
-def warn(config) -> list[str]:
+def tell(config) -> list[str]:
     lines: list[str] = []
     warn_of_memory(config, read_data(config), 1, torch.device("cuda", 0), lines.append)
     return lines
+
+
+def warn(config) -> list[str]:
+    return [line for line in tell(config) if line.startswith("warning")]
 
 
 def test_nothing_is_said_on_a_cpu_or_where_all_fits(clips, gpu):
@@ -79,6 +83,43 @@ def test_graphs_are_named_where_they_take_the_memory(clips, gpu):
     *lines, last = warn(load(*overrides, "cuda_graph_tokens=30000"))
     assert lines and all(line.startswith("warning: bucket_config[") for line in lines)
     assert re.match(r"warning: \d+\.\d GiB of each are held by CUDA graphs .*cuda_graph_tokens=0 needs none", last)
+
+
+def test_graphs_are_advised_before_step_0_where_there_is_room_for_them(clips, gpu):
+    overrides = (f"dataset.data_path={clips}",)
+    gpu(80, allocated=14)
+    (line,) = tell(load(*overrides))
+    assert line.startswith("note: cuda_graph_tokens=16384 would replay") and line.endswith(
+        "every bucket fits beside them"
+    )
+    assert tell(load(*overrides, "cuda_graph_tokens=16384")) == []
+    gpu(80, allocated=25)
+    assert tell(load(*overrides)) == []
+    assert warn(load(*overrides, "cuda_graph_tokens=16384")) != []
+
+
+def test_graphs_are_advised_as_what_they_take_when_configured():
+    """Whether they fit, too; and not where no step is small, or processes share their micro-batches."""
+    pairs = {"144p": {1: (1.0, 3), 16: (1.0, 8)}, "360p": {16: (1.0, 3)}}
+
+    def count(*overrides: str, pairs=pairs):
+        config = load(f"bucket_config={pairs}", *overrides)
+        costs = RunCosts(config, Bucket(config.bucket_config))
+        model = costs.get_memory_model(2)
+        return costs, model, count_buckets(costs, model, 80 * GIB)
+
+    verdicts = set()
+    for recomputed in ("grad_checkpoint=0", "grad_checkpoint=True"):
+        costs, model, buckets = count(recomputed)
+        _, graphed, beside_graphs = count(recomputed, "cuda_graph_tokens=16384")
+        advice = advise_on_graphs(costs, model, buckets, 80 * GIB)
+        assert (advice.small, advice.pairs) == (1, 3) and advice.memory == graphed.graphs(costs.recomputed)
+        assert advice.fits == all(line.fits for line in beside_graphs)
+        assert ("not every bucket fits" in advice.describe()) != advice.fits
+        verdicts.add(advice.fits)
+    assert verdicts == {False, True}
+    assert advise_on_graphs(*count(pairs={"360p": {16: (1.0, 3)}}), 80 * GIB) is None
+    assert advise_on_graphs(*count("sp_size=2"), 80 * GIB) is None
 
 
 def test_what_is_allocated_counts_not_what_is_guessed(clips, gpu):
