@@ -21,6 +21,7 @@ from .checks import check_head_size, check_self_attention
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference
 from .registration import choose_backend, empty_as, kernel_op
+from .sequence_attention import attend_sequences
 
 
 def spatial_attention_reference(
@@ -32,7 +33,7 @@ def spatial_attention_reference(
         rows = rows.view(run.videos * run.frames, run.frame_tokens, *rows.shape[1:])
         q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)  # each [frames, H, S, D]
         q, k = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
-        output = torch.nn.functional.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype))
+        output = attend_sequences(q, k.to(q.dtype), v.to(q.dtype))
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return output.to(qkv.dtype)

@@ -27,6 +27,7 @@ from .layout import PLACE_BLOCK_ROWS, PLACE_TILE_ROWS, PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
 from .registration import choose_backend, empty_as, kernel_op
 from .rows.tile_sums import launch_sum_tiles
+from .sequence_attention import attend_sequences
 
 
 def temporal_attention_reference(
@@ -46,7 +47,7 @@ def temporal_attention_reference(
         q, k = (rotary_reference(z, cos[: run.frames], sin[: run.frames]) for z in (q, k))
         q, k = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
         q, k, v = (z.flatten(0, 1).to(q.dtype) for z in (q, k, v))
-        output = torch.nn.functional.scaled_dot_product_attention(q, k, v)  # [videos·S, H, T, D]
+        output = attend_sequences(q, k, v)  # [videos·S, H, T, D]
         output = output.unflatten(0, (run.videos, run.frame_tokens)).permute(0, 3, 1, 2, 4)
         outputs.append(output.flatten(0, 2))
     output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]

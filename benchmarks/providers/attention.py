@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from opensora_fast import kernels
+from opensora_fast.kernels.sequence_attention import FLASH_ELEMENTS, count_flash_elements
 
 from .attention_work import Attend, AttentionWork, attend_run_by_run, sequence_lengths, to_sequences
 from .flex import flex_attention_of
@@ -60,17 +61,11 @@ def own_call(work: AttentionWork, backend: str) -> Tensor:
     )
 
 
-# Elements of the float32 sum in the backward pass of PyTorch's flash attention; with more it writes elsewhere ("an
-# illegal memory access", torch 2.11), and nothing runs on the GPU any more.
-FLASH_ELEMENTS, FLASH_ROWS, FLASH_COLUMNS = 2**31, 128, 32
-
-
 def flash_elements(work: AttentionWork) -> int:
-    """Sequences × heads × length × head size of that sum, length and head size rounded up."""
+    """Most elements that PyTorch's flash attention has to count in a call on all equally long sequences."""
     lengths = Counter(sequence_lengths(work)[0])
     heads, head_size = next(iter(work.leaves.values())).shape[-2:]
-    rows = max(count * -(-length // FLASH_ROWS) * FLASH_ROWS for length, count in lengths.items())
-    return rows * heads * -(-head_size // FLASH_COLUMNS) * FLASH_COLUMNS
+    return max(count_flash_elements(count, heads, length, head_size) for length, count in lengths.items())
 
 
 def _fits_flash(work: AttentionWork) -> str:
@@ -87,16 +82,6 @@ def sdpa_of(work: AttentionWork) -> Callable[[], AbstractContextManager[object]]
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return partial(sdpa_kernel, [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
-def _prepare_eager(work: AttentionWork) -> Bound:
-    choice = sdpa_of(work)
-
-    def call() -> Tensor:
-        with choice():
-            return own_call(work, "reference")
-
-    return call
 
 
 def _run_by_run(attend: Attend) -> Callable[[AttentionWork], Bound]:
@@ -244,7 +229,7 @@ XFORMERS = ("xformers",)
 
 ATTENTION_PROVIDERS = (
     Provider("upstream", _run_by_run(naive_attend)),
-    Provider("eager", _prepare_eager),
+    Provider("eager", of_function(lambda work: own_call(work, "reference"))),
     Provider("sdpa-math", _sdpa("MATH")),
     Provider("sdpa-flash", _sdpa("FLASH_ATTENTION"), _fits_flash),
     Provider("sdpa-efficient", _sdpa("EFFICIENT_ATTENTION"), needs_cuda),
