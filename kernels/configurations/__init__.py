@@ -30,6 +30,9 @@ from typing import Any
 import torch
 
 MEASURED_FOLDER = Path(__file__).parent
+# GPUs with the multiprocessors of one that was measured, and other memory or links: its choices are the best guess
+# where they have not been measured themselves.
+ALIKE = {"NVIDIA H100 80GB HBM3": "NVIDIA H200", "NVIDIA H800": "NVIDIA H200"}
 
 Table = Mapping[str, Mapping[str, Sequence["Configuration"]]]  # kernel → shape class → candidates, the default first
 
@@ -142,7 +145,7 @@ _replacers: list[None] = []
 
 
 def select(table: Table, kernel: str, shape_class: str, device: torch.device) -> Configuration:
-    """Returns the configuration to launch `kernel` with: the measured one of this GPU, else the default.
+    """Returns the configuration to launch `kernel` with: that measured on this GPU or one `ALIKE`, else the default.
 
     Raises:
         ValueError: the measured file names a configuration that is no longer a candidate, or what is chosen is known to
@@ -161,7 +164,11 @@ def select(table: Table, kernel: str, shape_class: str, device: torch.device) ->
 def _find_measured(
     kernel: str, shape_class: str, candidates: Sequence[Configuration], gpu: str | None
 ) -> Configuration | None:
-    measured = read_measured(gpu).get((kernel, shape_class)) if gpu is not None else None
+    if gpu is None:
+        return None
+    if (kernel, shape_class) not in read_measured(gpu):
+        gpu = ALIKE.get(gpu, gpu)
+    measured = read_measured(gpu).get((kernel, shape_class))
     if measured is None:
         return None
     for candidate in candidates:

@@ -53,6 +53,16 @@ def test_a_measured_configuration_comes_first(gpu) -> None:
     assert select(TABLE, "kernel", "any", CPU) == SMALL
 
 
+def test_what_was_measured_on_a_gpu_alike_comes_before_the_default(gpu, monkeypatch) -> None:
+    monkeypatch.setattr(configurations, "ALIKE", {"NVIDIA Test 1": "NVIDIA Test 2"})
+    row = {"kernel": "kernel", "shape_class": "any", "configuration": LARGE.choices}
+    gpu.with_name("nvidia_test_2.json").write_text(json.dumps({"rows": [row]}))
+    assert select(TABLE, "kernel", "any", CUDA) == LARGE
+    gpu.write_text(json.dumps({"rows": [row | {"configuration": SMALL.choices}]}))
+    configurations.read_measured.cache_clear()
+    assert select(TABLE, "kernel", "any", CUDA) == SMALL
+
+
 def test_a_measured_configuration_that_is_no_candidate_is_named(gpu) -> None:
     row = {"kernel": "kernel", "shape_class": "any", "configuration": {"BLOCK": 7}}
     gpu.write_text(json.dumps({"rows": [row]}))
