@@ -18,19 +18,21 @@ from .model.block import PackContext, compute_block
 from .model.stdit2 import STDiT2
 
 # What a block of Open-Sora 1.1 holds; a module with all of it is taken for one.
-BLOCK_PARAMETERS = (
-    "scale_shift_table",
-    "scale_shift_table_temporal",
-    "attn.qkv.bias",
-    "attn.proj.bias",
-    "attn_temp.qkv.bias",
-    "attn_temp.proj.bias",
-    "cross_attn.q_linear.bias",
-    "cross_attn.kv_linear.weight",
-    "cross_attn.proj.bias",
-    "mlp.fc1.bias",
-    "mlp.fc2.bias",
+BLOCK_TABLES = ("scale_shift_table", "scale_shift_table_temporal")
+BLOCK_LINEARS = (
+    "attn.qkv",
+    "attn.proj",
+    "attn_temp.qkv",
+    "attn_temp.proj",
+    "cross_attn.q_linear",
+    "cross_attn.kv_linear",
+    "cross_attn.proj",
+    "mlp.fc1",
+    "mlp.fc2",
 )
+BLOCK_PARAMETERS = (*BLOCK_TABLES, *(f"{name}.bias" for name in BLOCK_LINEARS))
+QK_NORMS = ("attn.q_norm", "attn.k_norm", "attn_temp.q_norm", "attn_temp.k_norm")
+NORM_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None
         What was replaced, and how to undo it.
 
     Raises:
-        ValueError: an unknown backend or op, nothing in the model matched, or quack is not installed.
+        ValueError: an unknown backend or op, nothing in the model matched, a block of Open-Sora's that was changed to
+            compute something else, or quack is not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"use_kernels: backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
@@ -114,13 +117,45 @@ def _is_upstream_block(module: nn.Module) -> bool:
     return all(name in own for name in BLOCK_PARAMETERS)
 
 
+def _find_difference(block: nn.Module) -> str | None:
+    """What of a block the kernels would not compute, since they read nothing but its parameters."""
+    for name, module in block.named_modules():
+        if name.startswith(tuple(f"{linear}." for linear in BLOCK_LINEARS)):
+            continue  # such as the parametrization of a weight
+        if "forward" in vars(module):
+            return f"{name}.forward is replaced"
+        if name and (module._forward_hooks or module._forward_pre_hooks):
+            return f"{name} has a forward hook"
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return f"{name} has p={module.p:g}"
+        if name in BLOCK_LINEARS:
+            if type(module).forward is not nn.Linear.forward:
+                return f"{name} is not a plain Linear but {type(module).__name__}"
+            continue
+        known = {"": BLOCK_TABLES, **dict.fromkeys(QK_NORMS, ("weight",))}.get(name, ())
+        extra = [own for own, _ in module.named_parameters(recurse=False) if own not in known]
+        if extra:
+            return f"{name}.{extra[0]} is a parameter that Open-Sora's block lacks".removeprefix(".")
+        if name in QK_NORMS and isinstance(module, nn.LayerNorm):
+            return f"{name} is a LayerNorm"
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", NORM_EPSILON))
+        if epsilon != NORM_EPSILON:
+            return f"{name} has epsilon {epsilon:g}, not {NORM_EPSILON:g}"
+        if name == "mlp.act" and not (isinstance(module, nn.GELU) and module.approximate == "tanh"):
+            return f"{name} is {module}"
+    if not isinstance(getattr(block, "drop_path", nn.Identity()), nn.Identity):
+        return "its drop_path is above 0"
+    return None
+
+
 def _override_upstream_blocks(blocks: dict[str, nn.Module], rope: nn.Module, chosen: dict[str, str]) -> Replacement:
     """Gives each block a `forward` of its own that computes on packs; ops not chosen use the reference."""
     for name, block in blocks.items():
-        if not isinstance(getattr(block, "drop_path", nn.Identity()), nn.Identity):
-            raise ValueError(f"use_kernels: {name} has a drop_path above 0, which the kernels do not compute")
         if "forward" in vars(block):
             raise ValueError(f"use_kernels: {name} is replaced already; call undo() of that replacement first")
+        difference = _find_difference(block)
+        if difference is not None:
+            raise ValueError(f"use_kernels: {name}: {difference}; the kernels compute Open-Sora 1.1's block only")
     backends = replace(Backends.all("reference"), **chosen)
     for block in blocks.values():
         # Not a closure: copies and pickles of the model (its moving average, say) then hold their own parameters.

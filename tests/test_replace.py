@@ -120,6 +120,41 @@ def test_a_copy_of_a_changed_model_computes_with_its_own_parameters(model_class)
     assert not torch.equal(copied(**inputs), expected)
 
 
+class ScaledLinear(nn.Linear):
+    """Computes more than its weight and bias say, as adapters do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "name, module, difference",
+    [
+        ("attn.proj", ScaledLinear(48, 48), "attn.proj is not a plain Linear but ScaledLinear"),
+        ("adapter", nn.Linear(48, 48), "adapter.weight is a parameter that Open-Sora's block lacks"),
+        ("norm1", nn.LayerNorm(48, eps=1e-6), "norm1.weight is a parameter"),
+        ("norm2", nn.LayerNorm(48, elementwise_affine=False), "norm2 has epsilon 1e-05"),
+        ("attn.k_norm", nn.LayerNorm(24, eps=1e-6, bias=False), "attn.k_norm is a LayerNorm"),
+        ("mlp.act", nn.SiLU(), "mlp.act is SiLU"),
+        ("attn.attn_drop", nn.Dropout(0.5), "attn.attn_drop has p=0.5"),
+        ("drop_path", nn.Dropout(0.0), "its drop_path is above 0"),
+    ],
+)
+def test_a_block_that_computes_something_else_is_refused(name, module, difference):
+    model = build(UpstreamSTDiT2)
+    model.blocks[1].set_submodule(name, module)
+    with pytest.raises(ValueError, match=f"blocks.1: {difference}"):
+        use_kernels(model)
+    assert not any("forward" in vars(block) for block in model.blocks)
+
+
+def test_a_hook_that_would_not_be_called_is_refused():
+    model = build(UpstreamSTDiT2)
+    model.blocks[0].attn.qkv.register_forward_hook(lambda *arguments: None)
+    with pytest.raises(ValueError, match="blocks.0: attn.qkv has a forward hook"):
+        use_kernels(model)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="neither an STDiT2 nor built like"):
         use_kernels(nn.Linear(2, 2))
