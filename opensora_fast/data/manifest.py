@@ -234,8 +234,10 @@ def _note(reasons: dict[int, list[str]], bad: pd.Series, describe) -> None:
 
 
 def _show(table: pd.DataFrame, row: int, name: str) -> str:
+    import pandas as pd
+
     value = table[name].iloc[row]
-    if value is None or value != value:
+    if pd.isna(value):
         return "missing"
     # One missing cell makes a column of whole numbers one of floats; show them as they stand in the file.
     return repr(f"{value:g}" if isinstance(value, float) else str(value))

@@ -92,6 +92,9 @@ def test_bad_rows_of_parquet_are_named_by_number(tmp_path):
     write_table(make_table(height=[720, 0]), path)
     with pytest.raises(ValueError, match="row 1: height is '0'"):
         Manifest.read(path)
+    write_table(make_table(height=[720, None]).convert_dtypes(), path)  # missing as pandas.NA
+    with pytest.raises(ValueError, match="row 1: height is missing"):
+        Manifest.read(path)
 
 
 def test_only_some_of_many_bad_rows_are_shown():
