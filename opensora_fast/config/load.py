@@ -41,21 +41,30 @@ def load_train_config(
     path: str | Path, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None
 ) -> LoadedConfig[TrainConfig]:
     """Read a training configuration; see `load_config`."""
-    return load_config(TrainConfig, read_config_file(path), overrides, options)
+    file = read_config_file(path)
+    if not _is_for_training(file) and "image_size" in file.values:
+        raise ValueError(f"{path} is a configuration for sampling (`opensora-fast sample`), not for training")
+    return load_config(TrainConfig, file, overrides, options)
 
 
 def load_sample_config(
     path: str | Path, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None
 ) -> LoadedConfig[SampleConfig]:
     """Read a sampling configuration; see `load_config`."""
-    return load_config(SampleConfig, read_config_file(path), overrides, options)
+    file = read_config_file(path)
+    if _is_for_training(file):
+        raise ValueError(f"{path} is a configuration for training (`opensora-fast train`), not for sampling")
+    return load_config(SampleConfig, file, overrides, options)
 
 
 def load_any_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig[Any]:
-    """Read a configuration of either kind: one that has a dataset or bucket_config is for training."""
+    """Read a configuration of either kind."""
     file = read_config_file(path)
-    schema = TrainConfig if {"dataset", "bucket_config"} & set(file.values) else SampleConfig
-    return load_config(schema, file, overrides)
+    return load_config(TrainConfig if _is_for_training(file) else SampleConfig, file, overrides)
+
+
+def _is_for_training(file: ConfigFile) -> bool:
+    return bool({"dataset", "bucket_config"} & set(file.values))
 
 
 def load_config(

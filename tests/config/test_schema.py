@@ -182,6 +182,15 @@ def test_errors_name_the_line(train_file):
         load_train_config(train_file)
 
 
+def test_a_file_of_the_other_kind_is_named_as_such(train_file, tmp_path):
+    with pytest.raises(ValueError, match="stage.py is a configuration for training .*, not for sampling"):
+        load_sample_config(train_file)
+    path = tmp_path / "sample.py"
+    path.write_text(UPSTREAM_SAMPLE)
+    with pytest.raises(ValueError, match="sample.py is a configuration for sampling .*, not for training"):
+        load_train_config(path)
+
+
 def test_several_errors_are_listed_at_once(train_file):
     with pytest.raises(ValueError) as caught:
         load_train_config(train_file, ["lr=x", "seeds=1"])
