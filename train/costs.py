@@ -26,7 +26,7 @@ from opensora_fast.device import DTYPES
 from opensora_fast.encoders import choose_text_dtype
 from opensora_fast.kernels import token_grid
 from opensora_fast.model import STDiT2, STDiT2Config
-from opensora_fast.train.parts import make_model_config
+from opensora_fast.train.parts import count_recomputed, make_model_config
 from opensora_fast.train.step_graph import MOST_SHAPES
 
 LATENT_CHANNELS = 4  # of both autoencoders
@@ -79,10 +79,7 @@ class RunCosts:
     @property
     def recomputed(self) -> int:
         """Blocks that recompute their activations; ValueError if the model has fewer, as training would raise."""
-        blocks, depth = self.config.grad_checkpoint, self.model.depth
-        if blocks > depth:
-            raise ValueError(f"grad_checkpoint={blocks}, but the model has {depth} blocks: at most {depth}, or True")
-        return depth if blocks is True else int(blocks)
+        return count_recomputed(self.config.grad_checkpoint, self.model.depth)
 
     def get_videos(self, bucket_id: BucketId) -> VideoBatch:
         """A micro-batch of a bucket."""

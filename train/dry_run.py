@@ -7,10 +7,13 @@ from opensora_fast.data.bucket import Bucket
 from opensora_fast.device import check_device_name
 from opensora_fast.parallel.join import count_replicas, read_place
 from opensora_fast.train.data import read_data
+from opensora_fast.train.parts import check_parts
 from opensora_fast.train.step_graph import refuse_without_gpu
 
 
-def print_plan(loaded: LoadedConfig[TrainConfig], device: str | None = None) -> None:
+def print_plan(
+    loaded: LoadedConfig[TrainConfig], device: str | None = None, backend: str = "auto", linear: str = "torch"
+) -> None:
     """Print the effective configuration with the origin of each value, and the buckets of the first epoch.
 
     Of several processes that torchrun has started only rank 0 prints, for all of them.
@@ -18,15 +21,17 @@ def print_plan(loaded: LoadedConfig[TrainConfig], device: str | None = None) -> 
     Args:
         loaded: the configuration.
         device: that of the run; None where it is not known, for the run may be on another machine.
+        backend, linear: as for `train`.
 
     Raises:
-        ValueError: what would also stop the run: broken buckets, a broken table, entries that give no batch, CUDA
-            graphs on a CPU, a device of an unknown name.
+        ValueError: what would also stop the run: a model or diffusion that cannot be built, broken buckets, a broken
+            table, entries that give no batch, CUDA graphs on a CPU, a device or implementation of an unknown name.
     """
     place = read_place(os.environ)
     if place.rank != 0:
         return
     config = loaded.config
+    check_parts(config, backend, linear)
     replicas = count_replicas(place.world_size, config.sp_size)
     if device is not None:
         refuse_without_gpu(config.cuda_graph_tokens, check_device_name(device))

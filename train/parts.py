@@ -4,6 +4,8 @@ import torch
 
 from opensora_fast.config import TrainConfig
 from opensora_fast.diffusion import IDDPM, SpeeDiffusion
+from opensora_fast.kernels.dispatch import BACKENDS
+from opensora_fast.kernels.linear import LINEAR_BACKENDS
 from opensora_fast.model import STDiT2, STDiT2Config
 
 
@@ -24,14 +26,32 @@ def make_model_config(
         raise ValueError(f"model: {text}") from None
 
 
+def check_parts(config: TrainConfig, backend: str, linear: str) -> None:
+    """ValueError for a model or diffusion that cannot be built, or ops of an unknown implementation.
+
+    So it is known before the encoders are loaded: T5 alone takes minutes.
+    """
+    for option, chosen, known in (("--kernels", backend, BACKENDS), ("--linear", linear, LINEAR_BACKENDS)):
+        if chosen not in known:
+            raise ValueError(f"{option} {chosen}: unknown; choose one of {', '.join(known)}")
+    build_diffusion(config)
+    # What the encoders decide fits any model.
+    model = make_model_config(config, in_channels=4, caption_channels=4096, model_max_length=200)
+    count_recomputed(config.grad_checkpoint, model.depth)
+
+
+def count_recomputed(blocks: bool | int, depth: int) -> int:
+    """Blocks that recompute their activations, of `grad_checkpoint`; ValueError if the model has fewer."""
+    if blocks > depth:
+        raise ValueError(f"grad_checkpoint={blocks}, but the model has {depth} blocks: at most {depth}, or True")
+    return depth if blocks is True else int(blocks)
+
+
 def build_model(config: STDiT2Config, seed: int, grad_checkpoint: bool | int) -> STDiT2:
     """The model in float32 on the CPU, its initial weights drawn from the seed, in train mode."""
     torch.manual_seed(seed)
     model = STDiT2(config)
-    try:
-        model.set_checkpointing(grad_checkpoint)
-    except ValueError as error:
-        raise ValueError(f"grad_checkpoint={grad_checkpoint}: {error}") from None
+    model.set_checkpointing(count_recomputed(grad_checkpoint, config.depth))
     return model.train()
 
 

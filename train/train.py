@@ -9,8 +9,6 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from opensora_fast import use_kernels
 from opensora_fast.config import LoadedConfig, TrainConfig, to_json
 from opensora_fast.cpu_threads import cpu_threads
@@ -18,7 +16,7 @@ from opensora_fast.data.pyav_decoder import count_processors
 from opensora_fast.device import DTYPES
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.kernels import calls
-from opensora_fast.kernels.linear import LINEAR_BACKENDS, check_quack
+from opensora_fast.kernels.linear import check_quack
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.join import join_processes
 from opensora_fast.parallel.processes import Processes
@@ -29,7 +27,7 @@ from opensora_fast.train.followers import find_batches
 from opensora_fast.train.loop import Limits, Trainer
 from opensora_fast.train.memory_check import warn_of_memory
 from opensora_fast.train.optimizer import MasterAdamW
-from opensora_fast.train.parts import build_diffusion, build_model, make_model_config
+from opensora_fast.train.parts import build_diffusion, build_model, check_parts, make_model_config
 from opensora_fast.train.sources import Source, open_clips, open_features
 from opensora_fast.train.start import CHECKPOINT_CONFIG, Start, agree_on_start, load_initial_weights, report_changes
 from opensora_fast.train.state import load_weights
@@ -102,7 +100,9 @@ def _train(
 ) -> int | None:
     config = loaded.config
     refuse_without_gpu(config.cuda_graph_tokens, processes.device.type)
-    refuse_linear(linear, processes.device, DTYPES[config.dtype])
+    check_parts(config, backend, linear)
+    if linear == "quack":
+        check_quack(processes.device, DTYPES[config.dtype])
     for note in loaded.notes:
         report(f"note: {note}")
     diffusion = build_diffusion(config)
@@ -219,14 +219,6 @@ def write_config(config: TrainConfig, path: Path) -> None:
     if absolute.features is not None:
         absolute.features = os.path.abspath(absolute.features)
     path.write_text(to_json(absolute) + "\n")
-
-
-def refuse_linear(linear: str, device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError where what is to multiply in the Linears is unknown, or cannot for a model of this dtype."""
-    if linear not in LINEAR_BACKENDS:
-        raise ValueError(f"--linear {linear}: unknown; choose one of {', '.join(LINEAR_BACKENDS)}")
-    if linear == "quack":
-        check_quack(device, dtype)
 
 
 def describe_replay(out: Path, checkpoint: Path, step: int, processes: Processes, linear: str = "torch") -> str:

@@ -221,11 +221,6 @@ def test_dry_run_without_a_table_shows_the_configured_buckets(capsys):
         (["--init-from", "/nowhere/model"], "/nowhere/model"),
         (["--resume", "/nowhere/run"], "/nowhere/run: no such folder"),
         (["load=/nowhere/run"], "/nowhere/run: no such folder"),
-        (["model.hidden_size=100"], "hidden_size 100"),
-        (["model.drop_path=0.1"], "drop_path"),
-        (["grad_checkpoint=9"], "grad_checkpoint=9"),
-        (["scheduler.learn_sigma=False"], "learn_sigma"),
-        (["scheduler.noise_schedule=cosin"], "cosin"),
         (["--device", "tpu"], "tpu"),
         (["--resume", "/nowhere", "--init-from", "/nowhere"], "give one of them"),
     ],
@@ -240,6 +235,26 @@ def test_mistakes_are_one_message_and_leave_no_folder(train, tmp_path, more, mes
     assert re.search(message, error), error
     assert "Traceback" not in error and "unexpected" not in error
     assert not (out / "checkpoints").exists() and not (out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["model.hidden_size=100"], "hidden_size 100"),
+        (["model.drop_path=0.1"], "drop_path"),
+        (["grad_checkpoint=9"], "grad_checkpoint=9, but the model has"),
+        (["scheduler.learn_sigma=False"], "learn_sigma"),
+        (["scheduler.noise_schedule=cosin"], "cosin"),
+        (["--kernels", "cuda"], "--kernels cuda: unknown; choose one of auto"),
+        (["--linear", "cutlass"], "--linear cutlass: unknown"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_what_cannot_be_built_is_known_before_any_encoder(train, tmp_path, more, message):
+    for dry in ([], ["--dry-run"]):
+        code, _, error = train(tmp_path / "run", "--steps", 2, *more, *dry)
+        assert code == 1 and message in error
+        assert not (tmp_path / "run").exists()
 
 
 def test_clips_too_few_for_a_batch_may_be_left_out_on_demand(train, tmp_path):
