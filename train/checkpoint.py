@@ -147,6 +147,10 @@ def locate_checkpoint(path: Path, warn: Callable[[str], None]) -> Path:
     for parent in (path / "checkpoints", path):
         if (found := find_newest(parent, warn)) is not None:
             return found
+    if (path / "running_states.json").is_file():
+        raise ValueError(
+            f"{path} is a checkpoint of Open-Sora's own trainer; --init-from {path} starts from its weights"
+        )
     raise ValueError(f"{path} holds no complete checkpoint")
 
 

@@ -79,6 +79,11 @@ def test_locate(tmp_path):
         locate_checkpoint(tmp_path / "nothing", print)
     with pytest.raises(ValueError, match="no complete checkpoint"):
         locate_checkpoint(run, print)
+    theirs = tmp_path / "epoch0-global_step5"
+    theirs.mkdir()
+    (theirs / "running_states.json").touch()
+    with pytest.raises(ValueError, match="Open-Sora's own trainer; --init-from .* starts from its weights"):
+        locate_checkpoint(theirs, print)
 
 
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
