@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opensora_fast.config import TrainConfig
+from opensora_fast.config import SampleConfig, TrainConfig
 from opensora_fast.data.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.encoders.linear_autoencoder import LinearAutoencoder
@@ -21,7 +21,7 @@ CLIPS_TO_FIT = 32
 FRAMES_TO_FIT = 4
 
 
-def needs_fit(config: TrainConfig) -> bool:
+def needs_fit(config: TrainConfig | SampleConfig) -> bool:
     """Whether the run has its own linear autoencoder, in `DIR/encoders/vae`."""
     return config.vae.type == "linear" and config.vae.from_pretrained is None
 

@@ -82,10 +82,16 @@ def choose_start(
 
 def resolve_weights(source: str | None, report: Callable[[str], None]) -> str | None:
     """The checkpoint where `source` is a run or checkpoint of this trainer, else `source` as it is."""
+    checkpoint = find_checkpoint(source, report)
+    return source if checkpoint is None else str(checkpoint)
+
+
+def find_checkpoint(source: str | None, report: Callable[[str], None]) -> Path | None:
+    """The checkpoint that is meant where `source` is a run or checkpoint of this trainer, else None."""
     path = Path(source) if source is not None else None
     if path is not None and ((path / "checkpoints").is_dir() or (path / COMPLETE).is_file()):
-        return str(locate_checkpoint(path, report))
-    return source
+        return locate_checkpoint(path, report)
+    return None
 
 
 def load_initial_weights(model: STDiT2, source: str, report: Callable[[str], None]) -> None:

@@ -3,9 +3,12 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from opensora_fast.config import SampleConfig
 
 MULTIPLE_VALUES = ("--prompt", "--reference-path", "--mask-strategy")
 TAKES_OVERRIDES = True
@@ -69,7 +72,7 @@ def command(
     if prompt_path is not None and prompt is None:
         prompt = read_prompts(prompt_path)  # goes before a prompt of the configuration
     options = {
-        "model.from_pretrained": ckpt_path and _find_weights(ckpt_path),
+        "model.from_pretrained": ckpt_path,
         "prompt": prompt,
         "num_frames": num_frames,
         "image_size": image_size,
@@ -96,13 +99,20 @@ def command(
 
     from opensora_fast.sampling.run import run_sampling
 
+    _use_run(loaded.config)
     for path in run_sampling(loaded.config, device):
         print(path)
 
 
-def _find_weights(path: str) -> str:
-    """The model folder that a person means: the average of the weights of a run or checkpoint, else the path itself."""
-    from opensora_fast.train.start import resolve_weights
+def _use_run(config: "SampleConfig") -> None:
+    """Where the weights are those of a run or checkpoint of `train`: take their average, and the autoencoder that was
+    fitted for them, unless the configuration names one."""
+    from opensora_fast.train.encoders import FITTED, needs_fit
+    from opensora_fast.train.start import find_checkpoint
 
-    found = resolve_weights(path, lambda text: print(f"note: {text}", file=sys.stderr))
-    return found if found == path else str(Path(found) / "ema")
+    checkpoint = find_checkpoint(config.model.from_pretrained, lambda text: print(f"note: {text}", file=sys.stderr))
+    if checkpoint is None:
+        return
+    config.model.from_pretrained = str(checkpoint / "ema")
+    if needs_fit(config) and (checkpoint / FITTED).is_dir():
+        config.vae.from_pretrained = str(checkpoint / FITTED)
