@@ -20,6 +20,7 @@ from opensora_fast.diffusion.schedule import make_betas
 from opensora_fast.progress import Progress
 
 DIFFUSION_STEPS = 1000
+NO_GIVEN_FRAMES = 'dpm-solver cannot keep or edit frames; use scheduler type "iddpm" for references and loops'
 FEW_STEPS = 10  # below this the last step is of first order, for stability
 
 
@@ -68,9 +69,7 @@ class DPMSolver:
         if len(prompts) != z.shape[0]:
             raise ValueError(f"z has {z.shape[0]} rows for {len(prompts)} prompts; give one row for each prompt")
         if mask is not None and not bool((mask == 1).all()):
-            raise ValueError(
-                'dpm-solver cannot keep or edit frames; use scheduler type "iddpm" for references and loops'
-            )
+            raise ValueError(NO_GIVEN_FRAMES)
         x = z.to(device=device, dtype=torch.promote_types(z.dtype, torch.float32))
         model_kwargs = encode_with_unconditional(text_encoder, model, prompts, x.device) | (additional_args or {})
         guided = GuidedModel(model, self.cfg_scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 from pydantic import BaseModel
 
 from opensora_fast.config import SampleConfig
+from opensora_fast.data.reporting import print_line
 from opensora_fast.device import DTYPES, choose_device
 from opensora_fast.diffusion import build_scheduler
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.model import STDiT2, STDiT2Config
 from opensora_fast.model.pixart import convert_upstream_state_dict, load_checkpoint_file
-from opensora_fast.model.weights import load_pretrained, load_strictly
+from opensora_fast.model.weights import CONFIG_NAME, load_pretrained, load_strictly
+from opensora_fast.parallel.join import read_place
 from opensora_fast.sampling.generate import SampleSettings, VideoGenerator
 
 # Keys of the model section that do not describe the model.
@@ -58,10 +61,14 @@ def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: 
     source = config.model.from_pretrained
     if source is None:
         raise ValueError("there are no weights to sample from; give --ckpt-path or model.from_pretrained")
-    if Path(source).is_file():
+    path = Path(source).expanduser()
+    if path.is_file() or (path.is_dir() and not (path / CONFIG_NAME).is_file()):
         return load_model_file(config, video_encoder, text_encoder)
     saved, state = load_pretrained(source)
     given = config.model.model_dump(include=config.model.model_fields_set - NO_MODEL_KEYS)
+    for key, value in given.items():
+        if value != getattr(saved, key) and read_place(os.environ).rank == 0:
+            print_line(f"note: model.{key}={value!r} replaces {getattr(saved, key)!r}, with which {source} was trained")
     model_config = STDiT2Config(**(saved.model_dump() | given))
     for key, value, owner in (
         ("in_channels", video_encoder.out_channels, "vae"),
@@ -79,7 +86,10 @@ def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: 
 
 
 def load_model_file(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: TextEncoder) -> STDiT2:
-    """The model of a file such as Open-Sora's `ema.pt`; it holds no configuration, so the model section gives it."""
+    """The model of a file such as Open-Sora's `ema.pt`, or of a checkpoint folder of its trainer.
+
+    They hold no configuration, so the model section gives it.
+    """
     source = config.model.from_pretrained
     model = STDiT2(
         STDiT2Config(

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from opensora_fast.config import SampleConfig
 from opensora_fast.cpu_threads import cpu_threads
+from opensora_fast.diffusion.dpm_solver import NO_GIVEN_FRAMES
 from opensora_fast.parallel.join import join_processes, read_place
 from opensora_fast.sampling.build import build_generator, make_settings
 from opensora_fast.sampling.generate import Sample, make_tasks
@@ -38,7 +39,11 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
     references = _slice(config, "reference_path", config.reference_path, all_prompts)
     strategies = _slice(config, "mask_strategy", config.mask_strategy, all_prompts)
     prompts = _cut(config, all_prompts)
-    make_tasks(prompts, references, strategies, make_settings(config))
+    tasks = make_tasks(prompts, references, strategies, make_settings(config))
+    if config.scheduler.type == "dpm-solver" and any(
+        placement.edit_ratio < 1 for task in tasks for placement in task.placements
+    ):
+        raise ValueError(NO_GIVEN_FRAMES)
     together = read_place(os.environ).world_size
     with join_processes(device, together) as processes, cpu_threads(config.cpu_threads):
         generator = build_generator(config, processes.device)

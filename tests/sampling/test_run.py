@@ -1,6 +1,7 @@
 """`opensora-fast sample` with a small model in the real formats, from the command line to the files."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -116,23 +117,35 @@ def test_a_prompt_file_and_indices_choose_prompts(folder, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["three.png", "two.png"]
 
 
-def test_dpm_solver_drafts(folder, tmp_path):
+def test_dpm_solver_drafts(folder, tmp_path, capsys):
     scheduler = 'scheduler=dict(type="dpm-solver", num_sampling_steps=2, cfg_scale=2.0)'
     assert sample(folder, scheduler, "--prompt", "a cat", "--save-dir", str(tmp_path)) == 0
+    given = ("--reference-path", str(folder / "image.png"), "--mask-strategy", "0")
+    assert sample(folder, scheduler, "--prompt", "a cat", "--save-dir", str(tmp_path), *given, weights="nowhere") == 1
+    assert "dpm-solver cannot keep or edit frames" in capsys.readouterr().err
 
 
-def test_a_training_run_is_sampled_with_its_averaged_weights(folder, tmp_path):
+def test_a_value_that_replaces_the_trained_one_is_noted(folder, tmp_path, capsys):
+    arguments = ("--prompt", "a cat", "--num-frames", "1", "--save-dir", str(tmp_path))
+    assert sample(folder, *arguments, "model.input_sq_size=256", "model.qk_norm=True") == 0
+    notes = capsys.readouterr().err
+    assert "note: model.input_sq_size=256 replaces 512, with which" in notes and "qk_norm" not in notes
+
+
+def test_a_training_run_is_sampled_with_its_averaged_weights_and_its_autoencoder(folder, tmp_path):
     def fill(checkpoint):
         model = STDiT2.from_pretrained(folder / "model")
         model.save_pretrained(checkpoint / "ema")
         (checkpoint / "model").mkdir()
+        shutil.copytree(folder / "vae", checkpoint / "encoders" / "vae")
 
-    write_checkpoint(tmp_path / "run" / "checkpoints", 5, fill, keep=1)
+    checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints", 5, fill, keep=1)
     arguments = ("--prompt", "a cat", "--num-frames", "1", "--save-dir")
-    for name, weights in (("a", folder / "model"), ("b", tmp_path / "run")):
-        assert sample(folder, *arguments, str(tmp_path / name), weights=weights) == 0
-    first, second = (read_reference(tmp_path / name / "sample_0.png", (32, 48)) for name in ("a", "b"))
-    assert torch.equal(first, second)
+    assert sample(folder, *arguments, str(tmp_path / "a")) == 0
+    for name, weights in (("b", tmp_path / "run"), ("c", checkpoint)):
+        assert sample(folder, "vae.from_pretrained=None", *arguments, str(tmp_path / name), weights=weights) == 0
+    first, *others = (read_reference(tmp_path / name / "sample_0.png", (32, 48)) for name in ("a", "b", "c"))
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_the_configuration_is_one_call_from_python(folder):
@@ -215,14 +228,18 @@ def test_files_are_named_by_number_or_prompt(settings, prompt, expected):
     assert name_sample(Sample(prompt, 3, 1, torch.zeros(3, 1, 1, 1), 8.0), config) == expected
 
 
-def test_a_weights_file_without_a_configuration_takes_its_shape_from_the_model_section(folder, tmp_path, capsys):
+def test_weights_without_a_configuration_take_their_shape_from_the_model_section(folder, tmp_path, capsys):
     state = STDiT2.from_pretrained(folder / "model").state_dict()
     torch.save(state, tmp_path / "ema.pt")
+    checkpoint = tmp_path / "epoch0-global_step5"  # of Open-Sora's trainer
+    (checkpoint / "model").mkdir(parents=True)
+    torch.save(state, checkpoint / "model" / "pytorch_model.bin")
     shape = ["model.hidden_size=144", "model.num_heads=2", "model.depth=1", "model.qk_norm=True"]
     common = [str(folder / "sample.json"), *shape, "model.input_sq_size=512", "--prompt", "a cat", "--seed", "3"]
-    assert run(["sample", *common, "--ckpt-path", str(tmp_path / "ema.pt"), "--save-dir", str(tmp_path / "file")]) == 0
     assert sample(folder, "--prompt", "a cat", "--save-dir", str(tmp_path / "folder"), "--seed", "3") == 0
-    assert (tmp_path / "file/sample_0.mp4").read_bytes() == (tmp_path / "folder/sample_0.mp4").read_bytes()
+    for name, weights in (("file", tmp_path / "ema.pt"), ("theirs", checkpoint)):
+        assert run(["sample", *common, "--ckpt-path", str(weights), "--save-dir", str(tmp_path / name)]) == 0
+        assert (tmp_path / name / "sample_0.mp4").read_bytes() == (tmp_path / "folder/sample_0.mp4").read_bytes()
     deeper = [word.replace("depth=1", "depth=2") for word in common]
     assert run(["sample", *deeper, "--ckpt-path", str(tmp_path / "ema.pt"), "--save-dir", str(tmp_path)]) == 1
     assert "do not fit the model: missing blocks.1" in capsys.readouterr().err
