@@ -145,12 +145,14 @@ COLUMNS = _MEASURED + _DERIVED + _ENVIRONMENT
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to a CSV file, with a header when it is new.
+    """Adds rows to a CSV file, with a header when it is new; what is left of a row that was cut off goes.
 
     Raises:
         ValueError: the file holds other columns, or rows of another device.
     """
     rows = list(rows)
+    if path.exists():
+        _remove_cut_off_row(path)
     new = not path.exists() or path.stat().st_size == 0
     if not new:
         _check_columns(path)
@@ -169,19 +171,45 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Reads rows written by `append_rows`.
+    """Reads rows written by `append_rows`, without a last one that was cut off: by a full disk, for example.
 
     Raises:
         ValueError: a missing column or a value that does not parse, by file and line.
     """
     rows = []
-    with path.open(newline="") as file:
-        for line, record in enumerate(csv.DictReader(file), start=2):
-            try:
-                rows.append(_from_record(record))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{line}: not a benchmark row: {error}") from error
+    text = path.read_bytes()[: _find_whole_end(path)].decode()
+    for line, record in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2):
+        try:
+            if None in record.values():
+                raise ValueError("it has fewer cells than the header")
+            rows.append(_from_record(record))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}:{line}: not a benchmark row: {error}") from error
     return rows
+
+
+def _find_whole_end(path: Path) -> int:
+    """Bytes of a file up to the end of its last whole row; a line without an end is whole if it has all cells.
+
+    A file that is not of this version counts as whole.
+    """
+    content = path.read_bytes()
+    first, _, _ = content.partition(b"\n")
+    header = ",".join(COLUMNS).encode()
+    if first.rstrip(b"\r") != header:
+        return 0 if header.startswith(content) else len(content)
+    end = content.rfind(b"\n") + 1
+    last = next(csv.reader([content[end:].decode(errors="replace")]), [])
+    return end if 0 < len(last) < len(COLUMNS) else len(content)
+
+
+def _remove_cut_off_row(path: Path) -> None:
+    end = _find_whole_end(path)
+    with path.open("r+b") as file:
+        file.truncate(end)
+        file.seek(max(0, end - 1))
+        if end and file.read(1) != b"\n":
+            file.write(b"\r\n")
 
 
 def read_folder(folder: Path) -> list[Row]:

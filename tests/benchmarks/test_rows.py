@@ -92,6 +92,30 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
         append_rows(path, [make_row()])
 
 
+@pytest.mark.parametrize("kept", [0, 5, 100, "header", "no line end"])
+def test_a_row_that_was_cut_off_is_neither_read_nor_continued(tmp_path, kept):
+    path = tmp_path / "op.csv"
+    append_rows(path, [make_row()])
+    first = path.stat().st_size
+    append_rows(path, [make_row()])
+    sizes = {"header": 20, "no line end": path.stat().st_size - 2}
+    with path.open("r+b") as file:
+        file.truncate(sizes.get(kept, first + kept if isinstance(kept, int) else 0))
+    whole = {"header": 0, "no line end": 2}.get(kept, 1)
+    assert len(read_rows(path)) == whole
+    append_rows(path, [make_row(), make_row()])
+    assert len(read_rows(path)) == whole + 2
+
+
+def test_a_row_within_a_file_that_lacks_cells_is_named(tmp_path):
+    path = tmp_path / "op.csv"
+    append_rows(path, [make_row(), make_row(), make_row()])
+    header, first, second, third = path.read_text().splitlines()
+    path.write_text("\n".join([header, first, second[:100], third, ""]))
+    with pytest.raises(ValueError, match=r"op\.csv:3: not a benchmark row: it has fewer cells"):
+        read_rows(path)
+
+
 def test_files_of_before_a_column_are_read_and_not_added_to(tmp_path):
     path = tmp_path / "op.csv"
     append_rows(path, [make_row(timed="graph")])
