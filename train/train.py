@@ -23,6 +23,7 @@ from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.data import read_data
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.encoders import adopt_fitted, copy_fitted
+from opensora_fast.train.folder_lock import hold_folder
 from opensora_fast.train.followers import find_batches
 from opensora_fast.train.loop import Limits, Trainer
 from opensora_fast.train.memory_check import warn_of_memory
@@ -71,11 +72,12 @@ def train(
         ValueError: a mistake in the configuration, the data or the folder; NonFiniteError from the loop;
             ProcessLostError where another process has failed.
     """
-    with join_processes(device, loaded.config.sp_size) as processes:
+    with join_processes(device, loaded.config.sp_size) as processes, ExitStack() as held:
         return _train(
             loaded,
             out,
             processes,
+            held,
             resume,
             init_from,
             backend,
@@ -92,6 +94,7 @@ def _train(
     loaded: LoadedConfig[TrainConfig],
     out: Path,
     processes: Processes,
+    held: ExitStack,
     resume: str | None,
     init_from: str | None,
     backend: str,
@@ -114,6 +117,8 @@ def _train(
 
     with processes.first():
         out.mkdir(parents=True, exist_ok=True)
+        if processes.rank == 0:
+            held.enter_context(hold_folder(out, report))
         for origin in (start.resume, start.state, start.weights):
             if origin is not None:
                 adopt_fitted(Path(origin), out)

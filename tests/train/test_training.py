@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -186,6 +188,20 @@ def test_init_from_a_run_takes_weights_and_encoder_but_not_the_position(train, t
     # a model folder does as well
     assert train(tmp_path / "third", "--steps", 0, "--init-from", first / "checkpoints/step-00000004/ema")[0] == 0
     assert train(tmp_path / "fourth", "--steps", 0, "--init-from", first, "model.depth=2")[0] == 1
+
+
+def test_a_folder_that_another_run_writes_into_is_refused(train, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    code = "import sys, pathlib; from opensora_fast.train.folder_lock import hold_folder\n"
+    code += f"with hold_folder(pathlib.Path({str(out)!r}), print): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        status, _, error = train(out, "--steps", 0)
+        assert status == 1 and f"another run is writing into {out} (process {other.pid} on " in error
+        assert not (out / "checkpoints").exists()
+        other.kill()
+    assert train(out, "--steps", 0)[0] == 0
 
 
 def test_dry_run_prints_and_writes_nothing(train, tmp_path):
