@@ -1,4 +1,4 @@
-"""One run at a time writes into an output folder: two would take each other's checkpoints apart."""
+"""One run at a time writes into a folder: two would take each other's checkpoints or features apart."""
 
 import fcntl
 import os
@@ -26,7 +26,7 @@ def hold_folder(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
             file.seek(0)
             raise ValueError(
                 f"another run is writing into {folder} ({file.read().strip()}): wait for it or stop it, or give "
-                "another --out"
+                "another folder"
             ) from None
         except OSError as error:
             report(f"note: {folder} cannot be locked ({error}): see to it that no other run writes there")

@@ -17,6 +17,7 @@ from opensora_fast.data.loader import ClipLoader
 from opensora_fast.data.sampler import BucketSampler
 from opensora_fast.train.data import TrainingData
 from opensora_fast.train.encoders import FITTED, adopt_fitted, build_encoders
+from opensora_fast.train.folder_lock import hold_folder
 from opensora_fast.train.model_inputs import ModelInputs
 
 Report = Callable[[str], None]
@@ -184,18 +185,20 @@ def _write(
     sampler = BucketSampler(
         data.manifest, data.bucket, frame_interval=config.dataset.frame_interval, seed=config.seed, drop_last=False
     )
-    clips = open_clips(config, replace(data, sampler=sampler), out, device, dtype, report)
-    try:
-        write_features(
-            clips.loader,
-            clips.inputs.video_encoder,
-            clips.inputs.text_encoder,
-            folder,
-            draws=config.feature_draws,
-            encoders=describe_encoders(config),
-            device=device,
-        )
-    finally:
-        clips.close()
-    if (out / FITTED).is_dir() and not (folder / FITTED).is_dir():
-        shutil.copytree(out / FITTED, folder / FITTED)
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold_folder(folder, report):
+        clips = open_clips(config, replace(data, sampler=sampler), out, device, dtype, report)
+        try:
+            write_features(
+                clips.loader,
+                clips.inputs.video_encoder,
+                clips.inputs.text_encoder,
+                folder,
+                draws=config.feature_draws,
+                encoders=describe_encoders(config),
+                device=device,
+            )
+        finally:
+            clips.close()
+        if (out / FITTED).is_dir() and not (folder / FITTED).is_dir():
+            shutil.copytree(out / FITTED, folder / FITTED)
