@@ -115,7 +115,10 @@ def _check_transform(value: Any) -> Any:
 
 def _check_dtype(value: Any) -> Any:
     if value not in ("bf16", "fp32"):
-        raise ValueError("use 'bf16' or 'fp32'" + ("; fp16 would need loss scaling" if value == "fp16" else ""))
+        raise ValueError(
+            "use 'bf16' or 'fp32'"
+            + ("; fp16 is not supported, training would need loss scaling" if value == "fp16" else "")
+        )
     return value
 
 

@@ -146,7 +146,7 @@ def test_vae_dtype_and_builder_keys(train_file):
         ("grad_clip=1e999", r"grad_clip: .*finite"),
         ("scheduler.cfg_scale=-1e999", r"scheduler\.cfg_scale: .*finite"),
         ("epochs=1.5", r"epochs: .*integer"),
-        ("dtype=fp16", r"dtype: use 'bf16' or 'fp32'; fp16 would need loss scaling"),
+        ("dtype=fp16", r"dtype: use 'bf16' or 'fp32'; fp16 is not supported"),
         ("sp_size=0", r"sp_size: .*greater than or equal to 1"),
         ("sp_size=3", r"sp_size=3: the 16 heads .* take a divisor of 16"),
         ("dataset.type=VideoTextDataset", r"dataset\.type: only 'VariableVideoTextDataset'"),
