@@ -130,7 +130,6 @@ class ScaledLinear(nn.Linear):
 @pytest.mark.parametrize(
     "name, module, difference",
     [
-        ("attn.proj", ScaledLinear(48, 48), "attn.proj is not a plain Linear but ScaledLinear"),
         ("adapter", nn.Linear(48, 48), "adapter.weight is a parameter that Open-Sora's block lacks"),
         ("norm1", nn.LayerNorm(48, eps=1e-6), "norm1.weight is a parameter"),
         ("norm2", nn.LayerNorm(48, elementwise_affine=False), "norm2 has epsilon 1e-05"),
@@ -148,10 +147,24 @@ def test_a_block_that_computes_something_else_is_refused(name, module, differenc
     assert not any("forward" in vars(block) for block in model.blocks)
 
 
-def test_a_hook_that_would_not_be_called_is_refused():
+@pytest.mark.parametrize("name", ["attn.qkv", "attn_temp.proj", "cross_attn.kv_linear", "mlp.fc2"])
+def test_our_blocks_take_no_linear_that_would_not_be_called(name):
+    block = build(STDiT2).blocks[1]
+    linear = block.get_submodule(name)
+    with pytest.raises(ValueError, match=rf"\.{name.split('.')[1]} takes a plain Linear only(.|\n)*a ScaledLinear"):
+        block.set_submodule(name, ScaledLinear(linear.in_features, linear.out_features))
+    assert block.get_submodule(name) is linear
+    block.set_submodule(name, nn.Linear(linear.in_features, linear.out_features))
+
+
+def test_a_linear_or_a_hook_that_would_not_be_called_is_refused():
     model = build(UpstreamSTDiT2)
     model.blocks[0].attn.qkv.register_forward_hook(lambda *arguments: None)
     with pytest.raises(ValueError, match="blocks.0: attn.qkv has a forward hook"):
+        use_kernels(model)
+    model.blocks[0].attn.qkv = nn.Linear(144, 432)
+    model.blocks[0].mlp.fc1.__class__ = ScaledLinear
+    with pytest.raises(ValueError, match="blocks.0: mlp.fc1 is not a plain Linear but ScaledLinear"):
         use_kernels(model)
 
 

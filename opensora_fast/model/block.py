@@ -29,7 +29,21 @@ class NormWeight(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
 
-class SelfAttention(nn.Module):
+class PlainLinears(nn.Module):
+    """Holds Linears whose weights `compute_block` reads: what takes the place of one would never be called."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        held = self.__dict__.get("_modules", {}).get(name)
+        if isinstance(held, nn.Linear) and getattr(type(value), "forward", None) is not nn.Linear.forward:
+            raise ValueError(
+                f"{type(self).__name__}.{name} takes a plain Linear only, since just its weights are read: a "
+                f"{type(value).__name__} in its place would change nothing. Add what it learns to the weight, or use "
+                "Open-Sora's own model without use_kernels"
+            )
+        super().__setattr__(name, value)
+
+
+class SelfAttention(PlainLinears):
     def __init__(self, channels: int, num_heads: int, qk_norm: bool):
         super().__init__()
         self.num_heads = num_heads
@@ -39,7 +53,7 @@ class SelfAttention(nn.Module):
         self.k_norm = NormWeight(channels // num_heads) if qk_norm else None
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(PlainLinears):
     def __init__(self, channels: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -48,7 +62,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
 
-class MLP(nn.Module):
+class MLP(PlainLinears):
     def __init__(self, channels: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(channels, hidden)
