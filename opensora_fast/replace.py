@@ -152,7 +152,10 @@ def _override_upstream_blocks(blocks: dict[str, nn.Module], rope: nn.Module, cho
     """Gives each block a `forward` of its own that computes on packs; ops not chosen use the reference."""
     for name, block in blocks.items():
         if "forward" in vars(block):
-            raise ValueError(f"use_kernels: {name} is replaced already; call undo() of that replacement first")
+            raise ValueError(
+                f"use_kernels: {name} is replaced already; call undo() of that replacement first (a copy of a changed "
+                "model has none: copy it before)"
+            )
         difference = _find_difference(block)
         if difference is not None:
             raise ValueError(f"use_kernels: {name}: {difference}; the kernels compute Open-Sora 1.1's block only")
