@@ -35,6 +35,8 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
     folder = Path(config.save_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_dir {folder} is a file; give a folder")
+    if not os.access(next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK):
+        raise ValueError(f"save_dir {folder} cannot be written to; give another folder")
     all_prompts = choose_prompts(config)
     references = _slice(config, "reference_path", config.reference_path, all_prompts)
     strategies = _slice(config, "mask_strategy", config.mask_strategy, all_prompts)
