@@ -19,7 +19,10 @@ def command(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]")] = None,
     ckpt_path: Annotated[
         str | None,
-        typer.Option(help="Weights: a model folder, a hub id, a checkpoint, or the output folder of a training run."),
+        typer.Option(
+            help="Weights: a model folder, a hub id, the output folder of a training run, or a checkpoint or file, "
+            "Open-Sora's too."
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
