@@ -270,8 +270,8 @@ def _train(job: Job, backend: str, seed: int, table: Path, out: Path, steps: int
     loaded = load_train_config(locate_config("demo"), overrides, options)
     interpreted = backend == "triton" and job.device == "cpu"
     if interpreted:
-        from .interpreter import patch_once_a_launch
-    with patch_once_a_launch() if interpreted else nullcontext():
+        from .interpreter import interpret_quickly
+    with interpret_quickly() if interpreted else nullcontext():
         stopped = train(
             loaded,
             out,

@@ -33,7 +33,7 @@ def interpreter() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
-    from opensora_fast.benchmarks.interpreter import patch_once_a_launch
+    from opensora_fast.benchmarks.interpreter import interpret_quickly
 
-    with patch_once_a_launch(), refuse_access_outside_arguments():
+    with interpret_quickly(), refuse_access_outside_arguments():
         yield
