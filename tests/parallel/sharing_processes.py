@@ -3,6 +3,9 @@
 Started by `test_sequence.py`; what each has computed it writes into a file of a folder.
 """
 
+import multiprocessing
+import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -99,3 +102,15 @@ def run(rank: int, world_size: int, folder: str) -> None:
         torch.save(compute(model), Path(folder) / f"{size}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run_together(world_size: int, folder: str) -> None:
+    """All of them, as forks of this process, which has imported everything once; ends with 1 if one of them fails."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run, args=(rank, world_size, folder), daemon=True) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 100
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    sys.exit(int(any(process.exitcode != 0 for process in processes)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sharing_processes import compute, make_model, run
+from sharing_processes import compute, make_model, run_together
 
 from opensora_fast.costs.operations import VideoBatch, largest_share
 from opensora_fast.kernels import PackLayout
@@ -80,13 +80,10 @@ def test_what_cannot_be_shared_out_is_refused():
 def together(tmp_path_factory):
     """Results of real processes by (size of the group, rank)."""
     folder = tmp_path_factory.mktemp("together")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run, args=(rank, WORLD, str(folder)), daemon=True) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * WORLD
+    process = multiprocessing.get_context("spawn").Process(target=run_together, args=(WORLD, str(folder)))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
     return {(size, rank): torch.load(folder / f"{size}-{rank}.pt") for size in (2, WORLD) for rank in range(WORLD)}
 
 

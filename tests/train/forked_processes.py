@@ -32,7 +32,7 @@ from opensora_fast.train.step_graph import StepGraphs
 
 def main() -> None:
     torch.set_num_threads(1)
-    build_text_encoder({"type": "bytes"})  # imports transformers
+    build_text_encoder({"type": "bytes"}).encode(["a caption"])  # imports transformers, and ftfy
     for line in sys.stdin:
         print(json.dumps(run_job(**json.loads(line))), flush=True)
 
