@@ -7,10 +7,15 @@ embeddings. It knows nothing of language; a model trained with it learns to tell
 from __future__ import annotations
 
 import zlib
+from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from .t5 import T5Encoder
+
+if TYPE_CHECKING:
+    from transformers import ByT5Tokenizer
 
 
 class ByteTextEncoder(T5Encoder):
@@ -27,13 +32,13 @@ class ByteTextEncoder(T5Encoder):
         seed: int = 0,
         clean_captions: bool = True,
     ):
-        from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+        from transformers import T5Config, T5EncoderModel
 
         if output_dim < HEAD_SIZE or output_dim % HEAD_SIZE:
             raise ValueError(f"text_encoder.output_dim must be a multiple of {HEAD_SIZE}, got {output_dim}")
         if depth < 1:
             raise ValueError(f"text_encoder.depth must be at least 1, got {depth}")
-        tokenizer = ByT5Tokenizer()
+        tokenizer = _make_tokenizer()
         config = T5Config(
             vocab_size=len(tokenizer),
             d_model=output_dim,
@@ -66,6 +71,14 @@ class ByteTextEncoder(T5Encoder):
 
 
 HEAD_SIZE = 16
+
+
+@cache
+def _make_tokenizer() -> ByT5Tokenizer:
+    """Without state, and longer in the making than a small model."""
+    from transformers import ByT5Tokenizer
+
+    return ByT5Tokenizer()
 
 
 @torch.no_grad()
