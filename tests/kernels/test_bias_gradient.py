@@ -11,8 +11,8 @@ from opensora_fast.kernels import PackLayout, TextLayout, cross_attention, spati
 
 HEADS, HEAD_SIZE = 2, 8
 OPS = ("spatial_attention", "temporal_attention", "cross_attention")
-# Odd frames and a lone token; for spatial attention some frames more, for the others videos for small and large temporal
-# tiles and for the kernels of long ones, whose 200 frames would only be the same again.
+# Odd frames and a lone token; for spatial attention some frames more, for the others videos for small and large
+# temporal tiles and for the kernels of long ones, whose 200 frames would only be the same again.
 FRAMES = [(2, 3, 3), (1, 1, 1), (5, 1, 2), (4, 1, 1)]
 VIDEOS = [(2, 3, 3), (1, 1, 1), (70, 1, 2), (130, 1, 1)]
 TEXTS = [5, 0, 3, 1]

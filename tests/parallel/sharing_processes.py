@@ -107,7 +107,9 @@ def run(rank: int, world_size: int, folder: str) -> None:
 def run_together(world_size: int, folder: str) -> None:
     """All of them, as forks of this process, which has imported everything once; ends with 1 if one of them fails."""
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run, args=(rank, world_size, folder), daemon=True) for rank in range(world_size)]
+    processes = [
+        context.Process(target=run, args=(rank, world_size, folder), daemon=True) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     deadline = time.monotonic() + 100
