@@ -30,13 +30,28 @@ def build(model_class: type[nn.Module]) -> nn.Module:
 
 
 def golden_inputs(case: str) -> dict[str, torch.Tensor]:
+    """Up to three frames of 5 x 7 latents, which are padded: the interpreter takes its time for every program."""
     data = load_file(GOLDEN / f"stdit2_{case}.safetensors")
-    return {name[3:]: value.to(DEVICE) for name, value in data.items() if name.startswith("in.")}
+    inputs = {name[3:]: value.to(DEVICE) for name, value in data.items() if name.startswith("in.")}
+    inputs["x"] = inputs["x"][:, :, :3, :5, :7]
+    if "x_mask" in inputs:
+        inputs["x_mask"] = inputs["x_mask"][:, :3]
+        assert 0 < inputs["x_mask"].sum() < inputs["x_mask"].numel()
+    return inputs
 
 
-@pytest.mark.parametrize("case", ["plain", "frame_mask"])
-@pytest.mark.parametrize("model_class", [STDiT2, UpstreamSTDiT2])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+# Which kernel an op has is nothing to the model around it, so the interpreted ones need not meet every case twice.
+@pytest.mark.parametrize(
+    ("backend", "model_class", "case"),
+    [
+        ("reference", STDiT2, "plain"),
+        ("reference", STDiT2, "frame_mask"),
+        ("reference", UpstreamSTDiT2, "plain"),
+        ("reference", UpstreamSTDiT2, "frame_mask"),
+        ("triton", STDiT2, "frame_mask"),
+        ("triton", UpstreamSTDiT2, "plain"),
+    ],
+)
 def test_outputs_and_gradients_stay_and_undo_restores(model_class, case, backend):
     model, inputs = build(model_class), golden_inputs(case)
     before = {name: value.clone() for name, value in model.state_dict().items()}
