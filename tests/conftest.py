@@ -1,7 +1,11 @@
 """Settings of the whole test run."""
 
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +41,32 @@ def interpreter() -> Iterator[None]:
 
     with interpret_quickly(), refuse_access_outside_arguments():
         yield
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[subprocess.Popen]:
+    """See `train/forked_processes.py`."""
+    with subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "train" / "forked_processes.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run_together(launcher) -> Callable[..., list[dict]]:
+    """run_together(world_size, arguments, fault=None) runs `opensora-fast` with these arguments in several processes
+    and returns, of each rank, `code`, `out` and `error`. A fault is dict(kind=..., rank=..., step=...)."""
+
+    def run(world_size, arguments, fault=None, segment=1 << 13, seconds=120):
+        job = {"world_size": world_size, "arguments": list(map(str, arguments))}
+        job |= {"segment": segment, "fault": fault, "seconds": seconds}
+        launcher.stdin.write(json.dumps(job) + "\n")
+        launcher.stdin.flush()
+        return json.loads(launcher.stdout.readline())
+
+    return run

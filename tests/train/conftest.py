@@ -1,10 +1,6 @@
 """A handful of small clips and images, a tiny model, and helpers to run `opensora-fast train` on them."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -92,48 +88,12 @@ def train(config, table, capsys):
 
 
 @pytest.fixture
-def train_process(config, table):
-    """The same in a process of its own: returns the Popen."""
+def train_together(run_together, config, table):
+    """train_together(world_size, out, *more, fault=None) trains in several processes; see `run_together`. The gradients
+    of the tiny model, with its 130 k parameters, are averaged in several segments, too."""
 
-    def start(out, *more):
-        arguments = ["train", str(config), "--data-path", str(table), "--out", str(out), "--device", "cpu"]
-        return subprocess.Popen(
-            [sys.executable, "-m", "opensora_fast", *arguments, *map(str, more)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-
-    return start
-
-
-@pytest.fixture(scope="session")
-def launcher():
-    """See `forked_processes.py`."""
-    with subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("forked_processes.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    ) as process:
-        yield process
-        process.stdin.close()
-
-
-@pytest.fixture
-def train_together(launcher, config, table):
-    """train_together(world_size, out, *more, fault=None) trains in several processes and returns, of each rank,
-    `code`, `out` and `error`. A fault is dict(kind=..., rank=..., step=...). The gradients of the tiny model, with its
-    130 k parameters, are averaged in several segments, too."""
-
-    def run(world_size, out, *more, fault=None, segment=1 << 13, seconds=120):
-        arguments = ["train", str(config), "--data-path", str(table), "--out", str(out), "--device", "cpu"]
-        job = {"world_size": world_size, "arguments": [*arguments, *map(str, more)]}
-        job |= {"segment": segment, "fault": fault, "seconds": seconds}
-        launcher.stdin.write(json.dumps(job) + "\n")
-        launcher.stdin.flush()
-        return json.loads(launcher.stdout.readline())
+    def run(world_size, out, *more, **options):
+        arguments = ["train", config, "--data-path", table, "--out", out, "--device", "cpu"]
+        return run_together(world_size, [*arguments, *more], **options)
 
     return run

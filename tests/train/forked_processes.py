@@ -1,4 +1,4 @@
-"""Runs `opensora-fast train` in several processes as torchrun does, but each a fork of this one, which has imported
+"""Runs `opensora-fast` in several processes as torchrun does, but each a fork of this one, which has imported
 everything once.
 
 Reads a job a line, in JSON, from standard input: `world_size`, `arguments` of the command, the elements of a `segment`
@@ -137,6 +137,10 @@ def kill(trainer, losses):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def kill_while_saving(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def out_of_memory(*_):
     raise torch.OutOfMemoryError("tried to allocate more than there is")
 
@@ -256,6 +260,7 @@ FAULTS = {
     "nan gradient": at_step(nan_gradient),
     "sigterm": at_step(sigterm),
     "kill": at_step(kill),
+    "kill while saving": at_step(kill_while_saving),
     "kill in backward": at_step(in_backward(kill)),
     "out of memory": at_step(out_of_memory),
     "out of memory in backward": at_step(in_backward(out_of_memory)),

@@ -19,6 +19,7 @@ from losses import read_losses
 from one_process import OneProcess
 from safetensors.torch import load_file
 from same_checkpoints import assert_same_weights
+from torch.distributed.run import get_args_parser
 
 from opensora_fast.config import load_train_config
 from opensora_fast.data.bad_clips import read_bad_clips
@@ -369,21 +370,17 @@ def test_the_replay_of_several_machines_names_their_number(tmp_path):
     assert command.endswith("run-replay-5 --steps 5 --device cuda")
 
 
-def torchrun(arguments):
-    """torchrun of this environment, whatever `PATH` is."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_torchrun_stops_all_on_sigterm(config, table, features, tmp_path):
     out = tmp_path / "run"
     words = ["--standalone", "--nproc-per-node", "2", "-m", "opensora_fast", "train", str(config)]
     words += ["--data-path", str(table), "--out", str(out), "--device", "cpu", "--steps", "5000", features]
-    process = torchrun(words)
+    # torchrun of this environment, whatever `PATH` is.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for _ in range(2400):
         if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > 2:
             break
@@ -396,14 +393,16 @@ def test_torchrun_stops_all_on_sigterm(config, table, features, tmp_path):
     assert list((out / "checkpoints").iterdir()) == [checkpoint_of(out, len(read_losses(out)))]
 
 
-def test_torchrun_replays_a_step_that_is_not_finite(train_together, features, tmp_path):
+def test_the_command_that_is_told_replays_a_step_that_is_not_finite(train_together, run_together, features, tmp_path):
     out = tmp_path / "run"
     assert_all_end_with(train_together(2, out, "--steps", 9, "lr=1e25", "grad_clip=None", features), 1)
     report = json.loads((out / "nonfinite.json").read_text())
     words = shlex.split(report["replay"])
-    assert words[0] == "torchrun"
-    process = torchrun(words[1:])
-    _, error = process.communicate(timeout=120)
-    assert process.returncode != 0 and f"rank 0: error: step {report['step']}: the {report['what']} is" in error
+    torchrun = get_args_parser().parse_args(words[1:])
+    assert words[0] == "torchrun" and torchrun.standalone and torchrun.nproc_per_node == "2"
+    assert torchrun.module and torchrun.training_script == "opensora_fast"
+    results = run_together(2, torchrun.training_script_args)
+    assert_all_end_with(results, 1)
+    assert f"rank 0: error: step {report['step']}: the {report['what']} is" in results[0]["error"]
     replayed = json.loads((tmp_path / f"run-replay-{report['step']}" / "nonfinite.json").read_text())
     assert all(replayed[key] == report[key] for key in ("step", "what", "batches"))
