@@ -25,6 +25,7 @@ import pkgutil
 import re
 import sys
 import traceback
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -84,6 +85,7 @@ def list_subcommands() -> dict[str, str]:
     return {name: _read_summary(name) for name in names}
 
 
+@cache
 def _read_summary(name: str) -> str:
     source = (Path(__path__[0]) / f"{name}.py").read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]

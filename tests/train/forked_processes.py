@@ -33,6 +33,7 @@ from opensora_fast.train.step_graph import StepGraphs
 def main() -> None:
     torch.set_num_threads(1)
     build_text_encoder({"type": "bytes"}).encode(["a caption"])  # imports transformers, and ftfy
+    cli.list_subcommands()  # reads the file of each
     for line in sys.stdin:
         print(json.dumps(run_job(**json.loads(line))), flush=True)
 
