@@ -201,7 +201,7 @@ def test_a_step_is_described_for_all_processes(whole, table):
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_time"])
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     names = {path.name for path in whole(3).iterdir()}
-    assert names == {"checkpoints", "config.json", "encoders", "kernels.json", "metrics.jsonl"}
+    assert names == {".lock", "checkpoints", "config.json", "encoders", "kernels.json", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("nan loss", [1]), ("replay, nan loss", [1]), ("nan gradient", [0, 1])])
