@@ -138,7 +138,7 @@ def write_demo_page(folder):
     ]
     path = folder / "report.html"
     clips = [folder / "clip.mp4"]
-    write_demo_report(path, explanation, metrics, clips, [(clips[0], "made of text")], {"spatial": rows}, 1.0)
+    write_demo_report(path, explanation, metrics, clips, [(clips[0], "made of text")], {"spatial": rows}, "cpu", 1.0)
     return path
 
 

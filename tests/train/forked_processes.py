@@ -175,7 +175,7 @@ def tell_order(step: int) -> None:
     """Print, in their order and with the time, batches and gradients that are there, reduce-scatters that begin, and
     `backward` after each. The batch of that step comes a second late to rank 1."""
     iterate, arrive, begin = Trainer._iterate, MeanGradient._arrive, MasterAdamW.begin_step
-    reduce_scatter = processes_module._reduce_scatter
+    reduce_scatter = processes_module.reduce_scatter
 
     def tell(*words):
         print("told", *words, time.monotonic())
@@ -200,7 +200,7 @@ def tell_order(step: int) -> None:
         begin(self)
 
     Trainer._iterate, MeanGradient._arrive, MasterAdamW.begin_step = tell_batches, tell_gradient, tell_backward
-    processes_module._reduce_scatter = tell_segment
+    processes_module.reduce_scatter = tell_segment
 
 
 def kill_while_giving_a_shard(step: int) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opensora_fast.parallel.processes import ProcessLostError
+from opensora_fast.parallel.collectives import ProcessLostError
 from opensora_fast.train.background import Background
 
 
