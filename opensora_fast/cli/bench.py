@@ -40,6 +40,8 @@ def command(
     writes report.html beside them. Exits with 1 if --compare finds a regression, with 3 if a kernel of this project
     computes something wrong, with 130 when stopped.
     """
+    if compare and report:
+        raise ValueError("--compare and --report each do one thing and measure nothing; give one of them")
     if compare is not None:
         _compare(*compare, relative, absolute_ms)
         return

@@ -18,6 +18,7 @@ from opensora_fast.cli import run
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--compare", "a", "b", "--report", "c"], "--compare and --report each do one thing"),
         (["--out", "x", "--suite", "everything"], "suite 'everything' is unknown; choose one of all, push, kernels"),
         (["--out", "x", "--providers", "flash-attn-9"], "provider 'flash-attn-9' is unknown in this suite"),
         (["--out", "x", "--only", "spatial", "999p"], "no case of suite all on cpu has the words spatial, 999p"),
