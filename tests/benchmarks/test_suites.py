@@ -65,9 +65,9 @@ PUSHED = [
     *(("op", "spatial_attention", f"length {length}", {"sdpa-cudnn", "ours"}) for length in (144, 920, 1590, 3600)),
     ("op", "temporal_attention", "240p×16", {"ours"}),
     *(("block", "", name, {"upstream", "eager", "eager-cudnn", "compile", "ours"}) for name in ("240p×16", "720p×16")),
-    *(("step", "", f"{name}×16", {"open-sora", "upstream", "upstream-flash", "ours"}) for name in VIDEO_SIZES),
+    *(("step", "", f"{name}×16", {"upstream", "upstream-flash", "ours"}) for name in VIDEO_SIZES),
     *(("step", "", f"{name}×16", {"compile"}) for name in VIDEO_SIZES if name != "720p"),
-    ("step", "", "240p×16", {"eager"}),
+    ("step", "", "240p×16", {"open-sora", "upstream", "upstream-flash"}),
     ("step", "", "720p×16", {"compile-recompute", "ours-recompute"}),
     *(("step", "", name, {"eager", "compile", "ours", "ours-graph"}) for name in ("144p×16", "240p×16")),
     ("step", "sustained", "240p×16", {"ours"}),
@@ -134,7 +134,7 @@ def test_on_a_smaller_gpu_peers_recompute_where_their_activations_do_not_fit(mon
         # The techniques stand on top of each other, beside all peers, in one case that fits.
         (waterfall,) = [case for case in steps if set(models.WATERFALL) <= set(case.providers)]
         assert waterfall.template.workload == "240p×16" and waterfall.template.tokens <= smaller.recompute_above
-        assert {"open-sora", "eager", "compile"} <= set(waterfall.providers)
+        assert {"upstream-flash", "eager", "compile"} <= set(waterfall.providers)
 
 
 def test_a_longer_case_of_more_providers_is_estimated_longer():
