@@ -28,8 +28,10 @@ from .tiles import (
     ones_column,
     reciprocal_rms,
     row_width,
+    scale_rows,
     settle,
     tail_of,
+    to_float32,
     wide_of,
     zero_head,
 )
@@ -144,15 +146,21 @@ def query_gradient(
     KEY_STRIDE: tl.constexpr,
     VALUE_STRIDE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    CENTERED: tl.constexpr = False,
 ):
     """Σ over `length` keys of logit gradient · (normed) key: float32 head tile [m, D] for ROWS queries.
 
     `gradient` is that of the output, `delta` [m] its product with the output. `log_sum` [m] must be +inf for rows
     outside the sequence: their probabilities are then zero. Where `is_folded`, q carries minus it, `gradient` minus
     delta, keys and values the factors, and rows outside need a gradient and a delta of zero.
+
+    The gradients of a query's logits sum to zero, but for the rounding of the output in `delta`. What is left of the
+    sum is times a mean of keys in the result: more than the result itself where keys, and values, are much alike.
+    CENTERED takes it out again, by the mean of the first keys.
     """
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     sums = zero_head(ROWS, HEAD_SIZE)
+    row_sums = tl.zeros([ROWS], tl.float32)
     whole = length // STEP * STEP
     for masked in tl.static_range(1, -1, -1):
         begin = whole if masked else 0
@@ -174,9 +182,25 @@ def query_gradient(
             if not FOLDED:
                 score_gradient -= delta[:, None]
             score_gradient *= tl.exp2(scores)
+            if CENTERED and not FOLDED:
+                row_sums += tl.sum(score_gradient, axis=1)
             if NORM == NORM_LOADED:
                 score_gradient *= factors
             sums = settle(add_product(sums, score_gradient.to(k[0].dtype), k))
+    if CENTERED:
+        if FOLDED:  # beside each key is a one
+            ones = number_column(HEAD_SIZE) + ones_column()
+            in_ones = (wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE)) == ones)[None, :]
+            row_sums = tl.sum(tl.where(in_ones, sums[1], 0.0), axis=1)
+        rows = tl.arange(0, REMAINDER)
+        k = to_float32(load_head(keys, rows, rows < length, KEY_STRIDE, HEAD_SIZE, FOLDED))
+        if NORM == NORM_LOADED:
+            k = scale_rows(k, load_numbers(key_factors, rows, rows < length, 0.0))
+        row_sums /= tl.minimum(length, REMAINDER)
+        sums = (
+            sums[0] - row_sums[:, None] * tl.sum(k[0], axis=0)[None, :],
+            sums[1] - row_sums[:, None] * tl.sum(k[1], axis=0)[None, :],
+        )
     return sums
 
 

@@ -8,6 +8,10 @@ probabilities, δ = rowsum(g · output), W = q_weight · k_weight, q̂ = q · r_
     dK and dV                        second, spatial_keys_backward
     d q̂ = W · (dS · k̂) / sqrt(D)     d k̂ = W · (dSᵀ · q̂) / sqrt(D), then the gradient of the RMS norm
 
+Rows of dS sum to zero, but for the rounding of the output in δ. In half precision dS · k̂ is therefore computed as
+dS · (k̂ - c), c the mean of a few keys: where all tokens of a frame are much alike, what the rounding leaves of the sum
+would else outweigh the gradient.
+
 The first kernel leaves the queries as the forward pass scaled and rounded them, q' = q̂ · W · log2(e) / sqrt(D), for
 the second, which then needs no weights: d k̂ = dSᵀ · q' / log2(e). In longer frames it leaves a copy of the output's
 gradient, too, and both are padded rows with a number beside each head (see `loops.is_folded`).

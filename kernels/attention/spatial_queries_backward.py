@@ -137,6 +137,8 @@ def spatial_queries_backward(
         KEY_STRIDE=OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE,
         VALUE_STRIDE=TOKEN_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
+        # In float32 the output is hardly rounded.
+        CENTERED=NORM != NO_NORM and qkv.dtype.element_ty != tl.float32,
     )
     # Read again what the loop did not need, so that it does not occupy registers there.
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS, AGAIN=True)

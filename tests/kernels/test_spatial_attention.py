@@ -145,6 +145,20 @@ def test_small_gradients_keep_their_precision(frame_class, device, compare) -> N
     compare(inputs)
 
 
+def test_gradients_of_queries_whose_keys_are_alike(frame_class, device) -> None:
+    """The rounding of the output must not drown them, as it does in flash attention: by ten times and more, here."""
+    inputs = make_inputs([(1, 9, 15)], torch.float16, device)
+    alike = 10 * torch.randn(3, 1, 72, generator=torch.Generator().manual_seed(1)).to(device)
+    inputs["qkv"] = (inputs["qkv"].detach() + alike).to(torch.float16).requires_grad_()
+    gradient = torch.randn(135, 1, 72, generator=torch.Generator().manual_seed(2)).to(device, torch.float16)
+    exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items() if name != "layout"}
+    ours(**inputs).backward(gradient)
+    reference(**exact, layout=inputs["layout"]).backward(gradient.double())
+    for name, wide in exact.items():
+        mine, theirs = (x.grad[:, 0] if name == "qkv" else x.grad for x in (inputs[name], wide))
+        assert (mine - theirs).norm() / theirs.norm() < 0.02, name
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("place", ["q", "k", "v", "gradient"])
 def test_what_is_not_finite_spoils_what_depends_on_it(place, value, frame_class, device) -> None:
