@@ -90,7 +90,7 @@ def _queries(
     g = load_head(output_gradient + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
     delta = row_products(load_head(output + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE), g)
     tl.store(deltas + in_statistics + rows, delta, mask=inside)
-    sums = query_gradient(
+    sums, _ = query_gradient(
         load_head(q + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE),
         g,
         tl.load(log_sums + in_statistics + rows, mask=inside, other=float("inf")),

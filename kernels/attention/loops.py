@@ -156,7 +156,11 @@ def query_gradient(
 
     The gradients of a query's logits sum to zero, but for the rounding of the output in `delta`. What is left of the
     sum is times a mean of keys in the result: more than the result itself where keys, and values, are much alike.
-    CENTERED takes it out again, by the mean of the first keys.
+    CENTERED takes it out again, by the mean of the first keys. Added to `delta`, the sum makes it that of the output
+    before it was rounded.
+
+    Returns:
+        (the gradient, the sum of the gradients of each query's logits [m], zero if it is not CENTERED).
     """
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     sums = zero_head(ROWS, HEAD_SIZE)
@@ -196,12 +200,12 @@ def query_gradient(
         k = to_float32(load_head(keys, rows, rows < length, KEY_STRIDE, HEAD_SIZE, FOLDED))
         if NORM == NORM_LOADED:
             k = scale_rows(k, load_numbers(key_factors, rows, rows < length, 0.0))
-        row_sums /= tl.minimum(length, REMAINDER)
+        part = row_sums / tl.minimum(length, REMAINDER)
         sums = (
-            sums[0] - row_sums[:, None] * tl.sum(k[0], axis=0)[None, :],
-            sums[1] - row_sums[:, None] * tl.sum(k[1], axis=0)[None, :],
+            sums[0] - part[:, None] * tl.sum(k[0], axis=0)[None, :],
+            sums[1] - part[:, None] * tl.sum(k[1], axis=0)[None, :],
         )
-    return sums
+    return sums, row_sums
 
 
 @triton.jit

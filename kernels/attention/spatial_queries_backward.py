@@ -90,6 +90,7 @@ def spatial_queries_backward(
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
+    CENTERED: tl.constexpr = NORM != NO_NORM and qkv.dtype.element_ty != tl.float32  # which hardly rounds the output
     LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
@@ -101,14 +102,16 @@ def spatial_queries_backward(
     in_statistics = head * num_tokens + first_token
     g = load_head(output_gradient + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)  # [ROWS, D]
     delta = row_products(load_head(output + in_output, rows, inside, OUTPUT_STRIDE, HEAD_SIZE), g)
-    tl.store(deltas + in_statistics + rows, delta, mask=inside)
+    if not CENTERED:
+        tl.store(deltas + in_statistics + rows, delta, mask=inside)
     log_sum = tl.load(statistics + in_statistics + rows, mask=inside, other=0.0 if FOLDED else float("inf"))
     keys, values = place_of_keys_and_values(qkv, prepared, head, num_tokens, first_token, NORM, HEADS, HEAD_SIZE)
     if FOLDED:
         left_queries = padded_rows(scaled_queries, head, num_tokens, first_token, HEADS, HEAD_SIZE)
         g = append_number(g, -delta, HEAD_SIZE)
-        left_gradient = padded_rows(padded_gradient, head, num_tokens, first_token, HEADS, HEAD_SIZE)
-        store_head(left_gradient, g, rows, inside, None, HEAD_SIZE, FOLDED)
+        if not CENTERED:
+            left_gradient = padded_rows(padded_gradient, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+            store_head(left_gradient, g, rows, inside, None, HEAD_SIZE, FOLDED)
     else:
         left_queries = scaled_queries + in_output
 
@@ -120,7 +123,7 @@ def spatial_queries_backward(
         if FOLDED:
             q = append_number(q, -log_sum, HEAD_SIZE)
         store_head(left_queries, q, rows, inside, OUTPUT_STRIDE, HEAD_SIZE, FOLDED)
-    sums = query_gradient(
+    sums, row_sums = query_gradient(
         q,
         g,
         log_sum,
@@ -137,13 +140,22 @@ def spatial_queries_backward(
         KEY_STRIDE=OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE,
         VALUE_STRIDE=TOKEN_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
-        # In float32 the output is hardly rounded.
-        CENTERED=NORM != NO_NORM and qkv.dtype.element_ty != tl.float32,
+        CENTERED=CENTERED,
     )
     # Read again what the loop did not need, so that it does not occupy registers there.
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS, AGAIN=True)
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
+    if CENTERED:
+        delta += row_sums  # that of the output before it was rounded
+        if FOLDED:
+            g = load_head(
+                output_gradient + first_token * OUTPUT_STRIDE + head * HEAD_SIZE, rows, inside, OUTPUT_STRIDE, HEAD_SIZE
+            )
+            left_gradient = padded_rows(padded_gradient, head, num_tokens, first_token, HEADS, HEAD_SIZE)
+            store_head(left_gradient, append_number(g, -delta, HEAD_SIZE), rows, inside, None, HEAD_SIZE, FOLDED)
+        else:
+            tl.store(deltas + head * num_tokens + first_token + rows, delta, mask=inside)
     scale = tl.where(length > 1, SCALE, 0.0)  # a lone key has probability one: nothing moves it
     sums = sums[0] * scale, sums[1] * scale  # dS · k̂ / sqrt(D)
     if NORM != NO_NORM:
