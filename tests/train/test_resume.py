@@ -212,7 +212,10 @@ def lose_numbers(losses):
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_is_told_whatever_else_stops_it(
     train, tmp_path, monkeypatch, happen, code, told
 ):
+    step_3 = threading.Event()
+
     def save_file(*arguments):
+        assert step_3.wait(60)  # else the loop may hear of it before that step
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(state, "save_file", save_file)
@@ -221,6 +224,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_is_told_whatever_
     def compute_losses(self, batch, step):
         losses = real(self, batch, step)
         if step == 3:
+            step_3.set()
             while self.background.is_busy:
                 time.sleep(0.01)
             happen(losses)
