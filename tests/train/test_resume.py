@@ -231,7 +231,11 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_is_told_whatever_
         return losses
 
     monkeypatch.setattr(Trainer, "compute_losses", compute_losses)
-    ended, _, error = train(tmp_path / "run", "--steps", 9, "ckpt_every=2")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell; here it may be ignored
+    try:
+        ended, _, error = train(tmp_path / "run", "--steps", 9, "ckpt_every=2")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended == code and told in error and "Traceback" not in error
     assert error.count("step-00000002 could not be written: [Errno 28] No space left on device") == 1, error
     assert len(read_losses(tmp_path / "run")) == 2  # the row of a step is written during the next one
