@@ -13,7 +13,7 @@ What lives how long:
 - the gradients: one set for all graphs, outside the pool, until the next capture or backward of a replay.
 
 `torch.cuda.max_memory_allocated` counts what lies in the pool only while a graph is captured. What CUDA's driver keeps
-of each graph, with a node for every launch, is counted neither there nor by `parallel.memory`: CUDA promises no size.
+of each graph, with a node for every launch, is counted neither there nor by `costs.memory`: CUDA promises no size.
 
 The optimizer, collectives and all draws of random numbers stay outside. Whether a step is replayed does not change its
 numbers: the first steps of a shape, which are not, launch the same on the same inputs. So a resumed run, which captures

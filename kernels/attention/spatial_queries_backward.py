@@ -72,7 +72,7 @@ def spatial_queries_backward(
     output,  # [N, H, D]
     output_gradient,  # [N, H, D]
     statistics,  # float32 [1 or 3, H, N]
-    deltas,  # float32 [H, N] out: δ
+    deltas,  # float32 [H, N] out: δ, where spatial_keys_backward does not find it beside the gradient
     scaled_queries,  # out, with QK-norm: q', [N, H, D] or padded rows
     padded_gradient,  # out, where scores are folded: padded rows
     qkv_gradient,  # [N, 3, H, D] out: the queries

@@ -13,8 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-ORIENTATION = 0x0112
-"""The EXIF tag for how the camera was held."""
+ORIENTATION = 0x0112  # the EXIF tag for how the camera was held
 # Its values 2 to 8, as names of what Pillow is to do; 1 is upright.
 TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 SWAPS_SIDES = 5
