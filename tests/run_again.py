@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from opensora_fast.train.step_graph import Recording
+from opensora_fast.cuda_graphs import Recording
 
 
 class RunAgain:
@@ -16,7 +16,7 @@ class RunAgain:
     def __init__(self):
         self.replays = 0
 
-    def __call__(self, forward, backward):
+    def __call__(self, forward, backward=None):
         latest = []
 
         def run_forward():
@@ -27,13 +27,15 @@ class RunAgain:
         def replay_forward():
             self.replays += 1
             run_forward()
-            for name, loss in static.items():
-                loss.copy_(latest[0][name].detach())
+            for name, output in static.items():
+                output.copy_(latest[0][name].detach())
 
         def replay_backward():
             backward(latest.pop())
 
         run_forward()
-        static = {name: torch.full_like(loss.detach(), math.nan) for name, loss in latest[0].items()}
+        static = {name: torch.full_like(output.detach(), math.nan) for name, output in latest[0].items()}
+        if backward is None:
+            return Recording(static, replay_forward)
         replay_backward()
         return Recording(static, replay_forward, replay_backward)

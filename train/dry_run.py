@@ -3,12 +3,12 @@
 import os
 
 from opensora_fast.config import LoadedConfig, TrainConfig, format_values
+from opensora_fast.cuda_graphs import refuse_without_gpu
 from opensora_fast.data.bucket import Bucket
 from opensora_fast.device import check_device_name
 from opensora_fast.parallel.join import count_replicas, read_place
 from opensora_fast.train.data import read_data
 from opensora_fast.train.parts import check_parts
-from opensora_fast.train.step_graph import refuse_without_gpu
 
 
 def print_plan(

@@ -20,15 +20,14 @@ numbers: the first steps of a shape, which are not, launch the same on the same 
 its graphs anew, takes the same steps.
 """
 
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from opensora_fast.kernels import PackLayout, calls
+from opensora_fast.cuda_graphs import CudaRecorder, Recorder, Recording, Tensors, copy_to_device, refuse_without_gpu
+from opensora_fast.kernels import PackLayout
 from opensora_fast.kernels.attention.tables import keep_tables
 from opensora_fast.model import STDiT2
 from opensora_fast.train.most_used import MostUsed
@@ -42,68 +41,8 @@ MOST_SHAPES = 64
 # Worth trying where nothing is configured: up to so many tokens the host takes about as long as an H200, or longer.
 SUGGESTED_TOKENS = 16384
 
-Losses = dict[str, Tensor]
+Losses = Tensors
 Key = tuple[tuple[str, torch.dtype, torch.Size], ...]
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A forward and a backward pass that can be replayed, in this order.
-
-    Attributes:
-        losses: what forward returned, without its history; a replay of forward writes new values there.
-        replay_forward, replay_backward: compute again what was recorded, from what its inputs hold by then.
-    """
-
-    losses: Losses
-    replay_forward: Callable[[], None]
-    replay_backward: Callable[[], None]
-
-
-class Recorder(Protocol):
-    """Records passes; the result of the recording itself is not used."""
-
-    def __call__(self, forward: Callable[[], Losses], backward: Callable[[Losses], None]) -> Recording: ...
-
-
-class CudaRecorder:
-    """Records into CUDA graphs, which share one memory pool. No losses with a history may be there meanwhile."""
-
-    def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
-        self._latest: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, forward: Callable[[], Losses], backward: Callable[[Losses], None]) -> Recording:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        # Once without: this builds kernels and copies tables, which cannot be captured.
-        backward(forward())
-        # Autograd binds a parameter to the stream of its first use as long as any history of it is there. That of
-        # another stream would be drawn into the capture, which fails then.
-        gc.collect()
-        graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        calls_before = calls.copy()
-        # Threads that decode and load may go on meanwhile: what they ask of CUDA does not end the capture.
-        with torch.cuda.graph(graphs[0], pool=self._pool, capture_error_mode="thread_local"):
-            losses = forward()
-        calls_of_forward = calls - calls_before
-        with torch.cuda.graph(graphs[1], pool=self._pool, capture_error_mode="thread_local"):
-            backward(losses)
-        calls_of_backward = calls - calls_before - calls_of_forward
-        for captured in (calls_of_forward, calls_of_backward):
-            calls.subtract(captured)  # nothing has run yet
-        # Kept even when its shape is forgotten: torch refuses to capture into a pool whose graphs are all gone.
-        self._latest = graphs[0]
-
-        def replay(graph: torch.cuda.CUDAGraph, captured: Mapping[tuple[str, str], int]) -> None:
-            graph.replay()
-            calls.update(captured)
-
-        return Recording(
-            {name: loss.detach() for name, loss in losses.items()},
-            lambda: replay(graphs[0], calls_of_forward),
-            lambda: replay(graphs[1], calls_of_backward),
-        )
 
 
 @dataclass(frozen=True)
@@ -188,17 +127,17 @@ class StepGraphs:
         key = tuple(sorted((name, value.dtype, value.shape) for name, value in inputs.items()))
         graph = self._graphs.use(key)
         if graph is not None:
-            self._copy(inputs, graph.inputs)
+            copy_to_device(inputs, self.model.device, graph.inputs)
         elif self._graphs.make_room(key):
             graph = self._capture(inputs, layout)
             self._graphs.keep(key, graph)
         else:
-            return self.compute(self._copy(inputs))
+            return self.compute(copy_to_device(inputs, self.model.device))
         self._refuse_moved()
         graph.recording.replay_forward()
         self.replayed += 1
         self._running = graph.recording
-        return dict(graph.recording.losses)
+        return dict(graph.recording.outputs)
 
     def backward(self, losses: Losses) -> None:
         """Gives every trainable parameter its gradient, in place of any that it has, of the losses computed last."""
@@ -216,23 +155,11 @@ class StepGraphs:
         """What was replayed, in one line."""
         return f"CUDA graphs: {self.captured} captured, {self.replayed} of {self.steps} steps replayed"
 
-    def _copy(self, inputs: Mapping[str, Tensor], copies: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Contiguous copies on the device, into those given or new ones: a graph reads nothing on the host, and the
-        order of a sum may depend on strides."""
-        if copies is None:
-            copies = {
-                name: torch.empty(value.shape, dtype=value.dtype, device=self.model.device)
-                for name, value in inputs.items()
-            }
-        for name, value in inputs.items():
-            copies[name].copy_(value, non_blocking=True)
-        return copies
-
     def _capture(self, inputs: Mapping[str, Tensor], layout: PackLayout) -> _Graph:
         if self._gradients is None:
             self._gradients = [torch.empty_like(parameter) for parameter in self._parameters]
             self._places = self._find_places()
-        static = self._copy(inputs)
+        static = copy_to_device(inputs, self.model.device)
 
         def forward() -> Losses:
             return self.compute(dict(static))
@@ -258,12 +185,3 @@ class StepGraphs:
                 f"{moved} has moved in memory since the first CUDA graph was captured, and graphs would read what was "
                 "there before: change its values in place, or make StepGraphs anew"
             )
-
-
-def refuse_without_gpu(tokens: int, device: str) -> None:
-    """ValueError where steps of up to so many tokens are to be replayed on a device that has no CUDA graphs."""
-    if tokens and device != "cuda":
-        raise ValueError(
-            f"cuda_graph_tokens={tokens}: only a GPU replays steps as CUDA graphs, and the device is {device}; set "
-            "cuda_graph_tokens=0, or train with --device cuda"
-        )

@@ -12,6 +12,7 @@ from pathlib import Path
 from opensora_fast import use_kernels
 from opensora_fast.config import LoadedConfig, TrainConfig, to_json
 from opensora_fast.cpu_threads import cpu_threads
+from opensora_fast.cuda_graphs import refuse_without_gpu
 from opensora_fast.data.pyav_decoder import count_processors
 from opensora_fast.device import DTYPES
 from opensora_fast.diffusion import IDDPM, MaskGenerator
@@ -34,7 +35,7 @@ from opensora_fast.train.start import CHECKPOINT_CONFIG, Start, agree_on_start, 
 from opensora_fast.train.state import load_weights
 from opensora_fast.train.state import resume as resume_state
 from opensora_fast.train.step import compute_losses
-from opensora_fast.train.step_graph import StepGraphs, refuse_without_gpu
+from opensora_fast.train.step_graph import StepGraphs
 
 
 def train(

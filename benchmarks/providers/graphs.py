@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opensora_fast.cuda_graphs import Recorder
 from opensora_fast.train.step import LATENTS, TIMESTEPS, compute_losses, draw_inputs
-from opensora_fast.train.step_graph import Recorder, StepGraphs
+from opensora_fast.train.step_graph import StepGraphs
 
 from ..accuracy import OUTPUT, weights_like
 from ..timing import Call

@@ -142,6 +142,8 @@ class SampleConfig(Section):
 
     # This project's own.
     cpu_threads: int | None = Field(None, ge=1)
+    # Calls of the model on at most so many video tokens replay a CUDA graph; 0: none do.
+    cuda_graph_tokens: int = Field(0, ge=0)
 
 
 def find_idle_keys(config: TrainConfig | SampleConfig) -> list[str]:

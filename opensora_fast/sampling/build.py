@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel
 
 from opensora_fast.config import SampleConfig
+from opensora_fast.cuda_graphs import refuse_without_gpu
 from opensora_fast.data.reporting import print_line
 from opensora_fast.device import DTYPES, choose_device
 from opensora_fast.diffusion import build_scheduler
@@ -19,6 +20,7 @@ from opensora_fast.model.pixart import convert_upstream_state_dict, load_checkpo
 from opensora_fast.model.weights import CONFIG_NAME, load_pretrained, load_strictly
 from opensora_fast.parallel.join import read_place
 from opensora_fast.sampling.generate import SampleSettings, VideoGenerator
+from opensora_fast.sampling.replayed_model import ReplayedModel
 
 # Keys of the model section that do not describe the model.
 NO_MODEL_KEYS = {"type", "from_pretrained", "enable_flash_attn", "enable_layernorm_kernel"}
@@ -34,7 +36,8 @@ def build_generator(config: SampleConfig, device: torch.device | str | None = No
         device: the GPU where there is one, if None.
 
     Raises:
-        ValueError: weights that are missing or do not fit, or encoders that do not fit the model.
+        ValueError: weights that are missing or do not fit, encoders that do not fit the model, or CUDA graphs without a
+            GPU.
     """
     if config.scheduler.type == "iddpm-speed":
         raise ValueError('scheduler.type "iddpm-speed" only trains; sample with type="iddpm"')
@@ -43,13 +46,15 @@ def build_generator(config: SampleConfig, device: torch.device | str | None = No
     if config.scheduler.num_sampling_steps is None and config.scheduler.timestep_respacing is None:
         raise ValueError("scheduler.num_sampling_steps is missing; 100 is Open-Sora's choice")
     device = choose_device(None) if device is None else torch.device(device)
+    refuse_without_gpu(config.cuda_graph_tokens, device.type)
     dtype = DTYPES[config.dtype]
     scheduler = build_scheduler(_given(config.scheduler))
     video_encoder = build_video_encoder(_given(config.vae), device, dtype)
     text_dtype = choose_text_dtype(config.text_encoder.shardformer, dtype)
     text_encoder = build_text_encoder(_given(config.text_encoder), device, text_dtype)
     model = load_model(config, video_encoder, text_encoder).to(device, dtype).eval()
-    return VideoGenerator(model, video_encoder, text_encoder, scheduler, make_settings(config))
+    replayed = ReplayedModel(model, config.cuda_graph_tokens) if config.cuda_graph_tokens else None
+    return VideoGenerator(model, video_encoder, text_encoder, scheduler, make_settings(config), replayed)
 
 
 def _given(section: BaseModel) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from opensora_fast.sampling.references import Placement, check_placements, parse
 if TYPE_CHECKING:
     from opensora_fast.encoders import TextEncoder, VideoEncoder
     from opensora_fast.model import STDiT2
+    from opensora_fast.sampling.replayed_model import ReplayedModel
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class VideoGenerator:
         video_encoder, text_encoder: see `opensora_fast.encoders`, on the same device.
         scheduler: `IDDPM`, or `DPMSolver` for drafts without references and loops.
         settings: defaults for `generate`.
+        replayed: is called in place of the model, whose calls it replays as CUDA graphs.
     """
 
     def __init__(
@@ -129,12 +131,14 @@ class VideoGenerator:
         text_encoder: TextEncoder,
         scheduler: Any,
         settings: SampleSettings | None = None,
+        replayed: ReplayedModel | None = None,
     ) -> None:
         self.model = model
         self.video_encoder = video_encoder
         self.text_encoder = text_encoder
         self.scheduler = scheduler
         self.settings = settings or SampleSettings()
+        self.replayed = replayed
 
     def generate(
         self,
@@ -251,7 +255,7 @@ class VideoGenerator:
         self.model.eval()
         try:
             latents = self.scheduler.sample(
-                self.model,
+                self.model if self.replayed is None else self.replayed,
                 self.text_encoder,
                 latents,
                 texts,

@@ -47,6 +47,11 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
     ):
         raise ValueError(NO_GIVEN_FRAMES)
     together = read_place(os.environ).world_size
+    if together > 1 and config.cuda_graph_tokens:
+        raise ValueError(
+            f"cuda_graph_tokens={config.cuda_graph_tokens} and {together} processes: what they exchange is not "
+            "recorded in CUDA graphs; use one of them"
+        )
     with join_processes(device, together) as processes, cpu_threads(config.cpu_threads):
         generator = build_generator(config, processes.device)
         generator.model.share_frames(processes.sequence)

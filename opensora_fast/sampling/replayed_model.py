@@ -1,0 +1,97 @@
+"""A model whose calls of few tokens replay a CUDA graph: there the host takes longer to launch kernels than they take.
+
+A video takes dozens of calls on inputs of the same shapes, so the graph of the shapes that came last is enough. The
+text of a replayed call is padded to its longest, as the host may not read where it ends; results are the same but for
+rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from opensora_fast.cuda_graphs import CudaRecorder, Recorder, Recording, Tensors, copy_to_device, refuse_without_gpu
+from opensora_fast.kernels import PackLayout
+from opensora_fast.kernels.attention.tables import keep_tables
+from opensora_fast.model import STDiT2
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A recorded call.
+
+    Attributes:
+        key: what it is for.
+        recording: of it.
+        inputs: what it reads.
+        tables: that its kernels read, kept alive.
+    """
+
+    key: Hashable
+    recording: Recording
+    inputs: Tensors
+    tables: tuple[PackLayout, object]
+
+
+class ReplayedModel:
+    """Called as the model, without gradients; its results are new tensors, not those of the graph.
+
+    Args:
+        model: in evaluation mode when called, on a GPU. Computed by this process alone.
+        tokens: calls on at most so many video tokens, both halves of guidance counted, are replayed.
+        record: by default `CudaRecorder()`.
+
+    Attributes:
+        captured, replayed: graphs captured so far, and calls replayed.
+
+    Raises:
+        ValueError: the model is not on a GPU, and `record` is not given.
+    """
+
+    def __init__(self, model: STDiT2, tokens: int, record: Recorder | None = None) -> None:
+        if record is None:
+            refuse_without_gpu(tokens, model.device.type)
+        self.model = model
+        self.tokens = tokens
+        self.captured = self.replayed = 0
+        self._record = record or CudaRecorder()
+        self._graph: _Graph | None = None
+
+    @property
+    def y_embedder(self) -> nn.Module:
+        """Samplers take the unconditional text from it."""
+        return self.model.y_embedder
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, timestep: Tensor, **conditions: Tensor | None) -> Tensor:
+        """See `STDiT2.forward`."""
+        layout = self.model.get_layout([x])
+        if layout.num_tokens > self.tokens:
+            return self.model(x, timestep, **conditions)
+        inputs = {"x": x, "timestep": timestep} | {
+            name: value for name, value in conditions.items() if value is not None
+        }
+        key = self._make_key(inputs)
+        if self._graph is None or self._graph.key != key:
+            self._graph = None  # its memory serves the next one
+            self._graph = self._capture(key, inputs, layout)
+        copy_to_device(inputs, self.model.device, self._graph.inputs)
+        self._graph.recording.replay_forward()
+        self.replayed += 1
+        return self._graph.recording.outputs["output"].clone()
+
+    def _make_key(self, inputs: Tensors) -> Hashable:
+        """Equal where a replay computes what the model would: shapes, and where and how its weights are read."""
+        shapes = tuple((name, value.dtype, value.shape) for name, value in sorted(inputs.items()))
+        read = (*self.model.parameters(), *self.model.buffers())
+        return shapes, tuple(tensor.data_ptr() for tensor in read), self.model.backends
+
+    def _capture(self, key: Hashable, inputs: Tensors, layout: PackLayout) -> _Graph:
+        static = copy_to_device(inputs, self.model.device)
+        with keep_tables() as tables:
+            recording = self._record(lambda: {"output": self.model(**static)})
+        self.captured += 1
+        return _Graph(key, recording, static, (layout, tables))
