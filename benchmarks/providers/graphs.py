@@ -1,7 +1,8 @@
-"""The whole model as replayed CUDA graphs, as the trainer replays the steps of small micro-batches."""
+"""The whole model as replayed CUDA graphs, as the trainer replays small steps and the sampler the model's calls."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from opensora_fast.cuda_graphs import Recorder
+from opensora_fast.model import STDiT2
+from opensora_fast.sampling.replayed_model import ReplayedModel
 from opensora_fast.train.step import LATENTS, TIMESTEPS, compute_losses, draw_inputs
 from opensora_fast.train.step_graph import StepGraphs
 
@@ -19,15 +22,15 @@ from .model_work import ModelWork
 
 @dataclass(frozen=True)
 class GraphedModel:
-    """A way to compute the model, whose results and training steps are those of replayed graphs.
+    """A way to compute the model, whose results, training steps and calls are those of replayed graphs.
 
     Attributes:
-        model: called as `STDiT2`, on the parameters of the work's model.
+        model: on the parameters of the work's model.
         work: one batch of videos of one shape.
         record: see `StepGraphs`.
     """
 
-    model: Callable[..., Tensor]
+    model: STDiT2
     work: ModelWork
     record: Recorder | None = None
 
@@ -75,6 +78,14 @@ class GraphedModel:
 
         return step
 
+    def make_model(self) -> ReplayedModel:
+        """The model as a sampler calls it, which drops no captions."""
+        model = copy.copy(self.model)
+        model.training = False  # of the copy alone: the modules below are shared
+        return ReplayedModel(model, 2 * self._count_tokens(), self.record)
+
+    def _count_tokens(self) -> int:
+        return self.work.model.get_layout([self.work.latents]).num_tokens
+
     def _make_graphs(self, compute: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> StepGraphs:
-        tokens = self.work.model.get_layout([self.work.latents]).num_tokens
-        return StepGraphs(self.work.model, compute, tokens, record=self.record)
+        return StepGraphs(self.work.model, compute, self._count_tokens(), record=self.record)

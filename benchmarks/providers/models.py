@@ -45,7 +45,9 @@ class BoundModel:
 
 def model_provider(variant: Variant) -> Provider:
     def prepare(work: ModelWork) -> Bound:
-        return (GraphedModel if variant.graphed else BoundModel)(view_of(work.model, variant), work)
+        if variant.graphed:
+            return GraphedModel(own_view(work.model, variant), work)
+        return BoundModel(view_of(work.model, variant), work)
 
     def missing(work: ModelWork) -> str:
         one_shape = variant.is_upstream or variant.graphed
@@ -70,12 +72,7 @@ def view_of(model: STDiT2, variant: Variant) -> Model:
             for block in view.blocks:
                 block.compile(dynamic=False)
         return view
-    own = copy.copy(model)
-    own._modules = dict(model._modules)
-    own.backends = variant.backends or REFERENCE
-    own.checkpointed_blocks = len(model.blocks) if variant.recompute else 0
-    if variant.compiled:
-        _compile_blocks(own, variant)
+    own = own_view(model, variant)
 
     def call(latents: Latents, *arguments: Any, **conditions: Any) -> Latents:
         function = own if isinstance(latents, Tensor) else own.forward_packed
@@ -83,6 +80,17 @@ def view_of(model: STDiT2, variant: Variant) -> Model:
             return function(latents, *arguments, **conditions)
 
     return call
+
+
+def own_view(model: STDiT2, variant: Variant) -> STDiT2:
+    """As `view_of` for this project's order of operations, but for the attention that the variant prefers."""
+    own = copy.copy(model)
+    own._modules = dict(model._modules)
+    own.backends = variant.backends or REFERENCE
+    own.checkpointed_blocks = len(model.blocks) if variant.recompute else 0
+    if variant.compiled:
+        _compile_blocks(own, variant)
+    return own
 
 
 def _compile_blocks(own: STDiT2, variant: Variant) -> None:
@@ -124,6 +132,21 @@ def model_output(bound: Bound, work: ModelWork) -> tuple[Named, float]:
         return {OUTPUT: [bound.replay()[0]]}, 0.0
     with torch.no_grad():
         return {OUTPUT: _as_list(bound())}, 0.0
+
+
+def sampling_output(bound: Bound, work: ModelWork) -> tuple[Named, float]:
+    """The output of the model as a sampler calls it, without gradients."""
+    if not isinstance(bound, GraphedModel):
+        return model_output(bound, work)
+    torch.manual_seed(SEED)
+    conditions = dict(work.conditions)
+    if work.model.training and work.model.y_embedder.dropout_probability > 0:
+        conditions["dropped"] = work.model.y_embedder.draw_dropped(len(work.latents))  # as the others draw them
+    model = bound.make_model()
+    model(
+        torch.zeros_like(work.latents), work.timestep, **conditions
+    )  # results of anything but a replay would be wrong
+    return {OUTPUT: [model(work.latents, work.timestep, **conditions)]}, 0.0
 
 
 def _as_list(latents: Latents) -> list[Tensor]:
@@ -181,8 +204,8 @@ def _equal_shapes(videos: Sequence[Tensor]) -> list[Tensor]:
 
 def sampling_call(bound: Bound, work: ModelWork) -> Call:
     """One step of guided sampling: the model on twice the videos, guidance, and the draw of the next latents."""
-    assert isinstance(bound, BoundModel)
-    guided = GuidedModel(bound.model, cfg_scale=7.0)
+    model = bound.make_model() if isinstance(bound, GraphedModel) else bound.model
+    guided = GuidedModel(model, cfg_scale=7.0)
     videos = work.latents.shape[0]
     steps = torch.full((videos,), work.diffusion.num_timesteps // 2, device=work.latents.device)
     conditions = dict(work.conditions, y=torch.cat([work.conditions["y"]] * 2))

@@ -35,7 +35,7 @@ class Variant:
         flash: upstream with flash attention on.
         recompute: activations are computed again in backward.
         compiled: every block goes through torch.compile.
-        graphed: forward, loss and backward are replayed as CUDA graphs (training steps only).
+        graphed: replayed as CUDA graphs: forward, loss and backward of a step, a call of a sampler.
         sdpa: the backend that PyTorch's attention prefers, "FLASH" or "CUDNN"; "": its own choice.
     """
 

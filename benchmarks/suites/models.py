@@ -19,6 +19,7 @@ from ..providers.models import (
     model_output,
     model_results,
     sampling_call,
+    sampling_output,
     training_call,
 )
 from ..providers.provider import Bound, choose_providers
@@ -36,6 +37,12 @@ SUSTAINED, SUSTAINED_STEPS = "sustained", 10  # steps of one sample
 MIXED_VALUE = 540.0  # packs of mixed shapes, and the uniform ones that they are compared with
 STAGES = ("stage1", "stage2", "stage3")
 SAMPLED_VIDEOS = 2
+Results = Callable[[Any, Any], tuple[Mapping[str, Any], float]]
+RESULTS: tuple[Results, Results] = (
+    model_results,
+    model_output,
+)  # of a training step; of all its tokens the output alone
+SMALL_SAMPLING = ("upstream-flash", "eager", "compile", "ours", "ours-graph")
 
 
 def list_block_cases(scale: Scale) -> list[Case]:
@@ -90,12 +97,21 @@ def list_mixed_step_cases(scale: Scale) -> list[Case]:
 
 
 def list_sampling_cases(scale: Scale) -> list[Case]:
-    """A guided sampling step of two videos at every headline resolution."""
+    """A guided sampling step of two videos at every headline resolution, and of those that the host holds up."""
+    small = small_samples(scale)
+    headline = [replace(videos, batch=min(videos.batch, SAMPLED_VIDEOS)) for videos in by_importance(scale)]
     cases = []
-    for index, workload in enumerate(by_importance(scale)):
-        videos = Workload(workload.resolution, workload.frames, min(workload.batch, SAMPLED_VIDEOS))
-        cases.append(sampling_case(scale, videos, SAMPLING_VALUE - 5 * index))
+    for index, workload in enumerate(dict.fromkeys([*small, *headline])):
+        names = (PEERS if workload in headline else ()) + (SMALL_SAMPLING if workload in small else ())
+        cases.append(sampling_case(scale, workload, tuple(dict.fromkeys(names)), SAMPLING_VALUE - 5 * index))
     return cases
+
+
+def small_samples(scale: Scale) -> list[Workload]:
+    """An image and a video, whose sampling steps take the host longer than the GPU."""
+    image = min(scale.images, key=lambda workload: workload.tokens // workload.batch)
+    video = min(scale.headline, key=lambda workload: workload.tokens // workload.batch)
+    return [replace(image, batch=1), replace(video, batch=1)]
 
 
 def by_importance(scale: Scale) -> list[Workload]:
@@ -159,7 +175,7 @@ def step_case(scale: Scale, pack: Workload | Pack, providers: tuple[str, ...], v
         return sum(parts, count_optimizer(parameters))
 
     return _model_case(
-        scale, "step", pack, providers, TRAINING, training_call, count, model_results, scale.step_seconds, value
+        scale, "step", pack, providers, TRAINING, training_call, count, RESULTS, scale.step_seconds, value
     )
 
 
@@ -199,17 +215,17 @@ def _many_steps(bound: Bound, work: ModelWork) -> Call:
     return steps
 
 
-def sampling_case(scale: Scale, workload: Workload, value: float) -> Case:
+def sampling_case(scale: Scale, workload: Workload, providers: tuple[str, ...], value: float) -> Case:
     doubled = Workload(workload.resolution, workload.frames, 2 * workload.batch)  # guidance: with text and without
 
     def count(training: Training) -> Count:
         text = mean_text(workload.batch, scale.text)
         return count_forward(scale.config, doubled, text, scale.dtype.itemsize)
 
-    providers = tuple(dict.fromkeys(PEERS))
     seconds = scale.step_seconds / 4
+    results = sampling_output, sampling_output
     return _model_case(
-        scale, "sampling", Pack.of(workload), providers, FORWARD, sampling_call, count, model_output, seconds, value
+        scale, "sampling", Pack.of(workload), providers, FORWARD, sampling_call, count, results, seconds, value
     )
 
 
@@ -226,7 +242,7 @@ def _model_case(
     direction: str,
     make_call: Callable[[Any, Any], Callable[[], object]],
     count: Callable[[Training], Count],
-    results: Callable[[Any, Any], tuple[Mapping[str, Any], float]],
+    results: tuple[Results, Results],
     seconds: float,
     value: float,
 ) -> Case:
@@ -237,7 +253,13 @@ def _model_case(
         sampling = model_sampling(scale, session, seconds)
         contest = model_contest(scale, template, pack, training, names, sampling)
         return run_contest(
-            replace(contest, calls={direction: make_call}, counts={direction: count(training)}, results=results),
+            replace(
+                contest,
+                calls={direction: make_call},
+                counts={direction: count(training)},
+                results=results[0],
+                full_results=results[1],
+            ),
             session,
         )
 
@@ -279,10 +301,10 @@ def model_contest(
         calls={TRAINING: training_call},
         counts={},
         sampling=sampling,
-        results=model_results,
+        results=RESULTS[0],
         check_work=None if short is pack else make_model_work(training.model, short, scale.text),
         check_name=short.name,
         smaller=smaller,
-        full_results=model_output,
+        full_results=RESULTS[1],
         total_memory=True,
     )

@@ -22,10 +22,14 @@ from opensora_fast.benchmarks.providers.graphs import GraphedModel
 from opensora_fast.benchmarks.providers.model_work import make_model_work, make_training
 from opensora_fast.benchmarks.providers.models import (
     MODEL_PROVIDERS,
+    BoundModel,
     compute_losses,
     model_output,
     model_provider,
     model_results,
+    own_view,
+    sampling_call,
+    sampling_output,
     training_call,
     view_of,
 )
@@ -227,7 +231,7 @@ def test_compiled_ops_are_not_compiled_again(monkeypatch, op):
 
 def replayed(work, view="eager") -> GraphedModel:
     """On a CPU, where no graph can be captured."""
-    return GraphedModel(view_of(work.model, VARIANT_OF[view]), work, RunAgain())
+    return GraphedModel(own_view(work.model, VARIANT_OF[view]), work, RunAgain())
 
 
 def test_results_of_a_graphed_model_are_those_of_a_replay(model_work):
@@ -241,12 +245,32 @@ def test_results_of_a_graphed_model_are_those_of_a_replay(model_work):
     class Forgetful(RunAgain):
         """Does not replay: what the recording has left is taken for the results."""
 
-        def __call__(self, forward, backward):
+        def __call__(self, forward, backward=None):
             recording = super().__call__(forward, backward)
             return replace(recording, replay_forward=lambda: None, replay_backward=lambda: None)
 
     wrong, _ = model_results(replace(replayed(model_work), record=Forgetful()), model_work)
     assert not torch.equal(wrong["output"][0], expected["output"][0])
+
+    sampled, _ = sampling_output(EAGER.prepare(model_work), model_work)
+    assert_same(sampling_output(replayed(model_work), model_work)[0], sampled, 1e-6)
+    wrong, _ = sampling_output(replace(replayed(model_work), record=Forgetful()), model_work)
+    assert not torch.equal(wrong["output"][0], sampled["output"][0])
+
+
+def test_sampling_steps_of_a_graphed_model_are_replayed_and_draw_as_others_do(model_work):
+    recorder, steps = RunAgain(), []
+    assert model_work.model.training  # with dropout of captions, which a sampler does not have
+    own = own_view(model_work.model, VARIANT_OF["eager"])
+    own.training = False
+    for bound in (replace(replayed(model_work), record=recorder), BoundModel(own, model_work)):
+        call = sampling_call(bound, model_work)
+        for number in range(2):
+            torch.manual_seed(number)
+            steps.append(call())
+    assert recorder.replays == 2 and model_work.model.training
+    for replay, expected in zip(steps[:2], steps[2:], strict=True):
+        torch.testing.assert_close(replay, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_training_steps_of_a_graphed_model_are_replayed_and_train_as_others_do():
@@ -273,7 +297,7 @@ def test_training_steps_of_a_graphed_model_are_replayed_and_train_as_others_do()
     assert recorder.replays == 3
 
 
-def test_graphs_are_for_training_steps_on_a_gpu_of_videos_of_one_shape(model_work, mixed_work):
+def test_graphs_are_for_videos_of_one_shape_on_a_gpu(model_work, mixed_work):
     provider = next(provider for provider in MODEL_PROVIDERS if provider.name == "ours-graph")
     assert provider.missing(model_work) == "needs a CUDA GPU"
     assert provider.missing(mixed_work) == "takes videos of one shape only"
