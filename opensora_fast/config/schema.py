@@ -53,17 +53,20 @@ class TrainConfig(Section):
     start_from_scratch: bool = False
     # So many processes compute each micro-batch together, each some of its frames (sequence parallelism).
     sp_size: int = Field(1, ge=1)
+    # Show the numbers of metrics.jsonl at Weights & Biases, too.
+    wandb: bool = False
 
     # Read for Open-Sora's sake; see find_idle_keys.
     num_bucket_build_workers: int | None = None
     plugin: str | None = None
     outputs: str | None = None
-    wandb: bool = False
     batch_size: int | None = None
 
     # This project's own.
     # Stop after so many steps in all; None: after `epochs`.
     steps: int | None = Field(None, ge=0)
+    # Write the numbers of metrics.jsonl as TensorBoard reads them, too, into DIR/tensorboard.
+    tensorboard: bool = False
     # Folder of cached latents and text embeddings, made where it is not there, from so many passes over the clips.
     features: str | None = None
     feature_draws: int = Field(1, ge=1)
@@ -171,7 +174,6 @@ IDLE_TRAINING_KEYS = {
     "num_bucket_build_workers": "has no effect: clips are put into buckets in one vectorized pass",
     "plugin": "has no effect: ColossalAI is not used; torchrun's processes share the optimizer state (ZeRO 1)",
     "outputs": "has no effect: --out names the folder of the run",
-    "wandb": "starts no tracker: metrics are written to DIR/metrics.jsonl",
     "batch_size": "has no effect: bucket_config gives the batch sizes",
     "scheduler.cfg_scale": "has no effect in training: it guides sampling",
     "scheduler.cfg_channel": "has no effect in training: it guides sampling",
