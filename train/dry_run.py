@@ -9,11 +9,16 @@ from opensora_fast.device import check_device_name
 from opensora_fast.parallel.join import count_replicas, read_place
 from opensora_fast.train.data import read_data
 from opensora_fast.train.parts import check_parts
+from opensora_fast.train.trace import refuse_trace_after_end
 from opensora_fast.train.trackers import check_trackers
 
 
 def print_plan(
-    loaded: LoadedConfig[TrainConfig], device: str | None = None, backend: str = "auto", linear: str = "torch"
+    loaded: LoadedConfig[TrainConfig],
+    device: str | None = None,
+    backend: str = "auto",
+    linear: str = "torch",
+    trace_steps: tuple[int, int] | None = None,
 ) -> None:
     """Print the effective configuration with the origin of each value, and the buckets of the first epoch.
 
@@ -22,12 +27,12 @@ def print_plan(
     Args:
         loaded: the configuration.
         device: that of the run; None where it is not known, for the run may be on another machine.
-        backend, linear: as for `train`.
+        backend, linear, trace_steps: as for `train`.
 
     Raises:
         ValueError: what would also stop the run: a model or diffusion that cannot be built, broken buckets, a broken
-            table, entries that give no batch, CUDA graphs on a CPU, a tracker that is not installed, a device or
-            implementation of an unknown name.
+            table, entries that give no batch, CUDA graphs on a CPU, a tracker that is not
+            installed, a trace after the end, a device or implementation of an unknown name.
     """
     place = read_place(os.environ)
     if place.rank != 0:
@@ -35,6 +40,7 @@ def print_plan(
     config = loaded.config
     check_parts(config, backend, linear)
     check_trackers(config)
+    refuse_trace_after_end(trace_steps, config.steps)
     replicas = count_replicas(place.world_size, config.sp_size)
     if device is not None:
         refuse_without_gpu(config.cuda_graph_tokens, check_device_name(device))

@@ -13,7 +13,6 @@ none waits for what a stopped one has not begun. They also wait for each other's
 import contextlib
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,14 +34,16 @@ from opensora_fast.train.background import Background
 from opensora_fast.train.checkpoint import get_step, locate_step, write_checkpoint
 from opensora_fast.train.ema import EMA
 from opensora_fast.train.host_values import HostValues
-from opensora_fast.train.metrics import METRICS, MetricsWriter
+from opensora_fast.train.metrics import METRICS, MetricsWriter, join_parts, peak_memory
 from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.optimizer import MasterAdamW
 from opensora_fast.train.randomness import seed_step
+from opensora_fast.train.ranges import named_range
 from opensora_fast.train.state import Position, collect_state, take_snapshot, write_state
 from opensora_fast.train.step import compute_losses, draw_inputs
 from opensora_fast.train.step_graph import StepGraphs
 from opensora_fast.train.stop import StopSignals
+from opensora_fast.train.trace import StepTrace
 from opensora_fast.train.trackers import Trackers
 
 # With keep probabilities below 1 every clip of a tiny table may lose its draw; that many times in a row is a mistake.
@@ -94,6 +95,7 @@ class Trainer:
         seed: of the run.
         data_fingerprint: says whether a checkpoint's order of batches is that of this run.
         trackers: are given every row of metrics, on rank 0.
+        trace: records some steps; None for none.
 
     Attributes:
         background: writes the checkpoints.
@@ -114,6 +116,7 @@ class Trainer:
     data_fingerprint: str
     graphs: StepGraphs | None = None
     trackers: Trackers = field(default_factory=Trackers)
+    trace: StepTrace | None = None
     position: Position = field(default_factory=Position)
     last_checkpoint: Path | None = None
 
@@ -146,7 +149,7 @@ class Trainer:
                 self._progress = stack.enter_context(Progress("train", total=total, unit="steps"))
             try:
                 with self.background:
-                    with contextlib.closing(self._iterate()) as batches:
+                    with contextlib.closing(self._iterate()) as batches, self.trace or contextlib.nullcontext():
                         self._take_steps(batches, stop)
                     self.save()
                     self.finish_saving()
@@ -171,7 +174,8 @@ class Trainer:
         if self.last_checkpoint is not None and get_step(self.last_checkpoint) == self.position.step:
             return
         self.finish_saving()
-        snapshot, step = take_snapshot(self, self._buffers), self.position.step
+        with self._range("copy for checkpoint"):
+            snapshot, step = take_snapshot(self, self._buffers), self.position.step
         parent = self.folder / "checkpoints"
         collected = collect_state(self.optimizer, snapshot)
 
@@ -203,39 +207,46 @@ class Trainer:
         """`loss` and its parts, each [] on the device, for a batch at a step; draws all randomness of the step."""
         seed_step(self.seed, step, self.processes.replica)
         inputs = None
-        if self.inputs is not None:
-            inputs = draw_inputs(self.model, self.diffusion, self.masks, *self.inputs.prepare(batch))
-        if self.processes.sequence is not None:
-            inputs = self.processes.sequence.share(inputs, self.model.device)
-        if self.graphs is not None:
-            return self.graphs.compute_losses(inputs)
-        return compute_losses(self.model, self.diffusion, inputs)
+        with self._range("inputs"):
+            if self.inputs is not None:
+                inputs = draw_inputs(self.model, self.diffusion, self.masks, *self.inputs.prepare(batch))
+            if self.processes.sequence is not None:
+                inputs = self.processes.sequence.share(inputs, self.model.device)
+        with self._range("forward"):
+            if self.graphs is not None:
+                return self.graphs.compute_losses(inputs)
+            return compute_losses(self.model, self.diffusion, inputs)
 
     def _take_steps(self, batches: Iterator[Batch], stop: StopSignals) -> None:
         taken: Taken | None = None
-        started = time.perf_counter()
         while not self._find_signal(stop) and (self.limits.steps is None or self.position.step < self.limits.steps):
-            batch = next(batches, None)
-            if batch is None:
-                break
-            data_wait = time.perf_counter() - started
-            self.processes.gather(None)  # all have their batches
-            taken = self._take_step(batch, taken, data_wait, stop)
-            now = time.perf_counter()
+            if self.trace is not None:
+                self.trace.reach(self.position.step + 1)
+            started = time.perf_counter()
+            with self._range(f"step {self.position.step + 1}"):
+                with self._range("wait for batch"):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                data_wait = time.perf_counter() - started
+                self.processes.gather(None)  # all have their batches
+                taken = self._take_step(batch, taken, data_wait, stop)
             row = taken.row
-            row["step_time"] = now - started
+            row["step_time"] = time.perf_counter() - started
             row["tokens_per_s"] = row["tokens"] / row["step_time"]
-            row["memory"] = max(row["memory"], _peak_memory(self.model.device))
-            started = now
+            row["memory"] = max(row["memory"], peak_memory(self.model.device))
             self.position.step += 1
             self.position.consumed = self._first_index(batch) + self.processes.replicas
             if self.limits.checkpoint_every and self.position.step % self.limits.checkpoint_every == 0:
                 self._finish(taken)
                 taken = None
                 self.save()
-                started = time.perf_counter()
             self.background.check()
         self._finish(taken)
+
+    def _range(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """See `named_range`."""
+        return named_range(name, self.model.device)
 
     def _find_signal(self, stop: StopSignals) -> int | None:
         """The signal that stops the run: one process need not wait for the others to know of it."""
@@ -262,21 +273,26 @@ class Trainer:
         try:
             losses = self.compute_losses(batch, step)
             values = HostValues(*losses.values())
-            if self.graphs is not None:
-                self.graphs.backward(losses)
-            else:
-                losses["loss"].backward()
-            self.optimizer.begin_step()
+            with self._range("backward"):
+                if self.graphs is not None:
+                    self.graphs.backward(losses)
+                else:
+                    losses["loss"].backward()
+                self.optimizer.begin_step()
         except torch.OutOfMemoryError as error:
             raise ValueError(_describe_out_of_memory(batch, step, self.graphs is not None, error)) from error
-        own_losses = dict(zip(losses, values.get(), strict=True))
-        told = self.processes.gather(self._describe(batch, own_losses, data_wait, stop))
+        with self._range("wait for losses"):
+            own_losses = dict(zip(losses, values.get(), strict=True))
+            told = self.processes.gather(self._describe(batch, own_losses, data_wait, stop))
         self._finish(before)
         if not all(math.isfinite(process["losses"]["loss"]) for process in told):
             self._stop_not_finite("loss", own_losses["loss"], step, batch)
         self._signal = next((process["signal"] for process in told if process["signal"] is not None), None)
-        row = {"step": step, **self._make_row(batch, told)}
-        return Taken(step, batch, HostValues(self.optimizer.step(self.ema)), row)
+        row = {"step": step, **join_parts(told, self.processes.replicas), "lr": self.optimizer.lr}
+        row |= {"epoch": batch.epoch, "micro_batch": self._first_index(batch)}
+        with self._range("optimizer"):
+            norm = HostValues(self.optimizer.step(self.ema))
+        return Taken(step, batch, norm, row)
 
     def _describe(self, batch: Batch, losses: dict[str, float], data_wait: float, stop: StopSignals) -> dict[str, Any]:
         """What the other processes should know of this one's part of a step."""
@@ -287,27 +303,9 @@ class Trainer:
             "clips": len(batch),
             "bucket": list(batch.bucket),
             "data_wait": data_wait,
-            "memory": _peak_memory(self.model.device),
+            "memory": peak_memory(self.model.device),
             "signal": stop.received,
         }
-
-    def _make_row(self, batch: Batch, told: list[dict[str, Any]]) -> dict[str, Any]:
-        """The row of a step: means of losses, sums of tokens and clips, the longest wait and the most memory."""
-        each = told[:: len(told) // self.processes.replicas]  # of each micro-batch the first process
-        row = {key: sum(process["losses"][key] for process in each) / len(each) for key in each[0]["losses"]}
-        row |= {
-            "lr": self.optimizer.lr,
-            "tokens": sum(process["tokens"] for process in each),
-            "data_wait": max(process["data_wait"] for process in told),
-            "bucket": each[0]["bucket"],
-            "batch_size": sum(process["clips"] for process in each),
-            "epoch": batch.epoch,
-            "micro_batch": self._first_index(batch),
-            "memory": max(process["memory"] for process in told),
-        }
-        if len(each) > 1:
-            row["buckets"] = [process["bucket"] for process in each]
-        return row
 
     def _finish(self, taken: Taken | None) -> None:
         """Read the gradient norm of a step and write its row."""
@@ -381,10 +379,3 @@ def _describe_out_of_memory(batch: Batch, step: int, graphs: bool, error: BaseEx
         f"step {step}: out of GPU memory with {len(batch)} clips of bucket {batch.bucket}: lower the batch size of "
         f"bucket_config[{resolution!r}][{frames}], or recompute activations with grad_checkpoint=True{spared}. {error}"
     )
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: most that torch held on the GPU so far, or the process on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

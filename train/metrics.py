@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import resource
 from pathlib import Path
 from typing import Any
+
+import torch
 
 METRICS = "metrics.jsonl"
 
@@ -44,6 +47,35 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is not valid JSON: {error}; remove that line") from None
     return rows
+
+
+def join_parts(told: list[dict[str, Any]], replicas: int) -> dict[str, Any]:
+    """What a step's row has of its micro-batches: means of losses, sums of tokens and clips, the longest wait and the
+    most memory of any process.
+
+    Args:
+        told: by each process of its part, in the order of ranks.
+        replicas: how many micro-batches they computed.
+    """
+    each = told[:: len(told) // replicas]  # of each micro-batch the first process
+    row = {key: sum(process["losses"][key] for process in each) / len(each) for key in each[0]["losses"]}
+    row |= {
+        "tokens": sum(process["tokens"] for process in each),
+        "data_wait": max(process["data_wait"] for process in told),
+        "bucket": each[0]["bucket"],
+        "batch_size": sum(process["clips"] for process in each),
+        "memory": max(process["memory"] for process in told),
+    }
+    if len(each) > 1:
+        row["buckets"] = [process["bucket"] for process in each]
+    return row
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: most that torch held on the GPU so far, or the process on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _to_line(row: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ from opensora_fast.train.state import load_weights
 from opensora_fast.train.state import resume as resume_state
 from opensora_fast.train.step import compute_losses
 from opensora_fast.train.step_graph import StepGraphs
+from opensora_fast.train.trace import StepTrace, refuse_trace_after_end
 from opensora_fast.train.trackers import check_trackers, open_trackers
 
 
@@ -48,6 +49,7 @@ def train(
     device: str | None = None,
     backend: str = "auto",
     linear: str = "torch",
+    trace_steps: tuple[int, int] | None = None,
     report: Callable[[str], None] = print,
 ) -> int | None:
     """Train to the end of the configured steps or epochs.
@@ -65,6 +67,7 @@ def train(
         backend: of every op: "triton", "reference", or "auto" (Triton on CUDA, reference elsewhere). The optimizer's
             step is never interpreted.
         linear: what multiplies in the Linears on all tokens: "torch" or "quack" (see `kernels.linear`).
+        trace_steps: the first and the last step to be traced, see `StepTrace`.
         report: is given lines for a person.
 
     Returns:
@@ -84,6 +87,7 @@ def train(
             init_from,
             backend,
             linear,
+            trace_steps,
             report if processes.rank == 0 else _report_nothing,
         )
 
@@ -101,12 +105,14 @@ def _train(
     init_from: str | None,
     backend: str,
     linear: str,
+    trace_steps: tuple[int, int] | None,
     report: Callable[[str], None],
 ) -> int | None:
     config = loaded.config
     refuse_without_gpu(config.cuda_graph_tokens, processes.device.type)
     check_parts(config, backend, linear)
     check_trackers(config)
+    refuse_trace_after_end(trace_steps, config.steps)
     if linear == "quack":
         check_quack(processes.device, DTYPES[config.dtype])
     for note in loaded.notes:
@@ -175,6 +181,7 @@ def _train(
             seed=config.seed,
             data_fingerprint=facts.fingerprint,
             graphs=make_graphs(config, model, diffusion),
+            trace=None if trace_steps is None else StepTrace(trace_steps, out, processes, tell),
         )
         if start.resume is not None:
             resume_state(trainer, start.resume)

@@ -20,6 +20,9 @@ def command(
     linear: Annotated[
         str, typer.Option(help="torch or quack: what multiplies in the Linears on all tokens.")
     ] = "torch",
+    trace_steps: Annotated[
+        str | None, typer.Option(metavar="FIRST:LAST", help="Write a trace of these steps, for ui.perfetto.dev.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print configuration and buckets, and exit.")] = False,
 ) -> None:
     """Train ST-DiT-2 from a configuration.
@@ -38,23 +41,37 @@ def command(
     Of a step of several micro-batches metrics.jsonl has the mean of the losses, the sum of tokens and clips
     (batch_size), the tokens a second of all, the longest data_wait and the most memory of any process; bucket is that
     of the first micro-batch, buckets has all.
+
+    To watch a run: tensorboard=True writes the numbers of metrics.jsonl to DIR/tensorboard, too, for `tensorboard
+    --logdir DIR`; wandb=True shows them at Weights & Biases, or with WANDB_MODE=offline writes to DIR/wandb what `wandb
+    sync` sends later. --trace-steps 10:13 writes what host and GPU do in the steps 10 to 13 to DIR/traces; Nsight
+    Systems shows the steps and their parts as NVTX ranges.
     """
     from opensora_fast.config import load_train_config
     from opensora_fast.train.locate_config import locate_config
+    from opensora_fast.train.trace import parse_trace_steps
 
+    traced = None if trace_steps is None else parse_trace_steps(trace_steps)
     options = {"dataset.data_path": data_path and os.path.abspath(data_path), "steps": steps}
     loaded = load_train_config(locate_config(config), overrides or [], options)
     if dry_run:
         from opensora_fast.train.dry_run import print_plan
 
-        print_plan(loaded, device, kernels, linear)
+        print_plan(loaded, device, kernels, linear, traced)
         return
     if out is None:
         raise ValueError("--out is missing: the folder for metrics, checkpoints and all that the run writes")
     from opensora_fast.train.train import train
 
     signal_number = train(
-        loaded, out, resume=resume, init_from=init_from, device=device, backend=kernels, linear=linear
+        loaded,
+        out,
+        resume=resume,
+        init_from=init_from,
+        device=device,
+        backend=kernels,
+        linear=linear,
+        trace_steps=traced,
     )
     if signal_number is not None:
         raise typer.Exit(128 + signal_number)
