@@ -8,6 +8,7 @@ from opensora_fast.data.bucket import Bucket
 from opensora_fast.device import check_device_name
 from opensora_fast.parallel.join import count_replicas, read_place
 from opensora_fast.train.data import read_data
+from opensora_fast.train.out_of_memory import refuse_history_without_gpu
 from opensora_fast.train.parts import check_parts
 from opensora_fast.train.trace import refuse_trace_after_end
 from opensora_fast.train.trackers import check_trackers
@@ -19,6 +20,7 @@ def print_plan(
     backend: str = "auto",
     linear: str = "torch",
     trace_steps: tuple[int, int] | None = None,
+    memory_history: bool = False,
 ) -> None:
     """Print the effective configuration with the origin of each value, and the buckets of the first epoch.
 
@@ -27,11 +29,11 @@ def print_plan(
     Args:
         loaded: the configuration.
         device: that of the run; None where it is not known, for the run may be on another machine.
-        backend, linear, trace_steps: as for `train`.
+        backend, linear, trace_steps, memory_history: as for `train`.
 
     Raises:
         ValueError: what would also stop the run: a model or diffusion that cannot be built, broken buckets, a broken
-            table, entries that give no batch, CUDA graphs on a CPU, a tracker that is not
+            table, entries that give no batch, CUDA graphs or a memory history on a CPU, a tracker that is not
             installed, a trace after the end, a device or implementation of an unknown name.
     """
     place = read_place(os.environ)
@@ -44,6 +46,7 @@ def print_plan(
     replicas = count_replicas(place.world_size, config.sp_size)
     if device is not None:
         refuse_without_gpu(config.cuda_graph_tokens, check_device_name(device))
+        refuse_history_without_gpu(memory_history, device)
     print(format_values(loaded))
     for note in loaded.notes:
         print(f"note: {note}")

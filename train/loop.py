@@ -37,6 +37,7 @@ from opensora_fast.train.host_values import HostValues
 from opensora_fast.train.metrics import METRICS, MetricsWriter, join_parts, peak_memory
 from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.optimizer import MasterAdamW
+from opensora_fast.train.out_of_memory import describe_out_of_memory, write_memory
 from opensora_fast.train.randomness import seed_step
 from opensora_fast.train.ranges import named_range
 from opensora_fast.train.state import Position, collect_state, take_snapshot, write_state
@@ -96,6 +97,7 @@ class Trainer:
         data_fingerprint: says whether a checkpoint's order of batches is that of this run.
         trackers: are given every row of metrics, on rank 0.
         trace: records some steps; None for none.
+        memory_history: whether torch keeps a history of the GPU's memory, to be written when a step does not fit.
 
     Attributes:
         background: writes the checkpoints.
@@ -117,6 +119,7 @@ class Trainer:
     graphs: StepGraphs | None = None
     trackers: Trackers = field(default_factory=Trackers)
     trace: StepTrace | None = None
+    memory_history: bool = False
     position: Position = field(default_factory=Position)
     last_checkpoint: Path | None = None
 
@@ -280,7 +283,9 @@ class Trainer:
                     losses["loss"].backward()
                 self.optimizer.begin_step()
         except torch.OutOfMemoryError as error:
-            raise ValueError(_describe_out_of_memory(batch, step, self.graphs is not None, error)) from error
+            happened = describe_out_of_memory(batch, step, self.graphs is not None, error)
+            written = write_memory(happened, self.folder, self.processes, self.memory_history)
+            raise ValueError(f"{happened}\n{written}") from error
         with self._range("wait for losses"):
             own_losses = dict(zip(losses, values.get(), strict=True))
             told = self.processes.gather(self._describe(batch, own_losses, data_wait, stop))
@@ -369,13 +374,4 @@ def _describe_batch(told: dict[str, Any], world_size: int) -> str:
     return (
         f"{process}bucket {tuple(told['bucket'])}, rows {', '.join(map(str, told['rows']))} of the table, micro-batch "
         f"{told['micro_batch']} of epoch {told['epoch']}"
-    )
-
-
-def _describe_out_of_memory(batch: Batch, step: int, graphs: bool, error: BaseException) -> str:
-    resolution, frames, _ = batch.bucket
-    spared = ", or spare the memory of CUDA graphs with cuda_graph_tokens=0" if graphs else ""
-    return (
-        f"step {step}: out of GPU memory with {len(batch)} clips of bucket {batch.bucket}: lower the batch size of "
-        f"bucket_config[{resolution!r}][{frames}], or recompute activations with grad_checkpoint=True{spared}. {error}"
     )

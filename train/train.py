@@ -29,6 +29,7 @@ from opensora_fast.train.followers import find_batches
 from opensora_fast.train.loop import Limits, Trainer
 from opensora_fast.train.memory_check import warn_of_memory
 from opensora_fast.train.optimizer import MasterAdamW
+from opensora_fast.train.out_of_memory import memory_history, refuse_history_without_gpu
 from opensora_fast.train.parts import build_diffusion, build_model, check_parts, make_model_config
 from opensora_fast.train.sources import Source, open_clips, open_features
 from opensora_fast.train.start import CHECKPOINT_CONFIG, Start, agree_on_start, load_initial_weights, report_changes
@@ -50,6 +51,7 @@ def train(
     backend: str = "auto",
     linear: str = "torch",
     trace_steps: tuple[int, int] | None = None,
+    memory_history: bool = False,
     report: Callable[[str], None] = print,
 ) -> int | None:
     """Train to the end of the configured steps or epochs.
@@ -68,6 +70,7 @@ def train(
             step is never interpreted.
         linear: what multiplies in the Linears on all tokens: "torch" or "quack" (see `kernels.linear`).
         trace_steps: the first and the last step to be traced, see `StepTrace`.
+        memory_history: have torch keep a history of the GPU's memory, to be written when a step does not fit into it.
         report: is given lines for a person.
 
     Returns:
@@ -88,6 +91,7 @@ def train(
             backend,
             linear,
             trace_steps,
+            memory_history,
             report if processes.rank == 0 else _report_nothing,
         )
 
@@ -106,6 +110,7 @@ def _train(
     backend: str,
     linear: str,
     trace_steps: tuple[int, int] | None,
+    history: bool,
     report: Callable[[str], None],
 ) -> int | None:
     config = loaded.config
@@ -113,6 +118,7 @@ def _train(
     check_parts(config, backend, linear)
     check_trackers(config)
     refuse_trace_after_end(trace_steps, config.steps)
+    refuse_history_without_gpu(history, processes.device.type)
     if linear == "quack":
         check_quack(processes.device, DTYPES[config.dtype])
     for note in loaded.notes:
@@ -142,7 +148,7 @@ def _train(
 
     open_source = open_clips if config.features is None else open_features
     sequence = processes.sequence
-    with cpu_threads(choose_cpu_threads(config, processes)), ExitStack() as stack:
+    with cpu_threads(choose_cpu_threads(config, processes)), memory_history(history), ExitStack() as stack:
         source: Source | None = None
         # Rank 0 fits, downloads and writes features; the others find them.
         with processes.first():
@@ -182,6 +188,7 @@ def _train(
             data_fingerprint=facts.fingerprint,
             graphs=make_graphs(config, model, diffusion),
             trace=None if trace_steps is None else StepTrace(trace_steps, out, processes, tell),
+            memory_history=history,
         )
         if start.resume is not None:
             resume_state(trainer, start.resume)

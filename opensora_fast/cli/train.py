@@ -23,6 +23,9 @@ def command(
     trace_steps: Annotated[
         str | None, typer.Option(metavar="FIRST:LAST", help="Write a trace of these steps, for ui.perfetto.dev.")
     ] = None,
+    memory_history: Annotated[
+        bool, typer.Option("--memory-history", help="Keep where GPU memory is asked for, until it runs out.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print configuration and buckets, and exit.")] = False,
 ) -> None:
     """Train ST-DiT-2 from a configuration.
@@ -45,7 +48,9 @@ def command(
     To watch a run: tensorboard=True writes the numbers of metrics.jsonl to DIR/tensorboard, too, for `tensorboard
     --logdir DIR`; wandb=True shows them at Weights & Biases, or with WANDB_MODE=offline writes to DIR/wandb what `wandb
     sync` sends later. --trace-steps 10:13 writes what host and GPU do in the steps 10 to 13 to DIR/traces; Nsight
-    Systems shows the steps and their parts as NVTX ranges.
+    Systems shows the steps and their parts as NVTX ranges. Where a step does not fit into the GPU's memory,
+    DIR/out_of_memory.txt says what is there, and with --memory-history out_of_memory.pickle from where in the code, for
+    pytorch.org/memory_viz.
     """
     from opensora_fast.config import load_train_config
     from opensora_fast.train.locate_config import locate_config
@@ -57,7 +62,7 @@ def command(
     if dry_run:
         from opensora_fast.train.dry_run import print_plan
 
-        print_plan(loaded, device, kernels, linear, traced)
+        print_plan(loaded, device, kernels, linear, traced, memory_history)
         return
     if out is None:
         raise ValueError("--out is missing: the folder for metrics, checkpoints and all that the run writes")
@@ -72,6 +77,7 @@ def command(
         backend=kernels,
         linear=linear,
         trace_steps=traced,
+        memory_history=memory_history,
     )
     if signal_number is not None:
         raise typer.Exit(128 + signal_number)

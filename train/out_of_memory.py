@@ -1,0 +1,72 @@
+"""What a person learns of a step that did not fit into the memory of the GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from opensora_fast.data.batch import Batch
+from opensora_fast.parallel.processes import Processes
+
+# The newest so many allocations and releases are kept: those of several steps of the largest model.
+HISTORY_ENTRIES = 100_000
+
+
+@contextmanager
+def memory_history(wanted: bool) -> Iterator[None]:
+    """Have torch keep, during the block, where in the code memory was asked for and released: `write_memory` writes
+    it. On a GPU only, see `refuse_history_without_gpu`."""
+    if not wanted:
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=HISTORY_ENTRIES, stacks="python")
+    try:
+        yield
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def refuse_history_without_gpu(wanted: bool, device: str) -> None:
+    """ValueError where the history of a GPU's memory is wanted on another device."""
+    if wanted and device != "cuda":
+        raise ValueError(
+            f"--memory-history: only of a GPU's memory torch keeps a history, and the device is {device}; leave it "
+            "out, or train with --device cuda"
+        )
+
+
+def describe_out_of_memory(batch: Batch, step: int, graphs: bool, error: torch.OutOfMemoryError) -> str:
+    """What did not fit and what to change, of the batch of a step; `graphs`: CUDA graphs take memory, too."""
+    resolution, frames, _ = batch.bucket
+    spared = ", or spare the memory of CUDA graphs with cuda_graph_tokens=0" if graphs else ""
+    return (
+        f"step {step}: out of GPU memory with {len(batch)} clips of bucket {batch.bucket}: lower the batch size of "
+        f"bucket_config[{resolution!r}][{frames}], or recompute activations with grad_checkpoint=True{spared}. {error}"
+    )
+
+
+def write_memory(happened: str, folder: Path, processes: Processes, history: bool) -> str:
+    """Write `out_of_memory.txt`, what torch says of the memory it holds, and with the history `out_of_memory.pickle`
+    for https://pytorch.org/memory_viz; returns a line that names them.
+
+    To be called while the error is being handled: until then the tensors of the step are there.
+
+    Args:
+        happened: stands at the head of the text.
+        folder: output folder of the run.
+        processes: of the run; each of several writes files of its own, with its rank in their names.
+        history: whether `memory_history` is on.
+    """
+    name = "out_of_memory" if processes.world_size == 1 else f"out_of_memory-rank-{processes.rank}"
+    text, pickle = folder / f"{name}.txt", folder / f"{name}.pickle"
+    on_gpu = processes.device.type == "cuda"
+    try:
+        summary = torch.cuda.memory_summary(processes.device) if on_gpu else "(not a GPU: torch keeps no account)"
+        text.write_text(f"{happened}\n\n{summary}\n")
+        if not history:
+            return f"What held the memory: {text}; where it was asked for is kept with --memory-history"
+        torch.cuda.memory._dump_snapshot(str(pickle))
+    except OSError as error:
+        return f"What held the memory could not be written: {error}"
+    return f"What held the memory: {text}, and where it was asked for: {pickle}, to open at pytorch.org/memory_viz"
