@@ -15,6 +15,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -88,7 +89,7 @@ class WeightsAndBiases:
                 name=out.resolve().name,
                 id=self._keep_id(out / "wandb_run_id"),
                 resume="allow",
-                dir=str(out),
+                dir=str(out.resolve()),
                 config=config.model_dump(mode="json"),
                 allow_val_change=True,
             )
@@ -136,14 +137,14 @@ class Trackers:
         """Hand on the numbers of a row of `metrics.jsonl`."""
         numbers = get_numbers(row)
         for tracker in tuple(self._trackers):
-            self._try(tracker, lambda tracker=tracker: tracker.write(row["step"], numbers))
+            self._try(tracker, partial(tracker.write, row["step"], numbers))
 
     def __enter__(self) -> "Trackers":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         for tracker in tuple(self._trackers):
-            self._try(tracker, lambda tracker=tracker: tracker.close(kind is not None))
+            self._try(tracker, partial(tracker.close, kind is not None))
         self._trackers.clear()
 
     def _try(self, tracker: Tracker, act: Callable[[], None]) -> None:
