@@ -177,7 +177,7 @@ class Trainer:
         if self.last_checkpoint is not None and get_step(self.last_checkpoint) == self.position.step:
             return
         self.finish_saving()
-        with self._range("copy for checkpoint"):
+        with named_range("copy for checkpoint", self.model.device):
             snapshot, step = take_snapshot(self, self._buffers), self.position.step
         parent = self.folder / "checkpoints"
         collected = collect_state(self.optimizer, snapshot)
@@ -210,12 +210,12 @@ class Trainer:
         """`loss` and its parts, each [] on the device, for a batch at a step; draws all randomness of the step."""
         seed_step(self.seed, step, self.processes.replica)
         inputs = None
-        with self._range("inputs"):
+        with named_range("inputs", self.model.device):
             if self.inputs is not None:
                 inputs = draw_inputs(self.model, self.diffusion, self.masks, *self.inputs.prepare(batch))
             if self.processes.sequence is not None:
                 inputs = self.processes.sequence.share(inputs, self.model.device)
-        with self._range("forward"):
+        with named_range("forward", self.model.device):
             if self.graphs is not None:
                 return self.graphs.compute_losses(inputs)
             return compute_losses(self.model, self.diffusion, inputs)
@@ -226,8 +226,8 @@ class Trainer:
             if self.trace is not None:
                 self.trace.reach(self.position.step + 1)
             started = time.perf_counter()
-            with self._range(f"step {self.position.step + 1}"):
-                with self._range("wait for batch"):
+            with named_range(f"step {self.position.step + 1}", self.model.device):
+                with named_range("wait for batch", self.model.device):
                     batch = next(batches, None)
                 if batch is None:
                     break
@@ -246,10 +246,6 @@ class Trainer:
                 self.save()
             self.background.check()
         self._finish(taken)
-
-    def _range(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """See `named_range`."""
-        return named_range(name, self.model.device)
 
     def _find_signal(self, stop: StopSignals) -> int | None:
         """The signal that stops the run: one process need not wait for the others to know of it."""
@@ -276,7 +272,7 @@ class Trainer:
         try:
             losses = self.compute_losses(batch, step)
             values = HostValues(*losses.values())
-            with self._range("backward"):
+            with named_range("backward", self.model.device):
                 if self.graphs is not None:
                     self.graphs.backward(losses)
                 else:
@@ -286,7 +282,7 @@ class Trainer:
             happened = describe_out_of_memory(batch, step, self.graphs is not None, error)
             written = write_memory(happened, self.folder, self.processes, self.memory_history)
             raise ValueError(f"{happened}\n{written}") from error
-        with self._range("wait for losses"):
+        with named_range("wait for losses", self.model.device):
             own_losses = dict(zip(losses, values.get(), strict=True))
             told = self.processes.gather(self._describe(batch, own_losses, data_wait, stop))
         self._finish(before)
@@ -295,7 +291,7 @@ class Trainer:
         self._signal = next((process["signal"] for process in told if process["signal"] is not None), None)
         row = {"step": step, **join_parts(told, self.processes.replicas), "lr": self.optimizer.lr}
         row |= {"epoch": batch.epoch, "micro_batch": self._first_index(batch)}
-        with self._range("optimizer"):
+        with named_range("optimizer", self.model.device):
             norm = HostValues(self.optimizer.step(self.ema))
         return Taken(step, batch, norm, row)
 
