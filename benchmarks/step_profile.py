@@ -50,11 +50,13 @@ class StepProfile:
     """One step.
 
     Attributes:
+        provider: a name of `providers/variants.py`.
         milliseconds: of a step, host included, mean of `TIMED` steps without a pause or a profiler.
         kernels: the longest first.
     """
 
     workload: Workload
+    provider: str
     milliseconds: float
     kernels: tuple[KernelTime, ...]
 
@@ -68,7 +70,7 @@ def profile_steps(workloads: Sequence[Workload], provider: str, scale: Scale) ->
     """Trains one model with random weights for a few steps of each workload and profiles some of them.
 
     Args:
-        provider: a name of `providers/variants.py`.
+        provider: a name of `providers/variants.py`; "ours" and "compile" recompute as few blocks as the memory allows.
         scale: its model, dtype and device.
 
     Raises:
@@ -78,7 +80,8 @@ def profile_steps(workloads: Sequence[Workload], provider: str, scale: Scale) ->
         raise ValueError(f"provider {provider!r} is unknown; known: {', '.join(VARIANT_OF)}")
     training = make_training(scale.config, scale.device, scale.dtype)
     for workload in workloads:
-        yield _profile_step(workload, provider, scale, training)
+        fitting = scale.least_recomputing(provider, workload.tokens) if provider in ("ours", "compile") else provider
+        yield _profile_step(workload, fitting, scale, training)
 
 
 def _profile_step(workload: Workload, provider: str, scale: Scale, training: Training) -> StepProfile:
@@ -91,7 +94,7 @@ def _profile_step(workload: Workload, provider: str, scale: Scale, training: Tra
     for _ in range(WARM_UP):
         call()
     milliseconds = _mean_milliseconds(call, scale.device)
-    return StepProfile(workload, milliseconds, _profile(call, scale.device))
+    return StepProfile(workload, provider, milliseconds, _profile(call, scale.device))
 
 
 def _synchronize(device: str) -> None:
@@ -136,8 +139,8 @@ def format_profile(profile: StepProfile, lines: int = 60) -> str:
     """A line for each of the longest kernels: share of the step, ns for each token, launches."""
     tokens, step = profile.workload.tokens, profile.milliseconds
     text = [
-        f"{profile.workload.name}, {tokens} tokens: {step:.2f} ms a step, {tokens / step:.1f} k tokens/s, "
-        f"kernels {profile.busy_milliseconds:.2f} ms"
+        f"{profile.workload.name}, {profile.provider}, {tokens} tokens: {step:.2f} ms a step, "
+        f"{tokens / step:.1f} k tokens/s, kernels {profile.busy_milliseconds:.2f} ms"
     ]
     for row in profile.kernels[:lines]:
         share, nanoseconds = row.microseconds / 10 / step, 1e3 * row.microseconds / tokens

@@ -14,20 +14,21 @@ from opensora_fast.costs.operations import Count, VideoBatch, count_recomputatio
 from opensora_fast.costs.step_time import MeasuredStep
 from opensora_fast.model import STDiT2Config
 
+from .providers.variants import RECOMPUTING, VARIANT_OF
 from .report.results import Results
 from .rows import Row
 
-OURS, OURS_RECOMPUTING = "ours", "ours-recompute"
+OURS = ("ours", *(f"ours{name}" for name in RECOMPUTING))
 TRAINING = "training"
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """One measured step: its videos, the tokens of their captions, whether all blocks recompute, and the row."""
+    """One measured step: its videos, the tokens of their captions, how many blocks recompute, and the row."""
 
     videos: tuple[VideoBatch, ...]
     text: int
-    recomputing: bool
+    recomputed: int
     row: Row
 
 
@@ -48,9 +49,8 @@ class StepRows:
         steps = []
         for step in self.rows:
             count = Count(step.row.flops, step.row.bytes)
-            if step.recomputing:
-                again = [count_recomputation(config, part, step.text, config.depth, element) for part in step.videos]
-                count = sum(again, count)
+            for part in step.videos:
+                count += count_recomputation(config, part, step.text, step.recomputed, element)
             steps.append(MeasuredStep(step.row.name, count, step.row.p50_ms / 1e3))
         return steps
 
@@ -64,8 +64,7 @@ class StepRows:
         for step in self.rows:
             if len(step.videos) == 1 and step.row.memory_bytes:
                 counting = replace(model, text=step.text, processes=1, encoders=0)
-                recomputed = model.config.depth if step.recomputing else 0
-                counted = counting.activations(step.videos[0], recomputed)
+                counted = counting.activations(step.videos[0], step.recomputed)
                 ratios.append((step.row.memory_bytes - counting.standing) / counted)
         return ratios
 
@@ -104,7 +103,7 @@ def _is_wanted(row: Row, config: STDiT2Config, dtype: str) -> bool:
     sizes = _read_sizes(row.shape)
     return (
         (row.level, row.op, row.direction, row.status) == ("step", "", TRAINING, "ok")
-        and row.provider in (OURS, OURS_RECOMPUTING)
+        and row.provider in OURS
         and row.dtype == dtype
         and sizes.get("C") == config.hidden_size
         and sizes.get("layers") == config.depth
@@ -114,7 +113,8 @@ def _is_wanted(row: Row, config: STDiT2Config, dtype: str) -> bool:
 def _read(row: Row) -> StepRow:
     parts: Sequence[tuple[str, ...]] = re.findall(r"B=(\d+) T=(\d+) S=(\d+)", row.shape)
     videos = tuple(VideoBatch(*map(int, part)) for part in parts)
-    return StepRow(videos, _read_sizes(row.shape)["L"], row.provider == OURS_RECOMPUTING, row)
+    sizes = _read_sizes(row.shape)
+    return StepRow(videos, sizes["L"], round(VARIANT_OF[row.provider].recompute * sizes["layers"]), row)
 
 
 def _read_sizes(shape: str) -> dict[str, int]:

@@ -157,7 +157,7 @@ def missing_on(variant: Variant, work: BlockWork) -> str:
 BLOCK_PROVIDERS = tuple(
     block_provider(variant)
     for variant in VARIANTS
-    if not (variant.installed or variant.name.endswith(("-recompute", "-stored", "-graph")))
+    if not (variant.installed or "-recompute" in variant.name or variant.name.endswith(("-stored", "-graph")))
 )
 # Both are eager PyTorch, in our order of operations and in upstream's.
 BLOCK_REFERENCES = tuple(block_provider(VARIANT_OF[name]) for name in ("eager", "upstream"))

@@ -64,9 +64,9 @@ MODEL_REFERENCES = tuple(model_provider(VARIANT_OF[name]) for name in ("eager-re
 def view_of(model: STDiT2, variant: Variant) -> Model:
     """The model computed as the variant does; parameters and modules are shared, `model` itself stays as it is."""
     if variant.installed:
-        return open_sora_view(model, variant.flash, variant.recompute)
+        return open_sora_view(model, variant.flash, bool(variant.recompute))
     if variant.is_upstream:
-        view = UpstreamSTDiT2(model.config, flash=variant.flash, checkpointing=variant.recompute, own=model)
+        view = UpstreamSTDiT2(model.config, flash=variant.flash, checkpointing=bool(variant.recompute), own=model)
         view.train(model.training)
         if variant.compiled:
             for block in view.blocks:
@@ -87,7 +87,7 @@ def own_view(model: STDiT2, variant: Variant) -> STDiT2:
     own = copy.copy(model)
     own._modules = dict(model._modules)
     own.backends = variant.backends or REFERENCE
-    own.checkpointed_blocks = len(model.blocks) if variant.recompute else 0
+    own.checkpointed_blocks = round(variant.recompute * len(model.blocks))
     if variant.compiled:
         _compile_blocks(own, variant)
     return own
@@ -98,9 +98,9 @@ def _compile_blocks(own: STDiT2, variant: Variant) -> None:
     function = compiled(compute_alone)
 
     def run_blocks(x: Tensor, context: PackContext) -> Tensor:
-        for block in own.blocks:
+        for index, block in enumerate(own.blocks):
             arguments = block, x, context, variant.sdpa_order
-            if variant.recompute and torch.is_grad_enabled():
+            if index < own.checkpointed_blocks and torch.is_grad_enabled():
                 x = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = function(*arguments)

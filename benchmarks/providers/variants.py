@@ -21,6 +21,13 @@ def _with(*ops: str) -> Backends:
     return Backends(**{**vars(REFERENCE), **dict.fromkeys(ops, "triton")})
 
 
+# Ends of names of variants that recompute, and the share of the blocks that do.
+RECOMPUTING = {
+    "-recompute-quarter": 0.25,
+    "-recompute-half": 0.5,
+    "-recompute-three-quarters": 0.75,
+    "-recompute": 1.0,
+}
 NORMS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
 
 
@@ -33,7 +40,7 @@ class Variant:
         backends: of this project's ops; None: upstream's own order of operations.
         installed: upstream's own code, not this project's writing of it.
         flash: upstream with flash attention on.
-        recompute: activations are computed again in backward.
+        recompute: share of the blocks whose activations are computed again in backward.
         compiled: every block goes through torch.compile.
         graphed: replayed as CUDA graphs: forward, loss and backward of a step, a call of a sampler.
         sdpa: the backend that PyTorch's attention prefers, "FLASH" or "CUDNN"; "": its own choice.
@@ -43,7 +50,7 @@ class Variant:
     backends: Backends | None = None
     installed: bool = False
     flash: bool = False
-    recompute: bool = False
+    recompute: float = 0.0
     compiled: bool = False
     graphed: bool = False
     sdpa: str = ""
@@ -87,27 +94,27 @@ def attention_by(order: Sequence[str]) -> AbstractContextManager[None]:
 
 
 VARIANTS = (
-    Variant("open-sora", installed=True, recompute=True),
+    Variant("open-sora", installed=True, recompute=1.0),
     # As its configurations mean it: they misspell the key.
-    Variant("open-sora-flash", installed=True, flash=True, recompute=True),
-    Variant("upstream", recompute=True),  # as shipped: naive attention, activations recomputed
-    Variant("upstream-flash", flash=True, recompute=True),
+    Variant("open-sora-flash", installed=True, flash=True, recompute=1.0),
+    Variant("upstream", recompute=1.0),  # as shipped: naive attention, activations recomputed
+    Variant("upstream-flash", flash=True, recompute=1.0),
     Variant("upstream-flash-stored", flash=True),
     Variant("compile-upstream", flash=True, compiled=True),
     Variant("eager", REFERENCE),
-    Variant("eager-recompute", REFERENCE, recompute=True),
+    Variant("eager-recompute", REFERENCE, recompute=1.0),
     Variant("eager-flash", REFERENCE, sdpa="FLASH"),
     Variant("eager-cudnn", REFERENCE, sdpa="CUDNN"),
     Variant("compile", REFERENCE, compiled=True),
     # Without cuDNN's attention: tells whether that is why the gradients of "compile" were wrong on an H200.
     Variant("compile-flash", REFERENCE, compiled=True, sdpa="FLASH"),
-    Variant("compile-recompute", REFERENCE, compiled=True, recompute=True),
+    *(Variant(f"compile{name}", REFERENCE, compiled=True, recompute=share) for name, share in RECOMPUTING.items()),
     Variant("ours-norms", _with(*NORMS)),
     Variant("ours-norms-gelu", _with(*NORMS, "gelu_tanh")),
     Variant("ours-norms-gelu-temporal", _with(*NORMS, "gelu_tanh", "temporal_attention")),
     Variant("ours-norms-gelu-temporal-spatial", _with(*NORMS, "gelu_tanh", "temporal_attention", "spatial_attention")),
     Variant("ours", TRITON),
-    Variant("ours-recompute", TRITON, recompute=True),
+    *(Variant(f"ours{name}", TRITON, recompute=share) for name, share in RECOMPUTING.items()),
     Variant("ours-graph", TRITON, graphed=True),
     Variant("ours-quack", Backends.all("triton", linear="quack")),
 )

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from opensora_fast.costs.hardware import Gpu
+
 from ..case import Case
 
 WITHOUT_CEILINGS = ("loader", "convergence")  # nothing in them is a share of what the device can do
@@ -17,7 +19,11 @@ NAMES = ("all", "push", "kernels", "step", "loader", "convergence")
 
 
 def list_cases(
-    suite: str, device: str, providers: Sequence[str] | None = None, words: Sequence[str] = ()
+    suite: str,
+    device: str,
+    providers: Sequence[str] | None = None,
+    words: Sequence[str] = (),
+    gpu: Gpu | None = None,
 ) -> list[Case]:
     """The planned cases, the most valuable first.
 
@@ -25,6 +31,7 @@ def list_cases(
         suite: one of NAMES.
         device: "cuda" or "cpu".
         providers: only these; the ceilings are measured whatever they are.
+        gpu: whose memory and rates the plan is for; None: this machine's, or an H200 where there is none.
         words: only cases that have, for each of these, a word that begins so: "spatial" and "240p".
 
     Raises:
@@ -36,7 +43,7 @@ def list_cases(
 
     if suite not in NAMES:
         raise ValueError(f"suite {suite!r} is unknown; choose one of {', '.join(NAMES)}")
-    scale = scale_of(device)
+    scale = scale_of(device, gpu)
     always = ceilings.list_cases(scale)[:2]
     parts = {
         "kernels": [ceilings.list_cases, ops.list_cases, models.list_block_cases],

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from opensora_fast.costs.hardware import DATASHEETS, Gpu
+
 from ..case import Case
+from ..providers.variants import RECOMPUTING
 from ..timing import FEWEST_ROUNDS
 from .scale import Scale
 
-STARTUP_S = 25.0  # imports, CUDA, the first model and optimizer
+STARTUP_S = 40.0  # imports, CUDA, the first model and optimizer, and the kernels that every step needs
 CEILING_S = {"copy": 3.0, "gemm": 4.0, "launch": 5.0}
-# Thousand tokens/s of a training step, by the beginning of the provider's name; the rest: eager PyTorch. On an H200
-# "upstream" had 12 to 26, "ours" 74 to 106.
-K_TOKENS_PER_S = (("open-sora-flash", 33.0), ("open-sora", 19.0), ("upstream-flash", 33.0), ("upstream", 19.0))
-K_TOKENS_PER_S += (("compile", 75.0), ("ours-norms", 70.0), ("ours", 95.0), ("", 45.0))
+# By the beginning of the provider's name, the rest eager PyTorch: thousand tokens/s of a training step on an H200,
+# where "upstream" had 12 to 26 and "ours" 74 to 106, and which share of its time memory takes.
+PACES = (("open-sora-flash", 33.0, 0.7), ("open-sora", 19.0, 0.7), ("upstream-flash", 33.0, 0.7))
+PACES += (("upstream", 19.0, 0.7), ("compile", 75.0, 0.4), ("ours-norms", 70.0, 0.4), ("ours", 95.0, 0.2))
+PACES += (("", 45.0, 0.6),)
+PACES_OF = DATASHEETS["H200"]
 # Forward and backward; inputs whose check is on smaller ones need the graphs of both, and one without gradients.
 COMPILE_S = {"op": 6.0, "block": 15.0, "step": 18.0, "sampling": 15.0}
 GRAPHS_OF_SHORT_CHECKS = 2.5
@@ -51,14 +56,17 @@ def _estimate(case: Case, scale: Scale) -> float:
     seconds += TRITON_S * any(name.startswith("ours") for name in names)
     if level in ("step", "sampling"):
         share = 1.0 if level == "step" else 2 / 3  # sampling computes twice the videos, forward
-        times = [share * step_seconds(name, case.template.tokens) for name in names]
+        assert scale.gpu is not None
+        times = [share * step_seconds(name, case.template.tokens, scale.gpu) for name in names]
         return seconds + sum(times) * (CALLS_BEFORE_SAMPLES + FEWEST_ROUNDS * CALLS_OF_A_TURN)
     # Samples end after a quarter of their time once there are thirty.
     planned = scale.seconds if level == "op" else scale.step_seconds / 2
     return seconds + len(case.directions) * planned / 2
 
 
-def step_seconds(provider: str, tokens: int) -> float:
+def step_seconds(provider: str, tokens: int, gpu: Gpu) -> float:
     """A training step, about."""
-    rate = next(rate for name, rate in K_TOKENS_PER_S if provider.startswith(name))
-    return tokens / rate / 1e3
+    rate, memory = next((rate, memory) for name, rate, memory in PACES if provider.startswith(name))
+    slower = memory * PACES_OF.bandwidth / gpu.bandwidth + (1 - memory) * PACES_OF.matrix_flops / gpu.matrix_flops
+    again = next((share / 3 for name, share in RECOMPUTING.items() if provider.endswith(name)), 0.0)
+    return tokens / rate / 1e3 * slower * (1 + again)

@@ -47,22 +47,23 @@ SMALL_SAMPLING = ("upstream-flash", "eager", "compile", "ours", "ours-graph")
 
 def list_block_cases(scale: Scale) -> list[Case]:
     """One block at every headline workload, and on a mixed pack."""
-    packs = [Pack.of(workload) for workload in by_importance(scale)] + [scale.mixed]
+    packs = [Pack.of(workload) for workload in by_importance(scale.headline)] + [scale.mixed]
     return [block_case(scale, pack, BLOCK_VALUE - 20 * index) for index, pack in enumerate(packs)]
 
 
 def list_step_cases(scale: Scale) -> list[Case]:
     """Training steps: the headline with the waterfall at the first workload, then shipped buckets and other lengths."""
     cases = []
-    headline, waterfall = by_importance(scale), waterfall_workload(scale)
+    headline, waterfall = by_importance(scale.steps), waterfall_workload(scale)
     with_waterfall = list(dict.fromkeys([*PEERS, *WATERFALL]))
     for index, workload in enumerate(headline):
         names = list(PEERS)
         if workload == waterfall:
             names = with_waterfall
-        if workload.tokens > scale.recompute_above:
+        if workload.tokens > scale.most_tokens("eager"):
+            names += [scale.least_recomputing(name, workload.tokens) for name in ("compile", "ours")]
             names += RECOMPUTING_PEERS
-        cases.append(step_case(scale, workload, tuple(names), STEP_VALUE - 10 * index))
+        cases.append(step_case(scale, workload, tuple(dict.fromkeys(names)), STEP_VALUE - 10 * index))
     if waterfall not in headline:
         cases.append(step_case(scale, waterfall, tuple(with_waterfall), STEP_VALUE - 10 * len(headline)))
     if scale.device != "cuda":
@@ -83,7 +84,7 @@ def list_step_cases(scale: Scale) -> list[Case]:
 
 def list_mixed_step_cases(scale: Scale) -> list[Case]:
     """Steps on packs of mixed shapes, and the uniform ones that they are compared with (see `benchmarks/mixed.py`)."""
-    headline = {(workload.name, workload.batch) for workload in scale.headline}
+    headline = {(workload.name, workload.batch) for workload in scale.steps}
     cases = []
     uniform: dict[tuple[str, int], Workload] = {}
     for pack in scale.mixed_steps:
@@ -99,7 +100,7 @@ def list_mixed_step_cases(scale: Scale) -> list[Case]:
 def list_sampling_cases(scale: Scale) -> list[Case]:
     """A guided sampling step of two videos at every headline resolution, and of those that the host holds up."""
     small = small_samples(scale)
-    headline = [replace(videos, batch=min(videos.batch, SAMPLED_VIDEOS)) for videos in by_importance(scale)]
+    headline = [replace(videos, batch=min(videos.batch, SAMPLED_VIDEOS)) for videos in by_importance(scale.headline)]
     cases = []
     for index, workload in enumerate(dict.fromkeys([*small, *headline])):
         names = (PEERS if workload in headline else ()) + (SMALL_SAMPLING if workload in small else ())
@@ -114,16 +115,16 @@ def small_samples(scale: Scale) -> list[Workload]:
     return [replace(image, batch=1), replace(video, batch=1)]
 
 
-def by_importance(scale: Scale) -> list[Workload]:
-    """The headline: 240p first, then the largest and the smallest resolution, then what lies between."""
+def by_importance(workloads: Sequence[Workload]) -> list[Workload]:
+    """Of each resolution one: 240p first, then the largest and the smallest resolution, then what lies between."""
     order = {"240p": 0, "720p": 1, "144p": 2, "480p": 3, "360p": 4}
-    return sorted(scale.headline, key=lambda workload: order[workload.resolution])
+    return sorted(workloads, key=lambda workload: order[workload.resolution])
 
 
 def waterfall_workload(scale: Scale) -> Workload:
     """The first of the headline, or fewer of its videos: each technique is to fit into the memory."""
-    first = by_importance(scale)[0]
-    return fill(first.resolution, first.frames, min(first.tokens, scale.recompute_above))
+    first = by_importance(scale.steps)[0]
+    return fill(first.resolution, first.frames, min(first.tokens, scale.most_tokens("eager")))
 
 
 def mean_text(videos: int, text: int) -> float:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from opensora_fast.costs.hardware import DATASHEETS
+from opensora_fast.costs.hardware import DATASHEETS, MIB, Gpu, recognize_gpu
+from opensora_fast.costs.memory import usable_memory
 from opensora_fast.model import STDiT2Config
 
 from ..environment import query_gpu
+from ..providers.variants import RECOMPUTING
 from ..shapes import VIDEO_SIZES, Pack, Workload, fill
 
 
@@ -21,11 +24,14 @@ class Scale:
     Attributes:
         config: of the model; exact timesteps and angles, so that errors are those of the arithmetic alone.
         tokens: of a filled step, about.
-        recompute_above: tokens of a step whose stored activations eager PyTorch cannot hold in the GPU's memory.
+        gpu: whose rates estimates are for; None: a CPU.
+        step_memory: bytes for the activations that a training step stores.
         check_bytes: of attention scores in float64; where those of the timed inputs are less, these are compared with
             float64, which spares compilers another shape.
         check_tokens: of the comparison with float64 of smaller inputs else, about.
-        headline: a step of each resolution.
+        headline: about `tokens` tokens of each resolution, for ops and blocks.
+        steps: the same for training steps, of fewer videos where torch.compile could not store the activations of all:
+            who stores and who recomputes is compared on the same videos.
         text: mean real tokens of a caption.
         images, long_videos: further workloads.
         mixed: videos of several shapes, for ops and blocks; mixed_steps: for whole steps, of about `tokens` tokens.
@@ -40,10 +46,12 @@ class Scale:
     dtype: torch.dtype
     config: STDiT2Config
     tokens: int
-    recompute_above: int
+    gpu: Gpu | None
+    step_memory: float
     check_bytes: float
     check_tokens: int
     headline: tuple[Workload, ...]
+    steps: tuple[Workload, ...]
     text: int
     images: tuple[Workload, ...]
     long_videos: tuple[Workload, ...]
@@ -61,34 +69,67 @@ class Scale:
         scores = torch.float64.itemsize * self.config.num_heads * pairs
         return pack if scores <= self.check_bytes else pack.shortened(self.check_tokens)
 
+    def most_tokens(self, *providers: str, beside: float = 0.0) -> int:
+        """Of a step that stores the activations of all these of "eager", "compile" and "ours" at once.
+
+        Args:
+            beside: bytes that something else takes of the memory.
+        """
+        stored = sum(STORED_BYTES[provider] for provider in providers) * self.config.depth
+        return max(int(min((self.step_memory - beside) / stored, MOST_TOKENS)), 1)
+
+    def least_recomputing(self, provider: str, tokens: int) -> str:
+        """The variant of "compile" or "ours" that recomputes as few blocks as the memory allows: "ours-recompute-half".
+
+        While backward is in a recomputed block, that one's activations are there too.
+        """
+        if tokens <= self.most_tokens(provider):
+            return provider
+        stored, stream = STORED_BYTES[provider], 2 * self.config.hidden_size
+        for name, share in RECOMPUTING.items():
+            recomputed = round(share * self.config.depth)
+            blocks = (self.config.depth - recomputed + 1) * stored + recomputed * stream
+            if tokens * blocks <= self.step_memory:
+                return provider + name
+        return f"{provider}-recompute"
+
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
 
-FILL_TOKENS = 32768  # eager PyTorch without recomputation stores 100 GB
-# Counted: what eager PyTorch stores per token and layer; weights, gradients, optimizer, average, and what checks leave.
-STORED_BYTES, OTHER_BYTES = 110 * 2**10, 20e9
+FILL_TOKENS = 32768
+MOST_TOKENS = 10**9
+# Stored for each token and layer, counted in bfloat16: what autograd keeps of a block by eager PyTorch (93 where it has
+# one op for an RMS norm, as torch 2.13 on a CPU, 120 where not, as 2.11) and by torch.compile's choice (2.11), and
+# `costs/memory.py` for ours.
+STORED_BYTES = {"eager": 105 * 2**10, "compile": 82 * 2**10, "ours": 63 * 2**10}
+# Weights, gradients, optimizer, average, and the exact gradients that checks hold.
+OTHER_BYTES = 20e9
 
 
-def scale_of(device: str, memory_bytes: float | None = None) -> Scale:
+def scale_of(device: str, gpu: Gpu | None = None) -> Scale:
     """The sizes for "cuda" or "cpu".
 
     Args:
-        memory_bytes: of the GPU; None: this machine's, or an H200's where no GPU answers, as in a plan.
+        gpu: None: this machine's, or an H200 where no GPU answers, as in a plan.
     """
     if device == "cuda":
         config = STDiT2Config.xl_2(upstream_rounding=False)
-        memory_bytes = memory_bytes or _gpu_memory_bytes() or DATASHEETS["H200"].memory
+        gpu = gpu or _own_gpu() or DATASHEETS["H200"]
+        step_memory = max(usable_memory(gpu.memory) - OTHER_BYTES, 1.0)
+        step_tokens = min(FILL_TOKENS, int(step_memory / (STORED_BYTES["compile"] * config.depth)))
         return Scale(
             device=device,
             dtype=torch.bfloat16,
             config=config,
             tokens=FILL_TOKENS,
-            recompute_above=max(int((memory_bytes - OTHER_BYTES) / (STORED_BYTES * config.depth)), 1),
+            gpu=gpu,
+            step_memory=step_memory,
             check_bytes=6e9,
             check_tokens=8192,
             headline=tuple(fill(name, 16, FILL_TOKENS) for name in VIDEO_SIZES),
+            steps=tuple(fill(name, 16, step_tokens) for name in VIDEO_SIZES),
             text=120,
             images=tuple(fill(name, 1, FILL_TOKENS) for name in ("256", "512", "1024")),
             long_videos=tuple(
@@ -130,15 +171,18 @@ def scale_of(device: str, memory_bytes: float | None = None) -> Scale:
         )
     if device != "cpu":
         raise ValueError(f"device {device!r}: benchmarks run on cuda or cpu")
+    headline = (Workload("144p", 4, 1), Workload("240p", 1, 1))
     return Scale(
         device=device,
         dtype=torch.float32,
         config=STDiT2Config.small(upstream_rounding=False),
         tokens=512,
-        recompute_above=10**9,  # no step of these fills a host's memory
+        gpu=None,
+        step_memory=math.inf,  # no step of these fills a host's memory
         check_bytes=0.0,
         check_tokens=400,
-        headline=(Workload("144p", 4, 1), Workload("240p", 1, 1)),
+        headline=headline,
+        steps=headline,
         text=6,
         images=(Workload("256", 1, 1),),
         long_videos=(),
@@ -153,7 +197,12 @@ def scale_of(device: str, memory_bytes: float | None = None) -> Scale:
 
 
 @lru_cache(maxsize=1)
-def _gpu_memory_bytes() -> float:
-    """Of the first GPU, 0 where none answers. Asked without torch, which would take a part of it to answer."""
-    mebibytes = query_gpu("memory.total")
-    return float(mebibytes) * 2**20 if mebibytes.isdigit() else 0.0
+def _own_gpu() -> Gpu | None:
+    """The first GPU, None where none answers. Asked without torch, which would take a part of its memory to answer.
+
+    Its memory is what it says; its rates are its datasheet's, or an H200's where nobody knows them.
+    """
+    name, _, mebibytes = query_gpu("name", "memory.total").rpartition(", ")
+    if not mebibytes.isdigit():
+        return None
+    return replace(recognize_gpu(name) or DATASHEETS["H200"], memory=int(mebibytes) * MIB)

@@ -20,6 +20,10 @@ def command(
         list[str] | None, typer.Option(help="Only cases with words that begin so, for example spatial 240p.")
     ] = None,
     show: Annotated[bool, typer.Option("--list", help="Print the planned cases and measure nothing.")] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="With --list: for such a GPU, H100 for example; default: the one here, or H200."),
+    ] = None,
     refresh: Annotated[bool, typer.Option(help="Measure rows of another state of the sources again.")] = False,
     commit: Annotated[
         str | None,
@@ -50,13 +54,16 @@ def command(
             _write_report(folder)
         return
     from opensora_fast.benchmarks.suites import list_cases
+    from opensora_fast.costs.hardware import find_gpu
     from opensora_fast.device import check_device_name, choose_device
 
+    if gpu is not None and not show:
+        raise ValueError("--gpu is what --list plans for; a run is on the GPU that is here: add --list or leave it out")
     # What is listed may be measured on another machine.
     device = check_device_name(device) if show and device else choose_device(device).type
     words = [word for text in only or () for word in text.split()]
     names = providers.split(",") if providers else None
-    cases = list_cases(suite, device, names, words)
+    cases = list_cases(suite, device, names, words, find_gpu(gpu) if gpu else None)
     if show:
         from opensora_fast.benchmarks.summary import format_plan
 

@@ -66,19 +66,22 @@ def step(
     provider: Annotated[str, typer.Option(help="Implementation of the step, such as ours or compile.")] = "ours",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
-    """The kernels of a training step, the longest first: share of the step, ns for each token, launches."""
+    """The kernels of a training step, the longest first: share of the step, ns for each token, launches.
+
+    Where the activations of ours or compile do not fit, as few blocks as possible recompute them, and the name says so.
+    """
     from opensora_fast.benchmarks.step_profile import format_profile, profile_steps, write_profile
     from opensora_fast.benchmarks.suites.scale import scale_of
     from opensora_fast.device import choose_device
 
     scale = scale_of(choose_device(device).type)
-    known = {workload.resolution: workload for workload in scale.headline}
+    known = {workload.resolution: workload for workload in scale.steps}
     names = list(known) if resolutions is None else resolutions.split(",")
     for name in names:
         if name not in known:
             raise ValueError(f"--resolutions {name!r}: choose among {', '.join(known)}")
     out.mkdir(parents=True, exist_ok=True)
     for profile in profile_steps([known[name] for name in names], provider, scale):
-        path = out / f"step_{profile.workload.resolution}_{provider}.csv"
+        path = out / f"step_{profile.workload.resolution}_{profile.provider}.csv"
         write_profile(profile, path)
         typer.echo(f"{format_profile(profile)}\nrows: {path}")

@@ -13,10 +13,11 @@ from run_again import RunAgain
 from same_results import assert_same
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import layer_norm
+from torch.utils.checkpoint import checkpoint
 
 from opensora_fast import STDiT2Config
 from opensora_fast.benchmarks.contest import op_results
-from opensora_fast.benchmarks.providers import blocks, elementwise
+from opensora_fast.benchmarks.providers import blocks, elementwise, models
 from opensora_fast.benchmarks.providers.blocks import BLOCK_PROVIDERS, block_provider, make_block_work
 from opensora_fast.benchmarks.providers.graphs import GraphedModel
 from opensora_fast.benchmarks.providers.model_work import make_model_work, make_training
@@ -34,8 +35,9 @@ from opensora_fast.benchmarks.providers.models import (
     view_of,
 )
 from opensora_fast.benchmarks.providers.provider import Provider
-from opensora_fast.benchmarks.providers.variants import VARIANT_OF, WATERFALL, Variant
+from opensora_fast.benchmarks.providers.variants import REFERENCE, VARIANT_OF, WATERFALL, Variant
 from opensora_fast.benchmarks.shapes import Pack, Workload
+from opensora_fast.model import stdit2
 from opensora_fast.model.backends import OPS, Backends
 
 CONFIG = STDiT2Config.small(upstream_rounding=False)
@@ -126,6 +128,19 @@ def test_all_models_are_the_same_and_share_their_parameters(model_work):
     assert set(names) >= {"upstream", "upstream-flash", "upstream-flash-stored", "eager", "eager-recompute"}
     assert model_work.model.backends == Backends() and model_work.model.checkpointed_blocks == 0
     assert all(parameter.detach().any() for parameter in model_work.model.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_variant_that_recomputes_a_share_of_the_blocks_is_the_same(model_work, monkeypatch, compiled):
+    counted = []
+    for module in (models, stdit2):
+        monkeypatch.setattr(module, "checkpoint", lambda *args, **keys: counted.append(1) or checkpoint(*args, **keys))
+    monkeypatch.setattr(models, "compiled", lambda function: function)  # what is compiled is the same function
+    expected, _ = model_results(EAGER.prepare(model_work), model_work)
+    half = view_of(model_work.model, Variant("half", REFERENCE, compiled=compiled, recompute=0.5))
+    results, _ = model_results(BoundModel(half, model_work), model_work)
+    assert_same(results, expected, 5e-6)
+    assert len(counted) == CONFIG.depth // 2 > 0
 
 
 @pytest.fixture(scope="module")

@@ -37,10 +37,10 @@ def test_table_and_file_show_share_and_time_for_each_token(tmp_path):
         KernelTime("aten::mm", "nvjet_128x256", "2×3 @ 3×4", 28.0, 3000.0),
         KernelTime("aten::copy_", "aten::copy_", "", 2.0, 1000.0),
     )
-    profile = StepProfile(Workload("144p", 16, 1), 10.0, kernels)
+    profile = StepProfile(Workload("144p", 16, 1), "ours", 10.0, kernels)
     assert profile.busy_milliseconds == 4.0
     head, first, second = format_profile(profile).splitlines()
-    assert "2304 tokens: 10.00 ms a step, 230.4 k tokens/s, kernels 4.00 ms" in head
+    assert "ours, 2304 tokens: 10.00 ms a step, 230.4 k tokens/s, kernels 4.00 ms" in head
     assert first.split() == ["30.0", "%", "1302.1", "ns", "28.0", "×", "aten::mm", "nvjet_128x256", "2×3", "@", "3×4"]
     assert second.endswith("× aten::copy_")
     write_profile(profile, tmp_path / "step.csv")

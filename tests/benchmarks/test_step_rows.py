@@ -34,8 +34,9 @@ def measure(row: Row, factor: float = 1.1) -> Row:
     videos = parse(row.shape)
     useful = sum((count_step(XL, part, 120, 0.0) for part in videos), count_optimizer(SIZE.trained))
     done, recomputed = useful, 0
-    if row.provider == "ours-recompute":
-        done, recomputed = sum((count_recomputation(XL, part, 120, 28) for part in videos), useful), 28
+    if row.provider != "ours":
+        recomputed = {"ours-recompute-half": 14, "ours-recompute": 28}[row.provider]
+        done = sum((count_recomputation(XL, part, 120, recomputed) for part in videos), useful)
     peak = MEMORY.standing + factor * MEMORY.activations(videos[0], recomputed)
     return replace(
         row,
@@ -58,7 +59,10 @@ def folder(tmp_path_factory) -> Path:
     planned = [row for case in list_cases("step", "cuda") for row in case.planned_rows().values()]
     rows = [measure(row) for row in planned if row.provider in ("ours", "ours-recompute") and not row.op]
     assert len(rows) > 20 and len({row.provider for row in rows}) == 2
-    others = [row for row in gpu_like_rows() if row.provider not in ("ours", "ours-recompute") and row.level == "step"]
+    rows += [
+        measure(replace(row, provider="ours-recompute-half")) for row in planned if row.provider == "ours-recompute"
+    ]
+    others = [row for row in gpu_like_rows() if not row.provider.startswith("ours") and row.level == "step"]
     rows += [replace(row, environment=replace(row.environment, device_name="nvidia-h200")) for row in others]
     failed = replace(rows[0], shape=rows[0].shape.replace("B=", "B=9")).without_time("failed", "OutOfMemoryError")
     append_rows(folder / "step.csv", [*rows, failed])
@@ -69,7 +73,7 @@ def test_the_fit_finds_the_rates_behind_the_rows(folder):
     """Rows round to six digits. Those that recompute are among them, with what they did twice."""
     measured = read_step_rows(folder, XL, "bfloat16")
     assert measured.gpu is H200
-    assert {step.recomputing for step in measured.rows} == {True, False}
+    assert {step.recomputed for step in measured.rows} == {0, 14, 28}
     time = fit_step_time(measured.gpu, measured.list_steps(XL, element=2))
     assert (time.matrix, time.bandwidth) == pytest.approx((TRUTH.matrix, TRUTH.bandwidth), rel=0.01)
     assert time.constant == pytest.approx(TRUTH.constant, abs=2e-4)
@@ -107,6 +111,6 @@ def test_committed_rows_are_found_by_the_name_of_their_folder(tmp_path, monkeypa
 
 def test_counts_are_those_of_the_rows(folder):
     measured = read_step_rows(folder, XL, "bfloat16")
-    step = next(step for step in measured.rows if not step.recomputing)
+    step = next(step for step in measured.rows if not step.recomputed)
     (first, *_) = [one for one in measured.list_steps(XL, 2) if one.name == step.row.name]
     assert first.count == Count(step.row.flops, step.row.bytes)

@@ -1,10 +1,13 @@
 """The planned cases, and one of every kind measured on the CPU."""
 
 import math
+from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 from bench_toys import make_row
 
+from opensora_fast import STDiT2Config
 from opensora_fast.benchmarks.predictions import predict
 from opensora_fast.benchmarks.runner import run_cases
 from opensora_fast.benchmarks.session import Session
@@ -12,12 +15,15 @@ from opensora_fast.benchmarks.shapes import VIDEO_SIZES, Pack, Workload
 from opensora_fast.benchmarks.suites import NAMES, list_cases, models
 from opensora_fast.benchmarks.suites.estimates import STARTUP_S, with_estimate
 from opensora_fast.benchmarks.suites.scale import scale_of
+from opensora_fast.costs.hardware import DATASHEETS
+from opensora_fast.costs.memory import MemoryModel, ModelSize, usable_memory
+from opensora_fast.costs.operations import VideoBatch
 
 
 @pytest.fixture(autouse=True)
 def a_plan_for_an_h200(monkeypatch):
     """Whatever GPU this machine may have."""
-    monkeypatch.setattr("opensora_fast.benchmarks.suites.scale._gpu_memory_bytes", lambda: 0.0)
+    monkeypatch.setattr("opensora_fast.benchmarks.suites.scale._own_gpu", lambda: None)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -65,19 +71,23 @@ PUSHED = [
     *(("op", "spatial_attention", f"length {length}", {"sdpa-cudnn", "ours"}) for length in (144, 920, 1590, 3600)),
     ("op", "temporal_attention", "240p×16", {"ours"}),
     *(("block", "", name, {"upstream", "eager", "eager-cudnn", "compile", "ours"}) for name in ("240p×16", "720p×16")),
-    *(("step", "", f"{name}×16", {"upstream", "upstream-flash", "ours"}) for name in VIDEO_SIZES),
-    *(("step", "", f"{name}×16", {"compile"}) for name in VIDEO_SIZES if name != "720p"),
-    ("step", "", "240p×16", {"open-sora", "upstream", "upstream-flash"}),
-    ("step", "", "720p×16", {"compile-recompute", "ours-recompute"}),
+    *(("step", "", f"{name}×16", {"upstream-flash", "ours"}) for name in VIDEO_SIZES),
+    *(("step", "", f"{name}×16", {"compile"}) for name in VIDEO_SIZES),
+    ("step", "", "240p×16", {"open-sora", "upstream", "upstream-flash", "ours-quack"}),
+    *(("step", "", name, {"upstream"}) for name in ("720p×16", "144p×16")),
     *(("step", "", name, {"eager", "compile", "ours", "ours-graph"}) for name in ("144p×16", "240p×16")),
     ("step", "sustained", "240p×16", {"ours"}),
-    ("step", "", "mixed", {"ours", "eager"}),
 ]
 
 
+def recomputing_or_not(names) -> set[str]:
+    return {name.partition("-recompute")[0] for name in names}
+
+
+@pytest.mark.parametrize("gpu", ["H200", "H100"])
 @pytest.mark.parametrize(("level", "op", "workload", "providers"), PUSHED)
-def test_two_runs_of_nine_minutes_measure_what_carries_the_plan(level, op, workload, providers):
-    cases = list_cases("push", "cuda")
+def test_two_runs_of_nine_minutes_measure_what_carries_the_plan(level, op, workload, providers, gpu):
+    cases = planned(gpu)
     ends, total = {}, STARTUP_S
     for case in cases:
         total += case.seconds
@@ -88,15 +98,31 @@ def test_two_runs_of_nine_minutes_measure_what_carries_the_plan(level, op, workl
         for case in cases
         if (case.template.level, case.template.op) == (level, op)
         and case.template.workload.startswith(workload)
-        and providers <= set(case.providers)
+        and providers <= recomputing_or_not(case.providers)
     ]
     assert found and min(ends[case.identity] for case in found) < 1080 - STARTUP_S
 
 
-def test_the_small_steps_of_stage_1_follow_the_first_three_headline_steps():
-    steps = [case for case in list_cases("push", "cuda") if case.template.level == "step"]
-    replayed = [case for case in steps if "ours-graph" in case.providers]
-    assert replayed[:2] == steps[3:5]
+@lru_cache
+def planned(gpu: str):
+    return list_cases("push", "cuda", gpu=DATASHEETS[gpu])
+
+
+@pytest.mark.parametrize("gpu", ["H200", "H100"])
+def test_the_first_run_of_nine_minutes_has_the_five_resolutions_and_small_steps_beside_their_peers(gpu):
+    first, total = [], STARTUP_S
+    for case in planned(gpu):
+        total += case.seconds
+        first += [case] if total < 540 else []
+    assert [case.template.level for case in first[:3]] == ["copy", "gemm", "launch"]  # what the shares are of
+    steps = first[3:10]
+    assert [case.template.workload for case in steps[:5]] == ["240p×16", "720p×16", "144p×16", "480p×16", "360p×16"]
+    assert all({"upstream-flash", "compile", "ours"} <= recomputing_or_not(case.providers) for case in steps[:5])
+    assert ["ours-graph" in case.providers for case in steps] == 5 * [False] + 2 * [True]
+
+
+def test_the_small_steps_of_stage_1_are_timed_beside_their_graphs():
+    replayed = [case for case in planned("H200") if "ours-graph" in case.providers]
     sizes = [(case.template.workload, case.template.shape.split()[0]) for case in replayed]
     assert sizes == [("144p×16", "B=6"), ("240p×16", "B=2"), ("144p×1", "B=48")]
     assert all(case.providers == ("eager", "compile", "ours", "ours-graph") for case in replayed)
@@ -105,10 +131,11 @@ def test_the_small_steps_of_stage_1_follow_the_first_three_headline_steps():
 def test_other_matrix_products_are_measured_where_they_weigh_most():
     cases = [case for case in list_cases("push", "cuda") if "ours-quack" in case.providers]
     assert [(case.template.level, case.template.workload) for case in cases] == [
-        *(("step", f"{name}×16") for name in ("240p", "720p", "144p")),
+        ("step", "240p×16"),
         ("block", "240p×16"),
+        *(("step", f"{name}×16") for name in ("720p", "144p")),
     ]
-    assert all("ours" in case.providers for case in cases)
+    assert all("ours" in case.providers for case in cases[:2])
 
 
 def test_sizes_of_the_comparison_with_float64():
@@ -121,20 +148,67 @@ def test_sizes_of_the_comparison_with_float64():
     assert small.check_pack(pack).tokens < pack.tokens
 
 
-def test_on_a_smaller_gpu_peers_recompute_where_their_activations_do_not_fit(monkeypatch):
-    smaller = scale_of("cuda", memory_bytes=81559 * 2**20)
-    monkeypatch.setattr("opensora_fast.benchmarks.suites.scale.scale_of", lambda device: smaller)
-    assert 18_000 < smaller.recompute_above < 23_000 < 40_000 < scale_of("cuda").recompute_above < 44_000
-    wanted = {"upstream", "upstream-flash", "compile-recompute", "ours"}
-    for suite in ("push", "step"):
-        steps = [case for case in list_cases(suite, "cuda") if case.template.level == "step" and not case.template.op]
-        for resolution in VIDEO_SIZES:
-            own = [case for case in steps if case.template.workload == f"{resolution}×16"]
-            assert any(wanted <= set(case.providers) for case in own)
-        # The techniques stand on top of each other, beside all peers, in one case that fits.
-        (waterfall,) = [case for case in steps if set(models.WATERFALL) <= set(case.providers)]
-        assert waterfall.template.workload == "240p×16" and waterfall.template.tokens <= smaller.recompute_above
-        assert {"upstream-flash", "eager", "compile"} <= set(waterfall.providers)
+def counted(tokens: int, stored: float) -> float:
+    """Bytes of a step of ours that stores these shares of its activations, by the count that trains go by."""
+    size = ModelSize(767_500_000, 767_500_000, 27_000_000)
+    videos = VideoBatch(1, 16, tokens // 16)
+    return MemoryModel(STDiT2Config.xl_2(), size, 120).peak(videos, round(28 * (1 - stored)))
+
+
+def test_steps_have_as_many_videos_as_fit_with_what_compile_stores():
+    for name, batches in {"H200": [14, 5, 2, 1, 1], "H100": [11, 3, 1, 1, 1], "A100": [11, 3, 1, 1, 1]}.items():
+        scale = scale_of("cuda", DATASHEETS[name])
+        assert [workload.batch for workload in scale.steps] == batches
+        # Ops and blocks, which need little memory, are the same on all.
+        assert scale.headline == scale_of("cuda", DATASHEETS["H200"]).headline
+    small = scale_of("cuda", replace(DATASHEETS["H100"], memory=24 * 2**30))
+    assert all(workload.batch == 1 for workload in small.steps)
+
+
+@pytest.mark.parametrize("gpu", ["H200", "H100", "B200"])
+@pytest.mark.parametrize("suite", ["push", "step"])
+def test_each_resolution_has_its_peers_in_one_step_that_fits_the_gpu(suite, gpu):
+    scale = scale_of("cuda", DATASHEETS[gpu])
+    cases = list_cases(suite, "cuda", gpu=DATASHEETS[gpu])
+    steps = [case for case in cases if case.template.level == "step" and not case.template.op]
+    for workload in scale.steps:
+        own = [
+            case for case in steps if (case.template.tokens, case.template.workload) == (workload.tokens, workload.name)
+        ]
+        fitting = {scale.least_recomputing(name, workload.tokens) for name in ("compile", "ours")}
+        assert any({"upstream-flash", *fitting} <= set(case.providers) for case in own)
+    # The techniques stand on top of each other where all of them fit.
+    (waterfall,) = [case for case in steps if "upstream-flash-stored" in case.providers]
+    assert waterfall.template.workload == "240p×16" and waterfall.template.tokens <= scale.most_tokens("eager")
+    same = [case for case in steps if case.template.shape == waterfall.template.shape]
+    assert {*models.WATERFALL, "compile"} <= {name for case in same for name in case.providers}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "compiled", "ours"),
+    [
+        ("H200", "compile-recompute-quarter", "ours"),
+        ("H100", "compile-recompute-three-quarters", "ours-recompute-half"),
+    ],
+)
+def test_a_video_whose_activations_do_not_fit_recomputes_as_few_blocks_as_it_must(gpu, compiled, ours):
+    scale = scale_of("cuda", DATASHEETS[gpu])
+    tokens = Workload("720p", 16).tokens
+    assert (scale.least_recomputing("compile", tokens), scale.least_recomputing("ours", tokens)) == (compiled, ours)
+    shares = {"ours": 1.0, "ours-recompute-half": 0.5}
+    assert counted(tokens, shares[ours]) < usable_memory(scale.gpu.memory)
+    for name in ("eager", "compile", "ours"):
+        assert scale.least_recomputing(name, 144) == name
+    assert scale.least_recomputing("ours", 10**7) == "ours-recompute"
+
+
+def test_what_stays_in_the_memory_beside_a_step_is_counted():
+    """Graphs hold what they work in while the others take their turns, and encoders their weights."""
+    for case in planned("H100"):
+        if "ours-graph" in case.providers and case.template.workload.endswith("×16"):
+            assert case.providers == ("eager-recompute", "compile", "ours", "ours-graph")
+    (encoded,) = [case for case in planned("H100") if case.template.op == "with encoders"]
+    assert encoded.template.tokens == 19440 and "eager-recompute" in encoded.providers
 
 
 def test_a_longer_case_of_more_providers_is_estimated_longer():

@@ -10,6 +10,10 @@ from hypothesis import strategies as st
 from live_memory import LiveBytes, SavedBytes
 
 from opensora_fast import STDiT2, STDiT2Config, use_kernels
+from opensora_fast.benchmarks.providers.blocks import block_provider, make_block_work
+from opensora_fast.benchmarks.providers.variants import VARIANT_OF
+from opensora_fast.benchmarks.shapes import Pack, Workload
+from opensora_fast.benchmarks.suites.scale import STORED_BYTES
 from opensora_fast.costs.memory import FLOAT, LARGEST_BATCH, MemoryModel, ModelSize, usable_memory
 from opensora_fast.costs.operations import VideoBatch, largest_share
 from opensora_fast.diffusion import IDDPM
@@ -262,3 +266,13 @@ def test_recomputing_more_blocks_never_takes_more_memory(videos):
     model = MemoryModel(XL, XL_SIZE, text=200)
     peaks = [model.peak(videos, recomputed) for recomputed in range(29)]
     assert peaks == sorted(peaks, reverse=True)
+
+
+def test_eager_stores_what_the_benchmarks_plan_steps_by():
+    config = STDiT2Config(hidden_size=288, num_heads=4, depth=1)
+    work = make_block_work(config, Pack.of(Workload("240p", 4, 1)), 20, "cpu", torch.bfloat16)
+    saved = SavedBytes(work.block)
+    with saved.watch():
+        block_provider(VARIANT_OF["eager"]).prepare(work)()
+    counted = STORED_BYTES["eager"] * config.hidden_size / XL.hidden_size
+    assert 0.85 * counted < saved.bytes / work.layout.num_tokens < 1.15 * counted
