@@ -6,55 +6,23 @@ nothing and exits with 1 where either is out of date.
 
 from __future__ import annotations
 
-import html
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from opensora_fast import kernels
-from opensora_fast.costs.hardware import DATASHEETS
-from opensora_fast.model import STDiT2
 
 from .convergence import AGAINST_ROUNDING
-from .report.results import Results, Work, is_ours, published_for
-from .roofline import floor_tokens_per_s
+from .providers.variants import VARIANT_OF
+from .report.results import Results, Work, is_ours
 from .rows import Row, read_folder
-from .shapes import VIDEO_SIZES, fill
-from .suites.scale import FILL_TOKENS, scale_of
+from .training_figure import NOT_MEASURED, build_figure, thousands
+from .training_lines import AS_SHIPPED, FRAMES, PUBLISHED_ON, Line, training_lines
 
 BEGIN = "<!-- measured: begin; `python -m opensora_fast.benchmarks.readme` writes what follows -->"
 END = "<!-- measured: end -->"
 FIGURE = "benchmarks/results/training.svg"
-FRAMES = 16
-GOALS_FOR, PUBLISHED_ON = "H200", "H800"
-# Open-Sora's own code first, then this project's writing of it.
-AS_SHIPPED, WITH_FLASH = ("open-sora", "upstream"), ("open-sora-flash", "upstream-flash")
-NOT_MEASURED = "not measured yet"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One resolution: tokens/s of one GPU.
-
-    Attributes:
-        gpu: whose speed is shown.
-        floors: GPU → what operations and bytes allow at its datasheet's rates.
-        published: by Open-Sora, on H800, with VAE and T5.
-        measured: our fastest row on `gpu`.
-        as_shipped: Open-Sora's model as it is shipped, on the same videos in the same run; None: not measured.
-        with_flash: likewise, with the flash attention that its configurations mean to turn on.
-    """
-
-    resolution: str
-    gpu: str
-    floors: dict[str, float]
-    published: float | None
-    measured: Row | None
-    as_shipped: Row | None
-    with_flash: Row | None
+SHARES = {0.25: "a quarter", 0.5: "half", 0.75: "three quarters", 1.0: "all"}
 
 
 def main(arguments: list[str]) -> int:
@@ -95,65 +63,6 @@ def replace_block(readme: str, block: str) -> str:
     return f"{before}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
 
 
-def training_lines(folders: list[Results]) -> list[Line]:
-    """The five resolutions at 16 frames, on the GPU that the goals are for; where only others were measured, on one."""
-    scale, gpu = scale_of("cuda"), _shown_gpu(folders)
-    with torch.device("meta"):
-        parameters = float(sum(parameter.numel() for parameter in STDiT2(scale.config).parameters()))
-    lines = []
-    for resolution in VIDEO_SIZES:
-        workload = fill(resolution, FRAMES, FILL_TOKENS)
-        floors = {
-            name: floor_tokens_per_s(scale.config, workload, scale.text, parameters, DATASHEETS[name])
-            for name in (gpu, PUBLISHED_ON)
-        }
-        published = max((item.tokens_per_s for item in published_for(workload.name)), default=None)
-        ours = _best_step(folders, gpu, workload.name)
-        beside = [_beside(folders, ours, providers) for providers in (AS_SHIPPED, WITH_FLASH)]
-        lines.append(Line(resolution, gpu, floors, published, ours, *beside))
-    return lines
-
-
-def _shown_gpu(folders: list[Results]) -> str:
-    measured = [gpu for gpu in (GOALS_FOR, *DATASHEETS) if _own_steps(folders, gpu)]
-    return next(iter(measured), GOALS_FOR)
-
-
-def _own_steps(folders: list[Results], gpu: str) -> list[Row]:
-    """Our measured training steps of 16 frames at the resolutions of the table."""
-    return [
-        row
-        for results in folders
-        if results.datasheet is DATASHEETS[gpu]
-        for row in results.select("step", "")
-        if row.status == "ok" and is_ours(row) and row.workload in {f"{name}×{FRAMES}" for name in VIDEO_SIZES}
-    ]
-
-
-def _best_step(folders: list[Results], gpu: str, workload: str) -> Row | None:
-    rows = [row for row in _own_steps(folders, gpu) if row.workload == workload]
-    return max(rows, key=lambda row: row.tokens_per_s, default=None)
-
-
-def _beside(folders: list[Results], ours: Row | None, providers: Sequence[str]) -> Row | None:
-    """The row of the first of the providers that was measured beside ours."""
-    rows = [row for results in folders for row in results.select("step", "") if row.provider in providers]
-    alike = (row for row in rows if row.status == "ok" and ours is not None and _same_run(row, ours))
-    return min(alike, key=lambda row: providers.index(row.provider), default=None)
-
-
-def _same_run(row: Row, other: Row) -> bool:
-    assert row.environment is not None and other.environment is not None
-    same_work = (row.workload, row.direction, row.shape, row.dtype) == (
-        other.workload,
-        other.direction,
-        other.shape,
-        other.dtype,
-    )
-    places = [(item.environment.device_name, item.environment.commit) for item in (row, other)]
-    return same_work and places[0] == places[1]
-
-
 # ---- the block ----
 
 
@@ -163,40 +72,70 @@ def build_block(folders: list[Results]) -> str:
     return "\n\n".join(parts)
 
 
-def _training_text(lines: list[Line]) -> str:
-    gpu = lines[0].gpu
-    shipped, flash = [line.as_shipped for line in lines], [line.with_flash for line in lines]
-    table = [
-        ["thousand tokens/s", *(line.resolution for line in lines)],
-        [f"limit of one {gpu}, counted", *(_thousands(line.floors[gpu]) for line in lines)],
-        [f"**ours on one {gpu}**", *(_measured(line) for line in lines)],
-        *_peer_line("Open-Sora's model as shipped, same GPU and run", shipped),
-        *_peer_line("the same with flash attention", flash),
-        [f"limit of one {PUBLISHED_ON}, counted", *(_thousands(line.floors[PUBLISHED_ON]) for line in lines)],
-        [f"Open-Sora on {PUBLISHED_ON}, published", *(_thousands(line.published) for line in lines)],
+def _training_text(lines: Sequence[Line]) -> str:
+    table = [["thousand tokens/s", *(line.resolution for line in lines)]]
+    for index, gpu in enumerate(on.gpu for on in lines[0].measured):
+        measured = [line.measured[index] for line in lines]
+        ours = ["**" + thousands(on.ours.tokens_per_s) + "**" if on.ours else NOT_MEASURED for on in measured]
+        table += [
+            [f"limit of one {gpu}, counted", *(thousands(on.floor) for on in measured)],
+            [f"**ours on one {gpu}**", *ours],
+            *_peer_line(f"torch.compile, same {gpu} and run", [on.compiled for on in measured]),
+            *_peer_line(
+                f"Open-Sora's model with flash attention, same {gpu} and run", [on.with_flash for on in measured]
+            ),
+            *_peer_line(f"Open-Sora's model as shipped, same {gpu} and run", [on.as_shipped for on in measured]),
+        ]
+    table += [
+        [f"limit of one {PUBLISHED_ON}, counted", *(thousands(line.published_floor) for line in lines)],
+        [f"Open-Sora on {PUBLISHED_ON}, published", *(thousands(line.published) for line in lines)],
     ]
-    measured = [line.measured for line in lines if line.measured]
-    commits = sorted({row.environment.commit[:9] for row in measured if row.environment})
-    caption = (
+    figure = f"![Tokens per second of a training step at five resolutions: limits and figures]({FIGURE})"
+    return f"{figure}\n\n{_wrap(_caption(lines))}\n\n{_table(table)}"
+
+
+def _caption(lines: Sequence[Line]) -> str:
+    text = (
         f"Training ST-DiT-2 on videos of {FRAMES} frames. The limits are counted operations and bytes at the rates of "
-        f"the datasheets; nothing reaches them. The published figures include the VAE and T5, ours do not."
+        "the datasheets; nothing reaches them. The published figures include the VAE and T5, ours do not."
     )
-    caption += f" Measured at {', '.join(commits)}." if commits else " **No speed on a GPU has been measured yet.**"
-    if any(shipped):
-        whose = "its own code" if {row.provider for row in shipped if row} == {AS_SHIPPED[0]} else "in our writing"
-        caption += (
+    everywhere = [on for line in lines for on in line.measured]
+    commits = {on.gpu: set() for on in everywhere if on.ours}
+    for on in everywhere:
+        if on.ours and on.ours.environment:
+            commits[on.gpu].add(on.ours.environment.commit[:9])
+    found = "; ".join(f"{gpu} at {', '.join(sorted(names))}" for gpu, names in commits.items())
+    text += f" Measured: {found}." if found else " **No speed on a GPU has been measured yet.**"
+    again = [
+        f"{line.resolution} on one {on.gpu} ({shares})"
+        for line in lines
+        for on in line.measured
+        if (shares := _recomputed(on.ours, on.compiled))
+    ]
+    if again:
+        text += f" Where activations do not fit, blocks recompute them: {'; '.join(again)}."
+    shipped = [on.as_shipped for on in everywhere if on.as_shipped]
+    if shipped:
+        whose = "its own code" if {row.provider for row in shipped} == {AS_SHIPPED[0]} else "in our writing"
+        text += (
             f" As shipped ({whose}): all blocks recomputed, and plain attention, as v1.1.0's configurations give flash "
             "attention a name that its model no longer knows. The published figures are older than that change, and so "
             "had flash attention on."
         )
-        if not any(flash):
-            caption += " **Open-Sora with flash attention has not been measured here yet.**"
-    figure = f"![Tokens per second of a training step at five resolutions: limits and figures]({FIGURE})"
-    return f"{figure}\n\n{_wrap(caption)}\n\n{_table(table)}"
+    lacking = [gpu for gpu in commits if not any(on.with_flash for on in everywhere if on.gpu == gpu)]
+    if shipped and lacking:
+        text += f" **Open-Sora with flash attention has not been measured on one {' or '.join(lacking)} yet.**"
+    return text
+
+
+def _recomputed(*rows: Row | None) -> str:
+    """Whose blocks recompute, and how many of them: "ours half, compile three quarters"."""
+    known = [(row.provider.partition("-")[0], VARIANT_OF.get(row.provider)) for row in rows if row]
+    return ", ".join(f"{name} {SHARES[variant.recompute]}" for name, variant in known if variant and variant.recompute)
 
 
 def _peer_line(name: str, rows: Sequence[Row | None]) -> list[list[str]]:
-    return [[name, *(_thousands(row and row.tokens_per_s) for row in rows)]] if any(rows) else []
+    return [[name, *(thousands(row and row.tokens_per_s) for row in rows)]] if any(rows) else []
 
 
 def _cpu_text(results: Results) -> str:
@@ -241,20 +180,6 @@ def _convergence_text(work: Work) -> str:
     )
 
 
-def _thousands(tokens_per_s: float | None) -> str:
-    return (
-        "–"
-        if tokens_per_s is None
-        else f"{tokens_per_s / 1e3:.1f}"
-        if tokens_per_s < 1e5
-        else f"{tokens_per_s / 1e3:.0f}"
-    )
-
-
-def _measured(line: Line) -> str:
-    return NOT_MEASURED if line.measured is None else f"**{_thousands(line.measured.tokens_per_s)}**"
-
-
 def _table(rows: list[list[str]]) -> str:
     head, *body = rows
     aligned = ["---"] + ["--:" if column[:1].isdigit() else "---" for column in head[1:]]
@@ -268,57 +193,6 @@ def _wrap(text: str, width: int = 120) -> str:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return "\n".join(lines)
-
-
-# ---- the figure ----
-
-WIDTH, GROUP, BAR, LEFT, RIGHT, TOP = 860, 92, 17, 70, 200, 62
-STYLE = """
-text { font: 13px system-ui, "Segoe UI", sans-serif; fill: #1d2733; } .soft { fill: #5b6b7c; }
-.title { font-weight: 600; }
-.paper { fill: #ffffff; } .limit { fill: none; stroke: #5b6b7c; stroke-dasharray: 4 3; } .ours { fill: #0b6bcb; }
-.given { fill: #d9822b; }
-@media (prefers-color-scheme: dark) { text { fill: #e6edf3; } .soft { fill: #9aa9b8; } .paper { fill: #16202b; }
-  .limit { stroke: #9aa9b8; } .ours { fill: #6ab0ff; } }
-"""
-
-
-def build_figure(lines: list[Line]) -> str:
-    """Bars as SVG, the same bytes for the same rows: no library draws it."""
-    most = max(floor for line in lines for floor in line.floors.values())
-    scale = (WIDTH - LEFT - RIGHT) / most
-    height = TOP + GROUP * len(lines) + 6
-    parts = [
-        f'<rect class="paper" width="{WIDTH}" height="{height}" rx="8"/>',
-        _text(16, 26, f"A training step of {FRAMES} frames, thousand tokens/s on one GPU", "title"),
-        _text(16, 46, "limits are counted, not measured; published figures include VAE and T5", "soft"),
-    ]
-    for index, line in enumerate(lines):
-        y = TOP + GROUP * index
-        parts.append(_text(16, y + 0.5 * GROUP - 2, line.resolution, "title"))
-        bars = [
-            ("limit", line.floors[line.gpu], f"limit of {line.gpu}"),
-            ("ours", line.measured.tokens_per_s if line.measured else None, f"ours on {line.gpu}"),
-            ("limit", line.floors[PUBLISHED_ON], f"limit of {PUBLISHED_ON}"),
-            ("given", line.published, f"Open-Sora on {PUBLISHED_ON}, published"),
-        ]
-        for place, (kind, value, label) in enumerate(bars):
-            top = y + (BAR + 3) * place
-            length = 0.0 if value is None else value * scale
-            if value is not None:
-                parts.append(f'<rect class="{kind}" x="{LEFT}" y="{top}" width="{length:.1f}" height="{BAR}" rx="2"/>')
-            lacking = NOT_MEASURED if kind == "ours" else "none"
-            text = f"{label}: {lacking if value is None else _thousands(value)}"
-            parts.append(_text(LEFT + length + 7, top + 13, text, "soft" if value is None or kind == "limit" else ""))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
-        f"<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
-    )
-
-
-def _text(x: float, y: float, text: str, kind: str = "") -> str:
-    style = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}"{style}>{html.escape(text)}</text>'
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The README's figure and tables are those of the committed rows."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,14 @@ from opensora_fast.benchmarks.readme import (
     BEGIN,
     END,
     FIGURE,
-    NOT_MEASURED,
     build_block,
-    build_figure,
     read_results,
     replace_block,
-    training_lines,
 )
 from opensora_fast.benchmarks.report.results import Results
 from opensora_fast.benchmarks.rows import append_rows
+from opensora_fast.benchmarks.training_figure import NOT_MEASURED, build_figure
+from opensora_fast.benchmarks.training_lines import training_lines
 
 ROOT = Path(__file__).parents[2]
 STEP = {"level": "step", "op": "", "direction": "training", "workload": "240p×16", "tokens": 32400}
@@ -54,7 +54,7 @@ def test_a_measured_row_takes_its_place():
     block = build_block([Results(None, (slow, fast, peer))])
     ours = next(line for line in block.splitlines() if line.startswith("| **ours"))
     assert ours == f"| **ours on one H200** | {NOT_MEASURED} | **108** | {' | '.join([NOT_MEASURED] * 3)} |"
-    assert "Measured at aaaaaaaaa." in block and "No speed" not in block
+    assert "Measured: H200 at aaaaaaaaa." in block and "No speed" not in block
 
 
 def test_upstream_of_the_same_videos_stands_below_ours():
@@ -62,20 +62,20 @@ def test_upstream_of_the_same_videos_stands_below_ours():
     upstream = make_row(**STEP, provider="upstream", p50_ms=1500.0, shape="B=5 T=16")
     smaller = make_row(**STEP, provider="upstream", p50_ms=500.0, shape="B=2 T=16")
     block = build_block([Results(None, (ours, smaller, upstream))])
-    assert "| Open-Sora's model as shipped, same GPU and run | – | 21.6 | – | – | – |" in block
+    assert "| Open-Sora's model as shipped, same H200 and run | – | 21.6 | – | – | – |" in block
     text = " ".join(block.split())
-    assert "in our writing" in text and "flash attention has not been measured" in text
+    assert "in our writing" in text and "flash attention has not been measured on one H200 yet" in text
     assert "as shipped" not in build_block([Results(None, (ours, smaller))])
     genuine = make_row(**STEP, provider="open-sora", p50_ms=1620.0, shape="B=5 T=16")
     flash = make_row(**STEP, provider="upstream-flash", p50_ms=600.0, shape="B=5 T=16")
     block = build_block([Results(None, (ours, upstream, flash, genuine))])
-    assert "| Open-Sora's model as shipped, same GPU and run | – | 20.0 | – | – | – |" in block
-    assert "| the same with flash attention | – | 54.0 | – | – | – |" in block
+    assert "| Open-Sora's model as shipped, same H200 and run | – | 20.0 | – | – | – |" in block
+    assert "| Open-Sora's model with flash attention, same H200 and run | – | 54.0 | – | – | – |" in block
     text = " ".join(block.split())
     assert "its own code" in text and "flash attention has not been measured" not in text
 
 
-def test_where_only_another_gpu_was_measured_it_is_named():
+def test_each_measured_gpu_stands_under_its_own_name():
     """Never under the name of an H200, and not left out as if nothing had been measured."""
     row = make_row(**STEP, p50_ms=300.0)
     other = make_row(**STEP, p50_ms=400.0, device_name="nvidia-h100-80gb-hbm3")
@@ -83,8 +83,31 @@ def test_where_only_another_gpu_was_measured_it_is_named():
     assert f"| **ours on one H100** | {NOT_MEASURED} | **81.0** |" in block
     assert "limit of one H100, counted" in block and "H200" not in block and "No speed" not in block
     assert "ours on H100: 81.0" in build_figure(training_lines([Results(None, (other,))]))
-    both = build_block([Results(None, (other,)), Results(None, (row,))])
+    folders = [Results(None, (other,)), Results(None, (row,))]
+    both = build_block(folders)
     assert f"| **ours on one H200** | {NOT_MEASURED} | **108** |" in both
+    assert f"| **ours on one H100** | {NOT_MEASURED} | **81.0** |" in both
+    assert "Measured: H200 at aaaaaaaaa; H100 at aaaaaaaaa." in " ".join(both.split())
+    figure = build_figure(training_lines(folders))
+    assert "ours on H200: 108" in figure and "ours on H100: 81.0" in figure
+    assert figure.count("limit of H100 and H800: ") == 5  # their rates are the same
+
+
+def test_peers_of_another_gpu_stand_beside_none_of_this():
+    ours, flash = (make_row(**STEP, provider=name, p50_ms=400.0) for name in ("ours", "upstream-flash"))
+    other = replace(ours, environment=replace(ours.environment, device_name="nvidia-h100-80gb-hbm3"))
+    block = build_block([Results(None, (ours, flash)), Results(None, (other,))])
+    assert "same H200 and run | – | 81.0" in block and "same H100" not in block
+
+
+def test_a_row_with_peers_stands_before_a_faster_one_without():
+    alone = make_row(**STEP, p50_ms=300.0, shape="B=5 T=16")
+    beside = make_row(**STEP | {"tokens": 19440}, p50_ms=200.0, shape="B=3 T=16")
+    peer = make_row(**STEP | {"tokens": 19440}, p50_ms=300.0, shape="B=3 T=16", provider="compile-recompute-half")
+    block = build_block([Results(None, (alone, beside, peer))])
+    assert f"| **ours on one H200** | {NOT_MEASURED} | **97.2** |" in block
+    assert "| torch.compile, same H200 and run | – | 64.8 | – | – | – |" in block
+    assert "blocks recompute them: 240p on one H200 (compile half)." in " ".join(block.split())
 
 
 def test_only_the_block_is_rewritten():
