@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from .case import Case
-from .predictions import PREDICTED_FOR, predict, predict_for
+from .predictions import predict, predict_for
 from .rows import CALLED, Row
 from .suites.estimates import STARTUP_S
 
@@ -68,13 +68,14 @@ def format_table(rows: Iterable[Row]) -> str:
 MARKS_S = (540, 1080)  # one run of nine minutes, and two
 
 
-def format_plan(cases: Sequence[Case], device: str) -> str:
+def format_plan(cases: Sequence[Case], gpu: str = "") -> str:
     """One line for each case: predicted seconds of the case and until its end, name, sizes, providers.
 
-    A line stands where the time of one and of two runs of nine minutes is used up. On CUDA, what is expected of the
-    rows follows.
+    A line stands where the time of one and of two runs of nine minutes is used up.
+
+    Args:
+        gpu: such as "H200"; what is expected of the rows on it follows. "": a CPU.
     """
-    on_gpu = device == "cuda"
     estimated = any(case.seconds for case in cases)
     marks = list(MARKS_S) if estimated else []
     lines, total = [], STARTUP_S
@@ -86,19 +87,19 @@ def format_plan(cases: Sequence[Case], device: str) -> str:
         work = f"{case.name}  [{case.template.shape}]  {', '.join(case.providers)}"
         seconds = f"{case.seconds:5.0f} s" if case.seconds else "      ?"
         lines.append(f"{seconds}  {total:6.0f} s  {work}" if estimated else work)
-        expected = _expected(case) if on_gpu else ""
+        expected = _expected(case, gpu)
         if expected:
-            lines.append(f"{'':19}predicted on an H200: {expected}")
+            lines.append(f"{'':19}predicted on an {gpu}: {expected}")
     rows = sum(len(case.planned_rows()) for case in cases)
     lines.append(f"{len(cases)} cases, {rows} rows")
     return "\n".join(lines)
 
 
-def _expected(case: Case) -> str:
+def _expected(case: Case, gpu: str) -> str:
     """Predictions of the case's rows."""
     found = []
     for row in case.planned_rows().values():
-        expected = predict_for(row, PREDICTED_FOR)
+        expected = predict_for(row, gpu)
         if expected:
             direction = f"{row.direction} " if len(case.directions) > 1 else ""
             found.append(f"{direction}{row.provider} {expected}")

@@ -1,14 +1,25 @@
-"""What was expected of one H200 before anything was measured. A prediction stands beside a row; it never is one.
+"""What was expected of a GPU before anything was measured on it. A prediction stands beside a row; it never is one.
 
-Targets for this project's kernels ("good" and "goal"), counted or estimated figures for the others.
+For an H200 targets for this project's kernels ("good" and "goal"), counted or estimated figures for the others. An H100
+has the same multiprocessors: what is a share of the memory's bandwidth or a matrix rate is expected of it too, and of
+its steps what the rows of an H200 project (`h100_steps.csv`, from `predictions.steps`).
 """
 
 from __future__ import annotations
 
+import csv
+from functools import lru_cache
+from pathlib import Path
+
+from opensora_fast.costs.hardware import recognize_gpu
+
 from ..contest import FORWARD, FORWARD_BACKWARD
 from ..rows import Row
 
-PREDICTED_FOR = "h200"  # a part of the device's name
+TARGETS_FOR = "H200"
+PREDICTED_FOR = (TARGETS_FOR, "H100")
+# Columns of predicted steps.
+PROJECTED_LOW, PROJECTED_HIGH = (f"k tokens/s projected from an {TARGETS_FOR}, {end}" for end in ("low", "high"))
 
 RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p")
 # Useful TFLOP/s of spatial attention at head size 72, by tokens of a frame.
@@ -38,12 +49,13 @@ LAUNCH = (5.0, 10.0)  # µs of a registered op
 
 def predict(row: Row) -> str:
     """What was expected of a row, "" where nothing was."""
-    return predict_for(row, row.environment.device_name if row.environment else "")
+    gpu = recognize_gpu(row.environment.device_name) if row.environment else None
+    return predict_for(row, gpu.name) if gpu else ""
 
 
-def predict_for(row: Row, device: str) -> str:
-    """What is expected of a row on a device, "" where nothing is."""
-    if PREDICTED_FOR not in device:
+def predict_for(row: Row, gpu: str) -> str:
+    """What is expected of a row on a GPU such as "H200", "" where nothing is."""
+    if gpu not in PREDICTED_FOR:
         return ""
     if row.level == "op" and row.provider == "ours":
         return _predict_op(row)
@@ -53,10 +65,23 @@ def predict_for(row: Row, device: str) -> str:
         return _span(LAUNCH, "µs")
     resolution, _, frames = row.workload.partition("×")
     is_step = row.level == "step" and row.op in ("", "sustained")
+    if is_step and gpu != TARGETS_FOR:
+        return _read_projected(gpu).get(row.workload, "") if row.provider == "ours" else ""
     if is_step and row.provider in STEPS and resolution in RESOLUTIONS and frames == "16":
         index = RESOLUTIONS.index(resolution)
         return _span([values[index] for values in STEPS[row.provider]], "k tokens/s")
     return ""
+
+
+@lru_cache(maxsize=4)
+def _read_projected(gpu: str) -> dict[str, str]:
+    """Workload → what the rows of an H200 project for our step on another GPU."""
+    path = Path(__file__).with_name(f"{gpu.lower()}_steps.csv")
+    with path.open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row[PROJECTED_LOW]]
+    return {
+        row["workload"]: _span((float(row[PROJECTED_LOW]), float(row[PROJECTED_HIGH])), "k tokens/s") for row in rows
+    }
 
 
 def _predict_op(row: Row) -> str:

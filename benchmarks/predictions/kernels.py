@@ -1,8 +1,9 @@
-"""Predicts the time of every kernel on an H200 from its machine code, without running it.
+"""Predicts the time of every kernel on a GPU from its machine code, without running it.
 
-    python -m opensora_fast.benchmarks.predictions.kernels [--builds rows.json] [--out benchmarks/predictions/h200.csv]
+    python -m opensora_fast.benchmarks.predictions.kernels [--gpu H100] [--builds rows.json]
 
-`rows.json` is what `opensora-fast kernels compile --arch sm_90 --json` prints; without it the kernels are built here.
+writes `benchmarks/predictions/h100.csv`; without --gpu that of an H200. `rows.json` is what `opensora-fast kernels
+compile --arch sm_90 --json` prints; without it the kernels are built here.
 Every number written is a PREDICTION, none was measured.
 
 For each launch five times are counted, each as if the launch needed nothing else: issue (slots of all instructions),
@@ -35,7 +36,6 @@ from opensora_fast.kernels.layout import PLACE_TILE_ROWS
 
 from ..shapes import VIDEO_SIZES, Workload, fill
 
-DEFAULT_PATH = Path(__file__).with_name("h200.csv")
 TOKENS, FRAMES, TEXT = 50_000, 16, 120  # tokens of a launch, frames of a video, text tokens of a video
 HEADS, HEAD_SIZE = 16, 72
 HIDDEN, MLP = HEADS * HEAD_SIZE, 4 * HEADS * HEAD_SIZE
@@ -43,7 +43,7 @@ HIDDEN, MLP = HEADS * HEAD_SIZE, 4 * HEADS * HEAD_SIZE
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of a GPU; `sources` says where they are from.
+    """Rates of a GPU, `name` as in `costs/hardware.py`; `sources` says where they are from.
 
     Attributes:
         clock: Hz of the multiprocessors under load.
@@ -62,16 +62,15 @@ class Machine:
     sources: str
 
 
-H200 = Machine(
-    name="NVIDIA H200",
-    multiprocessors=132,
-    clock=1.755e9,
-    mufu=16,
-    matrix=790e12,
-    dram=4.3e12,
-    l2=5.5e12,
-    sources="matrix and dram: measured elsewhere; mufu: CUDA programming guide, 9.0; clock and l2: assumed",
-)
+SOURCES = "matrix and dram: measured elsewhere; mufu: CUDA programming guide, 9.0; clock and l2: assumed"
+H200 = Machine("H200", 132, clock=1.755e9, mufu=16, matrix=790e12, dram=4.3e12, l2=5.5e12, sources=SOURCES)
+H100 = Machine("H100", 132, clock=1.755e9, mufu=16, matrix=798e12, dram=3.0e12, l2=5.5e12, sources=SOURCES)
+MACHINES = {machine.name: machine for machine in (H200, H100)}
+
+
+def path_of(machine: Machine) -> Path:
+    """The file of its kernels' predictions."""
+    return Path(__file__).with_name(f"{machine.name.lower()}.csv")
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ def predict_all(rows: list[dict[str, Any]], machine: Machine = H200) -> list[dic
                 predictions.append(
                     {
                         "kind": "prediction",
-                        "machine": machine.name,
+                        "machine": f"NVIDIA {machine.name}",
                         "workload": workload.name,
                         "tokens": workload.tokens,
                         "frame_tokens": workload.frame_tokens,
@@ -253,17 +252,19 @@ def write_predictions(predictions: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Predict the time of every kernel on an H200 from its machine code.")
+    parser = argparse.ArgumentParser(description="Predict the time of every kernel on a GPU from its machine code.")
+    parser.add_argument("--gpu", choices=list(MACHINES), default=H200.name, help="whose rates; default: %(default)s")
     parser.add_argument("--builds", type=Path, help="rows of `kernels compile --json`; default: build for sm_90")
-    parser.add_argument("--out", type=Path, default=DEFAULT_PATH, help="CSV to write")
     arguments = parser.parse_args()
+    machine = MACHINES[arguments.gpu]
+    path = path_of(machine)
     if arguments.builds:
         rows = json.loads(arguments.builds.read_text(encoding="utf-8"))
     else:
         rows = list(compile_kernels(["sm_90"])[1])
-    predictions = predict_all(rows)
-    write_predictions(predictions, arguments.out)
-    print(f"Predictions for {H200.name}, not measurements ({H200.sources}); ns for each token, limiter:")
+    predictions = predict_all(rows, machine)
+    write_predictions(predictions, path)
+    print(f"Predictions for {machine.name}, not measurements ({machine.sources}); ns for each token, limiter:")
     for workload in dict.fromkeys(row["workload"] for row in predictions):
         of_workload = [row for row in predictions if row["workload"] == workload]
         total = 1000 * sum(row["predicted_us"] for row in of_workload) / of_workload[0]["tokens"]
@@ -273,7 +274,7 @@ def main() -> None:
             share = f"{100 * row['predicted_share_of_copy']:.0f} % of copy"
             time = 1000 * row["predicted_us"] / row["tokens"]
             print(f"  {row['kernel']:<40} {time:6.2f} ns  {row['limiter']:<7}{share:<15} {figure}")
-    print(f"wrote {arguments.out}")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,35 @@
-"""What a training step should take on an H200: the predicted kernels of all blocks, matrix products and the optimizer.
+"""What a training step should take on a GPU: the predicted kernels of all blocks, matrix products and the optimizer.
 
-    python -m opensora_fast.benchmarks.predictions.steps
+    python -m opensora_fast.benchmarks.predictions.steps [--gpu H100]
 
-adds up `predictions/h200.csv` (`predictions.kernels`) into `predictions/h200_steps.csv`: where the time of a step goes,
-what that makes in tokens/s, and the rate that matrix products would need for the goal. Nothing here is a measurement.
-Not in it: products of the text (keys and values of cross-attention, less than half a percent of a step), the layers
-before and behind the blocks, the loss, launches and what waits for them.
+adds up `predictions/h100.csv` (`predictions.kernels`) into `predictions/h100_steps.csv`; without --gpu those of an
+H200. It says where the time of a step goes, what that makes in tokens/s, and the rate that matrix products would need
+for the goal, which is one for an H200. Nothing here is a measurement. Not in it: products of the text (keys and values
+of cross-attention, less than half a percent of a step), the layers before and behind the blocks, the loss, launches and
+what waits for them.
+
+For other GPUs our committed rows of an H200 are projected too: matrix products take as long, and the bandwidth slows
+down at best the counted bytes, at worst all that is not matrix products.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from opensora_fast.costs.hardware import DATASHEETS
 from opensora_fast.costs.operations import OPTIMIZER_BYTES
 from opensora_fast.model import STDiT2Config
 
-from ..predictions import PRODUCTS, RESOLUTIONS, STEPS
-from .kernels import DEFAULT_PATH as KERNELS_PATH
-from .kernels import H200, write_predictions
+from ..predictions import PRODUCTS, PROJECTED_HIGH, PROJECTED_LOW, RESOLUTIONS, STEPS
+from ..report.results import Results
+from .kernels import H200, MACHINES, Machine, path_of, write_predictions
 
-DEFAULT_PATH = KERNELS_PATH.with_name("h200_steps.csv")
 PARTS = ("spatial_attention", "temporal_attention", "cross_attention", "norms and gates", "gelu_tanh")
 ELEMENTWISE = ("modulated_norm", "gate_residual")
 # How often a block launches a kernel, where it is not once.
@@ -52,8 +58,40 @@ def part_of(kernel: str) -> str:
     return next((part for part in PARTS if kernel.startswith(part)), "norms and gates")
 
 
-def predict_steps(kernels: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """One row for each resolution, from rows of `predictions.kernels`; times in ns for each token."""
+def steps_path(machine: Machine) -> Path:
+    """The file of its steps' predictions."""
+    path = path_of(machine)
+    return path.with_name(f"{path.stem}_steps.csv")
+
+
+def project_rows(machine: Machine) -> dict[str, tuple[float, float]]:
+    """Workload → tokens/s that our committed rows of an H200 make on another GPU, (lowest, highest)."""
+    if machine is H200:
+        return {}
+    results = Results.read(Path(str(files("opensora_fast.benchmarks").joinpath("results/nvidia-h200"))))
+    found = {}
+    for resolution in RESOLUTIONS:
+        workload = f"{resolution}×16"
+        works = [work for work in results.works("step", "") if work.first.workload == workload]
+        rows = [row for work in works if (row := work.of("ours"))]
+        projected = (
+            results.project_step(max(rows, key=lambda row: row.tokens), DATASHEETS[machine.name]) if rows else None
+        )
+        if projected:
+            found[workload] = projected
+    return found
+
+
+def predict_steps(
+    kernels: Iterable[Mapping[str, str]],
+    machine: Machine = H200,
+    projected: Mapping[str, tuple[float, float]] | None = None,
+) -> list[dict[str, Any]]:
+    """One row for each resolution, from rows of `predictions.kernels`; times in ns for each token.
+
+    Args:
+        projected: see `project_rows`.
+    """
     config = STDiT2Config.xl_2()
     kernels = list(kernels)
     flops = product_flops_per_token(config)
@@ -65,43 +103,51 @@ def predict_steps(kernels: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
         for row in own:
             launches = TIMES.get(row["kernel"], 1.0) * config.depth
             times[part_of(row["kernel"])] += 1e3 * float(row["predicted_us"]) * launches / tokens
-        times["optimizer"] = 1e9 * (OPTIMIZER_BYTES + GATHERED_BYTES) * PARAMETERS / H200.dram / tokens
+        times["optimizer"] = 1e9 * (OPTIMIZER_BYTES + GATHERED_BYTES) * PARAMETERS / machine.dram / tokens
         rest = sum(times.values())
         # At the good and at the hoped-for rates of cuBLAS.
         slow, fast = (1e-3 * sum(flops[name] / PRODUCTS[name][rate] for name in flops) for rate in (0, 1))
-        good, goal = (values[index] for values in STEPS["ours"])
-        rows.append(
-            {
-                "kind": "prediction",
-                "machine": H200.name,
-                "workload": f"{resolution}×16",
-                "tokens": tokens,
-                **{f"{part} ns": round(value, 1) for part, value in times.items()},
-                "products ns, slow": round(slow, 1),
-                "products ns, fast": round(fast, 1),
-                "k tokens/s, slow": round(1e6 / (rest + slow), 1),
-                "k tokens/s, fast": round(1e6 / (rest + fast), 1),
-                "good": good,
-                "goal": goal,
-                "TFLOP/s of products for the goal": round(1e-3 * sum(flops.values()) / (1e6 / goal - rest)),
-            }
-        )
+        row = {
+            "kind": "prediction",
+            "machine": f"NVIDIA {machine.name}",
+            "workload": f"{resolution}×16",
+            "tokens": tokens,
+            **{f"{part} ns": round(value, 1) for part, value in times.items()},
+            "products ns, slow": round(slow, 1),
+            "products ns, fast": round(fast, 1),
+            "k tokens/s, slow": round(1e6 / (rest + slow), 1),
+            "k tokens/s, fast": round(1e6 / (rest + fast), 1),
+        }
+        if machine is H200:
+            good, goal = (values[index] for values in STEPS["ours"])
+            needed = round(1e-3 * sum(flops.values()) / (1e6 / goal - rest))
+            rows.append(row | {"good": good, "goal": goal, "TFLOP/s of products for the goal": needed})
+        else:
+            low, high = (projected or {}).get(row["workload"], ("", ""))
+            rows.append(
+                row | {PROJECTED_LOW: low and round(low / 1e3, 1), PROJECTED_HIGH: high and round(high / 1e3, 1)}
+            )
     return rows
 
 
-def read_kernels(path: Path = KERNELS_PATH) -> list[dict[str, str]]:
+def read_kernels(machine: Machine = H200) -> list[dict[str, str]]:
     """The committed predictions of kernels."""
-    with path.open(encoding="utf-8") as file:
+    with path_of(machine).open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def main() -> None:
-    rows = predict_steps(read_kernels())
-    write_predictions(rows, DEFAULT_PATH)
-    print(f"Predictions for {H200.name}, not measurements ({H200.sources}); ns for each token:")
+    parser = argparse.ArgumentParser(
+        description="Predict the time of training steps on a GPU from that of the kernels."
+    )
+    parser.add_argument("--gpu", choices=list(MACHINES), default=H200.name, help="whose rates; default: %(default)s")
+    machine = MACHINES[parser.parse_args().gpu]
+    rows = predict_steps(read_kernels(machine), machine, project_rows(machine))
+    write_predictions(rows, steps_path(machine))
+    print(f"Predictions for {machine.name}, not measurements ({machine.sources}); ns for each token:")
     for row in rows:
         print(", ".join(f"{name} {value}" for name, value in row.items() if name not in ("kind", "machine")))
-    print(f"wrote {DEFAULT_PATH}")
+    print(f"wrote {steps_path(machine)}")
 
 
 if __name__ == "__main__":

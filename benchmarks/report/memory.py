@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from opensora_fast.html_report import Bar, HtmlReport
 
-from .results import Results, Work, gib, headline, is_ours, rate
-from .steps import COMPARED, missing_bars
+from .results import Results, Work, gib, is_ours, rate
+from .steps import compared_steps, missing_bars
 
 
 def has_memory(results: Results) -> bool:
@@ -18,7 +18,7 @@ def add_memory(report: HtmlReport, results: Results) -> None:
         "activations. The full width of a bar is the largest peak of these."
     )
     works = [work for work in results.works("step", "") if any(row.memory_bytes for row in work.measured)]
-    compared = headline(works, COMPARED)
+    compared = compared_steps(works)
     largest = max(row.memory_bytes for work in compared or works for row in work.measured)
     report.cards([_memory_card(work, largest) for work in compared])
     others = [work for work in works if work not in compared]

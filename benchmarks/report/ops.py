@@ -8,7 +8,7 @@ import re
 from opensora_fast.html_report import Bar, HtmlReport
 
 from ..contest import FORWARD, FORWARD_BACKWARD
-from ..predictions import predict
+from ..predictions import TARGETS_FOR, predict
 from ..providers.attention_work import KINDS
 from ..rows import Row
 from ..shapes import SIZES, Workload
@@ -291,8 +291,9 @@ def add_predictions(report: HtmlReport, results: Results) -> None:
     lines.sort(key=lambda line: line[-1] not in BEHIND)
     missed = sum(line[-1] in BEHIND for line in lines)
     report.paragraph(
-        "What was written down before anything was measured, for an H200: for this project's own a span from good to "
-        "goal, for the others an estimate that is off when it is more than a tenth away. What fell behind comes first."
+        "What was written down before anything was measured on such a GPU: for this project's own a span from good to "
+        f"goal{_projected_text(results)}, for the others an estimate that is off when it is more than a tenth away. "
+        "What fell behind comes first."
     )
     report.numbers(
         [
@@ -304,6 +305,14 @@ def add_predictions(report: HtmlReport, results: Results) -> None:
     report.table(
         ["what", "direction", "workload", "provider", "predicted", "measured", "verdict"], lines, filtered=True
     )
+
+
+def _projected_text(results: Results) -> str:
+    """What steps are expected of where there are no goals for this GPU."""
+    sheet = results.datasheet
+    if sheet is None or sheet.name == TARGETS_FOR:
+        return ""
+    return f" (of steps, what rows of an {TARGETS_FOR} project for an {sheet.name})"
 
 
 def judge_prediction(results: Results, row: Row) -> tuple[str, str, str]:

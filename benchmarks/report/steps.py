@@ -39,7 +39,9 @@ TECHNIQUES = {
     "ours": "+ Triton cross-attention: all kernels",
 }
 BETWEEN = [name for name in WATERFALL if name not in PEERS]  # shown in the waterfall alone
-COMPARED = 4  # a work with so many providers is a comparison and gets a card
+# A work with one of each of these, or with so many providers, is a comparison and gets a card.
+KINDS_OF_PEERS = (("open-sora", "upstream"), ("compile",), ("ours",))  # how names begin
+COMPARED = 4
 PROJECTED_TO = "H800"
 # Kinds of steps beside the plain one: title and what it is.
 KINDS = {
@@ -96,7 +98,7 @@ def has_steps(results: Results) -> bool:
 
 
 def add_steps(report: HtmlReport, results: Results) -> None:
-    compared = headline(results.works("step", ""), COMPARED)
+    compared = compared_steps(results.works("step", ""))
     uncompared = [work for work in results.works("step", "") if work not in compared and work.measured]
     text = "Forward, backward, optimizer and average of the weights, latents and text there already."
     if compared:
@@ -177,11 +179,12 @@ def _step_card(results: Results, work: Work) -> tuple[str, str, list[Bar]]:
         projected = results.project_step(ours, target) if ours else None
         if projected:
             low, high = projected
+            span = f"{low / 1e3:.0f}" if f"{low:.2e}" == f"{high:.2e}" else f"{low / 1e3:.0f}–{high / 1e3:.0f}"
             bars.append(
                 Bar(
                     f"ours, {target.name}",
                     low / top,
-                    f"{low / 1e3:.0f}–{high / 1e3:.0f} k",
+                    f"{span} k",
                     f"projection from this {results.device_name}, not measured",
                     "given",
                 )
@@ -192,8 +195,8 @@ def _step_card(results: Results, work: Work) -> tuple[str, str, list[Bar]]:
 
 
 def _speed_bar(results: Results, row: Row, work: Work) -> Bar:
-    upstream = work.of("upstream")
-    gain = f"×{row.tokens_per_s / upstream.tokens_per_s:.2f} on upstream" if upstream and upstream is not row else ""
+    base = work.of("upstream-flash") or work.of("upstream")
+    gain = f"×{row.tokens_per_s / base.tokens_per_s:.2f} on {base.provider}" if base and base is not row else ""
     limit = "" if math.isnan(row.roofline_share) else f"{row.roofline_share:.0%} of the limit"
     kind = "ours" if is_ours(row) else "other"
     share = _share(results, row, work)
@@ -296,17 +299,42 @@ def _scale_text(results: Results, work: Work) -> str:
     return f"The full width of a bar is the floor: what counted operations and bytes allow at {source}."
 
 
+def compared_steps(works: Sequence[Work]) -> list[Work]:
+    """Comparisons: for each workload that with the most kinds of peers, then the most providers, then tokens."""
+    best: dict[str, Work] = {}
+    for work in works:
+        name = work.first.workload
+        if name not in best or _weight(work) > _weight(best[name]):
+            best[name] = work
+    return [work for work in best.values() if _has_all_kinds(work) or len(work.rows) >= COMPARED]
+
+
+def _weight(work: Work) -> tuple[int, int, int]:
+    return _count_kinds(work), len(work.rows), work.first.tokens
+
+
+def _count_kinds(work: Work) -> int:
+    return sum(any(row.provider.startswith(kind) for row in work.rows) for kind in KINDS_OF_PEERS)
+
+
+def _has_all_kinds(work: Work) -> bool:
+    return _count_kinds(work) == len(KINDS_OF_PEERS)
+
+
 def best_step(results: Results) -> Row | None:
-    """Our fastest training step among those that others were compared at."""
-    rows = [work.ours for work in headline(results.works("step", ""), COMPARED) if work.ours]
+    """Our fastest training step among those that others were compared at, all kinds of them if they ever were."""
+    works = compared_steps(results.works("step", ""))
+    full = [work for work in works if _has_all_kinds(work)]
+    rows = [work.ours for work in full or works if work.ours]
     return max(rows, key=lambda row: row.tokens_per_s, default=None)
 
 
-def speed_ups(results: Results, peer: str) -> list[tuple[str, float]]:
-    """(workload, our speed over a peer's) wherever both were measured."""
+def speed_ups(results: Results, peers: Sequence[str]) -> list[tuple[str, float]]:
+    """(workload, our speed over that of the fastest of the peers) wherever both were measured."""
     found = []
-    for work in headline(results.works("step", ""), COMPARED):
-        ours, other = work.ours, work.of(peer)
+    for work in compared_steps(results.works("step", "")):
+        ours = work.ours
+        other = next((row for row in work.measured if row.provider in peers), None)
         if ours and other:
             found.append((work.first.workload, ours.tokens_per_s / other.tokens_per_s))
     return found

@@ -63,11 +63,14 @@ def command(
     device = check_device_name(device) if show and device else choose_device(device).type
     words = [word for text in only or () for word in text.split()]
     names = providers.split(",") if providers else None
-    cases = list_cases(suite, device, names, words, find_gpu(gpu) if gpu else None)
+    chosen = find_gpu(gpu) if gpu else None
+    cases = list_cases(suite, device, names, words, chosen)
     if show:
+        from opensora_fast.benchmarks.suites.scale import scale_of
         from opensora_fast.benchmarks.summary import format_plan
 
-        typer.echo(format_plan(cases, device))
+        planned_for = scale_of(device, chosen).gpu
+        typer.echo(format_plan(cases, planned_for.name if planned_for else ""))
         return
     if out is None:
         raise ValueError("--out is missing: give a folder for the rows, for example --out outputs/bench")

@@ -5,8 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from opensora_fast.benchmarks.predictions import kernels
-from opensora_fast.benchmarks.predictions.kernels import DEFAULT_PATH, H200, Launch, predict, predict_all, steps
+from opensora_fast.benchmarks.predictions.kernels import (
+    H200,
+    MACHINES,
+    Launch,
+    path_of,
+    predict,
+    predict_all,
+    steps,
+)
 from opensora_fast.benchmarks.shapes import VIDEO_SIZES
 
 # One multiprocessor of 1 GHz and round rates.
@@ -51,12 +58,16 @@ def test_a_missing_build_is_named() -> None:
         predict_all([])
 
 
-def test_the_committed_file_says_that_it_predicts() -> None:
-    with DEFAULT_PATH.open(encoding="utf-8") as file:
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=lambda machine: machine.name)
+def test_the_committed_files_say_that_they_predict(machine) -> None:
+    with path_of(machine).open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["kind"] for row in rows} == {"prediction"}
     assert {row["workload"] for row in rows} == {f"{name}×16" for name in VIDEO_SIZES}
     assert all(float(row["predicted_us"]) >= float(row["floor_us"]) > 0 for row in rows)
     times = ("issue", "mufu", "matrix", "dram", "l2")
     assert all(float(row[f"{row['limiter']}_us"]) == max(float(row[f"{name}_us"]) for name in times) for row in rows)
-    assert kernels.H200.name == rows[0]["machine"]
+    assert {row["machine"] for row in rows} == {f"NVIDIA {machine.name}"}
+    for row in rows:
+        if row["kernel"] == "modulated_norm_forward":  # reads a row of 1152 bf16 numbers and writes one
+            assert float(row["dram_us"]) == pytest.approx(1e6 * 2 * 2304 * int(row["tokens"]) / machine.dram, rel=1e-3)

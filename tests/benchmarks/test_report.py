@@ -18,12 +18,13 @@ from opensora_fast.benchmarks.mixed import uniform_parts
 from opensora_fast.benchmarks.report.ops import judge_prediction
 from opensora_fast.benchmarks.report.page import CPU_NOTE, SECTIONS, write_report
 from opensora_fast.benchmarks.report.results import Results, group, published_for, rate, time_text
-from opensora_fast.benchmarks.report.steps import speed_ups
+from opensora_fast.benchmarks.report.steps import best_step, compared_steps, speed_ups
 from opensora_fast.benchmarks.rows import append_rows, level_path
 from opensora_fast.benchmarks.session import Refused, Session
 from opensora_fast.benchmarks.shapes import Pack
 from opensora_fast.benchmarks.suites import NAMES
 from opensora_fast.benchmarks.suites.scale import scale_of
+from opensora_fast.benchmarks.training_lines import COMPILED
 from opensora_fast.cli import run
 from opensora_fast.costs.hardware import DATASHEETS
 
@@ -275,7 +276,30 @@ def test_speed_ups_are_of_the_same_work_only():
         for workload, times in (("240p×16", (900.0, 500.0, 400.0, 300.0)), ("720p×16", (900.0, 700.0, 600.0)))
         for name, time in zip(("upstream", "eager", "compile", "ours"), times, strict=False)
     ]
-    assert speed_ups(results_of(*rows), "upstream") == [("240p×16", pytest.approx(3.0))]
+    assert speed_ups(results_of(*rows), ("upstream",)) == [("240p×16", pytest.approx(3.0))]
+
+
+def test_a_filled_step_beside_open_sora_stands_before_a_small_one_of_more_providers(tmp_path):
+    """With the recomputing variants that fit; one that another resolution lacks takes nothing from it."""
+    filled = {"upstream-flash": 900.0, "compile-recompute-half": 450.0, "ours-recompute-half": 300.0}
+    small = {"eager": 400.0, "compile": 300.0, "ours": 200.0, "ours-graph": 100.0}
+    rows = [make_row(**STEP | {"shape": "B=5"}, provider=name, p50_ms=time) for name, time in filled.items()]
+    rows += [make_row(**STEP | {"shape": "B=2", "tokens": 12960}, provider=name, p50_ms=t) for name, t in small.items()]
+    results = results_of(*rows)
+    (work,) = compared_steps(results.works("step", ""))
+    assert work.first.shape == "B=5" and best_step(results).provider == "ours-recompute-half"
+    assert speed_ups(results, COMPILED) == [("240p×16", pytest.approx(1.5))]
+    glance = section_of(write_report(write_rows(tmp_path, rows)), "At a glance")
+    assert "on Open-Sora with flash attention, training steps at 240p" in glance and "×3.00" in glance
+
+
+def test_a_chip_of_the_same_rates_is_projected_to_one_number(tmp_path):
+    rows = [replace(row, environment=replace(row.environment, device_name="nvidia-h100-80gb-hbm3")) for row in CEILINGS]
+    for name in ("upstream-flash", "compile", "ours"):
+        step = {**STEP, "flops": 1e14, "bytes": 1e11, "p50_ms": 300.0, "tokens": 32400}
+        rows.append(make_row(**step, provider=name, device_name="nvidia-h100-80gb-hbm3"))
+    content = section_of(write_report(write_rows(tmp_path, rows)), "Training steps")
+    assert ">108 k<" in content and "108–108" not in content
 
 
 def test_rows_of_the_same_work_are_grouped():

@@ -2,22 +2,28 @@
 
 import csv
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 from opensora_fast.benchmarks.predictions import RESOLUTIONS
+from opensora_fast.benchmarks.predictions.kernels import H100, H200, MACHINES
 from opensora_fast.benchmarks.predictions.steps import (
-    DEFAULT_PATH,
     TIMES,
     predict_steps,
     product_flops_per_token,
+    project_rows,
     read_kernels,
+    steps_path,
 )
+from opensora_fast.benchmarks.report.results import Results
 from opensora_fast.costs.operations import linear_flops_per_token
 from opensora_fast.kernels import PackLayout, spatial_attention
 from opensora_fast.kernels.attention import spatial_backward, spatial_forward, spatial_preparation
 from opensora_fast.model import STDiT2Config
+
+ROOT = Path(__file__).parents[2]
 
 
 def kernel(name, microseconds, workload):
@@ -68,7 +74,27 @@ def test_the_products_are_those_of_the_roofline():
     assert sum(product_flops_per_token(config).values()) == 3 * linear_flops_per_token(config)
 
 
-def test_the_committed_file_follows_from_that_of_the_kernels():
-    with DEFAULT_PATH.open(encoding="utf-8") as file:
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=lambda machine: machine.name)
+def test_the_committed_files_follow_from_those_of_the_kernels_and_from_committed_rows(machine):
+    with steps_path(machine).open(encoding="utf-8") as file:
         committed = list(csv.DictReader(file))
-    assert committed == [{name: str(value) for name, value in row.items()} for row in predict_steps(read_kernels())]
+    predicted = predict_steps(read_kernels(machine), machine, project_rows(machine))
+    assert committed == [{name: str(value) for name, value in row.items()} for row in predicted]
+
+
+def test_rows_of_an_h200_are_projected_with_the_bandwidth():
+    assert project_rows(H200) == {}
+    measured = {row.workload: row.tokens_per_s for row in own_steps()}
+    projected = project_rows(H100)
+    assert {"144p×16", "240p×16", "480p×16", "720p×16"} <= set(projected)
+    for workload, (low, high) in projected.items():
+        # At worst all of the step, at best less than a tenth of it, slows down as 3.35 to 4.8 TB/s.
+        assert 3.35 / 4.8 * measured[workload] < low < high < measured[workload]
+        assert high > 0.95 * measured[workload]
+
+
+def own_steps():
+    """Our rows of an H200, those of filled steps last."""
+    results = Results.read(ROOT / "benchmarks/results/nvidia-h200")
+    rows = [row for row in results.select("step", "") if row.provider == "ours" and row.status == "ok"]
+    return sorted(rows, key=lambda row: row.tokens)

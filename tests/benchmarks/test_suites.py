@@ -284,10 +284,14 @@ def test_every_kind_of_case_runs_on_the_cpu(case):
     assert unavailable.get("ours", "needs a CUDA GPU") == "needs a CUDA GPU"
 
 
-def test_predictions_are_for_one_gpu_and_never_rows():
+def test_predictions_are_for_known_gpus_and_never_rows():
     step = make_row(level="step", op="", direction="training")
     assert predict(step) == "115–135 k tokens/s"
     assert predict(make_row(level="step", op="", direction="training", device_name="nvidia-b200")) == ""
+    # Shares of the bandwidth are the same on a GPU with the same multiprocessors; tokens/s are not.
+    assert predict(make_row(op="modulated_norm", device_name="nvidia-h100-80gb-hbm3")) == "85–92 % of copy"
+    projected = predict(make_row(level="step", op="", direction="training", device_name="nvidia-h100-80gb-hbm3"))
+    assert projected.endswith(" k tokens/s") and projected != predict(step)
     assert predict(make_row(op="spatial_attention", shape="B=5 T=16 S=405 H=16 D=72")) == "260–360 TFLOP/s"
     assert predict(make_row(op="modulated_norm")) == "85–92 % of copy"
     assert predict(make_row(op="modulated_norm", provider="eager")) == ""
