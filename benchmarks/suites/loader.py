@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opensora_fast.data.clips import BadClip, ClipRequest
 from opensora_fast.data.dali_decoder import CODECS as DALI_CODECS
-from opensora_fast.data.dali_decoder import DaliDecoder, is_dali_installed
+from opensora_fast.data.dali_decoder import DaliDecoder, find_obstacle
 from opensora_fast.data.pyav_decoder import PyAVDecoder, count_processors, iterate_frames
 from opensora_fast.data.resize import resize_frame
 
@@ -108,11 +108,9 @@ def _entry(name: str, codec: str, requests: Sequence[ClipRequest], decoders: lis
 def _missing(name: str, codec: str) -> str:
     if name == "pyav":
         return ""
-    if not is_dali_installed():
-        return "nvidia-dali is not installed"
     device = name.removeprefix("dali-")
-    if device == "gpu" and not torch.cuda.is_available():
-        return "needs a CUDA GPU"
+    if obstacle := find_obstacle(device):
+        return obstacle
     return "" if codec in DALI_CODECS[device] else f"DALI does not decode {codec} on the {device.upper()}"
 
 

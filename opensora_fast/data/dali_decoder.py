@@ -13,6 +13,7 @@ decoding is found by DALI's decoder, or, where that patches the picture up, not 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import io
 import os
@@ -41,6 +42,7 @@ CODECS = {
 
 MAXIMUM_BATCH = 16
 MAXIMUM_BYTES = 1 << 31
+VIDEO_LIBRARY = "libnvcuvid.so.1"
 INSTALL_HINT = "install it with `pip install nvidia-dali-cuda130` (or nvidia-dali-cuda120), or use PyAV"
 
 
@@ -50,6 +52,31 @@ def is_dali_installed() -> bool:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
         return False
+
+
+def find_obstacle(device: str) -> str:
+    """Why DALI cannot decode on the "cpu" or the "gpu" here; "" if it can.
+
+    Without the driver's library for video DALI would take every clip for a bad one.
+    """
+    if not is_dali_installed():
+        return f"DALI is not installed: {INSTALL_HINT}"
+    if device == "gpu" and not torch.cuda.is_available():
+        return 'DALI is to decode on the GPU but torch sees none: use device="cpu", or PyAV'
+    if device == "gpu" and not _loads(VIDEO_LIBRARY):
+        return (
+            f"DALI decodes on the GPU with the driver's {VIDEO_LIBRARY}, which is not here: a container has it only if "
+            "it was started with NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+        )
+    return ""
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -88,7 +115,7 @@ class DaliDecoder:
             with its thread, and the clips are tried in smaller runs.
 
     Raises:
-        ValueError: DALI is not installed, or an argument is out of range.
+        ValueError: DALI is not installed or cannot decode on the device, or an argument is out of range.
     """
 
     def __init__(
@@ -106,10 +133,8 @@ class DaliDecoder:
             raise ValueError(
                 f"maximum_batch must be 1 or more and time_limit above 0, got {maximum_batch} and {time_limit}"
             )
-        if not is_dali_installed():
-            raise ValueError(f"DALI is not installed: {INSTALL_HINT}")
-        if device == "gpu" and not torch.cuda.is_available():
-            raise ValueError('DALI is to decode on the GPU but torch sees none: use device="cpu", or PyAV')
+        if obstacle := find_obstacle(device):
+            raise ValueError(obstacle)
         self.device = device
         self.codecs = CODECS[device]
         self.device_id = (torch.cuda.current_device() if device_id is None else device_id) if device == "gpu" else None
@@ -273,6 +298,7 @@ def build_pipeline(device: str, device_id: int | None, threads: int, maximum_bat
         videos = fn.decoders.video(
             files,
             frames=frames,
+            affine=False,  # each process would pin its threads to the same first processors
             pad_mode="none",  # a frame beyond the end is an error, not a black picture
             device="mixed" if device == "gpu" else "cpu",
         )

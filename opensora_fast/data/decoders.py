@@ -9,7 +9,7 @@ import av
 import torch
 
 from opensora_fast.data.clips import BadClip, ClipError, ClipRequest, Decoder
-from opensora_fast.data.dali_decoder import CODECS, DaliDecoder, is_dali_installed
+from opensora_fast.data.dali_decoder import CODECS, DaliDecoder, find_obstacle
 from opensora_fast.data.isolated_decoder import IsolatedDecoder
 from opensora_fast.data.pyav_decoder import TIME_LIMIT, PyAVDecoder, count_processors
 from opensora_fast.data.reporting import print_line
@@ -33,7 +33,7 @@ def build_decoder(
 
     | name   | device "cuda"                                        | device "cpu"                     |
     |--------|------------------------------------------------------|----------------------------------|
-    | "auto" | DALI on the GPU for its codecs, PyAV for the others  | PyAV for all                     |
+    | "auto" | DALI on the GPU for its codecs, PyAV for the others; PyAV for all where DALI cannot | PyAV for all |
     | "dali" | DALI on the GPU; other codecs are bad clips          | DALI for VP8, VP9, MJPEG; others are bad clips |
     | "pyav" | PyAV                                                 | PyAV                             |
 
@@ -66,15 +66,15 @@ def build_decoder(
         report(f"decoder: DALI on the {dali_device.upper()} for {', '.join(CODECS[dali_device])}; others are bad clips")
         make_dali = functools.partial(DaliDecoder, dali_device, threads=threads, time_limit=time_limit)
         if not on_gpu and isolate is not False:
-            if not is_dali_installed():
+            if find_obstacle("cpu"):
                 make_dali()  # raises
             return IsolatedDecoder(make_dali, limit, threads)
         return make_dali()
-    if on_gpu and is_dali_installed():
+    obstacle = find_obstacle("gpu") if on_gpu else ""
+    if on_gpu and not obstacle:
         report(f"decoder: DALI on the GPU for {', '.join(CODECS['gpu'])}; PyAV for other codecs and images")
         return RoutedDecoder(DaliDecoder("gpu", threads=threads, time_limit=time_limit), make_pyav(), report)
-    missing = " (DALI, which decodes on the GPU, is not installed)" if on_gpu else ""
-    report(f"decoder: PyAV for all codecs{missing}")
+    report(f"decoder: PyAV for all codecs{f' ({obstacle})' if obstacle else ''}")
     return IsolatedDecoder(make_pyav, limit, threads) if isolate else make_pyav()
 
 

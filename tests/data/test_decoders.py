@@ -5,7 +5,6 @@ import torch
 from coded_clips import draw_frames, write_clip
 from PIL import Image
 
-from opensora_fast.data import decoders
 from opensora_fast.data.clips import BadClip, ClipRequest
 from opensora_fast.data.dali_decoder import is_dali_installed
 from opensora_fast.data.decoders import RoutedDecoder, build_decoder, find_codec
@@ -83,15 +82,27 @@ def test_routing_by_codec(tmp_path):
 
 
 def test_without_dali(monkeypatch):
-    monkeypatch.setattr(decoders, "is_dali_installed", lambda: False)
     monkeypatch.setattr("opensora_fast.data.dali_decoder.is_dali_installed", lambda: False)
     said = []
     decoder = build_decoder("auto", device="cuda", report=said.append)
     assert type(decoder) is PyAVDecoder
-    assert said == ["decoder: PyAV for all codecs (DALI, which decodes on the GPU, is not installed)"]
+    assert len(said) == 1 and said[0].startswith("decoder: PyAV for all codecs (DALI is not installed: install it with")
     decoder.close()
     with pytest.raises(ValueError, match="pip install nvidia-dali"):
         build_decoder("dali", report=str)
+
+
+@needs_dali
+def test_a_driver_without_its_library_for_video_is_told_before_the_first_clip(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("opensora_fast.data.dali_decoder.VIDEO_LIBRARY", "libnvcuvid.so.999")
+    said = []
+    decoder = build_decoder("auto", device="cuda", report=said.append)
+    assert type(decoder) is PyAVDecoder
+    assert "libnvcuvid.so.999, which is not here" in said[0] and "NVIDIA_DRIVER_CAPABILITIES" in said[0]
+    decoder.close()
+    with pytest.raises(ValueError, match="libnvcuvid.so.999, which is not here"):
+        build_decoder("dali", device="cuda", report=str)
 
 
 @pytest.mark.parametrize(
