@@ -44,6 +44,7 @@ STEPS = {
     "compile": ((93, 84, 81, 75, 57),),
     "ours": ((121, 115, 106, 96, 74), (141, 135, 125, 115, 92)),
 }
+FEWEST_TOKENS = 16384  # of a step: smaller ones wait for the host, of which nothing is predicted
 LAUNCH = (5.0, 10.0)  # µs of a registered op
 
 
@@ -64,7 +65,7 @@ def predict_for(row: Row, gpu: str) -> str:
     if row.level == "launch" and row.provider == "ours-op":
         return _span(LAUNCH, "µs")
     resolution, _, frames = row.workload.partition("×")
-    is_step = row.level == "step" and row.op in ("", "sustained")
+    is_step = row.level == "step" and row.op in ("", "sustained") and row.tokens >= FEWEST_TOKENS
     if is_step and gpu != TARGETS_FOR:
         return _read_projected(gpu).get(row.workload, "") if row.provider == "ours" else ""
     if is_step and row.provider in STEPS and resolution in RESOLUTIONS and frames == "16":

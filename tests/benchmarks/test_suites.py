@@ -288,6 +288,7 @@ def test_predictions_are_for_known_gpus_and_never_rows():
     step = make_row(level="step", op="", direction="training")
     assert predict(step) == "115–135 k tokens/s"
     assert predict(make_row(level="step", op="", direction="training", device_name="nvidia-b200")) == ""
+    assert predict(replace(step, tokens=12960)) == ""  # it waits for the host
     # Shares of the bandwidth are the same on a GPU with the same multiprocessors; tokens/s are not.
     assert predict(make_row(op="modulated_norm", device_name="nvidia-h100-80gb-hbm3")) == "85–92 % of copy"
     projected = predict(make_row(level="step", op="", direction="training", device_name="nvidia-h100-80gb-hbm3"))

@@ -1,5 +1,6 @@
 """DALI: the same clips as PyAV, whatever is together in a run; a bad clip costs itself alone."""
 
+import json
 import re
 import threading
 
@@ -12,6 +13,7 @@ from failing_decoders import CarelessDaliDecoder
 from PIL import Image
 from test_pyav_decoder import join, move_index_to_the_front
 
+from opensora_fast.cli import run
 from opensora_fast.data import dali_decoder
 from opensora_fast.data.clips import BadClip, ClipRequest
 from opensora_fast.data.dali_decoder import DaliDecoder, build_pipeline, find_cause
@@ -307,6 +309,51 @@ def test_gpu_agrees_with_pyav(tmp_path, pyav, coding):
 @pytest.mark.gpu
 def test_gpu_pipeline_is_the_same_code(files):
     build_pipeline("gpu", torch.cuda.current_device(), 2, 4)
+
+
+@pytest.mark.gpu
+def test_gpu_clips_of_many_sizes_in_one_run(tmp_path, pyav):
+    """Files and targets of different sizes and lengths, more than one run takes; a file cut off costs itself alone."""
+    sizes = [(144, 256), (240, 426), (180, 180)]
+    paths = [write_clip(tmp_path, "h264 b-frames", 30, size, name=str(number)) for number, size in enumerate(sizes)]
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(paths[0].read_bytes()[:-2000])
+    requests = [
+        ClipRequest(row, str(paths[row % 3]), tuple(range(row % 5, 30, 7)), sizes[(row + 1) % 3], False)
+        for row in range(10)
+    ]
+    requests.insert(4, ClipRequest(99, str(cut), (0, 29), (144, 256), False))
+    decoder = DaliDecoder("gpu", threads=2, maximum_batch=4, time_limit=30)
+    for ours, theirs in zip(decoder.decode(requests), pyav.decode(requests), strict=True):
+        assert isinstance(ours, BadClip) == isinstance(theirs, BadClip)
+        if isinstance(ours, torch.Tensor):
+            assert ours.device.type == "cuda" and ours.shape == theirs.shape and ours.dtype == torch.float32
+            assert ours.abs().max() <= 1 and ((ours.cpu() - theirs).abs() * 127.5).mean() < 2
+    decoder.close()
+
+
+@pytest.mark.gpu
+def test_training_from_clips_that_the_gpu_decodes(tmp_path):
+    train_from_clips(tmp_path, "h264 b-frames", "cuda")
+
+
+def train_from_clips(folder, coding, device):
+    """Three steps of the demo's model, all clips decoded by DALI where the model is; the losses of two runs agree."""
+    clips = folder / "clips"
+    clips.mkdir()
+    for number in range(4):
+        write_clip(clips, coding, 40, (144, 256), name=f"clip-{number}")
+    table = folder / "clips.csv"
+    assert run(["data", "probe", str(clips), "--out", str(table)]) == 0
+    losses = []
+    for name in ("first", "second"):
+        out = folder / name
+        command = ["train", "demo", "--data-path", str(table), "--out", str(out), "--steps", "3", "--device", device]
+        assert run([*command, "decoder=dali"]) == 0
+        metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert len(metrics) == 3 and not (out / "bad_clips.jsonl").exists()
+        losses.append([line["loss"] for line in metrics])
+    assert losses[0] == losses[1]
 
 
 class DaliSession:
