@@ -9,12 +9,13 @@ from bench_toys import make_row
 
 from opensora_fast import STDiT2Config
 from opensora_fast.benchmarks.predictions import predict
+from opensora_fast.benchmarks.providers.variants import VARIANT_OF
 from opensora_fast.benchmarks.runner import run_cases
 from opensora_fast.benchmarks.session import Session
 from opensora_fast.benchmarks.shapes import VIDEO_SIZES, Pack, Workload
 from opensora_fast.benchmarks.suites import NAMES, list_cases, models
 from opensora_fast.benchmarks.suites.estimates import STARTUP_S, with_estimate
-from opensora_fast.benchmarks.suites.scale import scale_of
+from opensora_fast.benchmarks.suites.scale import STORED_BYTES, scale_of
 from opensora_fast.costs.hardware import DATASHEETS
 from opensora_fast.costs.memory import MemoryModel, ModelSize, usable_memory
 from opensora_fast.costs.operations import VideoBatch
@@ -200,6 +201,20 @@ def test_a_video_whose_activations_do_not_fit_recomputes_as_few_blocks_as_it_mus
     for name in ("eager", "compile", "ours"):
         assert scale.least_recomputing(name, 144) == name
     assert scale.least_recomputing("ours", 10**7) == "ours-recompute"
+
+
+@pytest.mark.parametrize("gpu", ["H200", "H100"])
+def test_no_provider_of_a_planned_step_needs_more_memory_than_there_is(gpu):
+    scale, seen = scale_of("cuda", DATASHEETS[gpu]), set()
+    for case in planned(gpu):
+        for provider in case.providers if case.template.level == "step" else ():
+            kind = provider.partition("-")[0]
+            if kind in STORED_BYTES:
+                share = VARIANT_OF[provider].recompute
+                blocks = round(28 * (1 - share)) + (share > 0)
+                assert case.template.tokens * blocks * STORED_BYTES[kind] < scale.step_memory, (case.name, provider)
+                seen.add(provider)
+    assert {"eager", "compile", "ours", "ours-graph", "ours-quack", *models.WATERFALL[3:]} <= seen
 
 
 def test_what_stays_in_the_memory_beside_a_step_is_counted():
