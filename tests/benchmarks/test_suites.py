@@ -74,8 +74,8 @@ PUSHED = [
     *(("block", "", name, {"upstream", "eager", "eager-cudnn", "compile", "ours"}) for name in ("240p×16", "720p×16")),
     *(("step", "", f"{name}×16", {"upstream-flash", "ours"}) for name in VIDEO_SIZES),
     *(("step", "", f"{name}×16", {"compile"}) for name in VIDEO_SIZES),
-    ("step", "", "240p×16", {"open-sora", "upstream", "upstream-flash", "ours-quack"}),
-    *(("step", "", name, {"upstream"}) for name in ("720p×16", "144p×16")),
+    ("step", "", "240p×16", {"open-sora", "upstream-flash", "compile", "compile-flash", "ours-quack"}),
+    *(("step", "", f"{name}×16", {"upstream"}) for name in ("240p", "720p")),
     *(("step", "", name, {"eager", "compile", "ours", "ours-graph"}) for name in ("144p×16", "240p×16")),
     ("step", "sustained", "240p×16", {"ours"}),
 ]
