@@ -90,13 +90,11 @@ def read_step_rows(folder: Path, config: STDiT2Config, dtype: str) -> StepRows:
 
 
 def find_committed_rows(gpu: Gpu) -> Path | None:
-    """The folder of committed rows of a GPU; None while there is none."""
+    """The folder of committed rows of a GPU, or else of one that is like it; None while there is none."""
     folders = sorted(Path(str(files("opensora_fast.benchmarks").joinpath("results"))).iterdir())
-    for folder in folders:
-        found = recognize_gpu(folder.name) if folder.is_dir() else None
-        if found is not None and found.name == gpu.name:
-            return folder
-    return None
+    known = [(folder, found) for folder in folders if folder.is_dir() and (found := recognize_gpu(folder.name))]
+    alike = [(found.name != gpu.name, folder) for folder, found in known if found.is_like(gpu)]
+    return min(alike)[1] if alike else None
 
 
 def _is_wanted(row: Row, config: STDiT2Config, dtype: str) -> bool:

@@ -66,7 +66,7 @@ def _bars(line: Line) -> list[Bar]:
     published = f"Open-Sora on {PUBLISHED_ON}, published"
     alike = False
     for on in line.measured:
-        same = _rates(on.gpu) == _rates(PUBLISHED_ON)
+        same = DATASHEETS[on.gpu].is_like(DATASHEETS[PUBLISHED_ON])
         alike |= same
         names = f"{on.gpu} and {PUBLISHED_ON}" if same else on.gpu
         bars.append(("limit", on.floor, f"limit of {names}"))
@@ -74,10 +74,6 @@ def _bars(line: Line) -> list[Bar]:
     if not alike:
         bars.append(("limit", line.published_floor, f"limit of {PUBLISHED_ON}"))
     return [*bars, ("given", line.published, published)]
-
-
-def _rates(gpu: str) -> tuple[float, float]:
-    return DATASHEETS[gpu].matrix_flops, DATASHEETS[gpu].bandwidth
 
 
 def _text(x: float, y: float, text: str, kind: str = "") -> str:

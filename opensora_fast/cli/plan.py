@@ -33,7 +33,7 @@ def command(
         typer.Option(help=f"A100, H100, H800, H200 or B200; that of the rows, of this machine, or {ASSUMED_GPU}."),
     ] = None,
     rows: Annotated[
-        Path | None, typer.Option(help="Folder of benchmark rows to fit times to; committed ones of the GPU if any.")
+        Path | None, typer.Option(help="Folder of benchmark rows to fit times to; committed ones of such a GPU if any.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; memory in bytes.")] = False,
 ) -> None:
@@ -91,7 +91,9 @@ def _choose_time(
     gpu, gpu_note = (find_gpu(gpu_name), "") if gpu_name is not None else _choose_gpu()
     if folder is not None:
         measured = read_step_rows(folder, model, dtype)
-        if gpu_name is not None and measured.gpu.name != gpu.name:
+        if gpu_name is None:
+            gpu = measured.gpu
+        if not gpu.is_like(measured.gpu):
             raise ValueError(
                 f"--rows {folder} are of {measured.gpu.name}, --gpu is {gpu.name}: give rows of {gpu.name}, or "
                 f"--gpu {measured.gpu.name}"
@@ -99,7 +101,7 @@ def _choose_time(
         if len(measured.rows) < FEWEST_ROWS:
             hint = "`opensora-fast bench --suite step` measures the published model"
             raise ValueError(f"--rows {_describe_too_few(measured, costs)}; {hint}")
-        time = fit_step_time(measured.gpu, measured.list_steps(model, costs.element))
+        time = fit_step_time(gpu, measured.list_steps(model, costs.element), measured.gpu.name)
         return time, measured.compare_memory(memory), "", []
     committed = find_committed_rows(gpu)
     if committed is None:
@@ -107,7 +109,7 @@ def _choose_time(
     measured = read_step_rows(committed, model, dtype)
     if len(measured.rows) < FEWEST_ROWS:
         return StepTime(gpu), [], gpu_note, [_describe_too_few(measured, costs)]
-    time = fit_step_time(gpu, measured.list_steps(model, costs.element))
+    time = fit_step_time(gpu, measured.list_steps(model, costs.element), measured.gpu.name)
     return time, measured.compare_memory(memory), gpu_note, []
 
 

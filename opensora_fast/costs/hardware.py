@@ -25,6 +25,10 @@ class Gpu:
     source: str
     memory: int = 0
 
+    def is_like(self, other: Gpu) -> bool:
+        """Whether one computes as fast as the other: H100 and H800 are one chip, and differ in NVLink."""
+        return (self.matrix_flops, self.bandwidth) == (other.matrix_flops, other.bandwidth)
+
 
 # Dense bf16 rate and memory bandwidth of the SXM parts by their datasheets; memory as nvidia-smi shows it, which is
 # 7 % more than the 80, 141 and 180 GB of their names.

@@ -41,6 +41,7 @@ class StepTime:
         bandwidth: likewise of the bytes (b).
         constant: seconds of every step (c).
         rows: measured steps behind it; 0: it is counted.
+        measured_on: name of the GPU that they were measured on, which is like `gpu`.
         worst_residual: largest error among them, relative to the measured time.
     """
 
@@ -49,6 +50,7 @@ class StepTime:
     bandwidth: float = 1.0
     constant: float = 0.0
     rows: int = 0
+    measured_on: str = ""
     worst_residual: float = 0.0
 
     def seconds(self, count: Count) -> float:
@@ -61,11 +63,17 @@ class StepTime:
         """Where the numbers come from; belongs beside every one of them."""
         if not self.rows:
             return "counted, not measured"
-        return f"fitted to {self.rows} rows of {self.gpu.name}, worst residual {100 * self.worst_residual:.1f} %"
+        rows = f"{self.rows} rows of {self.measured_on}"
+        if self.measured_on != self.gpu.name:
+            rows += f", a chip of the rates of {self.gpu.name}"
+        return f"fitted to {rows}, worst residual {100 * self.worst_residual:.1f} %"
 
 
-def fit_step_time(gpu: Gpu, steps: Sequence[MeasuredStep]) -> StepTime:
+def fit_step_time(gpu: Gpu, steps: Sequence[MeasuredStep], measured_on: str | None = None) -> StepTime:
     """Fits the three numbers to measured steps of the same model on one GPU.
+
+    Args:
+        measured_on: name of another GPU that the steps are of, like this one; None: they are of this one.
 
     Raises:
         ValueError: there are fewer than `FEWEST_ROWS`, or they are too alike to tell the numbers apart.
@@ -85,7 +93,8 @@ def fit_step_time(gpu: Gpu, steps: Sequence[MeasuredStep]) -> StepTime:
         )
     matrix, bandwidth, constant = _least_squares_not_negative(parts).tolist()
     residuals = np.abs(parts @ np.array([matrix, bandwidth, constant]) - 1)
-    return StepTime(gpu, matrix, bandwidth, constant, len(steps), float(residuals.max()))
+    worst = float(residuals.max())
+    return StepTime(gpu, matrix, bandwidth, constant, len(steps), measured_on or gpu.name, worst)
 
 
 def _least_squares_not_negative(parts: np.ndarray) -> np.ndarray:

@@ -107,6 +107,10 @@ def test_committed_rows_are_found_by_the_name_of_their_folder(tmp_path, monkeypa
     monkeypatch.setattr("opensora_fast.benchmarks.step_rows.files", lambda package: tmp_path)
     assert find_committed_rows(DATASHEETS["H100"]) == tmp_path / "results" / "nvidia-h100-80gb-hbm3"
     assert find_committed_rows(H200) is None
+    # The same chip, until it has rows of its own.
+    assert find_committed_rows(DATASHEETS["H800"]) == tmp_path / "results" / "nvidia-h100-80gb-hbm3"
+    (tmp_path / "results" / "nvidia-h800").mkdir()
+    assert find_committed_rows(DATASHEETS["H800"]) == tmp_path / "results" / "nvidia-h800"
 
 
 def test_counts_are_those_of_the_rows(folder):

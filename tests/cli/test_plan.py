@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from opensora_fast.benchmarks.environment import Environment
-from opensora_fast.benchmarks.rows import Row, append_rows
+from opensora_fast.benchmarks.rows import Row, append_rows, read_rows
 from opensora_fast.cli import run
 from opensora_fast.costs.hardware import DATASHEETS
 
@@ -229,6 +229,18 @@ def test_times_are_fitted_to_rows_and_say_so(plan, plan_json, rows):
     assert "8 rows measured" in fitted["memory"]["basis"]
     out = plan("stage1", "--world-size", 64, "--rows", rows)[1]
     assert f"times: {fitted['times']['basis']}\n" in out and LABEL not in out
+
+
+def test_rows_of_an_h100_serve_an_h800_which_is_the_same_chip(plan_json, rows, tmp_path):
+    made = [
+        replace(row, environment=replace(row.environment, device_name="nvidia-h100-80gb-hbm3"))
+        for row in read_rows(rows / "step.csv")
+    ]
+    append_rows(tmp_path / "h100" / "step.csv", made)
+    fitted = plan_json("stage1", "--world-size", 64, "--rows", tmp_path / "h100", "--gpu", "H800")
+    assert fitted["gpu"]["name"] == "H800"
+    assert fitted["times"]["basis"].startswith("fitted to 8 rows of H100, a chip of the rates of H800, worst residual")
+    assert "H800" not in plan_json("stage1", "--rows", tmp_path / "h100")["times"]["basis"]
 
 
 def test_rows_of_another_gpu_and_too_few_are_refused(plan, rows, tmp_path):
