@@ -59,7 +59,10 @@ def command(
 
     if gpu is not None and not show:
         raise ValueError("--gpu is what --list plans for; a run is on the GPU that is here: add --list or leave it out")
+    if gpu is not None and device == "cpu":
+        raise ValueError("--gpu plans for a GPU, and --device is cpu; leave one of them out")
     # What is listed may be measured on another machine.
+    device = "cuda" if gpu is not None else device
     device = check_device_name(device) if show and device else choose_device(device).type
     words = [word for text in only or () for word in text.split()]
     names = providers.split(",") if providers else None

@@ -62,6 +62,17 @@ def test_the_plan_can_be_read_without_measuring(capsys):
     assert output.splitlines()[-1].endswith("rows")
 
 
+def test_the_plan_for_another_gpu_can_be_read_anywhere(capsys):
+    assert run(["bench", "--suite", "push", "--only", "step 720p", "--list", "--gpu", "H100"]) == 0
+    assert "upstream-flash, compile-recompute-three-quarters, ours-recompute-half" in capsys.readouterr().out
+    for words, message in (
+        (["--list", "--device", "cpu"], "--gpu plans for a GPU, and --device is cpu"),
+        (["--out", "rows"], "--gpu is what --list plans for"),
+    ):
+        assert run(["bench", "--suite", "push", "--gpu", "H100", *words]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_one_row_can_be_run_stopped_and_run_again(tmp_path, monkeypatch, capfd):
     """A real process: rows are there after Ctrl-C, and the second run measures only what is missing."""
     out = tmp_path / "rows"
