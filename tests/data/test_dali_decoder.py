@@ -328,7 +328,7 @@ def test_gpu_clips_of_many_sizes_in_one_run(tmp_path, pyav):
         assert isinstance(ours, BadClip) == isinstance(theirs, BadClip)
         if isinstance(ours, torch.Tensor):
             assert ours.device.type == "cuda" and ours.shape == theirs.shape and ours.dtype == torch.float32
-            assert ours.abs().max() <= 1 and ((ours.cpu() - theirs).abs() * 127.5).mean() < 2
+            assert ours.abs().max() < 1 + CLIP_BOUND and ((ours.cpu() - theirs).abs() * 127.5).mean() < 2
     decoder.close()
 
 
