@@ -100,9 +100,9 @@ class Scale:
 
 FILL_TOKENS = 32768
 MOST_TOKENS = 10**9
-# Stored for each token and layer, counted in bfloat16: what autograd keeps of a block by eager PyTorch (93 where it has
-# one op for an RMS norm, as torch 2.13 on a CPU, 120 where not, as 2.11) and by torch.compile's choice (2.11), and
-# `costs/memory.py` for ours.
+# Stored for each token and layer, counted in bfloat16: what autograd keeps of a block by eager PyTorch in upstream's
+# order of operations (in ours 93 where an RMS norm is one op, as on a GPU), by torch.compile's choice (2.11), and by
+# ours as `costs/memory.py` has it.
 STORED_BYTES = {"eager": 105 * 2**10, "compile": 82 * 2**10, "ours": 63 * 2**10}
 # Weights, gradients, optimizer, average, and the exact gradients that checks hold.
 OTHER_BYTES = 20e9
