@@ -81,6 +81,7 @@ def list_cases(scale: Scale) -> list[Case]:
         [only(models.block_case(scale, first, 0), OTHER_COMPILED)],
         blocks[2:],
         small[2:],
+        [models.sampling_case(scale, workload, SMALL_STEPS, 0) for workload in models.small_samples(scale)],
         [_waterfall(scale)],
         [models.step_case(scale, workload, (SHIPPED,), 0) for workload in steps[3:]],
         [_few(scale, models.step_case(scale, workload, FEW, 0)) for workload in _other_frames(scale)],

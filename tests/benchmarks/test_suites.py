@@ -122,10 +122,14 @@ def test_the_first_run_of_nine_minutes_has_the_five_resolutions_and_small_steps_
     assert ["ours-graph" in case.providers for case in steps] == 5 * [False] + 2 * [True]
 
 
-def test_the_small_steps_of_stage_1_are_timed_beside_their_graphs():
+def test_the_small_steps_of_stage_1_and_of_samplers_are_timed_beside_their_graphs():
     replayed = [case for case in planned("H200") if "ours-graph" in case.providers]
-    sizes = [(case.template.workload, case.template.shape.split()[0]) for case in replayed]
-    assert sizes == [("144p×16", "B=6"), ("240p×16", "B=2"), ("144p×1", "B=48")]
+    sizes = [(case.template.level, case.template.workload, case.template.shape.split()[0]) for case in replayed]
+    steps, samples = (
+        [("144p×16", "B=6"), ("240p×16", "B=2"), ("144p×1", "B=48")],
+        [("256×1", "B=1"), ("144p×16", "B=1")],
+    )
+    assert sizes == [("step", *size) for size in steps] + [("sampling", *size) for size in samples]
     assert all(case.providers == ("eager", "compile", "ours", "ours-graph") for case in replayed)
 
 
@@ -220,7 +224,8 @@ def test_no_provider_of_a_planned_step_needs_more_memory_than_there_is(gpu):
 def test_what_stays_in_the_memory_beside_a_step_is_counted():
     """Graphs hold what they work in while the others take their turns, and encoders their weights."""
     for case in planned("H100"):
-        if "ours-graph" in case.providers and case.template.workload.endswith("×16"):
+        name = case.template.level, case.template.workload
+        if "ours-graph" in case.providers and name in (("step", "144p×16"), ("step", "240p×16")):
             assert case.providers == ("eager-recompute", "compile", "ours", "ours-graph")
     (encoded,) = [case for case in planned("H100") if case.template.op == "with encoders"]
     assert encoded.template.tokens == 19440 and "eager-recompute" in encoded.providers
