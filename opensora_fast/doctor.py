@@ -82,7 +82,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at this machine. Imports torch and nothing else of the packages it lists."""
+    """Look at this machine. Imports nothing but torch where something that is required is missing."""
     report = Report()
     _examine_required(report)
     _examine_dali(report)
@@ -197,8 +197,14 @@ def _examine_device(report: Report) -> None:
             "cpu": cpu_kernels,
             "cuda": "usable" if find_version("triton") else "not usable: triton is missing",
         }
-        if any(decoder.startswith("DALI") for decoder in report.decoders):
-            report.decoders.append("DALI on the GPU (H.264, HEVC, AV1, VP9)")
+        if any(decoder.startswith("DALI") for decoder in report.decoders) and not report.problems:
+            from opensora_fast.data.dali_decoder import find_obstacle  # which needs what is required
+
+            obstacle = find_obstacle("gpu")
+            if obstacle:
+                report.notes.append(obstacle)
+            else:
+                report.decoders.append("DALI on the GPU (H.264, HEVC, AV1, VP9)")
     else:
         report.kernels = {"cpu": cpu_kernels, "cuda": "not usable: torch finds no GPU"}
         if driver.exists():

@@ -12,6 +12,7 @@ import torch
 
 from opensora_fast import doctor
 from opensora_fast.cli import run
+from opensora_fast.data import dali_decoder
 
 
 @pytest.fixture
@@ -101,6 +102,17 @@ def test_kernels_need_triton(versions, monkeypatch):
     assert doctor.examine().kernels["cuda"] == "usable"
     versions(triton=None)
     assert doctor.examine().kernels["cuda"] == "not usable: triton is missing"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_dali_decodes_on_a_gpu_where_the_driver_has_its_library_for_video(versions, monkeypatch, is_there):
+    versions(nvidia_dali_cuda130="2.4.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(dali_decoder, "_loads", lambda library: is_there)
+    report = doctor.examine()
+    assert any(decoder.startswith("DALI on the GPU") for decoder in report.decoders) == is_there
+    assert any("DRIVER_CAPABILITIES=compute,utility,video" in note for note in report.notes) != is_there
 
 
 def test_triton_that_does_not_belong_to_torch(versions):
