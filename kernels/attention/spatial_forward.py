@@ -85,15 +85,18 @@ def shape_classes(tensor: Tensor, runs: Sequence[int]) -> list[tuple[str, tuple[
 
     float32 on a GPU is a class of its own: it multiplies outside the matrix units, with tiles to suit.
     """
-    return _shape_classes(tensor.is_cuda and tensor.dtype == torch.float32, tuple(runs[1::2]))
+    outside_matrix_units = tensor.is_cuda and tensor.dtype == torch.float32
+    return _shape_classes(outside_matrix_units, tuple(runs[1::2]), LONGEST_SMALL_FRAME, LONGEST_MEDIUM_FRAME)
 
 
 @lru_cache(maxsize=1024)
-def _shape_classes(outside_matrix_units: bool, lengths: tuple[int, ...]) -> list[tuple[str, tuple[int, int]]]:
+def _shape_classes(
+    outside_matrix_units: bool, lengths: tuple[int, ...], longest_small: int, longest_medium: int
+) -> list[tuple[str, tuple[int, int]]]:
     bounds = {
-        "small": (0, LONGEST_SMALL_FRAME),
-        "medium": (LONGEST_SMALL_FRAME + 1, LONGEST_MEDIUM_FRAME),
-        "large": (LONGEST_MEDIUM_FRAME + 1, 2**31),
+        "small": (0, longest_small),
+        "medium": (longest_small + 1, longest_medium),
+        "large": (longest_medium + 1, 2**31),
     }
     if outside_matrix_units:
         bounds = {"float32": (0, 2**31)}

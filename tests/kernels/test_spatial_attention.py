@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora_fast.kernels import PackLayout, spatial_attention
-from opensora_fast.kernels.attention.spatial_forward import BOUNDED_UP_TO
+from opensora_fast.kernels.attention.spatial_forward import BOUNDED_UP_TO, shape_classes
 from opensora_fast.kernels.attention.tables import row_tiles
 from opensora_fast.kernels.attention.tiles import PART_FACTORS
 
@@ -124,6 +124,7 @@ def frame_class(request, monkeypatch) -> str:
     longest = {"small": (10**6, 10**6), "medium": (0, 10**6), "large": (0, 0)}[request.param]
     for name, value in zip(("LONGEST_SMALL_FRAME", "LONGEST_MEDIUM_FRAME"), longest, strict=True):
         monkeypatch.setattr(f"opensora_fast.kernels.attention.spatial_forward.{name}", value)
+    assert [name for name, _ in shape_classes(torch.empty(0), [1, 80, 1, 1])] == [request.param]
     return request.param
 
 
