@@ -39,9 +39,9 @@ def _chunks(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Grid (max_length, blocks of columns, B); WIDTH = 2·H·D."""
-    row = tl.program_id(0)
-    video = tl.program_id(2)
+    """Grid (B · max_length, blocks of columns); WIDTH = 2·H·D."""
+    row = tl.program_id(0) % max_length
+    video = tl.program_id(0) // max_length
     if row >= tl.load(text_lengths + video):
         return
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -69,7 +69,7 @@ def launch_chunks(
     configuration = select(CONFIGURATIONS, "cross_attention_chunks_backward", "any", partials.device)
     launch(
         _chunks,
-        (max_length, ceil_divide(width, configuration["COLUMNS"]), text_lengths.shape[0]),
+        (text_lengths.shape[0] * max_length, ceil_divide(width, configuration["COLUMNS"])),
         partials,
         (
             partials,

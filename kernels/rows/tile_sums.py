@@ -40,9 +40,10 @@ def sum_tiles(
     BLOCK_TILES: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Grid (blocks of columns, R, sums). Row r of the tables belongs to video r mod B."""
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row, index = tl.program_id(1), tl.program_id(2)
+    """Grid (R · blocks of columns, sums). Row r of the tables belongs to video r mod B."""
+    blocks: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    columns = tl.program_id(0) % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row, index = tl.program_id(0) // blocks, tl.program_id(1)
     within = columns < C
     is_total = index == ROW_SUMS
     start, stop = 0, num_tiles
@@ -89,10 +90,9 @@ def launch_sum_tiles(
     sums, num_tiles, channels = partials.shape
     rows = by_row[0].shape[0] if by_row else 1
     outputs = [*by_row, None, None, None][:3]
-    grid = (ceil_divide(channels, CONFIGURATION["BLOCK_COLUMNS"]), rows, sums)
     launch(
         sum_tiles,
-        grid,
+        (rows * ceil_divide(channels, CONFIGURATION["BLOCK_COLUMNS"]), sums),
         partials,
         (
             partials,
