@@ -123,3 +123,12 @@ def check_head_size(op: str, head_size: int) -> None:
         raise ValueError(
             f"{op}: head size {head_size} has no Triton kernel, a multiple of 8 up to 128 has; use backend='reference'"
         )
+
+
+def check_reach(op: str, what: str, tokens: int, elements: int) -> None:
+    """Kernels of attention count the elements of one sequence, `elements` for each of its `tokens`, with 32 bits."""
+    if tokens * elements >= 2**31:
+        raise ValueError(
+            f"{op}: {what} of {tokens} tokens has no Triton kernel, up to {(2**31 - 1) // elements} have; "
+            "use backend='reference'"
+        )

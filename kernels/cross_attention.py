@@ -6,7 +6,7 @@ Replaces in ST-DiT-2: everything between `cross_attn.q_linear` / `kv_linear` and
 
 Kernels: attention/cross_forward.py and _backward.py for texts of any length, attention/cross_short_forward.py and
 _short_backward.py for up to 256 tokens on sm_90, attention/cross_chunks_backward.py behind either. Limits: float32,
-float16, bfloat16; D a multiple of 8 up to 128; any number of text tokens.
+float16, bfloat16; D a multiple of 8 up to 128; 2·L·H·D < 2³¹.
 
 Letters: N video tokens, M text tokens, H heads, D head size, L the longest text.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .bias_gradient import collect_bias_gradient_reference
-from .checks import check_head_size, check_table, check_tensor, check_tokens
+from .checks import check_head_size, check_reach, check_table, check_tensor, check_tokens
 from .layout import PackLayout, TextLayout
 from .registration import choose_backend, empty_as, kernel_op
 
@@ -82,6 +82,7 @@ def cross_attention(
     if choose_backend(op, backend, q, kv) == "reference":
         return cross_attention_reference(collect_bias_gradient_reference(q, q_bias), kv, layout, text)
     check_head_size(op, q.shape[2])
+    check_reach(op, "a text", text.max_length, 2 * q.shape[1] * q.shape[2])
     runs = [number for run in layout.runs for number in (run.videos, run.frames * run.frame_tokens)]
     return _cross_attention(q, kv.to(q.dtype), q_bias, text.starts, text.lengths, text.max_length, runs)[0]
 

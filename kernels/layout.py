@@ -107,6 +107,10 @@ class PackLayout:
         return max(frames for frames, _, _ in self.shapes)
 
     @cached_property
+    def max_frame_tokens(self) -> int:
+        return max(height * width for _, height, width in self.shapes)
+
+    @cached_property
     def tile_counts(self) -> tuple[int, ...]:
         """How many tiles `frame_tiles` cuts, for each of FRAME_TILE_SIZES."""
         return tuple(self.frame_tiles(size).shape[0] for size in FRAME_TILE_SIZES)

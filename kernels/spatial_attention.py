@@ -6,7 +6,7 @@ Replaces in ST-DiT-2: everything between `attn.qkv` and `attn.proj`.
 
 Kernels: attention/spatial_forward.py and _backward.py; one launch of each serves all frames of a pack that are of one
 class (`shape_classes`). Before either, attention/spatial_preparation.py for longer frames.
-Limits: float32, float16, bfloat16; D a multiple of 8 up to 128.
+Limits: float32, float16, bfloat16; D a multiple of 8 up to 128; 3·S·H·D < 2³¹ and 2·N·H < 2³¹.
 
 Letters: N tokens, H heads, D head size, S tokens of a frame.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .bias_gradient import collect_bias_gradient_reference
-from .checks import check_head_size, check_self_attention
+from .checks import check_head_size, check_reach, check_self_attention
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference
 from .registration import choose_backend, empty_as, kernel_op
@@ -71,7 +71,10 @@ def spatial_attention(
     if choose_backend(op, backend, qkv, q_weight, k_weight) == "reference":
         qkv = collect_bias_gradient_reference(qkv, qkv_bias)
         return spatial_attention_reference(qkv, q_weight, k_weight, layout, eps)
-    check_head_size(op, qkv.shape[3])
+    _, _, heads, head_size = qkv.shape
+    check_head_size(op, head_size)
+    check_reach(op, "a frame", layout.max_frame_tokens, 3 * heads * head_size)
+    check_reach(op, "a pack", layout.num_tokens, 2 * heads)
     runs = [number for run in layout.runs for number in (run.videos * run.frames, run.frame_tokens)]
     return _spatial_attention(qkv, q_weight, k_weight, qkv_bias, runs, eps)[0]
 

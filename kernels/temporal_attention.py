@@ -207,6 +207,11 @@ def _temporal_attention_backward(
     wants_bias = qkv_bias is not None
     sums, parts = None, [None] * len(groups)
     if wants_weights or wants_bias:
+        if 3 * sum(groups) * qkv.shape[2] * qkv.shape[3] >= 2**31:  # what a program adds up is found with 32 bits
+            raise ValueError(
+                f"temporal_attention: no Triton kernel finds the gradients of {qkv.shape[0]} tokens in videos as short "
+                "as these; make the pack smaller, or use backend='reference'"
+            )
         # The programs' parts of the gradients of the biases of q, k and v, and of G, see temporal_backward.
         sums = qkv.new_empty(4, sum(groups), *qkv.shape[2:], dtype=torch.float32)
         parts = sums.split(groups, dim=1)

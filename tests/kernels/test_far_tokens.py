@@ -27,6 +27,7 @@ from opensora_fast.kernels import (
     temporal_attention,
 )
 from opensora_fast.kernels.attention.cross_chunks_backward import launch_chunks
+from opensora_fast.kernels.rows.tile_sums import launch_sum_tiles
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="belongs to the interpreter")
 
@@ -232,3 +233,34 @@ def test_adamw(last) -> None:
         results.append(list(state.values()))
     compare(*results, slice(-1024, None))
     assert not torch.equal(results[0][1], results[0][0]), "nothing was done"
+
+
+def test_more_videos_than_a_grid_is_high(last) -> None:
+    """A CUDA grid has at most 65535 programs along its second axis. The last video alone has a tile and a chunk."""
+    videos, sums = 65537, draw(1, 1, 8, dtype=torch.float32)
+    numbers = torch.zeros(videos + 1, dtype=torch.int32)
+    numbers[-1] = 1
+    by_row, frame_rows = torch.zeros(videos, 8), torch.tensor([videos - 1], dtype=torch.int32)
+    tile = torch.tensor([[0, 1, 0]], dtype=torch.int32)
+    launch_sum_tiles(sums, [by_row], None, tile, frame_rows, numbers)
+    assert torch.equal(by_row[-1], sums[0, 0])
+    gradient, ranges = torch.zeros(1, 8), torch.stack([torch.zeros_like(numbers), numbers], dim=1)
+    launch_chunks(sums, gradient, ranges[1:], torch.zeros_like(numbers[1:]), numbers[1:])
+    assert torch.equal(gradient, sums[0])
+
+
+def test_sequences_beyond_32_bits_are_refused(monkeypatch) -> None:
+    layout = PackLayout.of([(1, 788, 789)], "cpu")
+    qkv = reserve(layout.num_tokens, 3, HEADS, HEAD_SIZE, dtype=torch.float16)
+    with pytest.raises(
+        ValueError, match="spatial_attention: a frame of 621732 tokens .* up to 621378 have; use backend"
+    ):
+        spatial_attention(qkv, None, None, layout, backend="triton")
+    layout = PackLayout.of([(2**23 // 64, 8, 8)], "cpu")
+    qkv = reserve(layout.num_tokens, 3, 128, 8, dtype=torch.float16)
+    with pytest.raises(ValueError, match="spatial_attention: a pack of 8388608 tokens .* up to 8388607 have"):
+        spatial_attention(qkv, None, None, layout, backend="triton")
+    layout = PackLayout.of([(1, 1, 1)], "cpu")
+    text = replace(TextLayout.from_lengths([1], layout.device), max_length=10**6)
+    with pytest.raises(ValueError, match="cross_attention: a text of 1000000 tokens .* up to 932067 have"):
+        cross_attention(draw(1, HEADS, HEAD_SIZE), draw(1, 2, HEADS, HEAD_SIZE), layout, text, backend="triton")

@@ -242,3 +242,14 @@ def test_tables_hold_every_token_once(shapes: list[tuple[int, int, int]], longes
 def test_unknown_tile_size_is_named() -> None:
     with pytest.raises(ValueError, match="place_tiles: longest 32"):
         PackLayout.of([(1, 1, 1)], "cpu").place_tiles(32)
+
+
+def test_more_sums_than_32_bits_reach_are_refused() -> None:
+    """In backward, where videos have so few tokens that there are nearly as many sums."""
+    backward = importlib.import_module("opensora_fast.kernels.temporal_attention")._temporal_attention_backward
+    tables = [torch.empty(videos, 4, dtype=torch.int32, device="meta") for videos in (2_500_000, 0, 0, 0, 0)]
+    qkv, weight = torch.zeros(2_500_000, 3, 16, 72, device="meta"), torch.zeros(72, device="meta")
+    with pytest.raises(
+        ValueError, match="temporal_attention: no Triton kernel finds the gradients of 2500000 tokens in"
+    ):
+        backward(qkv[:, 0], qkv, weight, weight, None, *[weight] * 2, *tables, 64, qkv[:, 0], weight, 1e-6, True)
