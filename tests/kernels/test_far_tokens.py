@@ -13,6 +13,8 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from opensora_fast.kernels import (
@@ -91,7 +93,7 @@ def last(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     monkeypatch.setattr(builder, "create_get_num_programs", shifted(number))
     monkeypatch.setattr(executor, "__call__", run_last)
     monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)  # it copies all memory onto itself
-    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=True)
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=True, debug=True)
     monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
     yield chosen
 
@@ -236,17 +238,16 @@ def test_adamw(last) -> None:
 
 
 def test_more_videos_than_a_grid_is_high(last) -> None:
-    """A CUDA grid has at most 65535 programs along its second axis. The last video alone has a tile and a chunk."""
-    videos, sums = 65537, draw(1, 1, 8, dtype=torch.float32)
-    numbers = torch.zeros(videos + 1, dtype=torch.int32)
-    numbers[-1] = 1
-    by_row, frame_rows = torch.zeros(videos, 8), torch.tensor([videos - 1], dtype=torch.int32)
-    tile = torch.tensor([[0, 1, 0]], dtype=torch.int32)
-    launch_sum_tiles(sums, [by_row], None, tile, frame_rows, numbers)
-    assert torch.equal(by_row[-1], sums[0, 0])
-    gradient, ranges = torch.zeros(1, 8), torch.stack([torch.zeros_like(numbers), numbers], dim=1)
-    launch_chunks(sums, gradient, ranges[1:], torch.zeros_like(numbers[1:]), numbers[1:])
-    assert torch.equal(gradient, sums[0])
+    """A CUDA grid has at most 65535 programs along its second axis. The last video has the last tile, or the chunk."""
+    sums, numbers = draw(1, 8, dtype=torch.float32), torch.zeros(65538, dtype=torch.int32)
+    partials, by_row = far(sums, LIMIT // 8 + 1)[None], torch.zeros(65537, 8)
+    tiles, frame_rows = reserve(partials.shape[1], 3, dtype=torch.int32), torch.tensor([65536], dtype=torch.int32)
+    numbers[-2:] = torch.arange(2) + partials.shape[1] - 1
+    launch_sum_tiles(partials, [by_row], None, tiles, frame_rows, numbers)
+    assert torch.equal(by_row[-1:], sums)
+    ranges, gradient = torch.stack([torch.zeros(65537), numbers.diff()], dim=1).int(), torch.zeros(1, 8)
+    launch_chunks(sums[None], gradient, ranges, torch.zeros_like(ranges[:, 0]), numbers.diff())
+    assert torch.equal(gradient, sums)
 
 
 def test_sequences_beyond_32_bits_are_refused(monkeypatch) -> None:
@@ -264,3 +265,19 @@ def test_sequences_beyond_32_bits_are_refused(monkeypatch) -> None:
     text = replace(TextLayout.from_lengths([1], layout.device), max_length=10**6)
     with pytest.raises(ValueError, match="cross_attention: a text of 1000000 tokens .* up to 932067 have"):
         cross_attention(draw(1, HEADS, HEAD_SIZE), draw(1, 2, HEADS, HEAD_SIZE), layout, text, backend="triton")
+
+
+@triton.jit
+def _multiply(source, target, factor):
+    tl.store(target, tl.load(source) * factor)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_an_overflow_is_an_error(factor, last) -> None:
+    source, target = torch.full((1,), 2**29, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    if factor == 2:
+        _multiply[(1,)](source, target, factor)
+        assert target.item() == 2**30
+    else:
+        with pytest.raises(triton.runtime.errors.InterpreterError, match="int32 overflow detected for operation mul"):
+            _multiply[(1,)](source, target, factor)
