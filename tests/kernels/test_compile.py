@@ -16,11 +16,10 @@ import triton
 from opensora_fast.kernels.compilation import BUDGET_PATH, check_budget, compile_kernels, find_faults
 
 
-def build_for_sm_90() -> list[dict]:
-    """What `kernels compile` prints; in a process of its own, for this one interprets the kernels."""
+def run_python(*arguments: str) -> list[dict]:
+    """What Python prints with these arguments; in a process of its own, for this one interprets the kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "opensora_fast", "kernels", "compile", "--arch", "sm_90", "--json"]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 
@@ -33,7 +32,7 @@ def name(row: dict) -> str:
 # many cores as there are, where Triton's cache is empty, and 10 s from the cache.
 @pytest.mark.timeout(1200)
 def test_builds_for_sm_90() -> None:
-    builds = build_for_sm_90()
+    builds = run_python("-m", "opensora_fast", "kernels", "compile", "--arch", "sm_90", "--json")
     fields = {"kernel", "arch", "config", "dtype", "registers", "spills", "shared", "hgmma"}
     assert len(builds) >= 24
     assert all(fields <= set(row) and row["registers"] > 0 for row in builds)
@@ -58,6 +57,26 @@ def test_builds_for_sm_90() -> None:
     if budget["triton"] != triton.__version__:
         pytest.skip(f"the budget belongs to triton {budget['triton']}, installed is {triton.__version__}")
     assert check_budget(builds, budget["rows"]) == []
+
+
+BUILD_MEASURED = """
+import json
+from opensora_fast.kernels.compilation import compile_case, measured_cases
+cases = {(case.name, case.configuration): case for case in measured_cases("sm_90")}
+print(json.dumps([
+    {"name": f"{case.name} ({case.configuration})", "warps": case.configuration.num_warps} | compile_case(case, "sm_90")
+    for case in cases.values()
+]))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_what_was_chosen_by_measurement_is_built_rightly_for_sm_90() -> None:
+    """It runs on those GPUs in the place of the default. A choice may spill, if it was faster still."""
+    builds = run_python("-c", BUILD_MEASURED)
+    assert builds, "every choice is the default, so that nothing is left to be built"
+    assert [build for build in builds if build["unwritten_descriptors"]] == []
+    assert [build for build in builds if not build["matrix"] or build["warps"] >= 4 and not build["hgmma"]] == []
 
 
 def row(**changes) -> dict:
