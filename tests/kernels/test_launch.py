@@ -49,11 +49,14 @@ def _kernel(first, second, count, free, eps, BLOCK: tl.constexpr, FLAG: tl.const
 kernel = Kernel(_kernel, do_not_specialize=["free"])
 
 
+current = SimpleNamespace(device=0)
+
+
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton sees a GPU whatever the machine has."""
+    """Triton sees two GPUs whatever the machine has."""
     device = SimpleNamespace(
-        get_current_device=lambda: 0,
+        get_current_device=lambda: current.device,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
@@ -84,15 +87,18 @@ NUMBERS = [0, 1, 2, 15, 16, 17, 32, -1, -16, 2**31 - 1, 2**31, 2**31 + 1, -(2**3
 def test_launch_runs_what_triton_would(first, second, count, free, eps, constants, reverse, grid) -> None:
     constants = dict(reversed(constants.items())) if reverse else constants
     arguments = (first, second, count, free, eps)
-    calls.clear()
-    kernel[grid](*arguments, **constants)
-    launch(kernel, grid, memory, arguments, constants)
-    launch(kernel, grid, memory, arguments, constants)
-    compiled, sizes, given_arguments = calls[0]
-    assert len(calls) == 3 and sizes == (*grid, 1, 1)[:3]
-    for other, other_sizes, other_arguments in calls[1:]:
-        assert other == compiled and other_sizes == sizes
-        assert all(a is b or a == b for a, b in zip(given_arguments, other_arguments, strict=True))
+    for device in (0, 1):
+        # A tensor of that GPU, which is the current one: `on_device` makes it so.
+        current.device, on = device, SimpleNamespace(is_cuda=False, get_device=lambda: current.device)
+        calls.clear()
+        kernel[grid](*arguments, **constants)
+        launch(kernel, grid, on, arguments, constants)
+        launch(kernel, grid, on, arguments, constants)
+        compiled, sizes, given_arguments = calls[0]
+        assert len(calls) == 3 and sizes == (*grid, 1, 1)[:3]
+        for other, other_sizes, other_arguments in calls[1:]:
+            assert other == compiled and other_sizes == sizes
+            assert all(a is b or a == b for a, b in zip(given_arguments, other_arguments, strict=True))
 
 
 def test_the_constexprs_of_every_kernel_come_last() -> None:
