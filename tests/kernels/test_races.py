@@ -109,10 +109,10 @@ def weights(with_norm: bool) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize("with_norm", [True, False], ids=["norm", "no norm"])
 def test_spatial_attention(with_norm, launches, monkeypatch) -> None:
-    """Frames of each class in one pack, of the first and the last with several tiles."""
-    for name, value in (("LONGEST_SMALL_FRAME", 81), ("LONGEST_MEDIUM_FRAME", 90)):
+    """Frames of each class in one pack; the large one has several tiles in backward."""
+    for name, value in (("LONGEST_SMALL_FRAME", 15), ("LONGEST_MEDIUM_FRAME", 20)):
         monkeypatch.setattr(f"opensora_fast.kernels.attention.spatial_forward.{name}", value)
-    layout = PackLayout.of([(1, 3, 5), (1, 9, 9), (1, 9, 10), (1, 9, 11), (2, 1, 1)], "cpu")
+    layout = PackLayout.of([(2, 3, 5), (1, 6, 11), (1, 4, 5)], "cpu")
     qkv, bias = draw(layout.num_tokens, 3, HEADS, HEAD_SIZE), draw(3, HEADS, HEAD_SIZE)
     run(spatial_attention, qkv=qkv, **weights(with_norm), layout=layout, qkv_bias=bias)
     assert {"_forward", "spatial_queries_backward", "spatial_keys_backward", "sum_tiles"} <= set(launches)
