@@ -29,6 +29,14 @@ PLACE_BLOCK_ROWS = {0: 32, 64: 64, 128: 64}
 _TILE_STEP = 8
 
 
+def makes_stand_ins() -> bool:
+    """True under a dispatch mode or a transform of torch.func: a new tensor may be a fake one then, or a wrapper that
+    is of no use later, so it must not be kept in a cache."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 @dataclass(frozen=True)
 class Run:
     """Consecutive videos of one shape: `x[first_token : first_token + videos·T·S]` views as [videos, T, S, C]."""
@@ -88,7 +96,8 @@ class PackLayout:
             whole = tuple(tuple(operator.index(size) for size in shape) for shape in shapes)
         except TypeError:
             raise ValueError(f"PackLayout: shapes {shapes}; give whole numbers (T, H, W) for each video") from None
-        return _layout_of(whole, device)
+        build = _layout_of.__wrapped__ if makes_stand_ins() else _layout_of
+        return build(whole, device)
 
     @property
     def num_videos(self) -> int:

@@ -98,3 +98,11 @@ def test_tables_that_are_asked_for_are_kept_by_whoever_wants_them(device):
     row_tiles(runs, 64, device)
     for tables in (kept, others):
         assert len(tables) == 2 and tables[0] is row_tiles(runs, 16, device) and tables[1] is ranges
+
+
+def test_a_layout_made_in_a_transform_of_torch_func_is_not_kept() -> None:
+    shapes = [(2, 3, 7), (1, 9, 11)]
+    torch.func.grad(lambda x: x.sum() + PackLayout.of(shapes, "cpu").num_tokens)(torch.ones(2))
+    layout = PackLayout.of(shapes, "cpu")
+    assert layout.token_frame.data_ptr(), "a wrapper that the transform has left has no data"
+    assert layout is PackLayout.of(shapes, "cpu")
