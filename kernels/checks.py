@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .layout import PackLayout
 
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -16,6 +17,11 @@ def check_tensor(
     """`shape` may hold None for a size that is free; a `device` of None stands for any."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if type(tensor) not in PLAIN_TYPES and hasattr(tensor, "full_tensor"):
+        raise ValueError(
+            f"{op}: {name} is a {type(tensor).__name__}; call the op inside the forward of the module that fully_shard "
+            "was applied to, where its parameters are whole, or give full_tensor() or to_local()"
+        )
     if tensor.shape != shape and not _fits(tensor.shape, shape):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({wanted})")
