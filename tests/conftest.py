@@ -60,10 +60,11 @@ def launcher() -> Iterator[subprocess.Popen]:
 @pytest.fixture
 def run_together(launcher) -> Callable[..., list[dict]]:
     """run_together(world_size, arguments, fault=None) runs `opensora-fast` with these arguments in several processes
-    and returns, of each rank, `code`, `out` and `error`. A fault is dict(kind=..., rank=..., step=...)."""
+    and returns, of each rank, `code`, `out` and `error`. A fault is dict(kind=..., rank=..., step=...). With `function`
+    it calls "module:name" with them, which returns the code."""
 
-    def run(world_size, arguments, fault=None, segment=1 << 13, seconds=120):
-        job = {"world_size": world_size, "arguments": list(map(str, arguments))}
+    def run(world_size, arguments, fault=None, segment=1 << 13, seconds=120, function=None):
+        job = {"world_size": world_size, "arguments": list(map(str, arguments)), "function": function}
         job |= {"segment": segment, "fault": fault, "seconds": seconds}
         launcher.stdin.write(json.dumps(job) + "\n")
         launcher.stdin.flush()

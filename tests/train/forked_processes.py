@@ -1,19 +1,22 @@
 """Runs `opensora-fast` in several processes as torchrun does, but each a fork of this one, which has imported
 everything once.
 
-Reads a job a line, in JSON, from standard input: `world_size`, `arguments` of the command, the elements of a `segment`
-of the gradients, and perhaps a `fault`, which happens in the process `rank` (null: in all) at `step`. Answers with a
-line: of each rank the exit code (negative: killed by that signal; null: it had to be ended after `seconds`), the time
-of its end, standard output and standard error.
+Reads a job a line, in JSON, from standard input: `world_size`, `arguments` of the command, a `function` "module:name"
+that is called with them in its place (null: none), the elements of a `segment` of the gradients, and perhaps a `fault`,
+which happens in the process `rank` (null: in all) at `step`. Answers with a line: of each rank the exit code (negative:
+killed by that signal; null: it had to be ended after `seconds`), the time of its end, standard output and standard
+error.
 """
 
 import json
 import os
+import pkgutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +41,9 @@ def main() -> None:
         print(json.dumps(run_job(**json.loads(line))), flush=True)
 
 
-def run_job(world_size: int, arguments: list[str], segment: int, fault: dict | None, seconds: float) -> list[dict]:
+def run_job(
+    world_size: int, arguments: list[str], function: str | None, segment: int, fault: dict | None, seconds: float
+) -> list[dict]:
     gradients.SEGMENT = segment
     with tempfile.TemporaryDirectory() as folder:
         port = find_free_port()
@@ -46,7 +51,7 @@ def run_job(world_size: int, arguments: list[str], segment: int, fault: dict | N
         for rank in range(world_size):
             pid = os.fork()
             if pid == 0:
-                become_rank(rank, world_size, port, Path(folder), arguments, fault)
+                become_rank(rank, world_size, port, Path(folder), arguments, function, fault)
             children.append(pid)
         ends = wait_for(children, seconds)
         return [
@@ -60,7 +65,15 @@ def run_job(world_size: int, arguments: list[str], segment: int, fault: dict | N
         ]
 
 
-def become_rank(rank: int, world_size: int, port: int, folder: Path, arguments: list[str], fault: dict | None) -> None:
+def become_rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: Path,
+    arguments: list[str],
+    function: str | None,
+    fault: dict | None,
+) -> None:
     code = 70
     try:
         for name, number in (("out", 1), ("err", 2)):
@@ -75,7 +88,9 @@ def become_rank(rank: int, world_size: int, port: int, folder: Path, arguments: 
         }
         if fault is not None and fault["rank"] in (rank, None):
             FAULTS[fault["kind"]](fault["step"])
-        code = cli.run(arguments)
+        code = cli.run(arguments) if function is None else pkgutil.resolve_name(function)(*arguments)
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
