@@ -14,23 +14,12 @@ from opensora_fast.kernels.dispatch import BACKENDS
 from opensora_fast.kernels.linear import LINEAR_BACKENDS, load_quack
 
 from .model.backends import OPS, Backends
-from .model.block import PackContext, compute_block
+from .model.block import BLOCK_LINEARS, PackContext, compute_block, find_bypassed
 from .model.stdit2 import STDiT2
 
-# What a block of Open-Sora 1.1 holds; a module with all of it is taken for one.
+# What a block of Open-Sora 1.1 holds, beside the modules of BLOCK_LINEARS; a module with all of it is taken for one.
 BLOCK_TABLES = ("scale_shift_table", "scale_shift_table_temporal")
-BLOCK_LINEARS = (
-    "attn.qkv",
-    "attn.proj",
-    "attn_temp.qkv",
-    "attn_temp.proj",
-    "cross_attn.q_linear",
-    "cross_attn.kv_linear",
-    "cross_attn.proj",
-    "mlp.fc1",
-    "mlp.fc2",
-)
-BLOCK_PARAMETERS = (*BLOCK_TABLES, *(f"{name}.bias" for name in BLOCK_LINEARS))
+LINEARS = tuple(f"{name}.{linear}" for name, linears in BLOCK_LINEARS.items() for linear in linears)
 QK_NORMS = ("attn.q_norm", "attn.k_norm", "attn_temp.q_norm", "attn_temp.k_norm")
 NORM_EPSILON = 1e-6
 
@@ -58,10 +47,12 @@ def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None
     """Chooses the implementation of a model's ops.
 
     Works on `STDiT2` and on an instance of Open-Sora 1.1's own class, which is recognized by its structure. Only that
-    instance changes; parameters, their names and the state dict stay as they are.
+    instance changes; parameters, their names and the state dict stay as they are. So the call may come before or after
+    the model is copied, cast, moved, sharded, wrapped or boosted, but not after `torch.compile`; a copy of a changed
+    model is changed as well.
 
     Args:
-        model: the model.
+        model: the model, or what has it inside, such as DistributedDataParallel or a Booster's model.
         backend: "triton", "reference", or "auto" (Triton on CUDA, reference elsewhere).
         linear: what multiplies in the Linears on all tokens, forward and for the gradient of their input: "torch" or
             "quack" (see `kernels.linear`); None leaves it as it is.
@@ -72,7 +63,7 @@ def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None
 
     Raises:
         ValueError: an unknown backend or op, nothing in the model matched, a block of Open-Sora's that was changed to
-            compute something else, or quack is not installed.
+            compute something else, a model that is compiled already, or quack is not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"use_kernels: backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
@@ -88,16 +79,22 @@ def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None
         chosen["linear"] = linear
     if not chosen:
         raise ValueError("use_kernels: every flag is False, so nothing would change; leave the call out or name an op")
-    if isinstance(model, STDiT2):
-        return _choose_in_own_model(model, chosen)
-    blocks = {name: module for name, module in model.named_modules() if _is_upstream_block(module)}
-    rope = getattr(model, "rope", None)
-    if not blocks or not isinstance(getattr(rope, "freqs", None), Tensor):
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError(
-            f"use_kernels: {type(model).__name__} is neither an STDiT2 nor built like Open-Sora 1.1's "
-            "(blocks with attn, attn_temp, cross_attn, mlp and two scale-shift tables, and rope.freqs)"
+            "use_kernels: the model is compiled already, and its graphs would keep what they compute; call use_kernels "
+            "before torch.compile"
         )
-    return _override_upstream_blocks(blocks, rope, chosen)
+    for module in model.modules():
+        if isinstance(module, STDiT2):
+            return _choose_in_own_model(module, chosen)
+        blocks = {name: block for name, block in module.named_modules() if _is_upstream_block(block)}
+        rope = getattr(module, "rope", None)
+        if blocks and isinstance(getattr(rope, "freqs", None), Tensor):
+            return _override_upstream_blocks(blocks, rope, chosen)
+    raise ValueError(
+        f"use_kernels: {type(model).__name__} is neither an STDiT2 nor built like Open-Sora 1.1's (blocks with attn, "
+        "attn_temp, cross_attn, mlp and two scale-shift tables, and rope.freqs), nor is a module inside it"
+    )
 
 
 def _choose_in_own_model(model: STDiT2, chosen: dict[str, str]) -> Replacement:
@@ -113,24 +110,22 @@ def _choose_in_own_model(model: STDiT2, chosen: dict[str, str]) -> Replacement:
 
 
 def _is_upstream_block(module: nn.Module) -> bool:
-    own = dict(module.named_parameters())
-    return all(name in own for name in BLOCK_PARAMETERS)
+    return module._modules.keys() >= BLOCK_LINEARS.keys() and all(hasattr(module, name) for name in BLOCK_TABLES)
 
 
 def _find_difference(block: nn.Module) -> str | None:
     """What of a block the kernels would not compute, since they read nothing but its parameters."""
+    bypassed = find_bypassed(block)
+    if bypassed is not None:
+        return bypassed
     for name, module in block.named_modules():
-        if name.startswith(tuple(f"{linear}." for linear in BLOCK_LINEARS)):
+        if name.startswith(tuple(f"{linear}." for linear in (*LINEARS, "parametrizations"))):
             continue  # such as the parametrization of a weight
-        if "forward" in vars(module):
-            return f"{name}.forward is replaced"
-        if name and (module._forward_hooks or module._forward_pre_hooks):
-            return f"{name} has a forward hook"
         if isinstance(module, nn.Dropout) and module.p > 0:
             return f"{name} has p={module.p:g}"
-        if name in BLOCK_LINEARS:
-            if type(module).forward is not nn.Linear.forward:
-                return f"{name} is not a plain Linear but {type(module).__name__}"
+        if name in LINEARS:
+            if module.bias is None:
+                return f"{name} has no bias"
             continue
         known = {"": BLOCK_TABLES, **dict.fromkeys(QK_NORMS, ("weight",))}.get(name, ())
         extra = [own for own, _ in module.named_parameters(recurse=False) if own not in known]
@@ -151,10 +146,14 @@ def _find_difference(block: nn.Module) -> str | None:
 def _override_upstream_blocks(blocks: dict[str, nn.Module], rope: nn.Module, chosen: dict[str, str]) -> Replacement:
     """Gives each block a `forward` of its own that computes on packs; ops not chosen use the reference."""
     for name, block in blocks.items():
-        if "forward" in vars(block):
+        forward = vars(block).get("forward")
+        if forward is not None:
+            done = getattr(forward, "func", None) is _compute_upstream_block
             raise ValueError(
                 f"use_kernels: {name} is replaced already; call undo() of that replacement first (a copy of a changed "
                 "model has none: copy it before)"
+                if done
+                else f"use_kernels: {name}.forward is replaced by something else; call use_kernels before that"
             )
         difference = _find_difference(block)
         if difference is not None:

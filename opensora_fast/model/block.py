@@ -1,7 +1,8 @@
 """One block of ST-DiT-2 on a pack: spatial attention, temporal attention, cross-attention, MLP.
 
 The modules hold parameters under upstream's names; what they compute is written out in `compute_block`, one line per op
-of `opensora_fast.kernels`. It reads nothing but parameters, so it serves upstream's own blocks too (see `replace.py`).
+of `opensora_fast.kernels`. It reads nothing but parameters, so it serves upstream's own blocks too (see `replace.py`);
+what others have put on a module inside a block, and expect to be called, it refuses.
 Biases that an op adds itself are left out of the matrix product before it; a detached bias gets its gradient from the
 op behind.
 """
@@ -9,7 +10,7 @@ op behind.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,14 @@ from opensora_fast.kernels import PackLayout, TextLayout, linear
 from opensora_fast.parallel.sequence import FrameShare
 
 from .backends import Backends
+
+# The Linears of a block, by the modules that hold them.
+BLOCK_LINEARS = {
+    "attn": ("qkv", "proj"),
+    "attn_temp": ("qkv", "proj"),
+    "cross_attn": ("q_linear", "kv_linear", "proj"),
+    "mlp": ("fc1", "fc2"),
+}
 
 
 class NormWeight(nn.Module):
@@ -117,9 +126,58 @@ class STDiT2Block(nn.Module):
         context: PackContext,
         following: tuple[Tensor, ...] | None,
         modulation: tuple[Tensor, ...] | None = None,
+        *shared: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `compute_block`."""
+        """See `compute_block`. `shared`: text, space_and_mlp and time in the place of the context's, for what is
+        wrapped around the block and has to see every tensor that takes a gradient."""
+        if shared:
+            text, space_and_mlp, time = shared
+            context = replace(context, text=text, space_and_mlp=space_and_mlp, time=time)
         return compute_block(self, x, normed, context, following, modulation)
+
+
+def is_wrapped(block: nn.Module) -> bool:
+    """Whether something is around a block of ours, so that its parameters can be read only while it is called: FSDP
+    gathers them then, and takes them away again."""
+    return type(block) is not STDiT2Block or bool(block._forward_pre_hooks) or "forward" in vars(block)
+
+
+def find_bypassed(block: nn.Module) -> str | None:
+    """What inside a block computes something else than its parameters say, or is to do something when it is called:
+    `compute_block` reads parameters and calls nothing.
+
+    `compute_block` asks in each call, since hooks, adapters and wrappers come at any time.
+    """
+    plain = nn.Linear.forward
+    for name, module in block._modules.items():
+        if module is None or name == "parametrizations":
+            continue
+        inside = module._modules
+        for held_name in BLOCK_LINEARS.get(name, ()):
+            held = inside.get(held_name)
+            if held is None:
+                return f"{name} is a {type(module).__name__}"
+            if getattr(type(held), "forward", None) is not plain:
+                return f"{name}.{held_name} is not a plain Linear but {type(held).__name__}"
+        for child in (module, *inside.values()):
+            if child is not None:
+                state = child.__dict__
+                if (
+                    state["_forward_hooks"]
+                    or state["_forward_pre_hooks"]
+                    or state["_backward_hooks"]
+                    or state["_backward_pre_hooks"]
+                    or "forward" in state
+                ):
+                    return _describe_call(block, child)
+    return None
+
+
+def _describe_call(block: nn.Module, module: nn.Module) -> str:
+    name = next(name for name, held in block.named_modules() if held is module)
+    if "forward" in vars(module):
+        return f"{name}.forward is replaced"
+    return f"{name} has a {'forward' if module._forward_hooks or module._forward_pre_hooks else 'backward'} hook"
 
 
 def modulation_tables(blocks: Sequence[nn.Module], context: PackContext) -> list[tuple[Tensor, ...]]:
@@ -159,7 +217,23 @@ def compute_block(
 
     Returns:
         (x [N, C], the following block's normed [N, C] or None).
+
+    Raises:
+        ValueError: a module inside the block is to be called, and would not be; see `find_bypassed`. Or a transform of
+            torch.func.
     """
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(
+            f"{type(block).__name__}: transforms of torch.func (grad, vjp, vmap, …) do not pass the kernels; take "
+            "backward() or torch.autograd.grad, and torch.func.functional_call by itself"
+        )
+    bypassed = find_bypassed(block)
+    if bypassed is not None:
+        raise ValueError(
+            f"{type(block).__name__}: {bypassed}, but the kernels read the parameters inside a block and call none of "
+            "its modules: hook, wrap or shard (fully_shard) whole blocks, add what is learned to the weights, or use "
+            "Open-Sora's own model without use_kernels"
+        )
     layout, rows, use = context.layout, context.frame_rows, context.backends
     if modulation is None:
         modulation = modulation_tables([block], context)[0]

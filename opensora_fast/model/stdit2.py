@@ -15,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora_fast import kernels
 from opensora_fast.kernels import PackLayout, TextLayout
+from opensora_fast.kernels.layout import makes_stand_ins
 from opensora_fast.parallel.sequence import SequenceGroup
 
 from . import weights
 from .backends import Backends
-from .block import FinalLayer, PackContext, STDiT2Block, modulation_tables
+from .block import FinalLayer, PackContext, STDiT2Block, is_wrapped, modulation_tables
 from .config import STDiT2Config
 from .embedders import (
     CaptionEmbedder,
@@ -92,6 +93,15 @@ class STDiT2(nn.Module):
         if not 0 <= blocks <= len(self.blocks):
             raise ValueError(f"set_checkpointing: {blocks} blocks, but the model has {len(self.blocks)}")
         self.checkpointed_blocks = blocks
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """`set_checkpointing` for all blocks, as Open-Sora's `set_grad_checkpoint(model)` asks for it: it sets this."""
+        return self.checkpointed_blocks == len(self.blocks)
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, every: bool) -> None:
+        self.set_checkpointing(bool(every))
 
     def share_frames(self, sequence: SequenceGroup | None) -> None:
         """Computes packs together with other processes, each a part of the frames; None: alone again.
@@ -285,9 +295,10 @@ class STDiT2(nn.Module):
                 groups.append((shape, scale, 1))
         pieces = []
         first = 0
+        cached = not makes_stand_ins()
         rounded_to = self.dtype if self.config.upstream_rounding else torch.float32
         for (frames, height, width), scale, videos in groups:
-            embed = position_embedding if isinstance(scale, Tensor) else cached_position_embedding
+            embed = position_embedding if not cached or isinstance(scale, Tensor) else cached_position_embedding
             position = embed(height, width, scale, self.config.hidden_size, layout.device, rounded_to).to(x.dtype)
             last = first + videos * frames * height * width
             pieces.append((x[first:last].view(-1, height * width, x.shape[1]) + position).flatten(0, 1))
@@ -338,6 +349,8 @@ class STDiT2(nn.Module):
         return self.y_embedder.y_proj(y.flatten(0, 1)[index]), layout
 
     def _run_blocks(self, x: Tensor, context: PackContext) -> Tensor:
+        if any(is_wrapped(block) for block in self.blocks):
+            return self._run_wrapped_blocks(x, context)
         normed, last = None, len(self.blocks) - 1
         tables = modulation_tables(self.blocks, context)
         for index, block in enumerate(self.blocks):
@@ -350,6 +363,17 @@ class STDiT2(nn.Module):
             else:
                 following = tables[index + 1] if self.checkpointed_blocks <= index < last else None
                 x, normed = block(x, normed, context, following, tables[index])
+        return x
+
+    def _run_wrapped_blocks(self, x: Tensor, context: PackContext) -> Tensor:
+        """As `_run_blocks` where others have put something around blocks: each makes its own tables and norm then, from
+        tensors that it is given one by one."""
+        arguments = (None, context, None, None, context.text, context.space_and_mlp, context.time)
+        for index, block in enumerate(self.blocks):
+            if index < self.checkpointed_blocks and torch.is_grad_enabled():
+                x, _ = checkpoint(block, x, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, _ = block(x, *arguments)
         return x
 
     @classmethod
