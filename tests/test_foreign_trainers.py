@@ -185,8 +185,8 @@ def ignore(*arguments):
 
 
 CHANGES = {
-    "attn.qkv is not a plain Linear but Adapter": put_adapter,
-    "mlp is a Wrapper": wrap_part,
+    "attn.qkv is not a plain Linear but test_foreign_trainers.Adapter": put_adapter,
+    "mlp is a test_foreign_trainers.Wrapper": wrap_part,
     "mlp.fc1.forward is replaced": put_forward,
     "attn has a forward hook": lambda block: block.attn.register_forward_hook(ignore),
     "attn_temp.q_norm has a forward hook": lambda block: block.attn_temp.q_norm.register_forward_pre_hook(ignore),

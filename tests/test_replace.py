@@ -166,7 +166,9 @@ def test_a_block_that_computes_something_else_is_refused(name, module, differenc
 def test_our_blocks_take_no_linear_that_would_not_be_called(name):
     block = build(STDiT2).blocks[1]
     linear = block.get_submodule(name)
-    with pytest.raises(ValueError, match=rf"\.{name.split('.')[1]} takes a plain Linear only(.|\n)*a ScaledLinear"):
+    with pytest.raises(
+        ValueError, match=rf"\.{name.split('.')[1]} takes a plain Linear only(.|\n)*a test_replace.ScaledLinear"
+    ):
         block.set_submodule(name, ScaledLinear(linear.in_features, linear.out_features))
     assert block.get_submodule(name) is linear
     block.set_submodule(name, nn.Linear(linear.in_features, linear.out_features))
@@ -179,7 +181,7 @@ def test_a_linear_or_a_hook_that_would_not_be_called_is_refused():
         use_kernels(model)
     model.blocks[0].attn.qkv = nn.Linear(144, 432)
     model.blocks[0].mlp.fc1.__class__ = ScaledLinear
-    with pytest.raises(ValueError, match="blocks.0: mlp.fc1 is not a plain Linear but ScaledLinear"):
+    with pytest.raises(ValueError, match="blocks.0: mlp.fc1 is not a plain Linear but test_replace.ScaledLinear"):
         use_kernels(model)
 
 

@@ -38,6 +38,11 @@ class NormWeight(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
 
+def _name_class(value: object) -> str:
+    """With its module, for adapters are named Linear too."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 class PlainLinears(nn.Module):
     """Holds Linears whose weights `compute_block` reads: what takes the place of one would never be called."""
 
@@ -46,8 +51,8 @@ class PlainLinears(nn.Module):
         if isinstance(held, nn.Linear) and getattr(type(value), "forward", None) is not nn.Linear.forward:
             raise ValueError(
                 f"{type(self).__name__}.{name} takes a plain Linear only, since just its weights are read: a "
-                f"{type(value).__name__} in its place would change nothing. Add what it learns to the weight, or use "
-                "Open-Sora's own model without use_kernels"
+                f"{_name_class(value)} in its place would change nothing. Add what it learns to the weight, as "
+                "torch.nn.utils.parametrize does, or use Open-Sora's own model without use_kernels"
             )
         super().__setattr__(name, value)
 
@@ -156,9 +161,9 @@ def find_bypassed(block: nn.Module) -> str | None:
         for held_name in BLOCK_LINEARS.get(name, ()):
             held = inside.get(held_name)
             if held is None:
-                return f"{name} is a {type(module).__name__}"
+                return f"{name} is a {_name_class(module)}"
             if getattr(type(held), "forward", None) is not plain:
-                return f"{name}.{held_name} is not a plain Linear but {type(held).__name__}"
+                return f"{name}.{held_name} is not a plain Linear but {_name_class(held)}"
         for child in (module, *inside.values()):
             if child is not None:
                 state = child.__dict__
@@ -231,8 +236,8 @@ def compute_block(
     if bypassed is not None:
         raise ValueError(
             f"{type(block).__name__}: {bypassed}, but the kernels read the parameters inside a block and call none of "
-            "its modules: hook, wrap or shard (fully_shard) whole blocks, add what is learned to the weights, or use "
-            "Open-Sora's own model without use_kernels"
+            "its modules: hook, wrap or shard (fully_shard) whole blocks, add what an adapter learns to the weight, as "
+            "torch.nn.utils.parametrize does, or use Open-Sora's own model without use_kernels"
         )
     layout, rows, use = context.layout, context.frame_rows, context.backends
     if modulation is None:
