@@ -6,8 +6,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from foreign_trainers import get_error, make_model, train
 from torch.distributed.run import get_args_parser
+from torch.distributed.tensor import DTensor
 
+from opensora_fast import use_kernels
 from opensora_fast.cli import list_subcommands, run
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +61,23 @@ def test_modules_and_paths_exist():
         assert importlib.util.find_spec(module), module
     for path in re.findall(r"`((?:tests|benchmarks|kernels|train)/[\w./]*)`", README):
         assert (ROOT / path).exists(), path
+
+
+# As Open-Sora's own model does in float32; `train` changes it in no place.
+@pytest.mark.filterwarnings(r"ignore:FSDP2-wrapped module \(FSDPSTDiT2\) returned a view tensor")
+def test_the_lines_for_other_trainers_shard_a_model_that_computes_the_same():
+    code = next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "fully_shard" in code)
+    model, alone = make_model("own"), make_model("own")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        exec(code, {"model": model, "use_kernels": use_kernels})
+        assert model.backends.spatial_attention == "triton"
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        use_kernels(model, "reference")
+        found = {name: gradient.full_tensor() for name, gradient in train(model, 0).items()}
+    finally:
+        torch.distributed.destroy_process_group()
+    assert get_error(found, train(alone, 0)) < 2e-5
 
 
 def test_it_stays_short():
