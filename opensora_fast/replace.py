@@ -87,9 +87,12 @@ def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None
     for module in model.modules():
         if isinstance(module, STDiT2):
             return _choose_in_own_model(module, chosen)
+    for module in model.modules():
+        rope = module._modules.get("rope")  # a wrapper only answers for it
+        if not isinstance(getattr(rope, "freqs", None), Tensor):
+            continue
         blocks = {name: block for name, block in module.named_modules() if _is_upstream_block(block)}
-        rope = getattr(module, "rope", None)
-        if blocks and isinstance(getattr(rope, "freqs", None), Tensor):
+        if blocks:
             return _override_upstream_blocks(blocks, rope, chosen)
     raise ValueError(
         f"use_kernels: {type(model).__name__} is neither an STDiT2 nor built like Open-Sora 1.1's (blocks with attn, "

@@ -78,11 +78,15 @@ def test_our_model_recomputes_where_open_soras_helper_asks_for_it():
 
 
 class Wrapper(nn.Module):
-    """As a Booster's: the model is its attribute."""
+    """As a Booster's, FSDP's or an adapter library's: the model is its attribute, and answers for it."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
+
+    def __getattr__(self, name):
+        module = super().__getattr__("module")
+        return module if name == "module" else getattr(module, name)
 
     def forward(self, **inputs):
         return self.module(**inputs)
