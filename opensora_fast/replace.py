@@ -62,7 +62,7 @@ def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None
         What was replaced, and how to undo it.
 
     Raises:
-        ValueError: an unknown backend or op, nothing in the model matched, a block of Open-Sora's that was changed to
+        ValueError: an unknown backend or op, no model or several were found, a block of Open-Sora's that was changed to
             compute something else, a model that is compiled already, or quack is not installed.
     """
     if backend not in BACKENDS:
@@ -84,20 +84,29 @@ def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None
             "use_kernels: the model is compiled already, and its graphs would keep what they compute; call use_kernels "
             "before torch.compile"
         )
-    for module in model.modules():
-        if isinstance(module, STDiT2):
-            return _choose_in_own_model(module, chosen)
-    for module in model.modules():
-        rope = module._modules.get("rope")  # a wrapper only answers for it
-        if not isinstance(getattr(rope, "freqs", None), Tensor):
-            continue
-        blocks = {name: block for name, block in module.named_modules() if _is_upstream_block(block)}
-        if blocks:
-            return _override_upstream_blocks(blocks, rope, chosen)
-    raise ValueError(
-        f"use_kernels: {type(model).__name__} is neither an STDiT2 nor built like Open-Sora 1.1's (blocks with attn, "
-        "attn_temp, cross_attn, mlp and two scale-shift tables, and rope.freqs), nor is a module inside it"
-    )
+    found = {name: module for name, module in model.named_modules() if _is_model(module)}
+    if not found:
+        raise ValueError(
+            f"use_kernels: {type(model).__name__} is neither an STDiT2 nor built like Open-Sora 1.1's "
+            "(blocks with attn, attn_temp, cross_attn, mlp and two scale-shift tables, and rope.freqs), nor is a module "
+            "inside it"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"use_kernels: {type(model).__name__} holds several models, {', '.join(found)}; call use_kernels for each"
+        )
+    (inner,) = found.values()
+    if isinstance(inner, STDiT2):
+        return _choose_in_own_model(inner, chosen)
+    blocks = {name: module for name, module in inner.named_modules() if _is_upstream_block(module)}
+    return _override_upstream_blocks(blocks, inner.rope, chosen)
+
+
+def _is_model(module: nn.Module) -> bool:
+    if isinstance(module, STDiT2):
+        return True
+    rope = module._modules.get("rope")  # a wrapper only answers for it
+    return isinstance(getattr(rope, "freqs", None), Tensor) and any(map(_is_upstream_block, module.modules()))
 
 
 def _choose_in_own_model(model: STDiT2, chosen: dict[str, str]) -> Replacement:

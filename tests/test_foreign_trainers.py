@@ -102,6 +102,9 @@ def test_the_model_is_found_in_wrappers_and_undone_there(name):
     assert torch.allclose(get_loss(boosted, 0), untouched)
     replacement.undo()
     assert torch.equal(get_loss(boosted, 0), untouched)
+    both = nn.ModuleDict({"model": model, "average": copy.deepcopy(model)})
+    with pytest.raises(ValueError, match="ModuleDict holds several models, model, average; call use_kernels for each"):
+        use_kernels(both)
 
 
 @both
