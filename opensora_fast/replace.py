@@ -88,8 +88,8 @@ def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None
     if not found:
         raise ValueError(
             f"use_kernels: {type(model).__name__} is neither an STDiT2 nor built like Open-Sora 1.1's "
-            "(blocks with attn, attn_temp, cross_attn, mlp and two scale-shift tables, and rope.freqs), nor is a module "
-            "inside it"
+            "(blocks with attn, attn_temp, cross_attn, mlp and two scale-shift tables, and rope.freqs), nor is any "
+            "module in it"
         )
     if len(found) > 1:
         raise ValueError(
