@@ -1,7 +1,6 @@
 """Other people's trainers in small, for the tests of `use_kernels`: one of several processes that train a model with
 DistributedDataParallel or fully_shard, and the model by itself on all their batches."""
 
-import copy
 import json
 from functools import partial
 
@@ -159,10 +158,17 @@ def compare() -> int:
 def refuse_shares() -> list[str]:
     """What is said where less than a block is sharded, and where an op is given a share."""
     said = []
-    model = copy.deepcopy(make_model("own"))
-    fully_shard(model.blocks[0].attn, mesh=init_device_mesh("cpu", (1,)))
-    bias = distribute_tensor(torch.zeros(8), init_device_mesh("cpu", (1,)))
-    for call in (lambda: get_loss(model, 0), lambda: gelu_tanh(torch.zeros(3, 8), bias, backend="reference")):
+    alone = init_device_mesh("cpu", (1,))
+    part, whole = make_model("own"), make_model("own")
+    fully_shard(part.blocks[0].attn, mesh=alone)
+    fully_shard(whole, mesh=alone)
+    bias = distribute_tensor(torch.zeros(8), alone)
+    x, *batch = make_batch(1).items()
+    for call in (
+        lambda: get_loss(part, 0),
+        lambda: whole.forward_packed(list(x[1]), **dict(batch)),
+        lambda: gelu_tanh(torch.zeros(3, 8), bias, backend="reference"),
+    ):
         try:
             call()
         except ValueError as error:

@@ -56,6 +56,10 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("y_embedding", torch.randn(max_length, caption_channels) / caption_channels**0.5)
         self.dropout_probability = dropout_probability
 
+    def forward(self, y: Tensor) -> Tensor:
+        """y [M, channels] → [M, C]."""
+        return self.y_proj(y)
+
     def draw_dropped(self, count: int) -> Tensor:
         """Which of `count` captions are dropped, each with the dropout probability: bool [count] on the host.
 

@@ -223,6 +223,11 @@ class STDiT2(nn.Module):
         position_of_first: bool = False,
     ) -> list[Tensor]:
         """Both forwards: `batches` holds batches [b, channels, T, H, W] of equal-shaped videos, in pack order."""
+        if hasattr(self.rope.freqs, "full_tensor"):
+            raise ValueError(
+                f"{type(self).__name__}: its parameters are DTensors here; call the model itself, which gathers them, "
+                "or say torch.distributed.fsdp.register_fsdp_forward_method(model, 'forward_packed') first"
+            )
         device, config = self.device, self.config
         for batch in batches:
             if batch.shape[1] != config.in_channels:
@@ -346,7 +351,7 @@ class STDiT2(nn.Module):
         if dropped is not None:
             y = self.y_embedder.drop(y, dropped)
         layout, index = TextLayout.from_mask(mask, y.shape[0], y.shape[1], self.device)
-        return self.y_embedder.y_proj(y.flatten(0, 1)[index]), layout
+        return self.y_embedder(y.flatten(0, 1)[index]), layout
 
     def _run_blocks(self, x: Tensor, context: PackContext) -> Tensor:
         if any(is_wrapped(block) for block in self.blocks):
