@@ -81,8 +81,8 @@ def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None
         raise ValueError("use_kernels: every flag is False, so nothing would change; leave the call out or name an op")
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError(
-            "use_kernels: the model is compiled already, and its graphs would keep what they compute; call use_kernels "
-            "before torch.compile"
+            "use_kernels: the model is compiled already; call use_kernels before torch.compile, so that no graph is "
+            "left that was made without it"
         )
     found = {name: module for name, module in model.named_modules() if _is_model(module)}
     if not found:
