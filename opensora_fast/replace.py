@@ -14,7 +14,8 @@ from opensora_fast.kernels.dispatch import BACKENDS
 from opensora_fast.kernels.linear import LINEAR_BACKENDS, load_quack
 
 from .model.backends import OPS, Backends
-from .model.block import BLOCK_LINEARS, PackContext, compute_block, find_bypassed
+from .model.block import PackContext, compute_block
+from .model.parameters_only import BLOCK_LINEARS, find_bypassed
 from .model.stdit2 import STDiT2
 
 # What a block of Open-Sora 1.1 holds, beside the modules of BLOCK_LINEARS; a module with all of it is taken for one.
