@@ -117,9 +117,10 @@ def shard(model: nn.Module, numbers: tuple[int, ...], use_before: bool, recomput
         use_kernels(model, "reference")
     if recomputed:
         recompute(model, reentrant=False)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # where there is a GPU too
     for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     if not use_before:
         use_kernels(model, "reference")
     for number in numbers:
