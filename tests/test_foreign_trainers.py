@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora_fast import use_kernels
 from opensora_fast.kernels import calls
-from opensora_fast.model.embedders import cached_position_embedding
+from opensora_fast.model.positions import cached_position_embedding
 
 ROUNDING = 2e-5
 both = pytest.mark.parametrize("name", MODELS)

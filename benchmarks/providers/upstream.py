@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, pad, scaled_dot_product_attention
 
 from opensora_fast.model import STDiT2, STDiT2Config
-from opensora_fast.model.embedders import position_embedding
+from opensora_fast.model.positions import position_embedding
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -98,47 +97,6 @@ class PatchEmbedder(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """patches [N, channels·patch²] → [N, C]."""
         return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-
-
-def position_embedding(
-    height: int,
-    width: int,
-    scale: float | Tensor,
-    channels: int,
-    device: torch.device,
-    rounded_to: torch.dtype = torch.float32,
-) -> Tensor:
-    """2-D sine-cosine position embedding of one frame.
-
-    The first half of the channels encodes the column, the second half the row; each is `[sin, cos]` of C/4 frequencies
-    10000^(-2i/(C/2)). The coordinate of column j is j / scale · base / width with base = round(sqrt(S)), likewise rows.
-
-    Args:
-        height, width: of the frame in tokens.
-        scale: sqrt(height · width in pixels) / input_sq_size; a scalar tensor on the GPU is not read by the host.
-        channels: C.
-        device: where the result is put.
-        rounded_to: the frequencies are rounded to it; upstream's are a buffer that takes the dtype of the model.
-
-    Returns:
-        float32 [S, C].
-    """
-    base = round((height * width) ** 0.5)
-    exponents = torch.arange(0, channels // 2, 2, device=device).float() / (channels // 2)
-    frequencies = (1.0 / (10000**exponents)).to(rounded_to).float()
-
-    def encode(length: int) -> Tensor:
-        coordinates = torch.arange(length, device=device, dtype=torch.float32) / scale * (base / length)
-        angles = coordinates[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # [length, C/2]
-
-    columns = encode(width)[None].expand(height, -1, -1)
-    rows = encode(height)[:, None].expand(-1, width, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1)
-
-
-# Frames of the few bucket sizes come again every step.
-cached_position_embedding = lru_cache(maxsize=64)(position_embedding)
 
 
 class RotaryFrequencies(nn.Module):

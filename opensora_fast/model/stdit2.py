@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora_fast import kernels
 from opensora_fast.kernels import PackLayout, TextLayout
-from opensora_fast.kernels.layout import makes_stand_ins
 from opensora_fast.parallel.sequence import SequenceGroup
 
 from . import weights
@@ -27,10 +26,9 @@ from .embedders import (
     PatchEmbedder,
     RotaryFrequencies,
     ScalarEmbedder,
-    cached_position_embedding,
-    position_embedding,
 )
 from .initialize import freeze, initialize_weights
+from .positions import add_positions, position_scales
 
 
 class STDiT2(nn.Module):
@@ -243,7 +241,9 @@ class STDiT2(nn.Module):
             "timestep": timestep, "num_frames": num_frames, "height": height, "width": width, "ar": ar, "fps": fps
         }  # fmt: skip
         conditions = {name: self._condition(name, value, videos) for name, value in conditions.items()}
-        scales = self._position_scales(conditions["height"], conditions["width"], position_of_first)
+        scales = position_scales(conditions["height"], conditions["width"], config.input_sq_size)
+        if position_of_first:
+            scales = [scales[0]] * videos
         batch_shapes = [(batch.shape[0], *batch.shape[2:]) for batch in batches]
         y, mask, dropped = self._text_rows(y, mask, dropped, videos)
         frame_rows = layout.modulation_rows(x_masks)
@@ -261,7 +261,8 @@ class STDiT2(nn.Module):
         conditions = {name: value.to(device, non_blocking=True) for name, value in conditions.items()}
 
         patches = kernels.patchify([batch.to(self.dtype) for batch in batches], self.patch)
-        x = self._add_positions(self.x_embedder(patches), scales, layout)
+        rounded_to = self.dtype if config.upstream_rounding else torch.float32
+        x = add_positions(self.x_embedder(patches), scales, layout, rounded_to)
         noised, given, space_and_mlp, time = self._modulation(conditions, has_given)
         text, text_layout = self._embed_text(y, mask, dropped)
         cos, sin = self.rope.tables(max_frames)
@@ -283,32 +284,6 @@ class STDiT2(nn.Module):
         value = torch.as_tensor(value).reshape(-1)
         value = _repeat_rows(name, value, videos)
         return value.to(self.dtype) if self.config.upstream_rounding else value.float()
-
-    def _position_scales(self, height: Tensor, width: Tensor, position_of_first: bool) -> list[float] | list[Tensor]:
-        """sqrt(height · width) / input_sq_size of each video; tensors when only the GPU knows the sizes."""
-        scales = (height.double() * width.double()).sqrt() / self.config.input_sq_size
-        values = scales.tolist() if scales.device.type == "cpu" else list(scales.unbind())
-        return [values[0]] * len(values) if position_of_first else values
-
-    def _add_positions(self, x: Tensor, scales: list[float] | list[Tensor], layout: PackLayout) -> Tensor:
-        """Adds to each token [N, C] the embedding of its row and column."""
-        groups: list[tuple[tuple[int, int, int], float | Tensor, int]] = []  # consecutive videos of one embedding
-        for shape, scale in zip(layout.shapes, scales, strict=True):
-            if groups and groups[-1][0] == shape and (groups[-1][1] is scale or _same_number(groups[-1][1], scale)):
-                groups[-1] = (shape, scale, groups[-1][2] + 1)
-            else:
-                groups.append((shape, scale, 1))
-        pieces = []
-        first = 0
-        cached = not makes_stand_ins()
-        rounded_to = self.dtype if self.config.upstream_rounding else torch.float32
-        for (frames, height, width), scale, videos in groups:
-            embed = position_embedding if not cached or isinstance(scale, Tensor) else cached_position_embedding
-            position = embed(height, width, scale, self.config.hidden_size, layout.device, rounded_to).to(x.dtype)
-            last = first + videos * frames * height * width
-            pieces.append((x[first:last].view(-1, height * width, x.shape[1]) + position).flatten(0, 1))
-            first = last
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def _modulation(
         self, conditions: dict[str, Tensor], has_given: bool
@@ -403,10 +378,6 @@ def _stack_equal(videos: Sequence[Tensor]) -> list[Tensor]:
         else:
             batches.append([video])
     return [torch.stack(batch) for batch in batches]
-
-
-def _same_number(first: float | Tensor, second: float | Tensor) -> bool:
-    return isinstance(first, float) and isinstance(second, float) and first == second
 
 
 def _repeat_rows(name: str, value: Tensor, videos: int) -> Tensor:

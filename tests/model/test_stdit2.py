@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from opensora_fast import STDiT2, STDiT2Config
-from opensora_fast.model.embedders import position_embedding
+from opensora_fast.model.positions import position_embedding
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
