@@ -121,7 +121,8 @@ class VideoGenerator:
         video_encoder, text_encoder: see `opensora_fast.encoders`, on the same device.
         scheduler: `IDDPM`, or `DPMSolver` for drafts without references and loops.
         settings: defaults for `generate`.
-        replayed: is called in place of the model, whose calls it replays as CUDA graphs.
+        replayed: is called in place of the model, whose calls it replays as CUDA graphs; of this model, also where
+            another is set later.
     """
 
     def __init__(
@@ -172,8 +173,13 @@ class VideoGenerator:
 
         Raises:
             ValueError: a malformed prompt, reference or mask strategy, by name. All prompts are parsed before the
-                first is sampled.
+                first is sampled. Also if `replayed` is of another model.
         """
+        if self.replayed is not None and self.replayed.model is not self.model:
+            raise ValueError(
+                "the calls that would be replayed are those of another model than this generator's: set `replayed` to "
+                "a ReplayedModel of it, or to None"
+            )
         chosen = replace(self.settings, **settings)
         tasks = make_tasks([prompts] if isinstance(prompts, str) else prompts, reference_paths, mask_strategies, chosen)
         if min(self.video_encoder.get_latent_size((chosen.num_frames, *chosen.image_size))) < 1:

@@ -40,7 +40,7 @@ class ReplayedModel:
     """Called as the model, without gradients; its results are new tensors, not those of the graph.
 
     Args:
-        model: in evaluation mode when called, on a GPU. Computed by this process alone.
+        model: in evaluation mode when called, on a GPU, outside of autocast. Computed by this process alone.
         tokens: calls on at most so many video tokens, both halves of guidance counted, are replayed.
         record: by default `CudaRecorder()`.
 
@@ -48,7 +48,8 @@ class ReplayedModel:
         captured, replayed: graphs captured so far, and calls replayed.
 
     Raises:
-        ValueError: the model is not on a GPU, and `record` is not given.
+        ValueError: the model is not on a GPU, and `record` is not given; of calls, also: the model is in training mode
+            or not on the current GPU, or autocast is on.
     """
 
     def __init__(self, model: STDiT2, tokens: int, record: Recorder | None = None) -> None:
@@ -65,13 +66,18 @@ class ReplayedModel:
         """Samplers take the unconditional text from it."""
         return self.model.y_embedder
 
+    @torch.inference_mode(False)  # so that a graph captured in it can be given inputs outside
     @torch.no_grad()
-    def __call__(self, x: Tensor, timestep: Tensor, **conditions: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, timestep: Tensor, y: Tensor, **conditions: Tensor | None) -> Tensor:
         """See `STDiT2.forward`."""
         layout = self.model.get_layout([x])
         if layout.num_tokens > self.tokens:
-            return self.model(x, timestep, **conditions)
-        inputs = {"x": x, "timestep": timestep} | {
+            return self.model(x, timestep, y, **conditions)
+        self._refuse_unlike()
+        if conditions.get("mask") is None:
+            # Of no mask the model would make one on the host, which a graph does not read.
+            conditions["mask"] = torch.ones(len(y), y.shape[-2], dtype=torch.bool, device=self.model.device)
+        inputs = {"x": x, "timestep": timestep, "y": y} | {
             name: value for name, value in conditions.items() if value is not None
         }
         key = self._make_key(inputs)
@@ -87,7 +93,26 @@ class ReplayedModel:
         """Equal where a replay computes what the model would: shapes, and where and how its weights are read."""
         shapes = tuple((name, value.dtype, value.shape) for name, value in sorted(inputs.items()))
         read = (*self.model.parameters(), *self.model.buffers())
-        return shapes, tuple(tensor.data_ptr() for tensor in read), self.model.backends
+        return shapes, tuple((tensor.data_ptr(), tensor.dtype) for tensor in read), self.model.backends
+
+    def _refuse_unlike(self) -> None:
+        """ValueError where a graph would not compute what the model does."""
+        device = self.model.device
+        if isinstance(self._record, CudaRecorder):
+            # Of what runs elsewhere a graph would hold nothing.
+            refuse_without_gpu(self.tokens, device.type)
+            if device.index != torch.cuda.current_device():
+                raise ValueError(
+                    f"the model is on {device}, and a CUDA graph holds what runs on the current GPU, "
+                    f"cuda:{torch.cuda.current_device()}: call torch.cuda.set_device({device.index}) first"
+                )
+        if self.model.training:
+            raise ValueError("the model is in training mode, and a CUDA graph drops no captions: call its eval() first")
+        if torch.is_autocast_enabled(device.type):
+            raise ValueError(
+                "torch.autocast is on: a CUDA graph would go on to read the weights that it has cast, when they are "
+                "gone; use a model that is cast itself, by its to(torch.bfloat16), or cuda_graph_tokens=0"
+            )
 
     def _capture(self, key: Hashable, inputs: Tensors, layout: PackLayout) -> _Graph:
         static = copy_to_device(inputs, self.model.device)

@@ -6,9 +6,10 @@ from run_again import RunAgain
 
 from opensora_fast import STDiT2, STDiT2Config
 from opensora_fast.config import SampleConfig
+from opensora_fast.cuda_graphs import CudaRecorder
 from opensora_fast.data.video_files import save_image
 from opensora_fast.diffusion import IDDPM
-from opensora_fast.kernels import calls
+from opensora_fast.kernels import PackLayout, calls
 from opensora_fast.model.backends import Backends
 from opensora_fast.sampling import SampleSettings, VideoGenerator
 from opensora_fast.sampling.replayed_model import ReplayedModel
@@ -29,13 +30,17 @@ class Captions:
         return {"y": embedded, "mask": torch.tensor([[number < len(text) for number in range(6)] for text in texts])}
 
 
-@pytest.fixture
-def model():
+def make_model():
     torch.manual_seed(0)
     model = STDiT2(STDiT2Config.small(caption_channels=8, model_max_length=6, depth=2))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return model.eval()
+
+
+@pytest.fixture
+def model():
+    return make_model()
 
 
 def make_generator(model, replayed=None, **settings):
@@ -88,6 +93,52 @@ def test_a_graph_serves_calls_of_the_same_shapes_on_the_same_weights(model):
     assert captures(make_arguments(model, (2, 4, 3, 6, 6))) == 1
     model.backends = Backends.all("reference")
     assert captures(make_arguments(model, (2, 4, 3, 6, 6))) == 1
+    zeros = model.rope.freqs.data.zero_()
+    assert captures(make_arguments(model, (2, 4, 3, 6, 6))) == 0
+    model.rope.freqs.data = zeros.view(torch.float16)[: len(zeros)]  # of another dtype, at the same place
+    assert captures(make_arguments(model, (2, 4, 3, 6, 6))) == 1
+
+
+def test_calls_without_a_mask_have_one_that_a_graph_can_read(model):
+    replayed = ReplayedModel(model, ALL, RunAgain())
+    arguments = make_arguments(model, mask=torch.ones(2, 6, dtype=torch.bool))
+    expected = replayed(**arguments)
+    torch.testing.assert_close(replayed(**arguments | {"mask": None}), expected, rtol=0, atol=0)
+    assert replayed.captured == 1  # so the mask is among the inputs
+    torch.testing.assert_close(model(**arguments | {"mask": None}), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_graph_of_inference_mode_serves_calls_outside(model):
+    replayed = ReplayedModel(model, ALL, RunAgain())
+    with torch.inference_mode():
+        first = replayed(**make_arguments(model))
+    assert torch.equal(replayed(**make_arguments(model)), first)
+    assert (replayed.captured, replayed.replayed) == (1, 2)
+
+
+def test_calls_that_a_graph_would_compute_otherwise_are_refused(model):
+    replayed = ReplayedModel(model, ALL, RunAgain())
+    replayed(**make_arguments(model))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="torch.autocast is on: .* cast itself"):
+        replayed(**make_arguments(model))
+    generator = make_generator(model, replayed)
+    generator.model = make_model()
+    with pytest.raises(ValueError, match="those of another model than this generator's: set `replayed`"):
+        generator.generate("cat", progress=False)
+    model.train()
+    with pytest.raises(ValueError, match="in training mode, and a CUDA graph drops no captions"):
+        replayed(**make_arguments(model))
+
+
+def test_graphs_of_what_runs_elsewhere_are_refused(model, monkeypatch):
+    replayed = ReplayedModel(model, ALL, CudaRecorder())
+    with pytest.raises(ValueError, match="only a GPU replays CUDA graphs, and the device is cpu"):
+        replayed(**make_arguments(model))
+    monkeypatch.setattr(STDiT2, "device", torch.device("cuda:1"))
+    monkeypatch.setattr(STDiT2, "get_layout", lambda self, batches: PackLayout.of([(1, 2, 2)], "cpu"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match=r"on cuda:1, and .* current GPU, cuda:0: call torch.cuda.set_device\(1\)"):
+        replayed(**make_arguments(model))
 
 
 def test_what_a_call_returned_stays_as_it_is_when_the_next_is_replayed(model):
