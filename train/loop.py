@@ -230,6 +230,8 @@ class Trainer:
                 with named_range("wait for batch", self.model.device):
                     batch = next(batches, None)
                 if batch is None:
+                    if self.trace is not None:
+                        self.trace.miss()
                     break
                 data_wait = time.perf_counter() - started
                 self.processes.gather(None)  # all have their batches

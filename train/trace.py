@@ -43,13 +43,24 @@ class StepTrace:
             self._begin(step)
         self._reached = step
 
+    def miss(self) -> None:
+        """The step that was reached does not come, for there is no batch."""
+        if self._begun == self._reached:
+            self._begun = None
+        else:
+            self._reached -= 1
+
     def __enter__(self) -> "StepTrace":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self._begun is not None:
+            if self._profile is not None:
+                self._end()
+            return
         if self._profile is not None:
-            self._end()
-        elif self._begun is None and self.processes.rank == 0:
+            self._profile.stop()
+        if self.processes.rank == 0:
             self._report(f"note: no step was traced: the run has taken none of {_describe(self.first, self.last)}")
 
     def _begin(self, step: int) -> None:

@@ -62,6 +62,16 @@ def test_a_resumed_run_traces_what_is_left(train, tmp_path, whole):
     assert read_losses(out) == read_losses(whole)
 
 
+def test_a_step_that_no_batch_is_left_for_is_not_traced(train, tmp_path):
+    """An epoch has 6."""
+    code, _, error = train(tmp_path / "last", "epochs=1", "--trace-steps", "6:9")
+    assert code == 0, error
+    assert [path.name for path in (tmp_path / "last" / "traces").iterdir()] == ["steps-6.json.gz"]
+    code, _, error = train(tmp_path / "none", "epochs=1", "--trace-steps", "7:9")
+    assert code == 0 and "no step was traced: the run has taken none of steps 7 to 9" in error
+    assert not (tmp_path / "none" / "traces").exists()
+
+
 @pytest.mark.parametrize(
     ("happen", "code"),
     [
