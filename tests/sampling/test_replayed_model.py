@@ -184,6 +184,8 @@ def test_cuda_graphs_give_the_same_results(model, dtype):
         for number in range(3):
             arguments = make_arguments(model, shape)
             arguments["x"] = (arguments["x"] * (number + 1)).cuda()
+            if number == 0:
+                arguments["mask"] = None  # captured, too
             if number == 2:
                 arguments["x_mask"] = torch.ones(2, shape[2], dtype=torch.bool, device="cuda")
                 arguments["x_mask"][0, 0] = False
