@@ -3,10 +3,12 @@
 import pytest
 import torch
 from run_again import RunAgain
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from opensora_fast import STDiT2, STDiT2Config
 from opensora_fast.config import SampleConfig
-from opensora_fast.cuda_graphs import CudaRecorder
+from opensora_fast.cuda_graphs import CudaRecorder, Recording
 from opensora_fast.data.video_files import save_image
 from opensora_fast.diffusion import IDDPM
 from opensora_fast.kernels import PackLayout, calls
@@ -106,6 +108,46 @@ def test_calls_without_a_mask_have_one_that_a_graph_can_read(model):
     torch.testing.assert_close(replayed(**arguments | {"mask": None}), expected, rtol=0, atol=0)
     assert replayed.captured == 1  # so the mask is among the inputs
     torch.testing.assert_close(model(**arguments | {"mask": None}), expected, rtol=1e-5, atol=1e-6)
+
+
+class MetaOnly(TorchDispatchMode):
+    """Refuses tensors of the host, which a graph could not read again; of the meta device no values can be read."""
+
+    def __torch_dispatch__(self, op, types, arguments=(), options=None):
+        results = op(*arguments, **(options or {}))
+        for tensor in tree_leaves((arguments, options, results)):
+            assert not isinstance(tensor, torch.Tensor) or tensor.is_meta, f"{op} of {tensor.device}"
+        return results
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"mask": None},
+        {"mask": torch.ones(1, 6, dtype=torch.int64)},  # of the prompt alone
+        {"x_mask": torch.ones(2, 3, dtype=torch.bool)},
+        {"timestep": torch.tensor([999.0, 3.5]), "height": torch.tensor([32.0]), "fps": torch.tensor([24.0]).double()},
+        {"dropped": torch.tensor([True, False])},
+    ],
+    ids=["plain", "no mask", "mask", "x_mask", "conditions", "dropped"],
+)
+@pytest.mark.parametrize("rounding", [False, True])
+def test_what_is_recorded_needs_nothing_of_the_host(rounding, changed, monkeypatch):
+    """The meta device stands for the GPU."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # which does not know that device
+    config = STDiT2Config.small(caption_channels=8, model_max_length=6, depth=2, upstream_rounding=rounding)
+    model = STDiT2(config).to("meta", torch.bfloat16).eval()
+    recorded = []
+
+    def record(forward):
+        with MetaOnly():
+            recorded.append(forward()["output"])
+        return Recording({"output": recorded[0]}, lambda: None)
+
+    arguments = make_arguments(model, **changed)
+    output = ReplayedModel(model, ALL, record)(**arguments | {"x": arguments["x"].to("meta")})
+    assert len(recorded) == 1 and output.is_meta and output.shape == (2, 8, 3, 4, 6)
 
 
 def test_a_graph_of_inference_mode_serves_calls_outside(model):
