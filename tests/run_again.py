@@ -3,6 +3,8 @@
 import math
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from opensora_fast.cuda_graphs import Recording
 
@@ -39,3 +41,41 @@ class RunAgain:
             return Recording(static, replay_forward)
         replay_backward()
         return Recording(static, replay_forward, replay_backward)
+
+
+class _MetaOnly(TorchDispatchMode):
+    """Refuses tensors of the host, which a graph could not read again. Of the meta device no values can be read."""
+
+    def __torch_dispatch__(self, op, types, arguments=(), options=None):
+        results = op(*arguments, **(options or {}))
+        for tensor in tree_leaves((arguments, options, results)):
+            assert not isinstance(tensor, torch.Tensor) or tensor.is_meta, f"{op} of {tensor.device}"
+        return results
+
+
+def record_on_meta(monkeypatch, model, latents):
+    """Moves a model to the meta device, in the place of a GPU, and returns a recorder: it runs twice, as `CudaRecorder`
+    does, and what needs the host the second time, which is the capture, is an error. Its replays do nothing.
+
+    Args:
+        latents: like those of the steps or calls. Their layout is there before anything is recorded.
+    """
+    # Autocast does not know that device.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    model.to("meta")
+    layout = model.get_layout([latents])
+    monkeypatch.setattr(model, "get_layout", lambda batches: layout)
+
+    def record(forward, backward=None):
+        def run():
+            outputs = forward()
+            if backward is not None:
+                backward(outputs)
+            return {name: output.detach() for name, output in outputs.items()}
+
+        run()
+        with _MetaOnly():
+            outputs = run()
+        return Recording(outputs, lambda: None, lambda: None)
+
+    return record

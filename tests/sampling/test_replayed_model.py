@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from run_again import RunAgain
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from run_again import RunAgain, record_on_meta
 
 from opensora_fast import STDiT2, STDiT2Config
 from opensora_fast.config import SampleConfig
-from opensora_fast.cuda_graphs import CudaRecorder, Recording
+from opensora_fast.cuda_graphs import CudaRecorder
 from opensora_fast.data.video_files import save_image
 from opensora_fast.diffusion import IDDPM
 from opensora_fast.kernels import PackLayout, calls
@@ -110,16 +108,6 @@ def test_calls_without_a_mask_have_one_that_a_graph_can_read(model):
     torch.testing.assert_close(model(**arguments | {"mask": None}), expected, rtol=1e-5, atol=1e-6)
 
 
-class MetaOnly(TorchDispatchMode):
-    """Refuses tensors of the host, which a graph could not read again; of the meta device no values can be read."""
-
-    def __torch_dispatch__(self, op, types, arguments=(), options=None):
-        results = op(*arguments, **(options or {}))
-        for tensor in tree_leaves((arguments, options, results)):
-            assert not isinstance(tensor, torch.Tensor) or tensor.is_meta, f"{op} of {tensor.device}"
-        return results
-
-
 @pytest.mark.parametrize(
     "changed",
     [
@@ -134,23 +122,12 @@ class MetaOnly(TorchDispatchMode):
 )
 @pytest.mark.parametrize("rounding", [False, True])
 def test_what_is_recorded_needs_nothing_of_the_host(rounding, changed, monkeypatch):
-    """The meta device stands for the GPU."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # which does not know that device
     config = STDiT2Config.small(caption_channels=8, model_max_length=6, depth=2, upstream_rounding=rounding)
-    model = STDiT2(config).to("meta", torch.bfloat16).eval()
-    recorded = []
-
-    def record(forward):
-        with MetaOnly():
-            recorded.append(forward()["output"])
-        return Recording({"output": recorded[0]}, lambda: None)
-
+    model = STDiT2(config).to(torch.bfloat16).eval()
     arguments = make_arguments(model, **changed)
-    arguments["x"] = arguments["x"].to("meta")
-    layout = model.get_layout([arguments["x"]])  # of the host, but there before a graph is recorded
-    monkeypatch.setattr(model, "get_layout", lambda batches: layout)
-    output = ReplayedModel(model, ALL, record)(**arguments)
-    assert len(recorded) == 1 and output.is_meta and output.shape == (2, 8, 3, 4, 6)
+    replayed = ReplayedModel(model, ALL, record_on_meta(monkeypatch, model, arguments["x"]))
+    output = replayed(**arguments)
+    assert replayed.captured == 1 and output.is_meta and output.shape == (2, 8, 3, 4, 6)
 
 
 def test_a_graph_of_inference_mode_serves_calls_outside(model):

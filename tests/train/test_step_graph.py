@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import torch
 from losses import read_losses
-from run_again import RunAgain
+from run_again import RunAgain, record_on_meta
 from same_checkpoints import assert_same_weights
 from toy_steps import EPOCH, MASKS, SHAPES, make_batch, make_model, make_trainer
 
@@ -111,6 +111,20 @@ def test_replayed_steps_draw_and_compute_the_same_as_steps_in_one_go(dtype, kind
     # With and without given frames each shape of several frames has a graph of its own.
     assert len(SHAPES) <= graphs.captured <= 2 * len(SHAPES) - 1
     assert graphs.steps == len(EPOCH) * 2 and graphs.replayed >= graphs.captured + 8
+
+
+@pytest.mark.parametrize("kind", [IDDPM, SpeeDiffusion])
+@pytest.mark.parametrize(("dtype", "recomputed", "given"), [(torch.float32, 0, True), (torch.bfloat16, 1, False)])
+def test_what_is_recorded_needs_nothing_of_the_host(kind, dtype, recomputed, given, monkeypatch):
+    model, diffusion = make_model().to(dtype), kind()
+    model.set_checkpointing(recomputed)
+    masks = MaskGenerator({"mask_image_head": 1.0}) if given else None
+    inputs = draw(model, 0, (2, 3, 4, 4), masks, diffusion)
+    record = record_on_meta(monkeypatch, model, inputs["latents"])
+    graphs = make_graphs(model, diffusion, record=record, occurrences=1)
+    losses = graphs.compute_losses(inputs)
+    graphs.backward(losses)
+    assert graphs.captured == 1 and losses["loss"].is_meta and ("x_mask" in inputs) == given
 
 
 def test_a_graph_is_for_steps_whose_inputs_have_the_same_shapes():
