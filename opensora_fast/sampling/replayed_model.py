@@ -49,7 +49,7 @@ class ReplayedModel:
 
     Raises:
         ValueError: the model is not on a GPU, and `record` is not given; of calls, also: the model is in training mode
-            or not on the current GPU, or autocast is on.
+            or not on the current GPU, it or a block has a hook, or autocast is on.
     """
 
     def __init__(self, model: STDiT2, tokens: int, record: Recorder | None = None) -> None:
@@ -108,6 +108,12 @@ class ReplayedModel:
                 )
         if self.model.training:
             raise ValueError("the model is in training mode, and a CUDA graph drops no captions: call its eval() first")
+        for module in (self.model, *self.model.blocks):
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise ValueError(
+                    f"{type(module).__name__} has a hook, and a replayed CUDA graph calls none: remove it, or use "
+                    "cuda_graph_tokens=0"
+                )
         if torch.is_autocast_enabled(device.type):
             raise ValueError(
                 "torch.autocast is on: a CUDA graph would go on to read the weights that it has cast, when they are "

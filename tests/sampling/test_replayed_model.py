@@ -143,6 +143,11 @@ def test_calls_that_a_graph_would_compute_otherwise_are_refused(model):
     replayed(**make_arguments(model))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="torch.autocast is on: .* cast itself"):
         replayed(**make_arguments(model))
+    for module in (model, model.blocks[1]):
+        hook = module.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match=f"{type(module).__name__} has a hook, and a replayed CUDA graph calls no"):
+            replayed(**make_arguments(model))
+        hook.remove()
     generator = make_generator(model, replayed)
     generator.model = make_model()
     with pytest.raises(ValueError, match="those of another model than this generator's: set `replayed`"):
