@@ -34,7 +34,7 @@ setup(
     package_data={
         "opensora_fast.kernels.compilation": ["compile_budget.json"],
         "opensora_fast.kernels.configurations": ["*.json"],
-        "opensora_fast.data": ["tables/*.json"],
+        "opensora_fast.data.buckets": ["tables/*.json"],
         "opensora_fast.train": ["configs/*.py"],
         "opensora_fast.benchmarks": ["published/*", "results/**/*.csv"],
         "opensora_fast.benchmarks.predictions": ["*.csv"],

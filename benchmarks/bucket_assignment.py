@@ -13,8 +13,8 @@ from importlib.resources import files
 import numpy as np
 
 from opensora_fast.config import load_train_config
-from opensora_fast.data.assignment import DROPPED, assign_buckets
-from opensora_fast.data.bucket import Bucket
+from opensora_fast.data.buckets.assignment import DROPPED, assign_buckets
+from opensora_fast.data.buckets.bucket import Bucket
 
 SEED = 42
 FRAME_INTERVAL = 3

@@ -32,8 +32,8 @@ CODINGS = {
 
 def read_source(frames: int) -> tuple[list[np.ndarray], str]:
     """(frames uint8 [H, W, 3] of 720p, where they are from): the demo's cartoon, or drawn ones where it is missing."""
+    from opensora_fast.data.decoding.pyav_decoder import iterate_frames
     from opensora_fast.data.demo_clips import CARTOON, find_source_videos
-    from opensora_fast.data.pyav_decoder import iterate_frames
 
     try:
         path = find_source_videos()[CARTOON]

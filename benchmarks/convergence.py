@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from opensora_fast.data.bucket import Bucket
+from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.kernels import token_grid
 
 from .parent import end_with_parent
@@ -228,7 +228,7 @@ def make_demo_table(work: Path) -> Path:
 
 def train_once(job: Job, provider: str, seed: int, table: Path) -> Curve:
     """One run, as `opensora-fast train demo` makes it."""
-    from opensora_fast.train.metrics import read_metrics
+    from opensora_fast.train.monitoring.metrics import read_metrics
 
     work = Path(job.work)
     out = work / f"{provider}-{seed}"

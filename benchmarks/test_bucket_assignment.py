@@ -11,7 +11,7 @@ from opensora_fast.benchmarks.bucket_assignment import (
     measure,
     read_bucket,
 )
-from opensora_fast.data.assignment import DROPPED, assign_buckets
+from opensora_fast.data.buckets.assignment import DROPPED, assign_buckets
 
 CHECKED_ROWS = 200
 

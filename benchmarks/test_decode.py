@@ -16,14 +16,14 @@ import pandas as pd
 import pytest
 import torch
 
-from opensora_fast.data.bucket import Bucket
-from opensora_fast.data.clips import BadClip, ClipRequest
-from opensora_fast.data.dali_decoder import CODECS, DaliDecoder, is_dali_installed
+from opensora_fast.data.buckets.bucket import Bucket
+from opensora_fast.data.buckets.sampler import BucketSampler
+from opensora_fast.data.decoding.clips import BadClip, ClipRequest
+from opensora_fast.data.decoding.dali_decoder import CODECS, DaliDecoder, is_dali_installed
+from opensora_fast.data.decoding.pyav_decoder import PyAVDecoder, count_processors
 from opensora_fast.data.demo_clips import CARTOON, Cut, find_source_videos, transcode
 from opensora_fast.data.loader import ClipLoader
 from opensora_fast.data.manifest import Manifest
-from opensora_fast.data.pyav_decoder import PyAVDecoder, count_processors
-from opensora_fast.data.sampler import BucketSampler
 
 CLIPS, FRAMES, INTERVAL = 4, 16, 3
 SOURCE_FRAMES = 60

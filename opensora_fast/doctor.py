@@ -198,7 +198,7 @@ def _examine_device(report: Report) -> None:
             "cuda": "usable" if find_version("triton") else "not usable: triton is missing",
         }
         if any(decoder.startswith("DALI") for decoder in report.decoders) and not report.problems:
-            from opensora_fast.data.dali_decoder import find_obstacle  # which needs what is required
+            from opensora_fast.data.decoding.dali_decoder import find_obstacle  # which needs what is required
 
             obstacle = find_obstacle("gpu")
             if obstacle:

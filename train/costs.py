@@ -20,8 +20,8 @@ from opensora_fast.costs.operations import (
     count_training_step,
     largest_share,
 )
-from opensora_fast.data.bucket import Bucket, BucketId, FrameEntry, ResolutionEntry
-from opensora_fast.data.explain import LATENT_SCALE
+from opensora_fast.data.buckets.bucket import Bucket, BucketId, FrameEntry, ResolutionEntry
+from opensora_fast.data.buckets.explain import LATENT_SCALE
 from opensora_fast.device import DTYPES
 from opensora_fast.encoders import choose_text_dtype
 from opensora_fast.kernels import token_grid

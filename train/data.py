@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from opensora_fast.config import TrainConfig
-from opensora_fast.data.bucket import Bucket
-from opensora_fast.data.explain import Explanation
+from opensora_fast.data.buckets.bucket import Bucket
+from opensora_fast.data.buckets.explain import Explanation
+from opensora_fast.data.buckets.sampler import BucketSampler
 from opensora_fast.data.manifest import Manifest
-from opensora_fast.data.sampler import BucketSampler
 from opensora_fast.train.costs import RunCosts
 
 

@@ -4,14 +4,14 @@ import os
 
 from opensora_fast.config import LoadedConfig, TrainConfig, format_values
 from opensora_fast.cuda_graphs import refuse_without_gpu
-from opensora_fast.data.bucket import Bucket
+from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.device import check_device_name
 from opensora_fast.parallel.join import count_replicas, read_place
 from opensora_fast.train.data import read_data
-from opensora_fast.train.out_of_memory import refuse_history_without_gpu
+from opensora_fast.train.monitoring.out_of_memory import refuse_history_without_gpu
+from opensora_fast.train.monitoring.trace import refuse_trace_after_end
+from opensora_fast.train.monitoring.trackers import check_trackers
 from opensora_fast.train.parts import check_parts
-from opensora_fast.train.trace import refuse_trace_after_end
-from opensora_fast.train.trackers import check_trackers
 
 
 def print_plan(

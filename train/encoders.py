@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from opensora_fast.config import SampleConfig, TrainConfig
-from opensora_fast.data.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
+from opensora_fast.data.decoding.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.encoders.linear_autoencoder import LinearAutoencoder
 from opensora_fast.progress import Progress

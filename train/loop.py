@@ -24,28 +24,28 @@ import torch
 from torch import Tensor
 
 from opensora_fast.data.batch import Batch
-from opensora_fast.data.explain import count_tokens
+from opensora_fast.data.buckets.explain import count_tokens
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.collectives import ProcessLostError, do_all
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.progress import Progress
-from opensora_fast.train.background import Background
-from opensora_fast.train.checkpoint import get_step, locate_step, write_checkpoint
-from opensora_fast.train.ema import EMA
+from opensora_fast.train.checkpoints.background import Background
+from opensora_fast.train.checkpoints.checkpoint import get_step, locate_step, write_checkpoint
+from opensora_fast.train.checkpoints.state import Position, collect_state, take_snapshot, write_state
 from opensora_fast.train.host_values import HostValues
-from opensora_fast.train.metrics import METRICS, MetricsWriter, join_parts, peak_memory
 from opensora_fast.train.model_inputs import ModelInputs
-from opensora_fast.train.optimizer import MasterAdamW
-from opensora_fast.train.out_of_memory import describe_out_of_memory, write_memory
+from opensora_fast.train.monitoring.metrics import METRICS, MetricsWriter, join_parts, peak_memory
+from opensora_fast.train.monitoring.out_of_memory import describe_out_of_memory, write_memory
+from opensora_fast.train.monitoring.ranges import named_range
+from opensora_fast.train.monitoring.trace import StepTrace
+from opensora_fast.train.monitoring.trackers import Trackers
+from opensora_fast.train.optimizer.ema import EMA
+from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 from opensora_fast.train.randomness import seed_step
-from opensora_fast.train.ranges import named_range
-from opensora_fast.train.state import Position, collect_state, take_snapshot, write_state
 from opensora_fast.train.step import compute_losses, draw_inputs
 from opensora_fast.train.step_graph import StepGraphs
 from opensora_fast.train.stop import StopSignals
-from opensora_fast.train.trace import StepTrace
-from opensora_fast.train.trackers import Trackers
 
 # With keep probabilities below 1 every clip of a tiny table may lose its draw; that many times in a row is a mistake.
 EMPTY_EPOCHS = 100

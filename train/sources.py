@@ -10,14 +10,14 @@ import torch
 
 from opensora_fast.config import TrainConfig
 from opensora_fast.data.batch import Batch
-from opensora_fast.data.decoders import build_decoder
+from opensora_fast.data.buckets.sampler import BucketSampler
+from opensora_fast.data.decoding.decoders import build_decoder
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader
 from opensora_fast.data.features import FeatureLoader, FeatureSampler, write_features
 from opensora_fast.data.loader import ClipLoader
-from opensora_fast.data.sampler import BucketSampler
+from opensora_fast.train.checkpoints.folder_lock import hold_folder
 from opensora_fast.train.data import TrainingData
 from opensora_fast.train.encoders import FITTED, adopt_fitted, build_encoders
-from opensora_fast.train.folder_lock import hold_folder
 from opensora_fast.train.model_inputs import ModelInputs
 
 Report = Callable[[str], None]

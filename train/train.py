@@ -13,7 +13,7 @@ from opensora_fast import use_kernels
 from opensora_fast.config import LoadedConfig, TrainConfig, to_json
 from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.cuda_graphs import refuse_without_gpu
-from opensora_fast.data.pyav_decoder import count_processors
+from opensora_fast.data.decoding.pyav_decoder import count_processors
 from opensora_fast.device import DTYPES
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.kernels import calls
@@ -21,24 +21,30 @@ from opensora_fast.kernels.linear import check_quack
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.join import join_processes
 from opensora_fast.parallel.processes import Processes
+from opensora_fast.train.checkpoints.folder_lock import hold_folder
+from opensora_fast.train.checkpoints.start import (
+    CHECKPOINT_CONFIG,
+    Start,
+    agree_on_start,
+    load_initial_weights,
+    report_changes,
+)
+from opensora_fast.train.checkpoints.state import load_weights
+from opensora_fast.train.checkpoints.state import resume as resume_state
 from opensora_fast.train.data import read_data
-from opensora_fast.train.ema import EMA
 from opensora_fast.train.encoders import adopt_fitted, copy_fitted
-from opensora_fast.train.folder_lock import hold_folder
 from opensora_fast.train.followers import find_batches
 from opensora_fast.train.loop import Limits, Trainer
-from opensora_fast.train.memory_check import warn_of_memory
-from opensora_fast.train.optimizer import MasterAdamW
-from opensora_fast.train.out_of_memory import memory_history, refuse_history_without_gpu
+from opensora_fast.train.monitoring.out_of_memory import memory_history, refuse_history_without_gpu
+from opensora_fast.train.monitoring.trace import StepTrace, refuse_trace_after_end
+from opensora_fast.train.monitoring.trackers import check_trackers, open_trackers
+from opensora_fast.train.optimizer.ema import EMA
+from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 from opensora_fast.train.parts import build_diffusion, build_model, check_parts, make_model_config
+from opensora_fast.train.planning.memory_check import warn_of_memory
 from opensora_fast.train.sources import Source, open_clips, open_features
-from opensora_fast.train.start import CHECKPOINT_CONFIG, Start, agree_on_start, load_initial_weights, report_changes
-from opensora_fast.train.state import load_weights
-from opensora_fast.train.state import resume as resume_state
 from opensora_fast.train.step import compute_losses
 from opensora_fast.train.step_graph import StepGraphs
-from opensora_fast.train.trace import StepTrace, refuse_trace_after_end
-from opensora_fast.train.trackers import check_trackers, open_trackers
 
 
 def train(

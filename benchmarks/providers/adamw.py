@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from opensora_fast import kernels
-from opensora_fast.train.optimizer import BETAS, EPSILON
+from opensora_fast.train.optimizer.master_adamw import BETAS, EPSILON
 
 from .adamw_work import (
     EMA_DECAY,
@@ -234,7 +234,7 @@ def _prepare_compiled_flat(work: AdamWWork) -> Bound:
 
 
 def prepare_own(work: AdamWWork, backend: str) -> Bound:
-    """As `opensora_fast.train.optimizer` does it in one process."""
+    """As `opensora_fast.train.optimizer.master_adamw` does it in one process."""
     flat, gradients = work.flat, work.tensors("gradient")
     step = torch.tensor(float(STEPS_BEFORE), device=work.device)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opensora_fast.costs.operations import Count
 from opensora_fast.model import STDiT2, STDiT2Config
-from opensora_fast.train.flat import FlatLayout
+from opensora_fast.train.optimizer.flat import FlatLayout
 
 from ..accuracy import OUTPUT, Named
 from .provider import Bound

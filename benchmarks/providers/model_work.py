@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from opensora_fast.diffusion import IDDPM
 from opensora_fast.model import STDiT2, STDiT2Config
-from opensora_fast.train.ema import EMA
-from opensora_fast.train.optimizer import MasterAdamW
+from opensora_fast.train.optimizer.ema import EMA
+from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 
 from ..shapes import Pack, Workload, text_lengths
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from opensora_fast.data.assignment import DROPPED, assign_buckets
+from opensora_fast.data.buckets.assignment import DROPPED, assign_buckets
 
 from ..bucket_assignment import CONFIGURATIONS, FRAME_INTERVAL, SEED, make_clip_sizes, read_bucket
 from ..case import Case, Outcome, make_template

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora_fast.data.clips import BadClip, ClipRequest
-from opensora_fast.data.dali_decoder import CODECS as DALI_CODECS
-from opensora_fast.data.dali_decoder import DaliDecoder, find_obstacle
-from opensora_fast.data.pyav_decoder import PyAVDecoder, count_processors, iterate_frames
-from opensora_fast.data.resize import resize_frame
+from opensora_fast.data.decoding.clips import BadClip, ClipRequest
+from opensora_fast.data.decoding.dali_decoder import CODECS as DALI_CODECS
+from opensora_fast.data.decoding.dali_decoder import DaliDecoder, find_obstacle
+from opensora_fast.data.decoding.pyav_decoder import PyAVDecoder, count_processors, iterate_frames
+from opensora_fast.data.decoding.resize import resize_frame
 
 from ..case import Case, Outcome, make_template
 from ..coded_clips import CODINGS, read_source, write_coded

@@ -28,8 +28,8 @@ def explain(
     Exits with 1 if there would be nothing to train on.
     """
     from opensora_fast.config import load_train_config
-    from opensora_fast.data.bucket import Bucket
-    from opensora_fast.data.explain import describe_no_batches, explain_buckets
+    from opensora_fast.data.buckets.bucket import Bucket
+    from opensora_fast.data.buckets.explain import describe_no_batches, explain_buckets
     from opensora_fast.data.manifest import Manifest
     from opensora_fast.parallel.join import count_replicas
     from opensora_fast.train.locate_config import locate_config

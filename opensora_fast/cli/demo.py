@@ -58,7 +58,7 @@ def command(
 
     from opensora_fast.benchmarks.rows import read_rows
     from opensora_fast.demo_report import mean_loss, write_demo_report
-    from opensora_fast.train.metrics import read_metrics
+    from opensora_fast.train.monitoring.metrics import read_metrics
 
     metrics = read_metrics(run_folder / "metrics.jsonl")
     report = out / "report.html"

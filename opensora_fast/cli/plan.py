@@ -44,12 +44,12 @@ def command(
     Micro-batches come from --data-path, from --mix, or are assumed: as many of every entry of bucket_config.
     """
     from opensora_fast.config import load_train_config
-    from opensora_fast.data.bucket import Bucket
+    from opensora_fast.data.buckets.bucket import Bucket
     from opensora_fast.parallel.join import count_replicas
-    from opensora_fast.train.cluster_plan import make_plan
     from opensora_fast.train.costs import RunCosts
     from opensora_fast.train.locate_config import locate_config
-    from opensora_fast.train.mix import mix_assumed, mix_of_file, mix_of_table
+    from opensora_fast.train.planning.cluster_plan import make_plan
+    from opensora_fast.train.planning.mix import mix_assumed, mix_of_file, mix_of_table
 
     if data_path is not None and mix is not None:
         raise ValueError("--data-path and --mix both say what the micro-batches are: give one")

@@ -54,7 +54,7 @@ def command(
     """
     from opensora_fast.config import load_train_config
     from opensora_fast.train.locate_config import locate_config
-    from opensora_fast.train.trace import parse_trace_steps
+    from opensora_fast.train.monitoring.trace import parse_trace_steps
 
     traced = None if trace_steps is None else parse_trace_steps(trace_steps)
     options = {"dataset.data_path": data_path and os.path.abspath(data_path), "steps": steps}

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from opensora_fast.data.clips import BadClip
+from opensora_fast.data.decoding.clips import BadClip
 
 
 class BadClipLog:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from opensora_fast.data.bucket import BucketId
-from opensora_fast.data.clips import is_image_path
+from opensora_fast.data.buckets.bucket import BucketId
+from opensora_fast.data.decoding.clips import is_image_path
 from opensora_fast.data.manifest import IMAGE_FPS, Clip
 
 

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 from opensora_fast.data.batch import Batch
+from opensora_fast.data.buckets.sampler import BucketSampler, MicroBatch
 from opensora_fast.data.prefetch import EpochPrefetcher
-from opensora_fast.data.sampler import BucketSampler, MicroBatch
 
 
 class EpochLoader(ABC):

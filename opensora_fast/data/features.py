@@ -25,13 +25,13 @@ import numpy as np
 import torch
 
 from opensora_fast.data.batch import Batch, make_conditions
-from opensora_fast.data.bucket import Bucket
+from opensora_fast.data.buckets.bucket import Bucket
+from opensora_fast.data.buckets.plan import ClipSizes, EpochPlan, balance_plan, plan_epoch
+from opensora_fast.data.buckets.sampler import KEPT_PLANS, BucketSampler, MicroBatch
 from opensora_fast.data.epoch_loader import EpochLoader
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, FeatureWriter
 from opensora_fast.data.loader import ClipLoader
 from opensora_fast.data.manifest import Manifest
-from opensora_fast.data.plan import ClipSizes, EpochPlan, balance_plan, plan_epoch
-from opensora_fast.data.sampler import KEPT_PLANS, BucketSampler, MicroBatch
 from opensora_fast.encoders import TextEncoder, VideoEncoder
 from opensora_fast.progress import Progress
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from opensora_fast.data.bad_clips import BadClipLog
-from opensora_fast.data.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
-from opensora_fast.data.decoders import build_decoder
+from opensora_fast.data.decoding.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
+from opensora_fast.data.decoding.decoders import build_decoder
 from opensora_fast.data.demo_clips import CARTOON, STREET, Cut, find_source_videos, transcode
 from opensora_fast.progress import Progress
 

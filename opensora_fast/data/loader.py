@@ -11,11 +11,11 @@ import torch
 
 from opensora_fast.data.bad_clips import BadClipLog
 from opensora_fast.data.batch import Batch, make_conditions
-from opensora_fast.data.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
+from opensora_fast.data.buckets.sampler import BucketSampler, MicroBatch
+from opensora_fast.data.decoding.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
 from opensora_fast.data.epoch_loader import EpochLoader
 from opensora_fast.data.manifest import Manifest
 from opensora_fast.data.reporting import print_line
-from opensora_fast.data.sampler import BucketSampler, MicroBatch
 
 REPLACEMENTS = 20
 """How often a place in a micro-batch is filled anew before its bucket is given up."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from opensora_fast.data.clips import IMAGE_EXTENSIONS, ClipError, is_image_path
+from opensora_fast.data.decoding.clips import IMAGE_EXTENSIONS, ClipError, is_image_path
+from opensora_fast.data.decoding.picture_size import is_hidden
+from opensora_fast.data.decoding.pyav_decoder import count_processors, describe
+from opensora_fast.data.decoding.still_images import check_levels, upright_size
+from opensora_fast.data.decoding.video_index import check_file, codec_name, open_video, read_packets
+from opensora_fast.data.decoding.worker_threads import Overdue, WorkerThreads
 from opensora_fast.data.manifest import IMAGE_FPS, check_ending, write_table
-from opensora_fast.data.picture_size import is_hidden
-from opensora_fast.data.pyav_decoder import count_processors, describe
-from opensora_fast.data.still_images import check_levels, upright_size
-from opensora_fast.data.video_index import check_file, codec_name, open_video, read_packets
-from opensora_fast.data.worker_threads import Overdue, WorkerThreads
 from opensora_fast.progress import Progress
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from opensora_fast.data.clips import ClipError, is_image_path
+from opensora_fast.data.decoding.clips import ClipError, is_image_path
 from opensora_fast.data.manifest import BadRow, check_table, find_places, read_table, write_table
 from opensora_fast.data.probe import MediaInfo, map_files, probe_media
 from opensora_fast.progress import Progress

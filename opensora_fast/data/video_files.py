@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opensora_fast.data.clips import ClipError, ClipRequest, is_image_path
-from opensora_fast.data.pyav_decoder import decode_image, describe, iterate_frames
-from opensora_fast.data.resize import resize_frame
+from opensora_fast.data.decoding.clips import ClipError, ClipRequest, is_image_path
+from opensora_fast.data.decoding.pyav_decoder import decode_image, describe, iterate_frames
+from opensora_fast.data.decoding.resize import resize_frame
 
 PathLike = str | os.PathLike[str]
 

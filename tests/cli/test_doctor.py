@@ -12,7 +12,7 @@ import torch
 
 from opensora_fast import doctor
 from opensora_fast.cli import run
-from opensora_fast.data import dali_decoder
+from opensora_fast.data.decoding import dali_decoder
 
 
 @pytest.fixture

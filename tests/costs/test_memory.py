@@ -19,9 +19,9 @@ from opensora_fast.costs.operations import VideoBatch, largest_share
 from opensora_fast.diffusion import IDDPM
 from opensora_fast.parallel import sequence
 from opensora_fast.parallel.processes import Processes
-from opensora_fast.train import gradients
-from opensora_fast.train.ema import EMA
-from opensora_fast.train.optimizer import MasterAdamW
+from opensora_fast.train.optimizer import gradients
+from opensora_fast.train.optimizer.ema import EMA
+from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 
 XL = STDiT2Config.xl_2()
 XL_SIZE = ModelSize(767_500_000, 767_500_000, 27_000_000)

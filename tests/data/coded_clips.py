@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from opensora_fast.data.pyav_decoder import to_rgb
+from opensora_fast.data.decoding.pyav_decoder import to_rgb
 
 VP9 = {"deadline": "realtime", "cpu-used": "8"}
 

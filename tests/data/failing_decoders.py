@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from opensora_fast.data.clips import BadClip
-from opensora_fast.data.dali_decoder import DaliDecoder
+from opensora_fast.data.decoding.clips import BadClip
+from opensora_fast.data.decoding.dali_decoder import DaliDecoder
 
 
 class FailingDecoder:

@@ -5,11 +5,11 @@ import time
 import pandas as pd
 import torch
 
-from opensora_fast.data.bucket import Bucket
-from opensora_fast.data.clips import BadClip
+from opensora_fast.data.buckets.bucket import Bucket
+from opensora_fast.data.buckets.sampler import BucketSampler
+from opensora_fast.data.decoding.clips import BadClip
 from opensora_fast.data.loader import ClipLoader
 from opensora_fast.data.manifest import Manifest
-from opensora_fast.data.sampler import BucketSampler
 
 BUCKETS = Bucket({"144p": {1: (1.0, 2), 4: (1.0, 2), 8: (1.0, 2)}})
 INTERVAL = 2

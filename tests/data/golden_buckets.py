@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from opensora_fast.data.aspect import load_aspect_tables
+from opensora_fast.data.buckets.aspect import load_aspect_tables
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

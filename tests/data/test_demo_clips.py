@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from opensora_fast.data import demo_clips
-from opensora_fast.data.assignment import DROPPED, assign_buckets
-from opensora_fast.data.bucket import Bucket
+from opensora_fast.data.buckets.assignment import DROPPED, assign_buckets
+from opensora_fast.data.buckets.bucket import Bucket
+from opensora_fast.data.decoding.pyav_decoder import iterate_frames
 from opensora_fast.data.demo_clips import CARTOON, CUTS, STREET, find_source_videos, write_demo_clips
 from opensora_fast.data.manifest import Manifest
 from opensora_fast.data.probe import probe_folder, probe_media
-from opensora_fast.data.pyav_decoder import iterate_frames
 
 
 @pytest.fixture(scope="module")

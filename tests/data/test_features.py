@@ -9,12 +9,12 @@ import pytest
 import torch
 from fake_clips import FakeDecoder, make_manifest
 
-from opensora_fast.data.bucket import Bucket
+from opensora_fast.data.buckets.bucket import Bucket
+from opensora_fast.data.buckets.sampler import BucketSampler
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, FeatureWriter
 from opensora_fast.data.features import FeatureLoader, FeatureSampler, write_features
 from opensora_fast.data.loader import ClipLoader
 from opensora_fast.data.manifest import Manifest
-from opensora_fast.data.sampler import BucketSampler
 
 INTERVAL, SEED = 2, 3
 CONFIG = {"144p": {1: (0.6, 2), 4: (0.7, 3), 8: (0.5, 2)}}

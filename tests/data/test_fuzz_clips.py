@@ -9,14 +9,14 @@ import torch
 from coded_clips import write_clip
 
 from opensora_fast.data import fuzz_clips
-from opensora_fast.data.bucket import Bucket
-from opensora_fast.data.clips import BadClip
-from opensora_fast.data.dali_decoder import is_dali_installed
-from opensora_fast.data.decoders import build_decoder
+from opensora_fast.data.buckets.bucket import Bucket
+from opensora_fast.data.buckets.sampler import BucketSampler
+from opensora_fast.data.decoding.clips import BadClip
+from opensora_fast.data.decoding.dali_decoder import is_dali_installed
+from opensora_fast.data.decoding.decoders import build_decoder
 from opensora_fast.data.fuzz_clips import DALI_SOURCES, HOPELESS, KINDS, count_decodable_frames, damage, fuzz, main
 from opensora_fast.data.loader import ClipLoader
 from opensora_fast.data.manifest import Manifest
-from opensora_fast.data.sampler import BucketSampler
 
 COUNT = 60
 

@@ -14,10 +14,10 @@ from fake_clips import BUCKETS, INTERVAL, FakeDecoder, make_loader, make_manifes
 from PIL import Image
 
 from opensora_fast.data.bad_clips import read_bad_clips
-from opensora_fast.data.clips import choose_frames
+from opensora_fast.data.decoding.clips import choose_frames
+from opensora_fast.data.decoding.pyav_decoder import PyAVDecoder
+from opensora_fast.data.decoding.resize import resize_frame, resize_image
 from opensora_fast.data.manifest import Manifest
-from opensora_fast.data.pyav_decoder import PyAVDecoder
-from opensora_fast.data.resize import resize_frame, resize_image
 
 
 def test_batches_hold_what_the_model_is_told():

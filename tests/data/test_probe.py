@@ -8,7 +8,7 @@ import pytest
 from sample_media import write_image, write_video
 
 from opensora_fast.cli import run
-from opensora_fast.data.clips import ClipError
+from opensora_fast.data.decoding.clips import ClipError
 from opensora_fast.data.manifest import Manifest
 from opensora_fast.data.probe import find_media, map_files, probe_folder, probe_media, read_caption
 

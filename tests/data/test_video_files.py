@@ -9,7 +9,7 @@ import torch
 from coded_clips import draw_frames, read_all, write_clip
 from PIL import Image
 
-from opensora_fast.data.resize import resize_frame, resize_image
+from opensora_fast.data.decoding.resize import resize_frame, resize_image
 from opensora_fast.data.video_files import make_contact_sheet, read_reference, save_image, save_video, to_bytes
 
 

@@ -15,7 +15,7 @@ from opensora_fast.sampling import Sample
 from opensora_fast.sampling import run as sampling_run
 from opensora_fast.sampling.build import build_generator
 from opensora_fast.sampling.run import name_sample, run_sampling
-from opensora_fast.train.checkpoint import write_checkpoint
+from opensora_fast.train.checkpoints.checkpoint import write_checkpoint
 
 from .toys import color_clip
 

@@ -26,10 +26,12 @@ from run_again import RunAgain
 import opensora_fast.parallel.processes as processes_module
 from opensora_fast import cli
 from opensora_fast.encoders import build_text_encoder
-from opensora_fast.train import gradients, state, train
-from opensora_fast.train.gradients import MeanGradient
+from opensora_fast.train import train
+from opensora_fast.train.checkpoints import state
 from opensora_fast.train.loop import Trainer
-from opensora_fast.train.optimizer import MasterAdamW
+from opensora_fast.train.optimizer import gradients
+from opensora_fast.train.optimizer.gradients import MeanGradient
+from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 from opensora_fast.train.step_graph import StepGraphs
 
 

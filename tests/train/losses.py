@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from opensora_fast.train.metrics import read_metrics
+from opensora_fast.train.monitoring.metrics import read_metrics
 
 
 def read_losses(out: Path) -> list[tuple]:

@@ -8,7 +8,7 @@ import torch
 from opensora_fast.diffusion import MaskGenerator
 from opensora_fast.train.data import read_data
 from opensora_fast.train.loop import Trainer
-from opensora_fast.train.optimizer import BETAS, EPSILON
+from opensora_fast.train.optimizer.master_adamw import BETAS, EPSILON
 from opensora_fast.train.parts import build_diffusion, build_model, make_model_config
 from opensora_fast.train.sources import open_clips
 

@@ -10,13 +10,13 @@ from losses import read_losses
 from opensora_fast.config import load_train_config
 from opensora_fast.costs.hardware import DATASHEETS
 from opensora_fast.costs.operations import count_forward
-from opensora_fast.data.bucket import Bucket
-from opensora_fast.data.explain import count_tokens
-from opensora_fast.data.sampler import BucketSampler
+from opensora_fast.data.buckets.bucket import Bucket
+from opensora_fast.data.buckets.explain import count_tokens
+from opensora_fast.data.buckets.sampler import BucketSampler
 from opensora_fast.train.costs import SD_VAE_PARAMETERS, T5_XXL_PARAMETERS, RunCosts
 from opensora_fast.train.data import TrainingData
 from opensora_fast.train.locate_config import locate_config
-from opensora_fast.train.memory_check import count_buckets
+from opensora_fast.train.planning.memory_check import count_buckets
 
 PUBLISHED = ("stage1", "stage2", "stage3", "image", "video")
 

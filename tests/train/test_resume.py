@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from same_checkpoints import assert_same_weights
 
 from opensora_fast import cli
-from opensora_fast.train import state
+from opensora_fast.train.checkpoints import state
 from opensora_fast.train.loop import Trainer
 
 STEPS = 9  # an epoch has 6

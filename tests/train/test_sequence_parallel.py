@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from same_checkpoints import assert_same_weights
 
 from opensora_fast.data.bad_clips import read_bad_clips
-from opensora_fast.train.metrics import read_metrics
+from opensora_fast.train.monitoring.metrics import read_metrics
 
 STEPS = 4
 

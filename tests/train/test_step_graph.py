@@ -22,16 +22,16 @@ from toy_steps import EPOCH, MASKS, SHAPES, make_batch, make_model, make_trainer
 from opensora_fast.config import load_train_config
 from opensora_fast.costs.memory import VideoBatch
 from opensora_fast.cuda_graphs import CudaRecorder
-from opensora_fast.data.bucket import Bucket
+from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.diffusion import IDDPM, MaskGenerator, SpeeDiffusion
 from opensora_fast.kernels import calls
-from opensora_fast.train.checkpoint import list_checkpoints
+from opensora_fast.train.checkpoints.checkpoint import list_checkpoints
+from opensora_fast.train.checkpoints.state import resume
 from opensora_fast.train.costs import RunCosts
 from opensora_fast.train.host_values import HostValues
 from opensora_fast.train.locate_config import locate_config
 from opensora_fast.train.loop import NonFiniteError
 from opensora_fast.train.model_inputs import ModelInputs
-from opensora_fast.train.state import resume
 from opensora_fast.train.step import compute_losses, draw_inputs
 from opensora_fast.train.step_graph import MOST_SHAPES, StepGraphs
 

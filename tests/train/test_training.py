@@ -11,7 +11,7 @@ from losses import read_losses
 from safetensors.torch import load_file
 
 from opensora_fast.model import STDiT2
-from opensora_fast.train.metrics import read_metrics
+from opensora_fast.train.monitoring.metrics import read_metrics
 
 
 def test_a_run_writes_what_it_promises(train, tmp_path):
@@ -193,7 +193,7 @@ def test_init_from_a_run_takes_weights_and_encoder_but_not_the_position(train, t
 def test_a_folder_that_another_run_writes_into_is_refused(train, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    code = "import sys, pathlib; from opensora_fast.train.folder_lock import hold_folder\n"
+    code = "import sys, pathlib; from opensora_fast.train.checkpoints.folder_lock import hold_folder\n"
     code += f"with hold_folder(pathlib.Path({str(out)!r}), print): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"

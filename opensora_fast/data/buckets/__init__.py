@@ -1,0 +1,1 @@
+"""Which clips train together: the buckets of Open-Sora, the micro-batches of an epoch, and their order."""

@@ -1,0 +1,218 @@
+"""The order in which a run sees its clips: deterministic, a state of three numbers, any number of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from opensora_fast.data.buckets.bucket import Bucket, BucketId
+from opensora_fast.data.buckets.explain import Explanation, describe_no_batches, explain_plan
+from opensora_fast.data.buckets.plan import ClipSizes, EpochPlan, count_steps, plan_epoch
+
+# Plans kept: a loader that reads ahead may be in the next epoch while a clip of this one still needs a replacement.
+KEPT_PLANS = 2
+
+
+class Position(Protocol):
+    """Where in a run a batch stands; a `MicroBatch` and what a loader makes of it have both numbers."""
+
+    index: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Clips that go through the model at once: all of one bucket.
+
+    `rows` are those of the manifest. `index` is the number of the micro-batch in its epoch, all processes counted.
+    """
+
+    bucket: BucketId
+    rows: tuple[int, ...]
+    index: int
+    epoch: int
+
+
+class BucketSampler:
+    """Yields the micro-batches of one process.
+
+    The micro-batches of an epoch form one shuffled list that depends on table, buckets, costs, seed and epoch only. In
+    each step the processes take consecutive ones. So a run that stops and goes on with another number of processes
+    keeps the order of the list, and loses or repeats nothing.
+
+    One iteration is one epoch, from the place that `load_state_dict` set; `set_epoch` moves on. An epoch in which
+    every clip lost the draw of its keep probability (it takes a very small table) yields nothing.
+
+    Args:
+        clips: the table, a `Manifest`.
+        bucket: the buckets.
+        frame_interval: source frames for each frame that is kept.
+        seed: of the run; decides draws and order.
+        rank: number of this process.
+        world_size: number of processes.
+        shuffle: False keeps the order of the table within a bucket, and takes the buckets one after the other.
+        drop_last: True leaves out clips that do not fill a micro-batch, and micro-batches that do not fill a step.
+            False fills up with other clips of the bucket and with the first micro-batches of the epoch.
+        costs: [buckets] of a micro-batch of each bucket: the processes of a step are to have about the same to do, see
+            `plan_epoch`. None: the order is random.
+
+    Raises:
+        ValueError: there would be nothing to do for a process; the message has the counts per bucket and the fix.
+    """
+
+    def __init__(
+        self,
+        clips: ClipSizes,
+        bucket: Bucket,
+        *,
+        frame_interval: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        costs: np.ndarray | None = None,
+    ) -> None:
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..world_size-1, got rank {rank} and world_size {world_size}")
+        self.clips = clips
+        self.bucket = bucket
+        self.frame_interval = frame_interval
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.costs = costs
+        self.epoch = 0
+        self._start = 0
+        self._handed_out = 0
+        self._plans: dict[int, EpochPlan] = {}
+        if len(self) == 0:
+            raise ValueError(describe_no_batches(self.explain()))
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        self._handed_out = self._start
+        for micro_batch in self.iterate(self.epoch, self._start):
+            self._handed_out = micro_batch.index - self.rank + self.world_size
+            yield micro_batch
+
+    def __len__(self) -> int:
+        """Micro-batches of this process from the start of the next iteration to the end of the epoch."""
+        return self._count_steps(self.get_plan(self.epoch), self._start)
+
+    def iterate(self, epoch: int, consumed: int) -> Iterator[MicroBatch]:
+        """The micro-batches of this process in an epoch of which so many of all processes are used up. The position of
+        the sampler is neither used nor moved."""
+        plan = self.get_plan(epoch)
+        for step in range(self._count_steps(plan, consumed)):
+            yield self._get_micro_batch(plan, consumed + step * self.world_size + self.rank)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration be this epoch, from its start unless it is the current one."""
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self._start = self._handed_out = 0
+
+    def state_dict(self, after: Position | None = None) -> dict[str, int]:
+        """Where the run is: seed, epoch and the micro-batches of the epoch that are used up, all processes counted.
+
+        Args:
+            after: the last batch that was trained on. Needed when a loader reads ahead; without it, the state is that
+                after the last micro-batch that was handed out.
+        """
+        if after is None:
+            return {"seed": self.seed, "epoch": self.epoch, "consumed": self._handed_out}
+        return {"seed": self.seed, "epoch": after.epoch, "consumed": after.index - self.rank + self.world_size}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue from a state, made with any number of processes. ValueError if it belongs to another seed."""
+        if state["seed"] != self.seed:
+            raise ValueError(
+                f"the saved position belongs to seed {state['seed']}, this run has seed {self.seed}: the order of the "
+                "clips would differ; use the saved seed"
+            )
+        self.epoch = int(state["epoch"])
+        self._start = self._handed_out = int(state["consumed"])
+
+    def replacement(self, micro_batch: MicroBatch, row: int, attempt: int) -> int:
+        """Another row of the same bucket for one that cannot be used.
+
+        The same arguments give the same row on every replay. Rows outside the micro-batch come first, then its others.
+
+        Args:
+            micro_batch: as handed out.
+            row: the bad row in it.
+            attempt: 0, 1, ... as long as the replacements are bad, too.
+
+        Raises:
+            ValueError: the bucket has no further row.
+        """
+        plan = self.get_plan(micro_batch.epoch)
+        bucket_index = int(plan.assigned[row])
+        first, count = int(plan.first[bucket_index]), int(plan.clips[bucket_index])
+        members = plan.rows[first : first + count]
+        # A start that depends on the row, so that two bad rows of a micro-batch hardly ever get the same one.
+        start = int(np.random.SeedSequence([self.seed, micro_batch.epoch, row]).generate_state(1)[0]) % count
+        inside = dict.fromkeys(other for other in micro_batch.rows if other != row)
+        for offset in range(count):
+            candidate = int(members[(start + offset) % count])
+            if candidate != row and candidate not in inside:
+                if attempt == 0:
+                    return candidate
+                attempt -= 1
+        if attempt < len(inside):
+            return list(inside)[attempt]
+        name = ", ".join(map(str, plan.bucket.ids[bucket_index]))
+        raise ValueError(f"bucket {name} has no further clip in place of row {row}; it has {count} in all")
+
+    def substitutes(self, micro_batch: MicroBatch) -> Iterator[MicroBatch]:
+        """Micro-batches that may stand in for one whose bucket has no usable clip: one of each other bucket, those that
+        come next in the epoch first. They have its number, for they take its place in the run."""
+        plan = self.get_plan(micro_batch.epoch)
+        place = micro_batch.index % len(plan)
+        _, first = np.unique(np.roll(plan.bucket_of, -place), return_index=True)
+        for offset in np.sort(first).tolist():
+            other = self._get_micro_batch(plan, place + offset)
+            if other.bucket != micro_batch.bucket:
+                yield dataclasses.replace(other, index=micro_batch.index)
+
+    def explain(self) -> Explanation:
+        """The current epoch: batches, tokens, what is left out."""
+        return explain_plan(
+            self.get_plan(self.epoch),
+            self.clips,
+            frame_interval=self.frame_interval,
+            world_size=self.world_size,
+            drop_last=self.drop_last,
+        )
+
+    def get_plan(self, epoch: int) -> EpochPlan:
+        """All micro-batches of an epoch."""
+        if epoch not in self._plans:
+            self._plans[epoch] = plan_epoch(
+                self.clips,
+                self.bucket,
+                frame_interval=self.frame_interval,
+                seed=self.seed,
+                epoch=epoch,
+                shuffle=self.shuffle,
+                drop_last=self.drop_last,
+                costs=self.costs,
+            )
+            while len(self._plans) > KEPT_PLANS:
+                del self._plans[next(iter(self._plans))]
+        return self._plans[epoch]
+
+    def _count_steps(self, plan: EpochPlan, consumed: int) -> int:
+        return count_steps(max(0, len(plan) - consumed), self.world_size, self.drop_last)
+
+    def _get_micro_batch(self, plan: EpochPlan, index: int) -> MicroBatch:
+        # Numbers past the end, with which the last step is filled up, stand for the first micro-batches.
+        listed = index % len(plan)
+        bucket_id = self.bucket.ids[plan.bucket_of[listed]]
+        return MicroBatch(bucket=bucket_id, rows=plan.get_rows(listed), index=index, epoch=plan.epoch)

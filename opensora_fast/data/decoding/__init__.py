@@ -1,0 +1,1 @@
+"""From a file to the frames that are asked of it: decoders behind one interface."""

@@ -1,0 +1,130 @@
+"""Which decoder serves which file: chosen once, openly, and told to the user."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import av
+import torch
+
+from opensora_fast.data.decoding.clips import BadClip, ClipError, ClipRequest, Decoder
+from opensora_fast.data.decoding.dali_decoder import CODECS, DaliDecoder, find_obstacle
+from opensora_fast.data.decoding.isolated_decoder import IsolatedDecoder
+from opensora_fast.data.decoding.pyav_decoder import TIME_LIMIT, PyAVDecoder, count_processors
+from opensora_fast.data.decoding.video_index import codec_name, open_video
+from opensora_fast.data.reporting import print_line
+
+DECODERS = ("auto", "pyav", "dali")
+ISOLATION_FACTOR = 4.0
+"""The process around a decoder waits longer than the decoder itself, which knows more about what is slow."""
+
+
+def build_decoder(
+    name: str = "auto",
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    time_limit: float = TIME_LIMIT,
+    isolate: bool | None = None,
+    report: Callable[[str], None] = print_line,
+) -> Decoder:
+    """Make a decoder.
+
+    | name   | device "cuda"                                        | device "cpu"                     |
+    |--------|------------------------------------------------------|----------------------------------|
+    | "auto" | DALI on the GPU for its codecs, PyAV for the others; PyAV for all where DALI cannot | PyAV for all |
+    | "dali" | DALI on the GPU; other codecs are bad clips          | DALI for VP8, VP9, MJPEG; others are bad clips |
+    | "pyav" | PyAV                                                 | PyAV                             |
+
+    On the CPU, "auto" leaves DALI out: it gives the same frames more slowly (`benchmarks/test_decode.py`).
+
+    Args:
+        name: see above.
+        device: "cpu" or "cuda", where DALI decodes and, for DALI on the GPU, where clips are.
+        threads: of the CPU; by default one for each processor that may be used.
+        time_limit: seconds for one clip.
+        isolate: decode in a process of its own, so that a crash of a library costs one clip. By default only DALI on
+            the CPU does. Not possible on the GPU, whose clips stay there.
+        report: told in a sentence who decodes what.
+
+    Raises:
+        ValueError: unknown name or device, or DALI is asked for and missing.
+    """
+    if name not in DECODERS:
+        raise ValueError(f"decoder must be one of {', '.join(DECODERS)}; got {name!r}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
+    on_gpu = device == "cuda" and name != "pyav"
+    if isolate and on_gpu:
+        raise ValueError("isolate=True is not possible with DALI on the GPU: the clips cannot leave its process there")
+    threads = count_processors() if threads is None else threads
+    make_pyav = functools.partial(PyAVDecoder, threads=threads, time_limit=time_limit)
+    limit = ISOLATION_FACTOR * time_limit
+    if name == "dali":
+        dali_device = "gpu" if on_gpu else "cpu"
+        report(f"decoder: DALI on the {dali_device.upper()} for {', '.join(CODECS[dali_device])}; others are bad clips")
+        make_dali = functools.partial(DaliDecoder, dali_device, threads=threads, time_limit=time_limit)
+        if not on_gpu and isolate is not False:
+            if find_obstacle("cpu"):
+                make_dali()  # raises
+            return IsolatedDecoder(make_dali, limit, threads)
+        return make_dali()
+    obstacle = find_obstacle("gpu") if on_gpu else ""
+    if on_gpu and not obstacle:
+        report(f"decoder: DALI on the GPU for {', '.join(CODECS['gpu'])}; PyAV for other codecs and images")
+        return RoutedDecoder(DaliDecoder("gpu", threads=threads, time_limit=time_limit), make_pyav(), report)
+    report(f"decoder: PyAV for all codecs{f' ({obstacle})' if obstacle else ''}")
+    return IsolatedDecoder(make_pyav, limit, threads) if isolate else make_pyav()
+
+
+class RoutedDecoder:
+    """DALI for the codecs it decodes, PyAV for the rest and for images. Both give the same frames.
+
+    Args:
+        dali: for the codecs in its `codecs`.
+        pyav: for everything else, files that cannot be opened included.
+        report: told, once for each codec that occurs, who decodes it.
+
+    Attributes:
+        served: clips by (codec, decoder), counted.
+    """
+
+    def __init__(self, dali: DaliDecoder, pyav: PyAVDecoder, report: Callable[[str], None] = print_line) -> None:
+        self.threads = max(dali.threads, pyav.threads)
+        self.dali = dali
+        self.pyav = pyav
+        self.served: dict[tuple[str, str], int] = {}
+        self._report = report
+        self._find_codec = functools.lru_cache(maxsize=1 << 20)(find_codec)
+
+    def decode(self, requests: Sequence[ClipRequest]) -> list[torch.Tensor | BadClip]:
+        """See `clips.Decoder`; all clips are on DALI's device."""
+        codecs = ["image" if request.is_image else self._find_codec(request.path) for request in requests]
+        chosen = ["DALI" if codec in self.dali.codecs else "PyAV" for codec in codecs]
+        for pair in zip(codecs, chosen, strict=True):
+            if pair not in self.served:
+                self._report(f"decoder: {pair[1]} decodes {pair[0]}")
+            self.served[pair] = self.served.get(pair, 0) + 1
+        results: list[torch.Tensor | BadClip] = [None] * len(requests)
+        for name, decoder in (("DALI", self.dali), ("PyAV", self.pyav)):
+            places = [place for place, choice in enumerate(chosen) if choice == name]
+            decoded = decoder.decode([requests[place] for place in places])
+            for place, result in zip(places, decoded, strict=True):
+                if self.dali.device == "gpu" and isinstance(result, torch.Tensor):
+                    result = result.to(torch.device("cuda", self.dali.device_id))
+                results[place] = result
+        return results
+
+    def close(self) -> None:
+        self.dali.close()
+        self.pyav.close()
+
+
+def find_codec(path: str) -> str:
+    """Name of the video codec of a file, such as "h264"; "unreadable" if it cannot be opened."""
+    try:
+        with open_video(path) as (_, stream):
+            return codec_name(stream)
+    except (ClipError, av.FFmpegError, OSError, ValueError):
+        return "unreadable"

@@ -1,0 +1,136 @@
+"""Where a run begins: afresh, with other weights, or with a checkpoint to continue."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from opensora_fast.config import TrainConfig, list_values, load_train_config
+from opensora_fast.model import STDiT2
+from opensora_fast.model.pixart import initialize_from
+from opensora_fast.model.weights import load_strictly
+from opensora_fast.parallel.processes import Processes
+from opensora_fast.train.checkpoints.checkpoint import (
+    COMPLETE,
+    find_newest,
+    list_checkpoints,
+    locate_checkpoint,
+    set_aside_newer,
+)
+from opensora_fast.train.monitoring.metrics import METRICS
+
+CHECKPOINT_CONFIG = "train_config.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: with a checkpoint to continue, or with other weights (and optimizer state), or afresh."""
+
+    resume: Path | None = None
+    state: Path | None = None
+    weights: str | None = None
+
+
+def agree_on_start(
+    processes: Processes,
+    config: TrainConfig,
+    out: Path,
+    resume: str | None,
+    init_from: str | None,
+    report: Callable[[str], None],
+) -> Start:
+    """The same decision on every process: rank 0 makes it, see `choose_start`."""
+    chosen = None
+    if processes.rank == 0:
+        start = choose_start(config, out, resume, init_from, report)
+        chosen = {"resume": start.resume and str(start.resume), "state": start.state and str(start.state)}
+        chosen["weights"] = start.weights
+    chosen = processes.gather(chosen)[0]
+    resume_from, state, weights = chosen["resume"], chosen["state"], chosen["weights"]
+    return Start(resume_from and Path(resume_from), state and Path(state), weights)
+
+
+def choose_start(
+    config: TrainConfig, out: Path, resume: str | None, init_from: str | None, report: Callable[[str], None]
+) -> Start:
+    """Decide where a run begins, and refuse to write over another one.
+
+    Raises:
+        ValueError: `out` holds a run that is not to be continued, or options contradict each other.
+    """
+    checkpoints = out / "checkpoints"
+    if resume is not None and resume != "auto":
+        if init_from is not None:
+            raise ValueError("--resume PATH continues a run, --init-from starts a new one: give one of them")
+        checkpoint = locate_checkpoint(Path(resume), report)
+        later = [path for path in list_checkpoints(checkpoints) if path.name > checkpoint.name]
+        if later:
+            raise ValueError(
+                f"{out} holds later checkpoints than {checkpoint} ({later[0].name}); remove them, or give another --out"
+            )
+        return Start(resume=checkpoint)
+    if resume == "auto":
+        newest = find_newest(checkpoints, report)
+        if newest is not None:
+            for folder in set_aside_newer(newest):
+                report(f"note: the damaged checkpoint is now called {folder}")
+            return Start(resume=newest)
+        if list_checkpoints(checkpoints):
+            raise ValueError(f"{checkpoints} holds no checkpoint that is whole; remove them to start anew")
+    elif (out / METRICS).exists() or list_checkpoints(checkpoints):
+        raise ValueError(f"{out} holds a run already: add --resume auto to continue it, or give another --out")
+    if config.load is not None and init_from is None:
+        checkpoint = locate_checkpoint(Path(config.load), report)
+        return Start(state=checkpoint) if config.start_from_scratch else Start(resume=checkpoint)
+    return Start(weights=resolve_weights(init_from or config.model.from_pretrained, report))
+
+
+def resolve_weights(source: str | None, report: Callable[[str], None]) -> str | None:
+    """The checkpoint where `source` is a run or checkpoint of this trainer, else `source` as it is."""
+    checkpoint = find_checkpoint(source, report)
+    return source if checkpoint is None else str(checkpoint)
+
+
+def find_checkpoint(source: str | None, report: Callable[[str], None]) -> Path | None:
+    """The checkpoint that is meant where `source` is a run or checkpoint of this trainer, else None."""
+    path = Path(source) if source is not None else None
+    if path is not None and ((path / "checkpoints").is_dir() or (path / COMPLETE).is_file()):
+        return locate_checkpoint(path, report)
+    return None
+
+
+def load_initial_weights(model: STDiT2, source: str, report: Callable[[str], None]) -> None:
+    """Start from other weights, and report what was and was not loaded.
+
+    Those of a checkpoint of this trainer (not averaged; give its `ema` folder for the average) must fit entirely.
+    Others, such as PixArt-alpha's, may lack parts; see `initialize_from`.
+    """
+    if not (Path(source) / COMPLETE).is_file():
+        initialize_from(model, source, report)
+        return
+    state = load_file(Path(source) / "model" / "model.safetensors")
+    load_strictly(model, state, source)
+    report(f"weights: all {len(state)} tensors of {source}")
+
+
+def report_changes(checkpoint: Path, config: TrainConfig, processes: Processes, report: Callable[[str], None]) -> None:
+    """Say which values, and whether the number of processes, differ from those that the checkpoint was trained with."""
+    before = load_train_config(checkpoint / CHECKPOINT_CONFIG).config
+    world_size = json.loads((checkpoint / "state.json").read_text())["world_size"]
+    if processes.world_size != world_size:
+        report(
+            f"note: the number of processes is now {processes.world_size}, the checkpoint was trained with {world_size}"
+        )
+    if processes.replicas != world_size // before.sp_size:
+        report(
+            f"note: a step takes {processes.replicas} micro-batches in place of {world_size // before.sp_size}: their "
+            "order goes on, and for each of them random numbers are drawn"
+        )
+    values_before = dict(list_values(before))
+    for key, value in list_values(config):
+        if key not in values_before or key in ("steps", "load", "dataset.data_path", "features"):
+            continue
+        if value != values_before[key]:
+            report(f"note: {key} is now {value!r}, the checkpoint was trained with {values_before[key]!r}")
