@@ -69,7 +69,7 @@ def launch_backward(
     classes = shape_classes(qkv, runs)
     prepared = None
     if q_weight is not None and any(is_prepared(name) for name, _ in classes):
-        prepared = launch_preparation(qkv, statistics, eps)
+        prepared = launch_preparation(qkv, None, eps)
 
     def norm_of(shape_class: str) -> int:
         norm = NO_NORM if q_weight is None else NORM_DONE if is_prepared(shape_class) else NORM_LOADED

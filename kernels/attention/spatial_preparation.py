@@ -1,6 +1,7 @@
 """Triton kernel that prepares keys and values for spatial attention in frames too long to norm keys on their way.
 
-    prepared keys = k · r_k, rounded to the input's dtype; r_k is the reciprocal RMS, which statistics[2] receives
+    prepared keys = k · r_k, rounded to the input's dtype; r_k is the reciprocal RMS, which the forward pass keeps in
+    statistics[2]
 
 Where `loops.is_folded`, keys and values are copied as padded rows with factors beside each head: all keys,
 then all values, each as `tiles.padded_rows` finds them. Otherwise keys alone are prepared, [N, H, D].
@@ -69,7 +70,7 @@ def place_of_keys_and_values(
 def _prepare(
     qkv,  # [N, 3, H, D]
     prepared,  # out, as `launch_preparation` says
-    statistics,  # float32 [3, H, N] out: the last of the three
+    statistics,  # float32 [3, H, N] out: the last of the three; or None
     num_tokens,
     eps,
     HEADS: tl.constexpr,
@@ -87,7 +88,8 @@ def _prepare(
     keys = qkv + token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
     k = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
     factors = reciprocal_rms(k, eps, HEAD_SIZE)
-    tl.store(statistics + (2 * HEADS + head) * num_tokens + token + rows, factors, mask=inside)
+    if statistics is not None:
+        tl.store(statistics + (2 * HEADS + head) * num_tokens + token + rows, factors, mask=inside)
     normed = scale_rows(to_float32(k), factors)
     if FOLDED:
         normed = append_factors(normed, HEAD_SIZE)
@@ -101,8 +103,8 @@ def _prepare(
         store_head(place, normed, rows, inside, OUTPUT_STRIDE, HEAD_SIZE)
 
 
-def launch_preparation(qkv: Tensor, statistics: Tensor, eps: float) -> Tensor:
-    """Fills statistics[2] (float32 [3, H, N]) and returns what is prepared, in the dtype of qkv [N, 3, H, D].
+def launch_preparation(qkv: Tensor, statistics: Tensor | None, eps: float) -> Tensor:
+    """Returns what is prepared, in the dtype of qkv [N, 3, H, D]; fills statistics[2] (float32 [3, H, N]), if given.
 
     Where `is_folded` that is [2, N · H · row_width], the padded rows of keys and of values, else the keys [N, H, D].
     """
@@ -139,11 +141,13 @@ def compile_cases(arch: str) -> list[CompileCase]:
             kernel=_prepare,
             signature=dict.fromkeys(("qkv", "prepared"), f"*{dtype}")
             | {"statistics": "*fp32", "num_tokens": "i32", "eps": "fp32"},
-            constants={"HEADS": 16, "HEAD_SIZE": 72},
+            constants={"HEADS": 16, "HEAD_SIZE": 72} | ({"statistics": None} if note else {}),
             configuration=configuration,
             dtype=dtype,
             unit="element",
             work=configuration["ROWS"] * 72,
+            note=note,
         )
+        for note in ("", "backward")
         for dtype in ("bf16", "fp16", "fp32")
     ]

@@ -128,6 +128,22 @@ def frame_class(request, monkeypatch) -> str:
     return request.param
 
 
+def test_backward_writes_nothing_into_what_forward_saved(monkeypatch, device) -> None:
+    """As it is registered to. In a pack of frames of several classes, of which forward finds a number in two ways."""
+    for name, longest in (("SMALL", 16), ("MEDIUM", 40)):
+        monkeypatch.setattr(f"opensora_fast.kernels.attention.spatial_forward.LONGEST_{name}_FRAME", longest)
+    inputs = make_inputs([(2, 3, 5), (1, 5, 7), (1, 6, 9)], torch.float32, device, heads=2)
+    qkv, q_weight, k_weight = (inputs[name].detach() for name in ("qkv", "q_weight", "k_weight"))
+    runs = [2, 15, 1, 35, 1, 54]
+    output, statistics = torch.ops.opensora_fast.spatial_attention(qkv, q_weight, k_weight, None, runs, 1e-6)
+    saved = statistics * 1.001  # nothing that is found again would be equal
+    given = saved.clone()
+    torch.ops.opensora_fast.spatial_attention_backward(
+        torch.ones_like(output), qkv, q_weight, k_weight, None, output, given, runs, 1e-6
+    )
+    assert torch.equal(given, saved)
+
+
 @pytest.mark.parametrize("head_size", [72, 8, 64], ids=lambda size: f"head {size}")
 def test_both_classes_of_frames(frame_class, head_size, dtype, device, compare) -> None:
     """A head of 64 columns has no padding for a number; one of 8 leaves all of the second tile to it."""
