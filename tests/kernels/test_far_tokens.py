@@ -1,7 +1,10 @@
 """Tensors of more than 2^31 elements: the programs at their far end find their rows, as those of a small pack do.
 
-The memory is reserved and never touched but at that end, where alone programs run. Triton's numbers have 32 bits unless
-told otherwise; while these tests run, a sum or product of some that overflows is an error, whether it is used or not.
+The memory is reserved and never touched but at that end, where alone programs run: under a gigabyte in all. Where
+addresses themselves are scarce (`ulimit -v`, or vm.overcommit_memory=2), what cannot be reserved is skipped.
+
+Triton's numbers have 32 bits unless told otherwise; while these tests run, a sum or product of some that overflows is
+an error, whether it is used or not.
 """
 
 import importlib
@@ -43,7 +46,10 @@ MAP_NORESERVE = 0x4000  # Linux; of the module mmap from Python 3.11 on
 def reserve(*shape: int, dtype: torch.dtype) -> Tensor:
     """Zeros that take memory only where something is written."""
     size = max(prod(shape), 1) * dtype.itemsize
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    except OSError as error:
+        pytest.skip(f"this machine does not let {size / 2**30:.1f} GiB of addresses be reserved: {error}")
     return torch.frombuffer(memory, dtype=dtype)[: prod(shape)].view(shape)
 
 
