@@ -49,7 +49,7 @@ class ReplayedModel:
 
     Raises:
         ValueError: the model is not on a GPU, and `record` is not given; of calls, also: the model is in training mode
-            or not on the current GPU, it or a block has a hook, or autocast is on.
+            or not on the current GPU, it or a module inside has a hook, or autocast is on.
     """
 
     def __init__(self, model: STDiT2, tokens: int, record: Recorder | None = None) -> None:
@@ -90,10 +90,24 @@ class ReplayedModel:
         return self._graph.recording.outputs["output"].clone()
 
     def _make_key(self, inputs: Tensors) -> Hashable:
-        """Equal where a replay computes what the model would: shapes, and where and how its weights are read."""
+        """Equal where a replay computes what the model would: shapes, and where and how its weights are read.
+
+        Raises:
+            ValueError: a module has a hook.
+        """
         shapes = tuple((name, value.dtype, value.shape) for name, value in sorted(inputs.items()))
-        read = (*self.model.parameters(), *self.model.buffers())
-        return shapes, tuple((tensor.data_ptr(), tensor.dtype) for tensor in read), self.model.backends
+        read = []
+        # One walk for hooks and tensors: `parameters()` and `buffers()` would be two more, in every call.
+        for module in self.model.modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise ValueError(
+                    f"{type(module).__name__} has a hook, and a replayed CUDA graph calls none: remove it, or use "
+                    "cuda_graph_tokens=0"
+                )
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    read.append((tensor.data_ptr(), tensor.dtype))
+        return shapes, tuple(read), self.model.backends
 
     def _refuse_unlike(self) -> None:
         """ValueError where a graph would not compute what the model does."""
@@ -108,12 +122,6 @@ class ReplayedModel:
                 )
         if self.model.training:
             raise ValueError("the model is in training mode, and a CUDA graph drops no captions: call its eval() first")
-        for module in (self.model, *self.model.blocks):
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise ValueError(
-                    f"{type(module).__name__} has a hook, and a replayed CUDA graph calls none: remove it, or use "
-                    "cuda_graph_tokens=0"
-                )
         if torch.is_autocast_enabled(device.type):
             raise ValueError(
                 "torch.autocast is on: a CUDA graph would go on to read the weights that it has cast, when they are "

@@ -143,7 +143,7 @@ def test_calls_that_a_graph_would_compute_otherwise_are_refused(model):
     replayed(**make_arguments(model))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="torch.autocast is on: .* cast itself"):
         replayed(**make_arguments(model))
-    for module in (model, model.blocks[1]):
+    for module in (model, model.blocks[1], model.blocks[1].attn.qkv, model.t_embedder):
         hook = module.register_forward_hook(lambda *_: None)
         with pytest.raises(ValueError, match=f"{type(module).__name__} has a hook, and a replayed CUDA graph calls no"):
             replayed(**make_arguments(model))
