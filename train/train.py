@@ -35,7 +35,7 @@ from opensora_fast.train.data import read_data
 from opensora_fast.train.encoders import adopt_fitted, copy_fitted
 from opensora_fast.train.followers import find_batches
 from opensora_fast.train.loop import Limits, Trainer
-from opensora_fast.train.monitoring.out_of_memory import memory_history, refuse_history_without_gpu
+from opensora_fast.train.monitoring.out_of_memory import keep_memory_history, refuse_history_without_gpu
 from opensora_fast.train.monitoring.trace import StepTrace, refuse_trace_after_end
 from opensora_fast.train.monitoring.trackers import check_trackers, open_trackers
 from opensora_fast.train.optimizer.ema import EMA
@@ -116,7 +116,7 @@ def _train(
     backend: str,
     linear: str,
     trace_steps: tuple[int, int] | None,
-    history: bool,
+    memory_history: bool,
     report: Callable[[str], None],
 ) -> int | None:
     config = loaded.config
@@ -124,7 +124,7 @@ def _train(
     check_parts(config, backend, linear)
     check_trackers(config)
     refuse_trace_after_end(trace_steps, config.steps)
-    refuse_history_without_gpu(history, processes.device.type)
+    refuse_history_without_gpu(memory_history, processes.device.type)
     if linear == "quack":
         check_quack(processes.device, DTYPES[config.dtype])
     for note in loaded.notes:
@@ -154,7 +154,7 @@ def _train(
 
     open_source = open_clips if config.features is None else open_features
     sequence = processes.sequence
-    with cpu_threads(choose_cpu_threads(config, processes)), memory_history(history), ExitStack() as stack:
+    with cpu_threads(choose_cpu_threads(config, processes)), keep_memory_history(memory_history), ExitStack() as stack:
         source: Source | None = None
         # Rank 0 fits, downloads and writes features; the others find them.
         with processes.first():
@@ -194,7 +194,7 @@ def _train(
             data_fingerprint=facts.fingerprint,
             graphs=make_graphs(config, model, diffusion),
             trace=None if trace_steps is None else StepTrace(trace_steps, out, processes, tell),
-            memory_history=history,
+            memory_history=memory_history,
         )
         if start.resume is not None:
             resume_state(trainer, start.resume)

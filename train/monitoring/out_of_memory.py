@@ -14,7 +14,7 @@ HISTORY_ENTRIES = 100_000
 
 
 @contextmanager
-def memory_history(wanted: bool) -> Iterator[None]:
+def keep_memory_history(wanted: bool) -> Iterator[None]:
     """Have torch keep, during the block, where in the code memory was asked for and released: `write_memory` writes
     it. On a GPU only, see `refuse_history_without_gpu`."""
     if not wanted:
@@ -56,7 +56,7 @@ def write_memory(happened: str, folder: Path, processes: Processes, history: boo
         happened: stands at the head of the text.
         folder: output folder of the run.
         processes: of the run; each of several writes files of its own, with its rank in their names.
-        history: whether `memory_history` is on.
+        history: whether `keep_memory_history` is on.
     """
     name = "out_of_memory" if processes.world_size == 1 else f"out_of_memory-rank-{processes.rank}"
     text, pickle = folder / f"{name}.txt", folder / f"{name}.pickle"

@@ -8,7 +8,7 @@ import torch
 from losses import read_losses
 
 from opensora_fast.train.loop import Trainer
-from opensora_fast.train.monitoring.out_of_memory import memory_history, write_memory
+from opensora_fast.train.monitoring.out_of_memory import keep_memory_history, write_memory
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def test_files_that_cannot_be_written_are_told(tmp_path, calls):
 
 
 def test_the_history_is_kept_during_the_block_only(calls):
-    with memory_history(False):
+    with keep_memory_history(False):
         assert not calls
-    with pytest.raises(ValueError), memory_history(True):
+    with pytest.raises(ValueError), keep_memory_history(True):
         assert len(calls) == 1 and calls[0]["max_entries"] == 100_000
         raise ValueError
     assert calls[1:] == [{"enabled": None}]
@@ -80,7 +80,7 @@ def test_a_history_of_the_memory_of_a_cpu_is_refused(train, tmp_path):
 
 @pytest.mark.gpu
 def test_a_real_snapshot_says_where_memory_was_asked_for(tmp_path):
-    with memory_history(True):
+    with keep_memory_history(True):
         held = torch.empty(1 << 20, device="cuda")
         try:
             torch.empty(1 << 50, device="cuda")
