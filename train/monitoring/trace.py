@@ -1,5 +1,6 @@
 """A trace of some training steps, for Perfetto: what the host did and when, and what the GPU."""
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -83,6 +84,8 @@ class StepTrace:
             ended.export_chrome_trace(str(part))
             os.replace(part, path)
         except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):
+                part.unlink()  # else what was written of it would go on to fill a full disk
             self._report(f"warning: the trace {path} could not be written: {error}")
             return
         if self.processes.rank == 0:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from losses import read_losses
 from opensora_fast.train.loop import Trainer
 from opensora_fast.train.monitoring import ranges
 from opensora_fast.train.monitoring.ranges import named_range
-from opensora_fast.train.monitoring.trace import parse_trace_steps
+from opensora_fast.train.monitoring.trace import StepTrace, parse_trace_steps
 
 PARTS = ["wait for batch", "inputs", "forward", "backward", "wait for losses", "optimizer"]
 
@@ -104,6 +105,16 @@ def test_a_trace_that_cannot_be_written_stops_nothing(train, tmp_path, whole):
     code, _, error = train(out, "--steps", 5, "--trace-steps", "2")
     assert code == 0 and "steps-2.json.gz could not be written: " in error
     assert read_losses(out) == read_losses(whole)
+
+
+def test_nothing_is_left_of_a_trace_that_could_not_be_written_whole(tmp_path):
+    told, one = [], SimpleNamespace(world_size=1, rank=0, device=torch.device("cpu"))
+    in_its_way = tmp_path / "traces" / "steps-1.json.gz"
+    in_its_way.mkdir(parents=True)
+    with StepTrace((1, 1), tmp_path, one, told.append) as trace:
+        trace.reach(1)
+    assert list((tmp_path / "traces").iterdir()) == [in_its_way]
+    assert len(told) == 1 and told[0].startswith(f"warning: the trace {in_its_way} could not be written: ")
 
 
 def test_each_process_writes_its_trace_and_the_first_alone_the_events(train_together, tmp_path):
