@@ -88,11 +88,10 @@ def _choose_time(
 
     dtype = {2: "bfloat16", 4: "float32"}[costs.element]
     model, memory = costs.model, costs.get_memory_model(world_size=1)
-    gpu, gpu_note = (find_gpu(gpu_name), "") if gpu_name is not None else _choose_gpu()
+    given = find_gpu(gpu_name) if gpu_name is not None else None
     if folder is not None:
         measured = read_step_rows(folder, model, dtype)
-        if gpu_name is None:
-            gpu = measured.gpu
+        gpu = given or measured.gpu
         if not gpu.is_like(measured.gpu):
             raise ValueError(
                 f"--rows {folder} are of {measured.gpu.name}, --gpu is {gpu.name}: give rows of {gpu.name}, or "
@@ -103,6 +102,7 @@ def _choose_time(
             raise ValueError(f"--rows {_describe_too_few(measured, costs)}; {hint}")
         time = fit_step_time(gpu, measured.list_steps(model, costs.element), measured.gpu.name)
         return time, measured.compare_memory(memory), "", []
+    gpu, gpu_note = (given, "") if given else _choose_gpu()
     committed = find_committed_rows(gpu)
     if committed is None:
         return StepTime(gpu), [], gpu_note, []
