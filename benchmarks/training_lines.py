@@ -21,6 +21,7 @@ from .shapes import VIDEO_SIZES, fill
 from .suites.scale import FILL_TOKENS, scale_of
 
 FRAMES = 16
+WORKLOADS = {f"{resolution}×{FRAMES}" for resolution in VIDEO_SIZES}
 GOALS_FOR, PUBLISHED_ON = "H200", "H800"
 # Open-Sora's own code first, then this project's writing of it.
 AS_SHIPPED, WITH_FLASH = ("open-sora", "upstream"), ("open-sora-flash", "upstream-flash")
@@ -95,7 +96,7 @@ def _steps(folders: Sequence[Results], gpu: str) -> list[Row]:
         for results in folders
         if results.datasheet is DATASHEETS[gpu]
         for row in results.select("step", "")
-        if row.status == "ok" and is_ours(row) and row.workload in {f"{name}×{FRAMES}" for name in VIDEO_SIZES}
+        if row.status == "ok" and is_ours(row) and row.workload in WORKLOADS
     ]
 
 

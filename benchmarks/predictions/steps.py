@@ -74,9 +74,8 @@ def project_rows(machine: Machine) -> dict[str, tuple[float, float]]:
         workload = f"{resolution}×16"
         works = [work for work in results.works("step", "") if work.first.workload == workload]
         rows = [row for work in works if (row := work.of("ours"))]
-        projected = (
-            results.project_step(max(rows, key=lambda row: row.tokens), DATASHEETS[machine.name]) if rows else None
-        )
+        largest = max(rows, key=lambda row: row.tokens, default=None)
+        projected = results.project_step(largest, DATASHEETS[machine.name]) if largest else None
         if projected:
             found[workload] = projected
     return found

@@ -143,9 +143,8 @@ def sampling_output(bound: Bound, work: ModelWork) -> tuple[Named, float]:
     if work.model.training and work.model.y_embedder.dropout_probability > 0:
         conditions["dropped"] = work.model.y_embedder.draw_dropped(len(work.latents))  # as the others draw them
     model = bound.make_model()
-    model(
-        torch.zeros_like(work.latents), work.timestep, **conditions
-    )  # results of anything but a replay would be wrong
+    # On other latents: results of anything but a replay would be wrong.
+    model(torch.zeros_like(work.latents), work.timestep, **conditions)
     return {OUTPUT: [model(work.latents, work.timestep, **conditions)]}, 0.0
 
 

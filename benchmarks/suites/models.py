@@ -38,10 +38,8 @@ MIXED_VALUE = 540.0  # packs of mixed shapes, and the uniform ones that they are
 STAGES = ("stage1", "stage2", "stage3")
 SAMPLED_VIDEOS = 2
 Results = Callable[[Any, Any], tuple[Mapping[str, Any], float]]
-RESULTS: tuple[Results, Results] = (
-    model_results,
-    model_output,
-)  # of a training step; of all its tokens the output alone
+# Of a training step; of all its tokens the output alone.
+RESULTS: tuple[Results, Results] = (model_results, model_output)
 SMALL_SAMPLING = ("upstream-flash", "eager", "compile", "ours", "ours-graph")
 
 
