@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from opensora_fast.data.batch import Batch
@@ -36,7 +35,7 @@ from opensora_fast.train.checkpoints.state import Position, collect_state, take_
 from opensora_fast.train.host_values import HostValues
 from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.monitoring.metrics import METRICS, MetricsWriter, join_parts, peak_memory
-from opensora_fast.train.monitoring.out_of_memory import describe_out_of_memory, write_memory
+from opensora_fast.train.monitoring.out_of_memory import explain_out_of_memory
 from opensora_fast.train.monitoring.ranges import named_range
 from opensora_fast.train.monitoring.trace import StepTrace
 from opensora_fast.train.monitoring.trackers import Trackers
@@ -235,7 +234,8 @@ class Trainer:
                     break
                 data_wait = time.perf_counter() - started
                 self.processes.gather(None)  # all have their batches
-                taken = self._take_step(batch, taken, data_wait, stop)
+                with self._explain_out_of_memory(batch):
+                    taken = self._take_step(batch, taken, data_wait, stop)
             row = taken.row
             row["step_time"] = time.perf_counter() - started
             row["tokens_per_s"] = row["tokens"] / row["step_time"]
@@ -271,19 +271,14 @@ class Trainer:
 
     def _take_step(self, batch: Batch, before: Taken | None, data_wait: float, stop: StopSignals) -> Taken:
         step = self.position.step + 1
-        try:
-            losses = self.compute_losses(batch, step)
-            values = HostValues(*losses.values())
-            with named_range("backward", self.model.device):
-                if self.graphs is not None:
-                    self.graphs.backward(losses)
-                else:
-                    losses["loss"].backward()
-                self.optimizer.begin_step()
-        except torch.OutOfMemoryError as error:
-            happened = describe_out_of_memory(batch, step, self.graphs is not None, error)
-            written = write_memory(happened, self.folder, self.processes, self.memory_history)
-            raise ValueError(f"{happened}\n{written}") from error
+        losses = self.compute_losses(batch, step)
+        values = HostValues(*losses.values())
+        with named_range("backward", self.model.device):
+            if self.graphs is not None:
+                self.graphs.backward(losses)
+            else:
+                losses["loss"].backward()
+            self.optimizer.begin_step()
         with named_range("wait for losses", self.model.device):
             own_losses = dict(zip(losses, values.get(), strict=True))
             told = self.processes.gather(self._describe(batch, own_losses, data_wait, stop))
@@ -296,6 +291,10 @@ class Trainer:
         with named_range("optimizer", self.model.device):
             norm = HostValues(self.optimizer.step(self.ema))
         return Taken(step, batch, norm, row)
+
+    def _explain_out_of_memory(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        graphs, step = self.graphs is not None, self.position.step + 1
+        return explain_out_of_memory(batch, step, graphs, self.folder, self.processes, self.memory_history)
 
     def _describe(self, batch: Batch, losses: dict[str, float], data_wait: float, stop: StopSignals) -> dict[str, Any]:
         """What the other processes should know of this one's part of a step."""

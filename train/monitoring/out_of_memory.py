@@ -36,6 +36,27 @@ def refuse_history_without_gpu(wanted: bool, device: str) -> None:
         )
 
 
+@contextmanager
+def explain_out_of_memory(
+    batch: Batch, step: int, graphs: bool, folder: Path, processes: Processes, history: bool
+) -> Iterator[None]:
+    """Take a step during the block: where it does not fit, write what held the memory, and say what to change.
+
+    Args:
+        batch: of the step.
+        graphs: whether CUDA graphs take memory, too.
+        folder, processes, history: see `write_memory`.
+
+    Raises:
+        ValueError: in place of torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        happened = describe_out_of_memory(batch, step, graphs, error)
+        raise ValueError(f"{happened}\n{write_memory(happened, folder, processes, history)}") from error
+
+
 def describe_out_of_memory(batch: Batch, step: int, graphs: bool, error: torch.OutOfMemoryError) -> str:
     """What did not fit and what to change, of the batch of a step; `graphs`: CUDA graphs take memory, too."""
     resolution, frames, _ = batch.bucket

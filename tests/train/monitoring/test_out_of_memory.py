@@ -9,6 +9,7 @@ from losses import read_losses
 
 from opensora_fast.train.loop import Trainer
 from opensora_fast.train.monitoring.out_of_memory import keep_memory_history, write_memory
+from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 
 
 @pytest.fixture
@@ -25,15 +26,19 @@ def on_gpu(world_size=1, rank=0):
     return SimpleNamespace(world_size=world_size, rank=rank, device=torch.device("cuda", rank))
 
 
-def test_the_message_names_the_file_that_says_more(train, tmp_path, monkeypatch):
-    real = Trainer.compute_losses
+@pytest.mark.parametrize("part", ["forward", "optimizer"])
+def test_the_message_names_the_file_that_says_more(train, tmp_path, monkeypatch, part):
+    """The optimizer gathers the gradients into one tensor, for which there may be no room either."""
+    taker, name = {"forward": (Trainer, "compute_losses"), "optimizer": (MasterAdamW, "step")}[part]
+    real, calls = getattr(taker, name), []
 
-    def compute_losses(self, batch, step):
-        if step == 2:
+    def run_out(*arguments):
+        calls.append(part)
+        if len(calls) == 2:
             raise torch.OutOfMemoryError("tried to allocate more than there is")
-        return real(self, batch, step)
+        return real(*arguments)
 
-    monkeypatch.setattr(Trainer, "compute_losses", compute_losses)
+    monkeypatch.setattr(taker, name, run_out)
     out = tmp_path / "run"
     code, _, error = train(out, "--steps", 3)
     path = out / "out_of_memory.txt"
@@ -41,7 +46,8 @@ def test_the_message_names_the_file_that_says_more(train, tmp_path, monkeypatch)
     assert f"What held the memory: {path}; where it was asked for is kept with --memory-history" in error
     text = path.read_text()
     assert "step 2: out of GPU memory with" in text and "tried to allocate more than there is" in text
-    assert len(read_losses(out)) == 0  # the row of step 1 would have been written during step 2
+    # The row of step 1 is written during step 2, between its backward and the optimizer.
+    assert len(read_losses(out)) == (0 if part == "forward" else 1)
 
 
 def test_on_a_gpu_torch_says_what_it_holds(tmp_path, calls):
