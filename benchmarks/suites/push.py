@@ -9,8 +9,8 @@ optimizer, attention over length, a sustained step, blocks, Open-Sora as shipped
 between eager and ours one technique at a time, other frame counts; then what confirms: further ceilings, lengths and
 the loss curves. Rows of the second run are shares of the ceilings measured in the first, and no row is measured twice.
 
-A whole step has as many videos as fit with all that torch.compile stores, so that a GPU of 80 GB compares the same
-providers on the same videos as one of 141.
+A whole step has as many videos as fit with all that torch.compile stores, on a GPU of 80 GB fewer than on one of 141:
+so what stores and what recomputes is compared on the same videos on either.
 """
 
 from __future__ import annotations
