@@ -18,7 +18,6 @@ import argparse
 import csv
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from opensora_fast.model import STDiT2Config
 
 from ..predictions import PRODUCTS, PROJECTED_HIGH, PROJECTED_LOW, RESOLUTIONS, STEPS
 from ..report.results import Results
+from ..step_rows import find_committed_rows
 from .kernels import H200, MACHINES, Machine, path_of, write_predictions
 
 PARTS = ("spatial_attention", "temporal_attention", "cross_attention", "norms and gates", "gelu_tanh")
@@ -68,7 +68,9 @@ def project_rows(machine: Machine) -> dict[str, tuple[float, float]]:
     """Workload → tokens/s that our committed rows of an H200 make on another GPU, (lowest, highest)."""
     if machine is H200:
         return {}
-    results = Results.read(Path(str(files("opensora_fast.benchmarks").joinpath("results/nvidia-h200"))))
+    folder = find_committed_rows(DATASHEETS[H200.name])
+    assert folder is not None
+    results = Results.read(folder)
     found = {}
     for resolution in RESOLUTIONS:
         workload = f"{resolution}×16"
