@@ -35,6 +35,7 @@ from opensora_fast.train.checkpoints.state import Position, collect_state, take_
 from opensora_fast.train.host_values import HostValues
 from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.monitoring.metrics import METRICS, MetricsWriter, join_parts, peak_memory
+from opensora_fast.train.monitoring.not_finite import NonFiniteError, describe_batches, find_not_finite
 from opensora_fast.train.monitoring.out_of_memory import explain_out_of_memory
 from opensora_fast.train.monitoring.ranges import named_range
 from opensora_fast.train.monitoring.trace import StepTrace
@@ -48,10 +49,6 @@ from opensora_fast.train.stop import StopSignals
 
 # With keep probabilities below 1 every clip of a tiny table may lose its draw; that many times in a row is a mistake.
 EMPTY_EPOCHS = 100
-
-
-class NonFiniteError(ValueError):
-    """The loss or the gradient of a step is not finite. Nothing was changed by that step."""
 
 
 @dataclass
@@ -332,21 +329,8 @@ class Trainer:
     def _stop_not_finite(self, what: str, value: float, step: int, batch: Batch) -> NoReturn:
         # The state is that before the step: step back to its batch.
         self.position = Position(step - 1, batch.epoch, self._first_index(batch))
-        own = {
-            "rank": self.processes.rank,
-            "value": str(value),
-            "bucket": list(batch.bucket),
-            "rows": list(batch.rows),
-            "texts": list(batch.text),
-            "epoch": batch.epoch,
-            "micro_batch": batch.index,
-        }
-        found: dict[int, dict[str, Any]] = {}
-        for told in self.processes.gather(own):
-            if not math.isfinite(float(told["value"])):
-                found.setdefault(told["micro_batch"], told)  # several processes may share one
-        batches = list(found.values())
-        described = "\n".join(f"  {_describe_batch(told, self.processes.world_size)}" for told in batches)
+        batches = find_not_finite(self.processes, value, batch)
+        described = describe_batches(batches, self.processes.world_size)
         happened = f"step {step}: the {what} is {batches[0]['value']}"
         try:
             self.save()
@@ -364,11 +348,3 @@ class Trainer:
             f"{happened}. The weights are those of step {step - 1} ({self.last_checkpoint}). Batch (also in {path}):\n"
             f"{described}\nTo run this step again:\n  {command}"
         )
-
-
-def _describe_batch(told: dict[str, Any], world_size: int) -> str:
-    process = "" if world_size == 1 else f"rank {told['rank']}: "
-    return (
-        f"{process}bucket {tuple(told['bucket'])}, rows {', '.join(map(str, told['rows']))} of the table, micro-batch "
-        f"{told['micro_batch']} of epoch {told['epoch']}"
-    )

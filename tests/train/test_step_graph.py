@@ -30,8 +30,8 @@ from opensora_fast.train.checkpoints.state import resume
 from opensora_fast.train.costs import RunCosts
 from opensora_fast.train.host_values import HostValues
 from opensora_fast.train.locate_config import locate_config
-from opensora_fast.train.loop import NonFiniteError
 from opensora_fast.train.model_inputs import ModelInputs
+from opensora_fast.train.monitoring.not_finite import NonFiniteError
 from opensora_fast.train.step import compute_losses, draw_inputs
 from opensora_fast.train.step_graph import MOST_SHAPES, StepGraphs
 

@@ -1,1 +1,1 @@
-"""What a person sees of a run while it goes on: numbers, traces, and what fills the memory."""
+"""What a person sees of a run while it goes on: numbers, traces, what fills the memory, and what went wrong."""
