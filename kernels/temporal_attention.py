@@ -5,8 +5,9 @@
 Replaces in ST-DiT-2: everything between `attn_temp.qkv` and `attn_temp.proj`, the transposes to and from
 [places, frames] included: qkv is read in place.
 
-Limits: head size a multiple of 8 up to 128; any number of frames, and packs of any mixture. No atomics: two runs give
-equal bits. No gradient of the angles.
+Limits: head size a multiple of 8 up to 128; any number of frames, and packs of any mixture, but where the gradients of
+the weights or the bias are wanted, of fewer than 2³¹ / (3·H·D) programs in backward. No atomics: two runs give equal
+bits. No gradient of the angles.
 
 Kernels: attention/temporal_forward.py and _backward.py where a tile of 16, 32, 64 or 128 rows holds all frames of a
 place, attention/temporal_long_forward.py and _long_backward.py beyond, and for float32 on a GPU.
