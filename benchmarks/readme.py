@@ -116,7 +116,9 @@ def _caption(lines: Sequence[Line]) -> str:
         text += f" Where activations do not fit, blocks recompute them: {'; '.join(again)}."
     shipped = [on.as_shipped for on in everywhere if on.as_shipped]
     if shipped:
-        whose = "its own code" if {row.provider for row in shipped} == {AS_SHIPPED[0]} else "in our writing"
+        names = {row.provider for row in shipped}
+        whose = "in our writing" if AS_SHIPPED[0] not in names else "its own code"
+        whose = f"{whose}, or our writing where that is faster" if len(names) > 1 else whose
         text += (
             f" As shipped ({whose}): all blocks recomputed, and plain attention, as v1.1.0's configurations give flash "
             "attention a name that its model no longer knows. The published figures are older than that change, and so "

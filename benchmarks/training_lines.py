@@ -23,9 +23,9 @@ from .suites.scale import FILL_TOKENS, scale_of
 FRAMES = 16
 WORKLOADS = {f"{resolution}×{FRAMES}" for resolution in VIDEO_SIZES}
 GOALS_FOR, PUBLISHED_ON = "H200", "H800"
-# Open-Sora's own code first, then this project's writing of it.
+# Of each the fastest that is right: Open-Sora's own code and this project's writing of it, ways to compile.
 AS_SHIPPED, WITH_FLASH = ("open-sora", "upstream"), ("open-sora-flash", "upstream-flash")
-COMPILED = ("compile", "compile-flash", *(f"compile{name}" for name in RECOMPUTING))  # the fastest that is right
+COMPILED = ("compile", "compile-flash", *(f"compile{name}" for name in RECOMPUTING))
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ def _on_gpu(folders: Sequence[Results], gpu: str, workload: str, floor: float) -
             gpu,
             floor,
             row,
-            min(_beside(folders, row, COMPILED), key=lambda peer: peer.p50_ms, default=None),
-            *(next(iter(_beside(folders, row, names)), None) for names in (WITH_FLASH, AS_SHIPPED)),
+            *(_fastest_beside(folders, row, names) for names in (COMPILED, WITH_FLASH, AS_SHIPPED)),
         )
         for row in rows
     ]
@@ -121,11 +120,11 @@ def _worth(found: OnGpu) -> tuple[int, float]:
     return peers, found.ours.tokens_per_s
 
 
-def _beside(folders: Sequence[Results], ours: Row, providers: Sequence[str]) -> list[Row]:
-    """The rows of the providers that were measured beside ours, in their order."""
+def _fastest_beside(folders: Sequence[Results], ours: Row, providers: Sequence[str]) -> Row | None:
+    """Of the rows of the providers that were measured beside ours."""
     rows = [row for results in folders for row in results.select("step", "") if row.provider in providers]
     alike = [row for row in rows if row.status == "ok" and _same_run(row, ours)]
-    return sorted(alike, key=lambda row: providers.index(row.provider))
+    return min(alike, key=lambda row: row.p50_ms, default=None)
 
 
 def _same_run(row: Row, other: Row) -> bool:
