@@ -16,7 +16,7 @@ token and block, in rows of C elements (r = MLP ratio), with the Triton ops:
 adds its keys and values, 2 rows per text token and block, and each video its modulation, 9 rows per block, twice where
 frames may be given. A recomputed block keeps the residual stream and the modulation; all else comes back when backward
 reaches it. The modulation of all blocks is one tensor, which is there until backward is through the first of them.
-`tests/parallel/test_memory.py` holds the count to what autograd saves and to the allocations of a whole step.
+`tests/costs/test_memory.py` holds the count to what autograd saves and to the allocations of a whole step.
 
 Where small steps are replayed as CUDA graphs (see `opensora_fast.train.step_graph`), what the largest of them needs is
 held in a pool, beside what other steps allocate, and so are a set of gradients and, for each graph, a copy of its
