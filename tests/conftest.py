@@ -45,7 +45,7 @@ def interpreter() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def launcher() -> Iterator[subprocess.Popen]:
-    """See `train/forked_processes.py`."""
+    """See `tests/train/forked_processes.py`."""
     with subprocess.Popen(
         [sys.executable, str(Path(__file__).parent / "train" / "forked_processes.py")],
         stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type exists, and its links to files lead somewhere."""
+"""What the README tells a newcomer to type exists, and the files that it and the sources name are there."""
 
 import importlib.util
 import re
@@ -59,8 +59,24 @@ def test_make_targets_exist():
 def test_modules_and_paths_exist():
     for module in re.findall(r"python -m ([\w.]+)", README):
         assert importlib.util.find_spec(module), module
-    for path in re.findall(r"`((?:tests|benchmarks|kernels|train)/[\w./]*)`", README):
+    paths = [word for words in LINES for word in words if word.startswith(("tests/", "benchmarks/"))]
+    paths += re.findall(r"\]\((?!https:)([^)]+)\)", README)
+    assert len(paths) > 5
+    for path in paths:
         assert (ROOT / path).exists(), path
+
+
+def test_files_that_the_readme_and_the_sources_name_exist():
+    folders = ("benchmarks", "kernels", "opensora_fast", "tests", "train")
+    named = re.compile(rf"`((?:{'|'.join(folders)})/[\w./]*)`")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md")]
+    missing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in [ROOT / "README.md", *sources]
+        for name in named.findall(path.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    }
+    assert not missing
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a mesh fully_shard takes the GPU, and the test does not")
