@@ -89,7 +89,7 @@ def _profile_step(workload: Workload, provider: str, scale: Scale, training: Tra
     known = model_provider(VARIANT_OF[provider])
     reason = known.missing(work)
     if reason:
-        raise ValueError(f"provider {provider} does not run here: {reason}")
+        raise ValueError(f"provider {provider} does not run here: {reason}; name another, such as --provider eager")
     call = training_call(known.prepare(work), work)
     for _ in range(WARM_UP):
         call()
