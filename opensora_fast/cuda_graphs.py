@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from opensora_fast.kernels import calls
+from opensora_fast.kernels import PackLayout, calls
+from opensora_fast.kernels.attention.tables import keep_tables
 
 Tensors = dict[str, Tensor]
 Result = TypeVar("Result")
@@ -78,6 +79,36 @@ class CudaRecorder:
             calls.update(captured)
 
         return result, replay, graph
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A recording that computes from inputs of its own.
+
+    Attributes:
+        recording: of it.
+        inputs: what it reads; others of the same shapes are copied there before a replay.
+        tables: that its kernels read, kept alive.
+    """
+
+    recording: Recording
+    inputs: Tensors
+    tables: object
+
+
+def capture(
+    record: Recorder,
+    inputs: Mapping[str, Tensor],
+    device: torch.device,
+    layout: PackLayout,
+    forward: Callable[[Tensors], Tensors],
+    backward: Callable[[Tensors], None] | None = None,
+) -> Graph:
+    """Record what is computed from copies of the inputs, of a pack of this layout."""
+    copies = copy_to_device(inputs, device)
+    with keep_tables() as tables:
+        recording = record(lambda: forward(dict(copies)), backward)
+    return Graph(recording, copies, (layout, tables))
 
 
 def copy_to_device(inputs: Mapping[str, Tensor], device: torch.device, copies: Tensors | None = None) -> Tensors:

@@ -21,14 +21,21 @@ its graphs anew, takes the same steps.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from opensora_fast.cuda_graphs import CudaRecorder, Recorder, Recording, Tensors, copy_to_device, refuse_without_gpu
+from opensora_fast.cuda_graphs import (
+    CudaRecorder,
+    Graph,
+    Recorder,
+    Recording,
+    Tensors,
+    capture,
+    copy_to_device,
+    refuse_without_gpu,
+)
 from opensora_fast.kernels import PackLayout
-from opensora_fast.kernels.attention.tables import keep_tables
 from opensora_fast.model import STDiT2
 from opensora_fast.train.most_used import MostUsed
 from opensora_fast.train.step import LATENTS
@@ -43,21 +50,6 @@ SUGGESTED_TOKENS = 16384
 
 Losses = Tensors
 Key = tuple[tuple[str, torch.dtype, torch.Size], ...]
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A recorded step.
-
-    Attributes:
-        recording: of it.
-        inputs: what it reads.
-        tables: that its kernels read, kept alive.
-    """
-
-    recording: Recording
-    inputs: dict[str, Tensor]
-    tables: object
 
 
 class StepGraphs:
@@ -102,7 +94,7 @@ class StepGraphs:
         self.tokens = tokens
         self.steps = self.captured = self.replayed = 0
         self._record = record or CudaRecorder()
-        self._graphs: MostUsed[Key, _Graph] = MostUsed(most, occurrences, margin)
+        self._graphs: MostUsed[Key, Graph] = MostUsed(most, occurrences, margin)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._gradients: list[Tensor] | None = None
         self._read = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -155,23 +147,18 @@ class StepGraphs:
         """What was replayed, in one line."""
         return f"CUDA graphs: {self.captured} captured, {self.replayed} of {self.steps} steps replayed"
 
-    def _capture(self, inputs: Mapping[str, Tensor], layout: PackLayout) -> _Graph:
+    def _capture(self, inputs: Mapping[str, Tensor], layout: PackLayout) -> Graph:
         if self._gradients is None:
             self._gradients = [torch.empty_like(parameter) for parameter in self._parameters]
             self._places = self._find_places()
-        static = copy_to_device(inputs, self.model.device)
-
-        def forward() -> Losses:
-            return self.compute(dict(static))
 
         def backward(losses: Losses) -> None:
             found = torch.autograd.grad(losses["loss"], self._parameters)
             torch._foreach_copy_(self._gradients, found)
 
-        with keep_tables() as tables:
-            recording = self._record(forward, backward)
+        graph = capture(self._record, inputs, self.model.device, layout, self.compute, backward)
         self.captured += 1
-        return _Graph(recording, static, (layout, tables))
+        return graph
 
     def _find_places(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._read.values()]

@@ -8,32 +8,20 @@ rounding.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from opensora_fast.cuda_graphs import CudaRecorder, Recorder, Recording, Tensors, copy_to_device, refuse_without_gpu
-from opensora_fast.kernels import PackLayout
-from opensora_fast.kernels.attention.tables import keep_tables
+from opensora_fast.cuda_graphs import (
+    CudaRecorder,
+    Graph,
+    Recorder,
+    Tensors,
+    capture,
+    copy_to_device,
+    refuse_without_gpu,
+)
 from opensora_fast.model import STDiT2
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A recorded call.
-
-    Attributes:
-        key: what it is for.
-        recording: of it.
-        inputs: what it reads.
-        tables: that its kernels read, kept alive.
-    """
-
-    key: Hashable
-    recording: Recording
-    inputs: Tensors
-    tables: tuple[PackLayout, object]
 
 
 class ReplayedModel:
@@ -59,7 +47,8 @@ class ReplayedModel:
         self.tokens = tokens
         self.captured = self.replayed = 0
         self._record = record or CudaRecorder()
-        self._graph: _Graph | None = None
+        self._graph: Graph | None = None
+        self._key: Hashable = None
 
     @property
     def y_embedder(self) -> nn.Module:
@@ -81,9 +70,13 @@ class ReplayedModel:
             name: value for name, value in conditions.items() if value is not None
         }
         key = self._make_key(inputs)
-        if self._graph is None or self._graph.key != key:
-            self._graph = None  # its memory serves the next one
-            self._graph = self._capture(key, inputs, layout)
+        if self._key != key:
+            self._graph = self._key = None  # its memory serves the next one
+            self._graph = capture(
+                self._record, inputs, self.model.device, layout, lambda given: {"output": self.model(**given)}
+            )
+            self._key = key
+            self.captured += 1
         copy_to_device(inputs, self.model.device, self._graph.inputs)
         self._graph.recording.replay_forward()
         self.replayed += 1
@@ -127,10 +120,3 @@ class ReplayedModel:
                 "torch.autocast is on: a CUDA graph would go on to read the weights that it has cast, when they are "
                 "gone; use a model that is cast itself, by its to(torch.bfloat16), or cuda_graph_tokens=0"
             )
-
-    def _capture(self, key: Hashable, inputs: Tensors, layout: PackLayout) -> _Graph:
-        static = copy_to_device(inputs, self.model.device)
-        with keep_tables() as tables:
-            recording = self._record(lambda: {"output": self.model(**static)})
-        self.captured += 1
-        return _Graph(key, recording, static, (layout, tables))
