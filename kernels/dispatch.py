@@ -25,6 +25,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def is_intercepted() -> bool:
+    """True under a dispatch mode or a transform of torch.func: each call of PyTorch's goes through it, and a new tensor
+    may be a stand-in."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def choose(op: str, backend: str, tensor: Tensor, has_triton: bool = True) -> str:
     """Returns "reference" or "triton" for a call of `op` on `tensor`, and counts it.
 

@@ -17,6 +17,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from .dispatch import is_intercepted
+
 # Every layout holds the tile tables of these sizes, so that using one neither builds nor copies anything; a kernel
 # configuration chooses among them.
 FRAME_TILE_SIZES = (16, 32, 64, 128)
@@ -30,11 +32,8 @@ _TILE_STEP = 8
 
 
 def makes_stand_ins() -> bool:
-    """True under a dispatch mode or a transform of torch.func: a new tensor may be a fake one then, or a wrapper that
-    is of no use later, so it must not be kept in a cache."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    """True where a new tensor may be of no use later, so that it must not be kept in a cache."""
+    return not torch.compiler.is_compiling() and is_intercepted()
 
 
 @dataclass(frozen=True)

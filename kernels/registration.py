@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import choose
+from .dispatch import choose, is_intercepted
 
 if __package__ != "opensora_fast.kernels":
     raise ImportError(f"{__package__}: import opensora_fast.kernels; an op can be registered under one name only")
@@ -65,8 +65,7 @@ class KernelOp:
     def __call__(self, first: Tensor | None, *others: Any) -> Any:
         seen_by_others = (
             torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._functorch.peek_interpreter_stack() is not None
+            or is_intercepted()
             or type(first) not in (Tensor, torch.nn.Parameter, type(None))
         )
         return (self.op if seen_by_others else self._direct)(first, *others)
