@@ -18,12 +18,11 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..configurations import MEASURED_FOLDER, CompileCase, candidates_of
+from ..configurations import CompileCase
 from ..dispatch import interpreting
 from . import sass, sass_descriptors
 
@@ -89,24 +88,6 @@ def compile_kernels(architectures: list[str], processes: int | None = None) -> t
                 yield future.result()
 
     return len(tasks), run()
-
-
-def measured_cases(arch: str) -> list[CompileCase]:
-    """The builds of `compile_cases` with what was chosen by measurement on any GPU, where that is not the default."""
-    tables = {name: table for module in modules_with("CONFIGURATIONS") for name, table in module.CONFIGURATIONS.items()}
-    chosen = {}
-    for path in sorted(MEASURED_FOLDER.glob("*.json")):
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-            candidates = candidates_of(tables, row["kernel"], row["shape_class"], arch)
-            found = next((candidate for candidate in candidates if candidate.choices == row["configuration"]), None)
-            if found is not None and found.launch != candidates[0].launch:
-                chosen.setdefault((row["kernel"], candidates[0]), set()).add(found)
-    cases = [case for module in modules_with("compile_cases") for case in module.compile_cases(arch)]
-    return [
-        replace(case, configuration=configuration)
-        for case in cases
-        for configuration in sorted(chosen.get((case.name, case.configuration), ()), key=str)
-    ]
 
 
 def _build(module: str, index: int, arch: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import triton
@@ -59,21 +60,10 @@ def test_builds_for_sm_90() -> None:
     assert check_budget(builds, budget["rows"]) == []
 
 
-BUILD_MEASURED = """
-import json
-from opensora_fast.kernels.compilation import compile_case, measured_cases
-cases = {(case.name, case.configuration): case for case in measured_cases("sm_90")}
-print(json.dumps([
-    {"name": f"{case.name} ({case.configuration})", "warps": case.configuration.num_warps} | compile_case(case, "sm_90")
-    for case in cases.values()
-]))
-"""
-
-
 @pytest.mark.timeout(600)
 def test_what_was_chosen_by_measurement_is_built_rightly_for_sm_90() -> None:
     """It runs on those GPUs in the place of the default. A choice may spill, if it was faster still."""
-    builds = run_python("-c", BUILD_MEASURED)
+    builds = run_python(str(Path(__file__).parent / "measured_builds.py"))
     assert builds, "every choice is the default, so that nothing is left to be built"
     assert [build for build in builds if build["unwritten_descriptors"]] == []
     assert [build for build in builds if not build["matrix"] or build["warps"] >= 4 and not build["hgmma"]] == []
