@@ -28,7 +28,7 @@ setup(
     version="0.1.0",
     description="Triton kernels, training stack and benchmarks for Open-Sora 1.1",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=list_packages(),
     package_dir={package: folder for folder, package in TOP_LEVEL_FOLDERS.items()},
     package_data={

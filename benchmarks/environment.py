@@ -56,7 +56,7 @@ def describe_environment(device: str, commit: str | None = None) -> Environment:
         python=platform.python_version(),
         commit=commit,
         dirty=dirty,
-        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
 
 

@@ -105,7 +105,7 @@ def _measure(
         suite=suite,
         device=device,
         folder=str(out.resolve()),
-        started=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        started=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         providers=providers,
         words=words,
         commit=commit,
