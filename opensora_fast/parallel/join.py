@@ -9,6 +9,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+# Its functions keep the group that is joined when they are first imported, forever (torch 2.13); here none is yet.
+import torch.distributed.nn.functional  # noqa: F401
+
 from opensora_fast.device import choose_device
 from opensora_fast.parallel.processes import JoinedProcesses, Processes
 from opensora_fast.parallel.sequence import SequenceGroup
@@ -91,22 +94,27 @@ def join_processes(device_name: str | None, sequence_size: int = 1) -> Iterator[
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
     )
-    sequence: SequenceGroup | None = None
+    processes: JoinedProcesses | None = None
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         state_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         sequence = join_sequence(sequence_size) if sequence_size > 1 else None
         processes = JoinedProcesses(device, place.local_world_size, host_group, state_group, sequence)
+        del host_group, state_group, sequence
         yield processes
         # torchrun ends all processes when one has ended with an error code: only after rank 0 has written everything.
         processes.gather(None)
     except BaseException:
         # NCCL would wait for collectives that this process has begun, and one that has failed never will.
-        for group in (dist.group.WORLD, sequence and sequence.group):
-            if group is not None:
-                group.abort()
+        dist.group.WORLD.abort()
+        if processes is not None and processes.sequence is not None:
+            processes.sequence.group.abort()
         raise
     finally:
+        # The threads of a group end with the last reference to it. One of gloo's that frees a tensor while Python ends
+        # aborts the process, so nothing, such as a cycle of objects, may keep a group longer.
+        if processes is not None:
+            processes.leave()
         dist.destroy_process_group()
 
 

@@ -137,6 +137,12 @@ class JoinedProcesses(Processes):
         self._state_group = state_group
         self._divisor = torch.full((1,), float(self.replicas), device=device)
 
+    def leave(self) -> None:
+        """Give up the groups: nothing can be said to the other processes any more."""
+        del self._host_group, self._state_group
+        if self.sequence is not None:
+            self.sequence.leave()
+
     def gather(self, value: Any) -> list[Any]:
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = torch.empty(self.world_size, dtype=torch.int64)

@@ -87,6 +87,10 @@ class SequenceGroup:
         self.size = dist.get_world_size(group)
         self._first = dist.get_global_rank(group, 0)
 
+    def leave(self) -> None:
+        """Give up the groups: nothing can be said to the other processes any more."""
+        del self.group, self.host_group
+
     def tell(self, value: Any) -> Any:
         """What the first process gives, on every one; of the others it is ignored. Of JSON's types."""
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

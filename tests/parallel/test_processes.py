@@ -1,5 +1,10 @@
 """The place that torchrun gives a process, and what a process that is alone does not do."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -66,3 +71,44 @@ def test_a_process_alone_copies_and_communicates_nothing(monkeypatch):
         processes.spread(tensor)()
         with processes.first():
             pass
+
+
+LEAVE = """
+import gc, os
+import torch
+from opensora_fast.parallel.join import join_processes
+
+gc.disable()
+with join_processes("cpu", sequence_size=2) as processes:
+    import torch._dynamo  # imports all of torch.distributed
+    assert processes.gather(processes.rank) == [0, 1]
+    assert processes.sequence.tell([processes.rank]) == [0]
+    assert processes.average(torch.ones(4))().tolist() == [2.0, 2.0]
+    cycle = [processes]
+    cycle.append(cycle)
+    del cycle
+threads = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
+print([name for name in threads if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lists the threads of a process in /proc")
+def test_no_thread_of_the_groups_outlives_them():
+    """One that frees a tensor while Python ends takes the process down, after all its work is done."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVE],
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert [lines.splitlines()[-1:] for lines in printed] == [["[]"]] * 2, printed
+    assert [process.returncode for process in processes] == [0, 0]
