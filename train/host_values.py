@@ -1,6 +1,10 @@
 """Reading numbers from a device without making it wait."""
 
+import time
+
 import torch
+
+SECONDS_BETWEEN_QUERIES = 0.01
 
 
 class HostValues:
@@ -21,7 +25,17 @@ class HostValues:
         else:
             self._host = stacked
 
-    def get(self) -> list[float]:
-        if self._event is not None:
+    def get(self, seconds: float | None = None) -> list[float]:
+        """The numbers, waited for as long as it takes, or at most so many seconds: TimeoutError then."""
+        if seconds is not None:
+            self._wait(seconds)
+        elif self._event is not None:
             self._event.synchronize()
         return self._host.tolist()
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._event is not None and not self._event.query():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the device has not computed it within {seconds} seconds")
+            time.sleep(SECONDS_BETWEEN_QUERIES)

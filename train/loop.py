@@ -3,7 +3,8 @@
 A step never asks the GPU for a number it has to wait for. The loss is copied to the host while backward is queued, and
 read before the optimizer runs, so a loss that is not finite changes nothing. The gradient norm is read one step later:
 a step whose gradient is not finite is skipped on the device itself (see `MasterAdamW`). Either way the run stops with
-the weights of the step before. A checkpoint is a copy on the host, which a thread writes while the loop goes on.
+the weights of the step before. So the row of a step is written during the next one, or when that one ends with an
+error. A checkpoint is a copy on the host, which a thread writes while the loop goes on.
 
 Several processes tell each other their losses at the same place, while their GPUs do backward, and with them whether a
 signal has come: so all stop before the same step, or after it. By then each has begun to average all its gradients, so
@@ -38,6 +39,7 @@ from opensora_fast.train.monitoring.metrics import METRICS, MetricsWriter, join_
 from opensora_fast.train.monitoring.not_finite import NonFiniteError, describe_batches, find_not_finite
 from opensora_fast.train.monitoring.out_of_memory import explain_out_of_memory
 from opensora_fast.train.monitoring.ranges import named_range
+from opensora_fast.train.monitoring.step_rows import StepRows
 from opensora_fast.train.monitoring.trace import StepTrace
 from opensora_fast.train.monitoring.trackers import Trackers
 from opensora_fast.train.optimizer.ema import EMA
@@ -49,6 +51,9 @@ from opensora_fast.train.stop import StopSignals
 
 # With keep probabilities below 1 every clip of a tiny table may lose its draw; that many times in a row is a mistake.
 EMPTY_EPOCHS = 100
+# How long the numbers of a finished step are waited for when the run has ended with an error. On a device that waits
+# for a process that is lost they never come.
+SECONDS_AFTER_ERROR = 10
 
 
 @dataclass
@@ -123,8 +128,8 @@ class Trainer:
         self.background = Background(self.note)
         self._buffers: dict[str, Tensor] = {}
         self._progress: Progress | None = None
-        self._metrics: MetricsWriter | None = None
-        self._recent_losses: list[float] = []
+        self._rows: StepRows | None = None
+        self._taken: Taken | None = None
         self._signal: int | None = None
 
     @property
@@ -143,15 +148,18 @@ class Trainer:
         total = None if self.limits.steps is None else max(0, self.limits.steps - first)
         with StopSignals() as stop, contextlib.ExitStack() as stack:
             if self.processes.rank == 0:
-                metrics = MetricsWriter(self.folder / METRICS, last_step=first)
-                self._metrics = stack.enter_context(contextlib.closing(metrics))
+                metrics = stack.enter_context(contextlib.closing(MetricsWriter(self.folder / METRICS, last_step=first)))
                 self._progress = stack.enter_context(Progress("train", total=total, unit="steps"))
+                self._rows = StepRows(metrics, self.trackers, self._progress, self.limits.log_every)
             try:
                 with self.background:
                     with contextlib.closing(self._iterate()) as batches, self.trace or contextlib.nullcontext():
                         self._take_steps(batches, stop)
                     self.save()
                     self.finish_saving()
+            except BaseException:
+                self._finish_after_error()
+                raise
             finally:
                 self._progress = None
             return self._find_signal(stop)
@@ -217,7 +225,6 @@ class Trainer:
             return compute_losses(self.model, self.diffusion, inputs)
 
     def _take_steps(self, batches: Iterator[Batch], stop: StopSignals) -> None:
-        taken: Taken | None = None
         while not self._find_signal(stop) and (self.limits.steps is None or self.position.step < self.limits.steps):
             if self.trace is not None:
                 self.trace.reach(self.position.step + 1)
@@ -232,19 +239,19 @@ class Trainer:
                 data_wait = time.perf_counter() - started
                 self.processes.gather(None)  # all have their batches
                 with self._explain_out_of_memory(batch):
-                    taken = self._take_step(batch, taken, data_wait, stop)
+                    taken = self._take_step(batch, data_wait, stop)
             row = taken.row
             row["step_time"] = time.perf_counter() - started
             row["tokens_per_s"] = row["tokens"] / row["step_time"]
             row["memory"] = max(row["memory"], peak_memory(self.model.device))
+            self._taken = taken
             self.position.step += 1
             self.position.consumed = self._first_index(batch) + self.processes.replicas
             if self.limits.checkpoint_every and self.position.step % self.limits.checkpoint_every == 0:
-                self._finish(taken)
-                taken = None
+                self._finish()
                 self.save()
             self.background.check()
-        self._finish(taken)
+        self._finish()
 
     def _find_signal(self, stop: StopSignals) -> int | None:
         """The signal that stops the run: one process need not wait for the others to know of it."""
@@ -266,7 +273,7 @@ class Trainer:
             self.position.epoch += 1
             self.position.consumed = 0
 
-    def _take_step(self, batch: Batch, before: Taken | None, data_wait: float, stop: StopSignals) -> Taken:
+    def _take_step(self, batch: Batch, data_wait: float, stop: StopSignals) -> Taken:
         step = self.position.step + 1
         losses = self.compute_losses(batch, step)
         values = HostValues(*losses.values())
@@ -279,7 +286,7 @@ class Trainer:
         with named_range("wait for losses", self.model.device):
             own_losses = dict(zip(losses, values.get(), strict=True))
             told = self.processes.gather(self._describe(batch, own_losses, data_wait, stop))
-        self._finish(before)
+        self._finish()
         if not all(math.isfinite(process["losses"]["loss"]) for process in told):
             self._stop_not_finite("loss", own_losses["loss"], step, batch)
         self._signal = next((process["signal"] for process in told if process["signal"] is not None), None)
@@ -306,25 +313,29 @@ class Trainer:
             "signal": stop.received,
         }
 
-    def _finish(self, taken: Taken | None) -> None:
-        """Read the gradient norm of a step and write its row."""
+    def _finish(self) -> None:
+        """Read the gradient norm of the step taken last, and write its row, unless that has been done."""
+        taken, self._taken = self._taken, None
         if taken is None:
             return
         (norm,) = taken.norm.get()
         if not math.isfinite(norm):
             self._stop_not_finite("gradient norm", norm, taken.step, taken.batch)
-        if self._metrics is None:
+        if self._rows is not None:
+            self._rows.write(taken.row | {"grad_norm": norm})
+
+    def _finish_after_error(self) -> None:
+        """As `_finish`, but without the other processes, and what fails here is only told: the error has to be seen."""
+        taken, self._taken = self._taken, None
+        if taken is None or self._rows is None:
             return
-        row = taken.row | {"grad_norm": norm}
-        self._metrics.write(row)
-        self.trackers.write(row)
-        self._recent_losses = [*self._recent_losses, row["loss"]][-self.limits.log_every :]
-        shown = {
-            "loss": f"{sum(self._recent_losses) / len(self._recent_losses):.4f}",
-            "tokens/s": f"{row['tokens_per_s']:.0f}",
-            "data wait": f"{100 * row['data_wait'] / row['step_time']:.0f} %",
-        }
-        self._progress.advance(1, **shown)
+        try:
+            (norm,) = taken.norm.get(SECONDS_AFTER_ERROR)
+            if not math.isfinite(norm):
+                raise ValueError(f"its gradient norm is {norm}")
+            self._rows.write(taken.row | {"grad_norm": norm})
+        except Exception as error:  # whatever it is: the GPU has failed, a process is lost, the disk is full
+            self.note(f"warning: {METRICS} lacks the last finished step, {taken.step}: {error}")
 
     def _stop_not_finite(self, what: str, value: float, step: int, batch: Batch) -> NoReturn:
         # The state is that before the step: step back to its batch.

@@ -241,12 +241,13 @@ def test_nobody_ends_before_rank_0_has_written_everything(train_together, featur
 @pytest.mark.parametrize("kind", ["out of memory", "out of memory in backward"])
 def test_an_error_in_one_process_ends_all_with_its_message(train_together, tmp_path, kind):
     out = tmp_path / "run"
-    fault = {"kind": kind, "rank": 1, "step": 2}
-    results = train_together(3, out, "--steps", STEPS, "ckpt_every=1", fault=fault)
+    fault = {"kind": kind, "rank": 1, "step": 4}
+    results = train_together(3, out, "--steps", STEPS, "ckpt_every=2", fault=fault)
     assert_all_end_with(results, 1)
-    assert "opensora-fast, rank 1: error: step 2: out of GPU memory with 1 clips of bucket" in results[1]["error"]
+    assert "opensora-fast, rank 1: error: step 4: out of GPU memory with 2 clips of bucket" in results[1]["error"]
     assert all(f"rank {rank}: error: {LOST}" in results[rank]["error"] for rank in (0, 2))
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
+    assert [row[0] for row in read_losses(out)] == [1, 2, 3]
 
 
 def test_no_process_waits_to_give_its_shard_of_a_checkpoint_that_cannot_be_written(train_together, features, tmp_path):
