@@ -17,6 +17,10 @@ Tensors = dict[str, Tensor]
 Result = TypeVar("Result")
 
 
+class CaptureError(ValueError):
+    """A CUDA graph could not be captured. The cause is what went wrong first."""
+
+
 @dataclass(frozen=True)
 class Recording:
     """A forward pass that can be replayed, and a backward pass behind it where one was recorded.
@@ -41,7 +45,11 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records into CUDA graphs, which share one memory pool. No outputs with a history may be there meanwhile."""
+    """Records into CUDA graphs, which share one memory pool. No outputs with a history may be there meanwhile.
+
+    Raises:
+        CaptureError (of calls): CUDA refuses the capture, or its memory has run out in it.
+    """
 
     def __init__(self) -> None:
         self._pool: tuple[int, int] | None = None
@@ -68,9 +76,21 @@ class CudaRecorder:
     def _capture(self, compute: Callable[[], Result]) -> tuple[Result, Callable[[], None], torch.cuda.CUDAGraph]:
         graph = torch.cuda.CUDAGraph()
         calls_before = calls.copy()
-        # Threads that decode and load may go on meanwhile: what they ask of CUDA does not end the capture.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = compute()
+        first: Exception | None = None
+        try:
+            # Threads that decode and load may go on meanwhile: what they ask of CUDA does not end the capture.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                try:
+                    result = compute()
+                except Exception as error:
+                    first = error  # the end of a capture that has become invalid raises one that says only that
+                    raise
+        except RuntimeError as error:
+            raise CaptureError(
+                f"a CUDA graph could not be captured: lower cuda_graph_tokens, or set it to 0. {first or error}"
+            ) from (first or error)
+        finally:
+            del first  # it holds this frame, and with it what the capture has made
         captured = calls - calls_before
         calls.subtract(captured)  # nothing has run yet
 

@@ -24,7 +24,6 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from opensora_fast.data.batch import Batch
-from opensora_fast.data.buckets.explain import count_tokens
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.collectives import ProcessLostError, do_all
@@ -35,7 +34,7 @@ from opensora_fast.train.checkpoints.checkpoint import get_step, locate_step, wr
 from opensora_fast.train.checkpoints.state import Position, collect_state, take_snapshot, write_state
 from opensora_fast.train.host_values import HostValues
 from opensora_fast.train.model_inputs import ModelInputs
-from opensora_fast.train.monitoring.metrics import METRICS, MetricsWriter, join_parts, peak_memory
+from opensora_fast.train.monitoring.metrics import METRICS, MetricsWriter, count_batch_tokens, join_parts, peak_memory
 from opensora_fast.train.monitoring.not_finite import NonFiniteError, describe_batches, find_not_finite
 from opensora_fast.train.monitoring.out_of_memory import explain_out_of_memory
 from opensora_fast.train.monitoring.ranges import named_range
@@ -302,10 +301,9 @@ class Trainer:
 
     def _describe(self, batch: Batch, losses: dict[str, float], data_wait: float, stop: StopSignals) -> dict[str, Any]:
         """What the other processes should know of this one's part of a step."""
-        size = (int(values[0]) for values in (batch.num_frames, batch.height, batch.width))
         return {
             "losses": losses,
-            "tokens": len(batch) * count_tokens(*size),
+            "tokens": count_batch_tokens(batch),
             "clips": len(batch),
             "bucket": list(batch.bucket),
             "data_wait": data_wait,

@@ -74,6 +74,7 @@ class StepGraphs:
         ValueError: the model is not on a GPU and `record` is not given, or `occurrences`, `most` or `margin` is not
             positive.
         RuntimeError (of steps): a parameter or buffer has moved in memory since the first capture.
+        CaptureError (of steps): memory has run out in a capture, for example.
     """
 
     def __init__(

@@ -37,7 +37,8 @@ class ReplayedModel:
 
     Raises:
         ValueError: the model is not on a GPU, and `record` is not given; of calls, also: the model is in training mode
-            or not on the current GPU, it or a module inside has a hook, or autocast is on.
+            or not on the current GPU, it or a module inside has a hook, or autocast is on; `CaptureError` where
+            memory runs out in a capture.
     """
 
     def __init__(self, model: STDiT2, tokens: int, record: Recorder | None = None) -> None:

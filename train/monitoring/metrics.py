@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from opensora_fast.data.batch import Batch
+from opensora_fast.data.buckets.explain import count_tokens
+
 METRICS = "metrics.jsonl"
 
 
@@ -47,6 +50,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is not valid JSON: {error}; remove that line") from None
     return rows
+
+
+def count_batch_tokens(batch: Batch) -> int:
+    """Video tokens of a micro-batch in the model."""
+    size = (int(values[0]) for values in (batch.num_frames, batch.height, batch.width))
+    return len(batch) * count_tokens(*size)
 
 
 def join_parts(told: list[dict[str, Any]], replicas: int) -> dict[str, Any]:

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import torch
 
+from opensora_fast.cuda_graphs import CaptureError
 from opensora_fast.data.batch import Batch
 from opensora_fast.parallel.processes import Processes
+from opensora_fast.train.monitoring.metrics import count_batch_tokens
 
 # The newest so many allocations and releases are kept: those of several steps of the largest model.
 HISTORY_ENTRIES = 100_000
+# In messages: of CUDA, which torch ("CUDA error: out of memory") and Triton ("Triton Error [CUDA]: out of memory") pass
+# on, and of cuBLAS, where it cannot make a handle.
+SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextmanager
@@ -48,22 +53,59 @@ def explain_out_of_memory(
         folder, processes, history: see `write_memory`.
 
     Raises:
-        ValueError: in place of torch.OutOfMemoryError.
+        ValueError: in place of an error that `describe_out_of_memory` describes.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
         happened = describe_out_of_memory(batch, step, graphs, error)
+        if happened is None:
+            raise
         raise ValueError(f"{happened}\n{write_memory(happened, folder, processes, history)}") from error
 
 
-def describe_out_of_memory(batch: Batch, step: int, graphs: bool, error: torch.OutOfMemoryError) -> str:
-    """What did not fit and what to change, of the batch of a step; `graphs`: CUDA graphs take memory, too."""
+def find_out_of_memory(error: BaseException | None) -> BaseException | None:
+    """The error itself, or what it came from, that says that a GPU's memory has run out; None if none does.
+
+    Only torch's allocator raises `torch.OutOfMemoryError`. Memory that CUDA itself needs, for a graph or the code of a
+    kernel, is another RuntimeError of torch (since 2.8 `torch.AcceleratorError`) or one of Triton.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return error
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
+            return error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def describe_out_of_memory(batch: Batch, step: int, graphs: bool, error: Exception) -> str | None:
+    """What did not fit and what to change, of the batch of a step; None where memory has not run out.
+
+    In the capture of a CUDA graph it may have without a word of it: what the allocator tries last, before it says so,
+    can make a capture invalid (https://github.com/pytorch/pytorch/pull/187795).
+
+    Args:
+        graphs: CUDA graphs take memory, too.
+        error: of the step.
+    """
+    ran_out = find_out_of_memory(error)
     resolution, frames, _ = batch.bucket
-    spared = ", or spare the memory of CUDA graphs with cuda_graph_tokens=0" if graphs else ""
+    fixes = [f"lower the batch size of bucket_config[{resolution!r}][{frames}]"]
+    fixes.append("recompute activations with grad_checkpoint=True")
+    what = "out of GPU memory"
+    if isinstance(error, CaptureError):
+        what = "out of GPU memory in the capture of a CUDA graph"
+        if ran_out is None:
+            what = "a CUDA graph could not be captured, as also happens where GPU memory runs out,"
+        fixes.insert(0, f"lower cuda_graph_tokens below {count_batch_tokens(batch)}, the tokens of this step")
+    elif ran_out is None:
+        return None
+    elif graphs:
+        fixes.append("spare the memory of CUDA graphs with cuda_graph_tokens=0")
     return (
-        f"step {step}: out of GPU memory with {len(batch)} clips of bucket {batch.bucket}: lower the batch size of "
-        f"bucket_config[{resolution!r}][{frames}], or recompute activations with grad_checkpoint=True{spared}. {error}"
+        f"step {step}: {what} with {len(batch)} clips of bucket {batch.bucket}: {', or '.join(fixes)}. "
+        f"{ran_out or error.__cause__}"
     )
 
 

@@ -1,14 +1,25 @@
 """A step that does not fit into memory leaves a file that says what was there."""
 
 import pickle
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from losses import read_losses
+from toy_steps import make_batch, make_model, make_trainer
 
+from opensora_fast.cuda_graphs import CaptureError, CudaRecorder
+from opensora_fast.diffusion import IDDPM
+from opensora_fast.parallel.collectives import ProcessLostError
+from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.loop import Trainer
-from opensora_fast.train.monitoring.out_of_memory import keep_memory_history, write_memory
+from opensora_fast.train.monitoring.out_of_memory import (
+    explain_out_of_memory,
+    find_out_of_memory,
+    keep_memory_history,
+    write_memory,
+)
 from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 
 
@@ -48,6 +59,94 @@ def test_the_message_names_the_file_that_says_more(train, tmp_path, monkeypatch,
     assert "step 2: out of GPU memory with" in text and "tried to allocate more than there is" in text
     # The row of step 1 is otherwise written during step 2, between its backward and the optimizer.
     assert [row[0] for row in read_losses(out)] == [1]
+
+
+AcceleratorError = getattr(torch, "AcceleratorError", RuntimeError)  # as torch 2.7 raises it
+# As PyTorch raises them: class and text.
+FULL = torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate more than there is"
+NO_ROOM_FOR_THE_GRAPH = AcceleratorError, "CUDA error: out of memory"
+NOT_PERMITTED = AcceleratorError, "CUDA error: operation not permitted when stream is capturing"
+INVALID = AcceleratorError, "CUDA error: operation failed due to a previous error during capture"
+
+
+def fail(kind, text):
+    raise kind(text)
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("inside", "at_the_end", "what", "told"),
+    [
+        (FULL, None, "out of GPU memory in the capture of a CUDA graph", FULL),
+        (FULL, INVALID, "out of GPU memory in the capture of a CUDA graph", FULL),
+        (None, NO_ROOM_FOR_THE_GRAPH, "out of GPU memory in the capture of a CUDA graph", NO_ROOM_FOR_THE_GRAPH),
+        (NOT_PERMITTED, INVALID, "a CUDA graph could not be captured, as also happens where", NOT_PERMITTED),
+    ],
+    ids=["error of the allocator", "and capture invalid", "no room for the graph", "capture invalid"],
+)
+def test_memory_that_runs_out_in_a_capture_names_what_to_lower(
+    tmp_path, monkeypatch, part, inside, at_the_end, what, told
+):
+    """In that of a forward pass, or in that of its backward pass, which comes next."""
+    captures = []
+    place = {"forward": (IDDPM, "losses_at"), "backward": (torch.autograd, "grad")}[part]
+
+    class Capture:
+        def __init__(self, graph, **options):
+            captures.append(self)
+            self.fails = len(captures) == (1 if part == "forward" else 2)
+
+        def __enter__(self):
+            if self.fails and inside is not None:
+                monkeypatch.setattr(*place, lambda *arguments, **options: fail(*inside))
+
+        def __exit__(self, *error):
+            if self.fails and at_the_end is not None:
+                fail(*at_the_end)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    out = tmp_path / "run"
+    # The first shape that comes again does so in step 3: 2 images of 6 x 8 latents.
+    message = rf"^step 3: {what} .*with 2 clips .*: lower cuda_graph_tokens below 24, the tokens of this step, or lower"
+    with pytest.raises(ValueError, match=message) as raised:
+        make_trainer(out, 9, tokens=10**6, record=CudaRecorder()).run()
+    assert told[1] in str(raised.value) and "What held the memory: " in str(raised.value)
+    # What those are told who sample, and those who take the graphs by themselves.
+    captured = raised.value.__cause__
+    assert isinstance(captured, CaptureError) and type(captured.__cause__) is told[0]
+    assert str(captured) == f"a CUDA graph could not be captured: lower cuda_graph_tokens, or set it to 0. {told[1]}"
+    assert (out / "out_of_memory.txt").read_text().startswith("step 3: ")
+    assert [row[0] for row in read_losses(out)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "found"),
+    [
+        (*NO_ROOM_FOR_THE_GRAPH, True),  # when it is launched for the first time
+        (RuntimeError, "Triton Error [CUDA]: out of memory", True),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        (RuntimeError, "CUDA error: an illegal memory access was encountered", False),
+        (ValueError, "a caption: out of memory", False),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_only_memory_that_runs_out_is_explained(tmp_path, kind, text, found, inside):
+    """`inside`: another error came of it."""
+    batch = make_batch(0, (2, 1, 6, 8), make_model().config)
+    told = re.escape("of a lost process" if inside else text)
+    if found:
+        told = f"step 5: out of GPU memory with 2 clips .* cuda_graph_tokens=0. {re.escape(text)}"
+    with pytest.raises(ValueError if found or inside else kind, match=told):
+        with explain_out_of_memory(batch, 5, True, tmp_path, Processes(torch.device("cpu")), False):
+            try:
+                fail(kind, text)
+            except kind as error:
+                if inside:
+                    raise ProcessLostError("of a lost process") from error
+                raise
+    assert (tmp_path / "out_of_memory.txt").exists() == found
 
 
 def test_on_a_gpu_torch_says_what_it_holds(tmp_path, calls):
@@ -97,3 +196,18 @@ def test_a_real_snapshot_says_where_memory_was_asked_for(tmp_path):
         snapshot = pickle.load(file)  # of this process
     frames = [frame["filename"] for entry in snapshot["device_traces"][0] for frame in entry.get("frames", ())]
     assert any(filename.endswith("test_out_of_memory.py") for filename in frames) and held.is_cuda
+
+
+@pytest.mark.gpu
+def test_memory_that_runs_out_in_a_real_capture_is_found():
+    counter = torch.zeros(1, device="cuda")
+
+    def forward():
+        counter.add_(1)
+        capturing = torch.cuda.is_current_stream_capturing()
+        return {"output": torch.empty(1 << 50 if capturing else 1, dtype=torch.uint8, device="cuda")}
+
+    with pytest.raises(CaptureError, match="lower cuda_graph_tokens") as raised:
+        CudaRecorder()(forward)
+    assert find_out_of_memory(raised.value) is not None
+    assert counter.item() == 1  # the GPU goes on
