@@ -1,5 +1,7 @@
 """Sampling by replaying the model's calls: the same videos. On a CPU, running again stands in for a CUDA graph."""
 
+import copy
+
 import pytest
 import torch
 from run_again import RunAgain, record_on_meta
@@ -97,6 +99,35 @@ def test_a_graph_serves_calls_of_the_same_shapes_on_the_same_weights(model):
     assert captures(make_arguments(model, (2, 4, 3, 6, 6))) == 0
     model.rope.freqs.data = zeros.view(torch.float16)[: len(zeros)]  # of another dtype, at the same place
     assert captures(make_arguments(model, (2, 4, 3, 6, 6))) == 1
+
+
+def test_what_is_replaced_or_added_in_the_model_is_noticed(model):
+    replayed, arguments = ReplayedModel(model, ALL, RunAgain()), make_arguments(model)
+
+    def captures():
+        before = replayed.captured
+        torch.testing.assert_close(replayed(**arguments), replayed.model(**arguments), rtol=1e-5, atol=1e-6)
+        return replayed.captured - before
+
+    assert captures() == 1 and captures() == 0
+    model.final_layer.linear.bias = torch.nn.Parameter(model.final_layer.linear.bias + 1)
+    assert captures() == 1
+    model.y_embedder.y_embedding = model.y_embedder.y_embedding.clone()
+    assert captures() == 1
+    model.blocks[1].mlp = copy.deepcopy(model.blocks[1].mlp)
+    model.blocks[1].mlp.fc1.weight.data.mul_(2)
+    assert captures() == 1 and captures() == 0
+    model.blocks[1].mlp.fc1.weight.data = model.blocks[1].mlp.fc1.weight * 2
+    assert captures() == 1
+    torch.nn.utils.parametrize.register_parametrization(model.blocks[0].mlp.fc2, "weight", torch.nn.ReLU())
+    assert captures() == 1
+    hook = model.blocks[1].mlp.fc1.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="Linear has a hook"):
+        replayed(**arguments)
+    hook.remove()
+    assert captures() == 0
+    replayed.model = make_model()
+    assert captures() == 1 and captures() == 0
 
 
 def test_calls_without_a_mask_have_one_that_a_graph_can_read(model):
