@@ -86,137 +86,117 @@ def train(
         ValueError: a mistake in the configuration, the data or the folder; NonFiniteError from the loop;
             ProcessLostError where another process has failed.
     """
-    with join_processes(device, loaded.config.sp_size) as processes, ExitStack() as held:
-        return _train(
-            loaded,
-            out,
-            processes,
-            held,
-            resume,
-            init_from,
-            backend,
-            linear,
-            trace_steps,
-            memory_history,
-            report if processes.rank == 0 else _report_nothing,
-        )
+    config = loaded.config
+    with join_processes(device, config.sp_size) as processes, ExitStack() as held:
+        if processes.rank != 0:
+            report = _report_nothing
+        refuse_without_gpu(config.cuda_graph_tokens, processes.device.type)
+        check_parts(config, backend, linear)
+        check_trackers(config)
+        refuse_trace_after_end(trace_steps, config.steps)
+        refuse_history_without_gpu(memory_history, processes.device.type)
+        if linear == "quack":
+            check_quack(processes.device, DTYPES[config.dtype])
+        for note in loaded.notes:
+            report(f"note: {note}")
+        diffusion = build_diffusion(config)
+        masks = MaskGenerator(config.mask_ratios) if config.mask_ratios is not None else None
+        data = read_data(config, processes.replica, processes.replicas)
+        for warning in data.explanation.warnings:
+            report(f"warning: {warning}")
+        start = agree_on_start(processes, config, out, resume, init_from, report)
+
+        with processes.first():
+            out.mkdir(parents=True, exist_ok=True)
+            if processes.rank == 0:
+                held.enter_context(hold_folder(out, report))
+            for origin in (start.resume, start.state, start.weights):
+                if origin is not None:
+                    adopt_fitted(Path(origin), out)
+        dtype = DTYPES[config.dtype]
+        trainer: Trainer | None = None
+
+        def tell(text: str) -> None:
+            if trainer is None:
+                report(text)
+            else:
+                trainer.note(text)
+
+        open_source = open_clips if config.features is None else open_features
+        sequence = processes.sequence
+        with (
+            cpu_threads(choose_cpu_threads(config, processes)),
+            keep_memory_history(memory_history),
+            ExitStack() as stack,
+        ):
+            source: Source | None = None
+            # Rank 0 fits, downloads and writes features; the others find them.
+            with processes.first():
+                if sequence is None or sequence.rank == 0:
+                    source = stack.enter_context(closing(open_source(config, data, out, processes.device, dtype, tell)))
+            facts, batches = find_batches(source, sequence)
+            model_config = make_model_config(config, facts.in_channels, facts.caption_channels, facts.model_max_length)
+            model = build_model(model_config, config.seed, config.grad_checkpoint)
+            model.share_frames(sequence)
+            use_kernels(model, backend, linear=linear)
+            if start.weights is not None:
+                with processes.first():
+                    load_initial_weights(model, start.weights, report)
+            optimizer = MasterAdamW(
+                model,
+                dtype=dtype,
+                device=processes.device,
+                lr=config.lr,
+                grad_clip=config.grad_clip,
+                # On a GPU "triton" and "auto" are the same; an interpreter would take longer for it than for the model.
+                backend="reference" if backend == "reference" else "auto",
+                processes=processes,
+            )
+            trainer = Trainer(
+                model=model,
+                optimizer=optimizer,
+                ema=EMA(optimizer, config.ema_decay),
+                diffusion=diffusion,
+                masks=masks,
+                inputs=None if source is None else source.inputs,
+                batches=batches,
+                extra_files=lambda folder: write_extra_files(config, out, folder),
+                folder=out,
+                replay=lambda checkpoint, step: describe_replay(out, checkpoint, step, processes, linear),
+                limits=Limits(
+                    config.steps, config.epochs, config.log_every, config.ckpt_every, config.keep_checkpoints
+                ),
+                seed=config.seed,
+                data_fingerprint=facts.fingerprint,
+                graphs=make_graphs(config, model, diffusion),
+                trace=None if trace_steps is None else StepTrace(trace_steps, out, processes, tell),
+                memory_history=memory_history,
+            )
+            if start.resume is not None:
+                resume_state(trainer, start.resume)
+                report_changes(start.resume, config, processes, report)
+            elif start.state is not None:
+                load_weights(trainer, start.state)
+            if processes.rank == 0:
+                trainer.trackers = stack.enter_context(open_trackers(config, out, trainer.position.step, tell))
+                write_config(config, out / "config.json")
+            report(describe_run(trainer, facts.steps, start))
+            if source is not None:
+                warn_of_memory(config, source.data, processes.world_size, trainer.model.device, report)
+            calls_before = calls.copy()
+            signal_number = trainer.run()
+        if processes.rank == 0:
+            report_kernels(calls - calls_before, out, report)
+            if trainer.graphs is not None:
+                report(trainer.graphs.describe())
+        report(f"step {trainer.position.step}: {trainer.last_checkpoint or start.resume}")
+        if signal_number is not None:
+            report(f"stopped by signal {signal_number}; --resume auto continues")
+        return signal_number
 
 
 def _report_nothing(text: str) -> None:
     """What processes other than rank 0 report: rank 0 has said it."""
-
-
-def _train(
-    loaded: LoadedConfig[TrainConfig],
-    out: Path,
-    processes: Processes,
-    held: ExitStack,
-    resume: str | None,
-    init_from: str | None,
-    backend: str,
-    linear: str,
-    trace_steps: tuple[int, int] | None,
-    memory_history: bool,
-    report: Callable[[str], None],
-) -> int | None:
-    config = loaded.config
-    refuse_without_gpu(config.cuda_graph_tokens, processes.device.type)
-    check_parts(config, backend, linear)
-    check_trackers(config)
-    refuse_trace_after_end(trace_steps, config.steps)
-    refuse_history_without_gpu(memory_history, processes.device.type)
-    if linear == "quack":
-        check_quack(processes.device, DTYPES[config.dtype])
-    for note in loaded.notes:
-        report(f"note: {note}")
-    diffusion = build_diffusion(config)
-    masks = MaskGenerator(config.mask_ratios) if config.mask_ratios is not None else None
-    data = read_data(config, processes.replica, processes.replicas)
-    for warning in data.explanation.warnings:
-        report(f"warning: {warning}")
-    start = agree_on_start(processes, config, out, resume, init_from, report)
-
-    with processes.first():
-        out.mkdir(parents=True, exist_ok=True)
-        if processes.rank == 0:
-            held.enter_context(hold_folder(out, report))
-        for origin in (start.resume, start.state, start.weights):
-            if origin is not None:
-                adopt_fitted(Path(origin), out)
-    dtype = DTYPES[config.dtype]
-    trainer: Trainer | None = None
-
-    def tell(text: str) -> None:
-        if trainer is None:
-            report(text)
-        else:
-            trainer.note(text)
-
-    open_source = open_clips if config.features is None else open_features
-    sequence = processes.sequence
-    with cpu_threads(choose_cpu_threads(config, processes)), keep_memory_history(memory_history), ExitStack() as stack:
-        source: Source | None = None
-        # Rank 0 fits, downloads and writes features; the others find them.
-        with processes.first():
-            if sequence is None or sequence.rank == 0:
-                source = stack.enter_context(closing(open_source(config, data, out, processes.device, dtype, tell)))
-        facts, batches = find_batches(source, sequence)
-        model_config = make_model_config(config, facts.in_channels, facts.caption_channels, facts.model_max_length)
-        model = build_model(model_config, config.seed, config.grad_checkpoint)
-        model.share_frames(sequence)
-        use_kernels(model, backend, linear=linear)
-        if start.weights is not None:
-            with processes.first():
-                load_initial_weights(model, start.weights, report)
-        optimizer = MasterAdamW(
-            model,
-            dtype=dtype,
-            device=processes.device,
-            lr=config.lr,
-            grad_clip=config.grad_clip,
-            # On a GPU "triton" and "auto" are the same; an interpreter would take longer for it than for the model.
-            backend="reference" if backend == "reference" else "auto",
-            processes=processes,
-        )
-        trainer = Trainer(
-            model=model,
-            optimizer=optimizer,
-            ema=EMA(optimizer, config.ema_decay),
-            diffusion=diffusion,
-            masks=masks,
-            inputs=None if source is None else source.inputs,
-            batches=batches,
-            extra_files=lambda folder: write_extra_files(config, out, folder),
-            folder=out,
-            replay=lambda checkpoint, step: describe_replay(out, checkpoint, step, processes, linear),
-            limits=Limits(config.steps, config.epochs, config.log_every, config.ckpt_every, config.keep_checkpoints),
-            seed=config.seed,
-            data_fingerprint=facts.fingerprint,
-            graphs=make_graphs(config, model, diffusion),
-            trace=None if trace_steps is None else StepTrace(trace_steps, out, processes, tell),
-            memory_history=memory_history,
-        )
-        if start.resume is not None:
-            resume_state(trainer, start.resume)
-            report_changes(start.resume, config, processes, report)
-        elif start.state is not None:
-            load_weights(trainer, start.state)
-        if processes.rank == 0:
-            trainer.trackers = stack.enter_context(open_trackers(config, out, trainer.position.step, tell))
-            write_config(config, out / "config.json")
-        report(describe_run(trainer, facts.steps, start))
-        if source is not None:
-            warn_of_memory(config, source.data, processes.world_size, trainer.model.device, report)
-        calls_before = calls.copy()
-        signal_number = trainer.run()
-    if processes.rank == 0:
-        report_kernels(calls - calls_before, out, report)
-        if trainer.graphs is not None:
-            report(trainer.graphs.describe())
-    report(f"step {trainer.position.step}: {trainer.last_checkpoint or start.resume}")
-    if signal_number is not None:
-        report(f"stopped by signal {signal_number}; --resume auto continues")
-    return signal_number
 
 
 def make_graphs(config: TrainConfig, model: STDiT2, diffusion: IDDPM) -> StepGraphs | None:
