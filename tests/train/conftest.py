@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from losses import read_losses
 
 from opensora_fast import cli
 from opensora_fast.data.video_files import save_image, save_video
@@ -85,6 +86,21 @@ def train(config, table, capsys):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def folder_of_whole(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("whole") / "run"
+
+
+@pytest.fixture
+def whole(train, folder_of_whole) -> Path:
+    """A run of 9 steps, an epoch and a half, that was never stopped; made once, and only read by the tests."""
+    if not folder_of_whole.exists():
+        code, _, error = train(folder_of_whole, "--steps", 9)
+        assert code == 0, error
+    assert len(read_losses(folder_of_whole)) == 9
+    return folder_of_whole
 
 
 @pytest.fixture

@@ -20,26 +20,11 @@ from opensora_fast import cli
 from opensora_fast.train.checkpoints import state
 from opensora_fast.train.loop import Trainer
 
-STEPS = 9  # an epoch has 6
+STEPS = 9  # those of `whole`; an epoch has 6
 
 
 def last(out):
     return out / "checkpoints" / f"step-{STEPS:08d}"
-
-
-@pytest.fixture(scope="module")
-def folder_of_whole(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole") / "run"
-
-
-@pytest.fixture
-def whole(train, folder_of_whole):
-    """A run that was never stopped; made once, and only read by the tests."""
-    if not folder_of_whole.exists():
-        code, _, error = train(folder_of_whole, "--steps", STEPS)
-        assert code == 0, error
-    assert len(read_losses(folder_of_whole)) == STEPS
-    return folder_of_whole
 
 
 def test_stop_at_any_step_and_resume(train, tmp_path, whole):

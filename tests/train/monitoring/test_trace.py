@@ -19,19 +19,6 @@ from opensora_fast.train.monitoring.trace import StepTrace, parse_trace_steps
 PARTS = ["wait for batch", "inputs", "forward", "backward", "wait for losses", "optimizer"]
 
 
-@pytest.fixture(scope="module")
-def folder_of_whole(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole") / "run"
-
-
-@pytest.fixture
-def whole(train, folder_of_whole):
-    """A run of 5 steps without a trace; made once."""
-    if not folder_of_whole.exists():
-        assert train(folder_of_whole, "--steps", 5)[0] == 0
-    return folder_of_whole
-
-
 def read_ranges(path):
     """(names of the ranges in the order in which they begin, names of the ops)"""
     with gzip.open(path, "rt") as file:
@@ -49,7 +36,7 @@ def test_the_steps_are_traced_part_by_part_and_compute_the_same(train, tmp_path,
     names, ops = read_ranges(path)
     assert names == ["step 2", *PARTS, "step 3", *PARTS, "copy for checkpoint", "step 4", *PARTS]
     assert "aten::addmm" in ops
-    assert read_losses(out) == read_losses(whole)
+    assert read_losses(out) == read_losses(whole)[:5]
 
 
 def test_a_resumed_run_traces_what_is_left(train, tmp_path, whole):
@@ -60,7 +47,7 @@ def test_a_resumed_run_traces_what_is_left(train, tmp_path, whole):
     assert path.name == "steps-3.json.gz" and read_ranges(path)[0] == ["step 3", *PARTS]
     code, _, error = train(out, "--steps", 5, "--resume", "auto", "--trace-steps", "3:4")
     assert code == 0 and "note: no step was traced: the run has taken none of steps 3 to 4" in error
-    assert read_losses(out) == read_losses(whole)
+    assert read_losses(out) == read_losses(whole)[:5]
 
 
 def test_a_step_that_no_batch_is_left_for_is_not_traced(train, tmp_path):
@@ -104,7 +91,7 @@ def test_a_trace_that_cannot_be_written_stops_nothing(train, tmp_path, whole):
     (out / "traces").write_text("in its way")
     code, _, error = train(out, "--steps", 5, "--trace-steps", "2")
     assert code == 0 and "steps-2.json.gz could not be written: " in error
-    assert read_losses(out) == read_losses(whole)
+    assert read_losses(out) == read_losses(whole)[:5]
 
 
 def test_nothing_is_left_of_a_trace_that_could_not_be_written_whole(tmp_path):
