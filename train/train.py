@@ -162,7 +162,7 @@ def train(
                 batches=batches,
                 extra_files=lambda folder: write_extra_files(config, out, folder),
                 folder=out,
-                replay=lambda checkpoint, step: describe_replay(out, checkpoint, step, processes, linear),
+                replay=lambda checkpoint, step: describe_replay(out, checkpoint, step, processes, backend, linear),
                 limits=Limits(
                     config.steps, config.epochs, config.log_every, config.ckpt_every, config.keep_checkpoints
                 ),
@@ -230,7 +230,9 @@ def write_config(config: TrainConfig, path: Path) -> None:
     path.write_text(to_json(absolute) + "\n")
 
 
-def describe_replay(out: Path, checkpoint: Path, step: int, processes: Processes, linear: str = "torch") -> str:
+def describe_replay(
+    out: Path, checkpoint: Path, step: int, processes: Processes, backend: str = "auto", linear: str = "torch"
+) -> str:
     """The command that runs one step again, from the checkpoint before it, into another folder, as it was run."""
     words = ["opensora-fast"]
     if processes.world_size > 1:
@@ -239,6 +241,7 @@ def describe_replay(out: Path, checkpoint: Path, step: int, processes: Processes
         words = ["torchrun", *where, "--nproc-per-node", str(processes.local_world_size), "-m", "opensora_fast"]
     words += ["train", str(out / "config.json"), "--resume", str(checkpoint)]
     words += ["--out", f"{out}-replay-{step}", "--steps", str(step), "--device", processes.device.type]
+    words += ["--kernels", backend] if backend != "auto" else []
     words += ["--linear", linear] if linear != "torch" else []
     return shlex.join(words)
 

@@ -248,7 +248,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(train, tmp_path, monkey
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_can_be_replayed(train, tmp_path, capsys):
     out = tmp_path / "run"
-    code, _, error = train(out, "--steps", 5, "lr=1e25", "grad_clip=None")
+    code, _, error = train(out, "--steps", 5, "lr=1e25", "grad_clip=None", "--kernels", "reference")
     assert code == 1
     report = json.loads((out / "nonfinite.json").read_text())
     step = report["step"]
@@ -259,7 +259,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_can_be_replayed(tra
     assert len(read_losses(out)) == step - 1
     checkpoint = out / "checkpoints" / f"step-{step - 1:08d}"
     assert all(torch.isfinite(value).all() for value in load_file(checkpoint / "model" / "model.safetensors").values())
-    assert report["replay"] in error
+    assert report["replay"] in error and report["replay"].endswith(" --kernels reference")
     capsys.readouterr()
     assert cli.run(shlex.split(report["replay"])[1:]) == 1
     replayed = json.loads((tmp_path / f"run-replay-{step}" / "nonfinite.json").read_text())

@@ -9,7 +9,6 @@ from losses import read_losses
 from safetensors.torch import load_file
 
 from opensora_fast.data.bad_clips import read_bad_clips
-from opensora_fast.kernels.linear import LINEAR_BACKENDS
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.train import describe_replay
 
@@ -91,6 +90,10 @@ def test_what_multiplies_in_the_linears_is_checked_before_anything_is_made(train
     assert not out.exists()
 
 
-def test_a_replay_multiplies_as_the_run_did(tmp_path):
-    words = [describe_replay(tmp_path, tmp_path, 5, Processes(torch.device("cpu")), name) for name in LINEAR_BACKENDS]
-    assert "--linear" not in words[0] and words[1].endswith(" --linear quack")
+def test_a_replay_computes_with_what_the_run_did(tmp_path):
+    def describe(**chosen):
+        return describe_replay(tmp_path, tmp_path, 5, Processes(torch.device("cpu")), **chosen)
+
+    assert "--linear" not in describe() and "--kernels" not in describe()
+    assert describe(linear="quack").endswith(" --linear quack")
+    assert describe(backend="reference").endswith(" --kernels reference")
