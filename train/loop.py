@@ -12,7 +12,6 @@ none waits for what a stopped one has not begun. They also wait for each other's
 """
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -35,7 +34,7 @@ from opensora_fast.train.checkpoints.state import Position, collect_state, take_
 from opensora_fast.train.host_values import HostValues
 from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.monitoring.metrics import METRICS, MetricsWriter, count_batch_tokens, join_parts, peak_memory
-from opensora_fast.train.monitoring.not_finite import NonFiniteError, describe_batches, find_not_finite
+from opensora_fast.train.monitoring.not_finite import NonFiniteError, describe_batches, find_not_finite, write_report
 from opensora_fast.train.monitoring.out_of_memory import explain_out_of_memory
 from opensora_fast.train.monitoring.ranges import named_range
 from opensora_fast.train.monitoring.step_rows import StepRows
@@ -350,10 +349,8 @@ class Trainer:
             # Rank 0 says what has happened. Were another the first to end, torchrun could end rank 0 before it does.
             self.processes.gather(None)
         command = self.replay(self.last_checkpoint, step)
-        path = self.folder / "nonfinite.json"
-        report = {"step": step, "what": what, "batches": batches, "replay": command}
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        written = write_report(self.folder, {"step": step, "what": what, "batches": batches, "replay": command})
         raise NonFiniteError(
-            f"{happened}. The weights are those of step {step - 1} ({self.last_checkpoint}). Batch (also in {path}):\n"
+            f"{happened}. The weights are those of step {step - 1} ({self.last_checkpoint}). Batch ({written}):\n"
             f"{described}\nTo run this step again:\n  {command}"
         )

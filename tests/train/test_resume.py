@@ -268,6 +268,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_can_be_replayed(tra
     assert batch["rank"] == 0 and batch["value"] in ("nan", "inf") and len(batch["texts"]) == len(batch["rows"])
 
 
+def test_a_report_that_cannot_be_written_does_not_hide_what_is_not_finite(train, tmp_path, monkeypatch):
+    real = Trainer.compute_losses
+
+    def faulty(self, batch, step):
+        losses = real(self, batch, step)
+        lose_numbers(losses)
+        return losses
+
+    monkeypatch.setattr(Trainer, "compute_losses", faulty)
+    (tmp_path / "run" / "nonfinite.json").mkdir(parents=True)
+    code, _, error = train(tmp_path / "run", "--steps", 1)
+    assert code == 1 and "error: step 1: the loss is nan" in error and "To run this step again:" in error
+    assert "nonfinite.json could not be written: [Errno 21] Is a directory" in error
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_leaves_the_state_before_it(train, tmp_path, monkeypatch, whole, where):
     """The checkpoint is exactly that of the step before, so a resume without the fault is a run without the fault."""

@@ -1,7 +1,9 @@
 """Which micro-batches made the loss or the gradient of a step something that is not a finite number."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from opensora_fast.data.batch import Batch
@@ -38,6 +40,16 @@ def find_not_finite(processes: Processes, value: float, batch: Batch) -> list[di
 def describe_batches(batches: Sequence[dict[str, Any]], world_size: int) -> str:
     """A line for each, for a person."""
     return "\n".join(f"  {_describe(told, world_size)}" for told in batches)
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> str:
+    """Write `nonfinite.json` into the output folder of the run; returns for a person where it is, or why it is not."""
+    path = folder / "nonfinite.json"
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        return f"{path} could not be written: {error}"
+    return f"also in {path}"
 
 
 def _describe(told: dict[str, Any], world_size: int) -> str:
