@@ -1,7 +1,7 @@
 """What a person learns of a step that did not fit into the memory of the GPU."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -129,7 +129,12 @@ def write_memory(happened: str, folder: Path, processes: Processes, history: boo
         text.write_text(f"{happened}\n\n{summary}\n")
         if not history:
             return f"What held the memory: {text}; where it was asked for is kept with --memory-history"
-        torch.cuda.memory._dump_snapshot(str(pickle))
-    except OSError as error:
+        try:
+            torch.cuda.memory._dump_snapshot(str(pickle))
+        except OSError:
+            with suppress(OSError):
+                pickle.unlink()  # none can read a part of it
+            raise
+    except (OSError, RuntimeError) as error:  # the disk is full, or the GPU answers no more
         return f"What held the memory could not be written: {error}"
     return f"What held the memory: {text}, and where it was asked for: {pickle}, to open at pytorch.org/memory_viz"

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -165,6 +166,22 @@ def test_with_the_history_a_snapshot_is_written_by_each_process(tmp_path, calls)
 def test_files_that_cannot_be_written_are_told(tmp_path, calls):
     line = write_memory("step 9", tmp_path / "gone", on_gpu(), history=True)
     assert "could not be written: " in line and "No such file" in line
+
+
+def test_a_part_of_a_snapshot_does_not_stay(tmp_path, calls, monkeypatch):
+    def fill_disk(path):
+        Path(path).write_text("the beginning")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", fill_disk)
+    line = write_memory("step 9", tmp_path, on_gpu(), history=True)
+    assert line == "What held the memory could not be written: [Errno 28] No space left on device"
+    assert [path.name for path in tmp_path.iterdir()] == ["out_of_memory.txt"]
+
+
+def test_a_gpu_that_answers_no_more_is_told(tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_summary", lambda device: fail(*INVALID))
+    assert write_memory("step 9", tmp_path, on_gpu(), history=False).endswith(f"could not be written: {INVALID[1]}")
 
 
 def test_the_history_is_kept_during_the_block_only(calls):
