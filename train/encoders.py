@@ -11,7 +11,7 @@ import torch
 from opensora_fast.config import SampleConfig, TrainConfig
 from opensora_fast.data.decoding.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
-from opensora_fast.encoders.linear_autoencoder import LinearAutoencoder
+from opensora_fast.encoders.linear_autoencoder import WEIGHTS_NAME, LinearAutoencoder
 from opensora_fast.progress import Progress
 from opensora_fast.train.data import TrainingData
 
@@ -46,6 +46,12 @@ def adopt_fitted(source: Path, folder: Path) -> None:
     """Copy the fitted autoencoder that lies in a checkpoint or run into this run, unless it has one."""
     if (source / FITTED).is_dir() and not (folder / FITTED).is_dir():
         _place(folder / FITTED, lambda part: shutil.copytree(source / FITTED, part, dirs_exist_ok=True))
+
+
+def holds_other_fitted(source: Path, folder: Path) -> bool:
+    """Whether both have a fitted autoencoder, and not the same one."""
+    one, other = source / FITTED / WEIGHTS_NAME, folder / FITTED / WEIGHTS_NAME
+    return one.is_file() and other.is_file() and one.read_bytes() != other.read_bytes()
 
 
 def copy_fitted(folder: Path, target: Path) -> None:
@@ -90,5 +96,9 @@ def _place(folder: Path, fill: Callable[[Path], object]) -> None:
     if part.exists():
         shutil.rmtree(part)
     part.mkdir(parents=True)
-    fill(part)
-    os.rename(part, folder)
+    try:
+        fill(part)
+        os.rename(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise

@@ -1,6 +1,5 @@
 """Where batches come from: clips, decoded and encoded at every step, or features that were encoded once."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from opensora_fast.data.features import FeatureLoader, FeatureSampler, write_fea
 from opensora_fast.data.loader import ClipLoader
 from opensora_fast.train.checkpoints.folder_lock import hold_folder
 from opensora_fast.train.data import TrainingData
-from opensora_fast.train.encoders import FITTED, adopt_fitted, build_encoders
+from opensora_fast.train.encoders import FITTED, adopt_fitted, build_encoders, holds_other_fitted, needs_fit
 from opensora_fast.train.model_inputs import ModelInputs
 
 Report = Callable[[str], None]
@@ -118,6 +117,11 @@ def open_features(
     """
     folder = Path(config.features)
     adopt_fitted(folder, out)
+    if needs_fit(config) and holds_other_fitted(folder, out):
+        raise ValueError(
+            f"features={folder} were made with another linear autoencoder than this run has, in {out / FITTED}: name a "
+            "folder that is not there yet, and they are made with this one"
+        )
     try:
         complete = FeatureIndex.read(folder).complete
     except FeatureError:
@@ -189,6 +193,8 @@ def _write(
     with hold_folder(folder, report):
         clips = open_clips(config, replace(data, sampler=sampler), out, device, dtype, report)
         try:
+            # Before any feature: another run may go on with those that are there, and needs this autoencoder for them.
+            adopt_fitted(out, folder)
             write_features(
                 clips.loader,
                 clips.inputs.video_encoder,
@@ -200,5 +206,3 @@ def _write(
             )
         finally:
             clips.close()
-        if (out / FITTED).is_dir() and not (folder / FITTED).is_dir():
-            shutil.copytree(out / FITTED, folder / FITTED)

@@ -1,6 +1,7 @@
 """Training from cached features: the numbers of training from clips, without decoder and encoders."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from losses import read_losses
 from safetensors.torch import load_file
 
 from opensora_fast.model import STDiT2
-from opensora_fast.train import sources
+from opensora_fast.train import encoders, sources
+
+FITTED = "encoders/vae/linear_autoencoder.safetensors"
 
 
 def test_features_are_written_once_and_give_the_losses_of_the_clips(train, tmp_path, monkeypatch):
@@ -22,8 +25,7 @@ def test_features_are_written_once_and_give_the_losses_of_the_clips(train, tmp_p
     assert code == 0, error
     assert read_losses(cached)[:6] == read_losses(clips)
     assert {row[6] for row in read_losses(cached)} == {0, 1, 2}
-    fitted = "encoders/vae/linear_autoencoder.safetensors"
-    assert (cached / fitted).read_bytes() == (clips / fitted).read_bytes() == (folder / fitted).read_bytes()
+    assert (cached / FITTED).read_bytes() == (clips / FITTED).read_bytes() == (folder / FITTED).read_bytes()
 
     def forbidden(*arguments, **options):
         raise AssertionError("nothing is decoded or encoded where the features are there")
@@ -34,7 +36,7 @@ def test_features_are_written_once_and_give_the_losses_of_the_clips(train, tmp_p
     assert "features: 20 clips and 10 captions" in text
     assert read_losses(again) == read_losses(cached)
     # the autoencoder comes along, for sampling
-    assert (again / "checkpoints" / "step-00000008" / fitted).is_file()
+    assert (again / "checkpoints" / "step-00000008" / FITTED).is_file()
     assert STDiT2.from_pretrained(again / "checkpoints" / "step-00000008" / "ema").config.caption_channels == 32
 
 
@@ -65,6 +67,55 @@ def test_features_of_something_else_are_refused(train, tmp_path, more, message):
     assert train(tmp_path / "first", "--steps", 0, f"features={folder}")[0] == 0
     code, _, error = train(tmp_path / "second", "--steps", 1, f"features={folder}", *more)
     assert code == 1 and re.search(message, error) and str(folder) in error, error
+
+
+def test_features_of_another_autoencoder_are_refused(train, tmp_path):
+    """A run that starts from another one has its autoencoder."""
+    folder, other = tmp_path / "features", tmp_path / "other"
+    assert train(tmp_path / "first", "--steps", 0, f"features={folder}")[0] == 0
+    assert train(other, "--steps", 0, "bucket_config={'144p': {1: (1.0, 2)}}")[0] == 0
+    assert (other / FITTED).read_bytes() != (folder / FITTED).read_bytes()
+    arguments = ["--steps", 1, "--init-from", other]
+    code, _, error = train(tmp_path / "second", *arguments, f"features={folder}")
+    assert code == 1 and f"features={folder} were made with another linear autoencoder than this run has" in error
+    new = tmp_path / "new"
+    code, _, error = train(tmp_path / "third", *arguments, f"features={new}")
+    assert code == 0, error
+    assert (new / FITTED).read_bytes() == (other / FITTED).read_bytes()
+
+
+def test_features_that_are_not_complete_go_on_with_their_autoencoder(train, tmp_path, monkeypatch):
+    folder = tmp_path / "features"
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "write_features", stop)
+        assert train(tmp_path / "first", "--steps", 0, f"features={folder}")[0] == 130
+    fitted = (folder / FITTED).read_bytes()
+
+    def forbidden(*arguments):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(encoders, "fit_linear_autoencoder", forbidden)
+    code, _, error = train(tmp_path / "second", "--steps", 0, f"features={folder}")
+    assert code == 0, error
+    assert (tmp_path / "second" / FITTED).read_bytes() == (folder / FITTED).read_bytes() == fitted
+
+
+def test_no_part_of_an_autoencoder_is_left_where_it_cannot_be_written(train, tmp_path, monkeypatch):
+    real = Path.write_text
+
+    def fill_disk(path, *arguments, **options):
+        if path.parent.name == ".unfinished-vae":
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", fill_disk)
+    code, _, error = train(tmp_path / "run", "--steps", 0)
+    assert code == 1 and "No space left on device" in error
+    assert list((tmp_path / "run" / "encoders").iterdir()) == []
 
 
 def test_damaged_features_are_named(train, tmp_path):
