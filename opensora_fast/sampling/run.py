@@ -33,9 +33,10 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
     if config.save_dir is None:
         raise ValueError("there is no folder for the samples; give --save-dir or save_dir")
     folder = Path(config.save_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"save_dir {folder} is a file; give a folder")
-    if not os.access(next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK):
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"save_dir {folder}: {nearest} is a file; give a folder")
+    if not os.access(nearest, os.W_OK):
         raise ValueError(f"save_dir {folder} cannot be written to; give another folder")
     all_prompts = choose_prompts(config)
     references = _slice(config, "reference_path", config.reference_path, all_prompts)
@@ -60,7 +61,7 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
             if processes.rank != 0:
                 continue
             name = name_sample(sample, config)
-            if name in written:  # prompts of one text, or long ones that begin alike
+            while name in written:  # prompts of one text, or long ones that begin alike
                 name = f"{name}_{sample.index}"
             written.add(name)
             yield sample.save(folder / name)

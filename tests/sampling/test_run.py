@@ -187,18 +187,19 @@ def test_a_mistake_ends_with_one_message_and_code_1(folder, tmp_path, monkeypatc
 def test_mistakes_in_prompts_and_folders_cost_no_time(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sampling_run, "build_generator", lambda *_: pytest.fail("weights were loaded"))
     (tmp_path / "file").touch()
-    assert sample(folder, "--prompt", "a", "--save-dir", str(tmp_path / "file")) == 1
+    for place in (tmp_path / "file", tmp_path / "file" / "folder" / "deep"):
+        assert sample(folder, "--prompt", "a", "--save-dir", str(place)) == 1
+        assert f"save_dir {place}: {tmp_path / 'file'} is a file; give a folder" in capsys.readouterr().err
     options = ("--reference-path", "missing.png", "--mask-strategy", "0", "--save-dir", str(tmp_path))
     assert sample(folder, "--prompt", "a", *options) == 1
-    message = capsys.readouterr().err
-    assert "file is a file; give a folder" in message and "there is no file 'missing.png'" in message
+    assert "there is no file 'missing.png'" in capsys.readouterr().err
 
 
 def test_prompts_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
     long = "x" * 300
-    prompts = ("--prompt", "a", "a", f"{long}1", f"{long}2")
+    prompts = ("--prompt", "a_2", "a", "a", f"{long}1", f"{long}2")
     assert sample(folder, *prompts, "--prompt-as-path", "--num-frames", "1", "--save-dir", str(tmp_path)) == 0
-    names = ["a.png", "a_1.png", f"{'x' * 200}.png", f"{'x' * 200}_3.png"]
+    names = ["a.png", "a_2.png", "a_2_2.png", f"{'x' * 200}.png", f"{'x' * 200}_4.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
