@@ -168,6 +168,7 @@ def find_idle_keys(config: TrainConfig | SampleConfig) -> list[str]:
 IDLE_KEYS = {
     "model.enable_flash_attn": "has no effect: the device decides how every op is computed",
     "model.enable_layernorm_kernel": "has no effect: apex is not used",
+    "multi_resolution": "has no effect: the model is always told the size of what it makes",
     "text_encoder.shardformer": "makes T5 compute in the configuration's dtype; ColossalAI's layers are not used",
 }
 IDLE_TRAINING_KEYS = {

@@ -111,8 +111,11 @@ def test_more_idle_keys(train_file):
 def test_upstream_sampling_file_loads(tmp_path):
     path = tmp_path / "sample.py"
     path.write_text(UPSTREAM_SAMPLE)
-    config = load_sample_config(path).config
-    assert config.image_size == (240, 426)
+    loaded = load_sample_config(path)
+    config = loaded.config
+    assert config.image_size == (240, 426) and not any("multi_resolution" in note for note in loaded.notes)
+    [note] = load_sample_config(path, ["multi_resolution=False"]).notes
+    assert note.startswith("multi_resolution=False has no effect")
     assert config.prompt[1].startswith("two")
     assert config.reference_path == ["https://example.org/a.mp4", None]
     assert config.scheduler.get_keys()["cfg_channel"] == 3
