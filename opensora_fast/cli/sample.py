@@ -72,7 +72,9 @@ def command(
     from opensora_fast.sampling.prompts import read_prompts
     from opensora_fast.train.locate_config import locate_config
 
-    if prompt_path is not None and prompt is None:
+    if prompt_path is not None:
+        if prompt is not None:
+            raise ValueError("--prompt gives the prompts and --prompt-path a file with them: give one of the two")
         prompt = read_prompts(prompt_path)  # goes before a prompt of the configuration
     options = {
         "model.from_pretrained": ckpt_path,

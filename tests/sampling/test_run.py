@@ -163,6 +163,7 @@ def test_the_configuration_is_one_call_from_python(folder):
         (("--save-dir", "out", "--prompt", "a", "b", "--reference-path", "x"), "1 entries for 2 prompts"),
         (("--save-dir", "out", "--prompt", "a", "--start-index", "4"), "leave none of 1 prompts"),
         (("--save-dir", "out", "--prompt-path", "missing.txt"), "missing.txt"),
+        (("--save-dir", "out", "--prompt", "a", "--prompt-path", "missing.txt"), "give one of the two"),
         (("model.depth=3", "--save-dir", "out", "--prompt", "a"), "missing blocks"),
         (("text_encoder.output_dim=48", "--save-dir", "out", "--prompt", "a"), "trained with caption_channels=32"),
         (("scheduler.type=iddpm-speed", "--save-dir", "out", "--prompt", "a"), "iddpm-speed"),
