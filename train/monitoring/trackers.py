@@ -15,6 +15,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -83,6 +84,7 @@ class WeightsAndBiases:
     def __init__(self, out: Path, last_step: int, config: TrainConfig, report: Report) -> None:
         import wandb
 
+        rows = list(_read_numbers(out / METRICS))
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
@@ -102,7 +104,7 @@ class WeightsAndBiases:
         if lacked > last_step + 1:
             report(f"note: Weights & Biases has steps up to {lacked - 1} of this run already, and keeps them")
         self._first = max(lacked, last_step + 1)
-        for step, numbers in _read_numbers(out / METRICS):
+        for step, numbers in rows:
             if lacked <= step <= last_step:
                 self._run.log(numbers, step=step)
 
@@ -181,11 +183,14 @@ def open_trackers(config: TrainConfig, out: Path, last_step: int, report: Report
         ValueError: one cannot begin.
     """
     trackers: list[Tracker] = []
-    # First what may not begin: nothing is hidden then.
-    if config.wandb:
-        trackers.append(WeightsAndBiases(out, last_step, config, report))
-    if config.tensorboard:
-        trackers.append(TensorBoard(out, last_step))
+    with ExitStack() as stack:
+        # First what may not begin: nothing is hidden then.
+        if config.wandb:
+            trackers.append(WeightsAndBiases(out, last_step, config, report))
+            stack.callback(trackers[0].close, failed=True)  # where the next cannot begin
+        if config.tensorboard:
+            trackers.append(TensorBoard(out, last_step))
+        stack.pop_all()
     return Trackers(trackers, report)
 
 

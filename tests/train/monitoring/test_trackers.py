@@ -140,6 +140,14 @@ def test_wandb_that_cannot_begin_stops_before_the_first_step(train, tmp_path, wa
     assert len(read_losses(out)) == 1 and not (out / "tensorboard").exists()
 
 
+def test_a_tracker_is_ended_where_the_next_cannot_begin(train, tmp_path, wandb):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("in its way")
+    code, _, error = train(tmp_path / "run", "--steps", 1, "tensorboard=True", "wandb=True")
+    assert code == 1 and f"File exists: {tmp_path / 'run' / 'tensorboard'}" in error
+    assert [run.exit_code for run in wandb.runs] == [1]
+
+
 @pytest.mark.parametrize("key", ["tensorboard", "wandb"])
 def test_a_package_that_is_missing_is_named_before_anything_is_made(train, tmp_path, monkeypatch, key):
     real = importlib.util.find_spec
