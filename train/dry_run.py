@@ -2,10 +2,13 @@
 
 import os
 
+import torch
+
 from opensora_fast.config import LoadedConfig, TrainConfig, format_values
 from opensora_fast.cuda_graphs import refuse_without_gpu
 from opensora_fast.data.buckets.bucket import Bucket
-from opensora_fast.device import check_device_name
+from opensora_fast.device import DTYPES, check_device_name
+from opensora_fast.kernels.linear import check_quack
 from opensora_fast.parallel.join import count_replicas, read_place
 from opensora_fast.train.data import read_data
 from opensora_fast.train.monitoring.out_of_memory import refuse_history_without_gpu
@@ -33,7 +36,7 @@ def print_plan(
 
     Raises:
         ValueError: what would also stop the run: a model or diffusion that cannot be built, broken buckets, a broken
-            table, entries that give no batch, CUDA graphs or a memory history on a CPU, a tracker that is not
+            table, entries that give no batch, CUDA graphs, quack or a memory history on a CPU, a tracker that is not
             installed, a trace after the end, a device or implementation of an unknown name.
     """
     place = read_place(os.environ)
@@ -47,6 +50,8 @@ def print_plan(
     if device is not None:
         refuse_without_gpu(config.cuda_graph_tokens, check_device_name(device))
         refuse_history_without_gpu(memory_history, device)
+        if linear == "quack" and device == "cpu":  # a GPU need not be here
+            check_quack(torch.device(device), DTYPES[config.dtype])
     print(format_values(loaded))
     for note in loaded.notes:
         print(f"note: {note}")

@@ -83,8 +83,10 @@ def test_from_pretrained_of_the_configuration_is_a_start(train, tmp_path):
 
 def test_what_multiplies_in_the_linears_is_checked_before_anything_is_made(train, tmp_path):
     out = tmp_path / "run"
-    code, _, error = train(out, "--linear", "quack")
-    assert code == 1 and "linear: quack needs a CUDA GPU, and the tokens are on cpu; name 'torch' in its place" in error
+    for dry in ([], ["--dry-run"]):
+        code, _, error = train(out, "--linear", "quack", *dry)
+        assert code == 1
+        assert "linear: quack needs a CUDA GPU, and the tokens are on cpu; name 'torch' in its place" in error
     code, _, error = train(out, "--linear", "cutlass")
     assert code == 1 and "--linear cutlass: unknown; choose one of torch, quack" in error
     assert not out.exists()
