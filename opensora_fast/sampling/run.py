@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from opensora_fast.config import SampleConfig
 from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.diffusion.dpm_solver import NO_GIVEN_FRAMES
+from opensora_fast.out_of_memory import find_out_of_memory
 from opensora_fast.parallel.join import join_processes, read_place
 from opensora_fast.sampling.build import build_generator, make_settings
 from opensora_fast.sampling.generate import Sample, make_tasks
@@ -28,7 +30,8 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
 
     Raises:
         ValueError: no prompt, no save_dir, no such device, or whatever `VideoGenerator` finds wrong. What the prompts,
-            the folder and the device show is found before any weights are loaded.
+            the folder and the device show is found before any weights are loaded. Also where the memory of a GPU runs
+            out.
     """
     if config.save_dir is None:
         raise ValueError("there is no folder for the samples; give --save-dir or save_dir")
@@ -53,7 +56,8 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
             f"cuda_graph_tokens={config.cuda_graph_tokens} and {together} processes: what they exchange is not "
             "recorded in CUDA graphs; use one of them"
         )
-    with join_processes(device, together) as processes, cpu_threads(config.cpu_threads):
+    explained = explain_out_of_memory(config, min(config.batch_size, len(tasks)), together)
+    with join_processes(device, together) as processes, cpu_threads(config.cpu_threads), explained:
         generator = build_generator(config, processes.device)
         generator.model.share_frames(processes.sequence)
         written: set[str] = set()
@@ -65,6 +69,31 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
                 name = f"{name}_{sample.index}"
             written.add(name)
             yield sample.save(folder / name)
+
+
+@contextmanager
+def explain_out_of_memory(config: SampleConfig, videos: int, together: int) -> Iterator[None]:
+    """Sample so many videos at a time in so many processes; ValueError with what to change where memory runs out."""
+    try:
+        yield
+    except Exception as error:
+        ran_out = find_out_of_memory(error)
+        if ran_out is None:
+            raise
+        height, width = config.image_size
+        fixes = ["lower num_frames or image_size"]
+        if videos > 1:
+            fixes.insert(0, "lower batch_size")
+        if config.vae.type == "VideoAutoencoderKL":
+            now = config.vae.micro_batch_size or "all"
+            fixes.append(f"lower vae.micro_batch_size, the frames that are encoded and decoded at a time (now {now})")
+        if config.cuda_graph_tokens:
+            fixes.append("spare the memory of CUDA graphs with cuda_graph_tokens=0")
+        else:
+            fixes.append(f"share each video among {'more' if together > 1 else 'several'} GPUs with torchrun")
+        what = "1 video" if videos == 1 else f"{videos} videos at a time, each"
+        what += f" of {config.num_frames} frames of {height} x {width}"
+        raise ValueError(f"out of GPU memory with {what}: {', or '.join(fixes)}. {ran_out}") from error
 
 
 def choose_prompts(config: SampleConfig) -> list[str]:

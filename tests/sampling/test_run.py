@@ -185,6 +185,27 @@ def test_a_mistake_ends_with_one_message_and_code_1(folder, tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+def test_memory_that_runs_out_is_explained(folder, tmp_path, monkeypatch, capsys):
+    def run_out(*arguments, **conditions):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
+
+    monkeypatch.setattr(STDiT2, "forward", run_out)
+    more = ("--save-dir", str(tmp_path), "--prompt")
+    assert sample(folder, *more, "a", "b", "c", "batch_size=2") == 1
+    assert (
+        "error: out of GPU memory with 2 videos at a time, each of 3 frames of 32 x 48: lower batch_size, or lower "
+        "num_frames or image_size, or share each video among several GPUs with torchrun. CUDA out of memory. Tried"
+    ) in capsys.readouterr().err
+    assert sample(folder, *more, "a", "batch_size=2") == 1
+    assert "with 1 video of 3 frames of 32 x 48: lower num_frames or" in capsys.readouterr().err
+    config = SampleConfig(image_size=(32, 48), cuda_graph_tokens=64)  # the VAE is Open-Sora's
+    with pytest.raises(ValueError, match=r"lower vae.micro_batch_size, .* \(now all\), or .* cuda_graph_tokens=0"):
+        with sampling_run.explain_out_of_memory(config, 1, 1):
+            raise torch.OutOfMemoryError
+    with pytest.raises(RuntimeError, match="something else"), sampling_run.explain_out_of_memory(config, 1, 1):
+        raise RuntimeError("something else")
+
+
 def test_mistakes_in_prompts_and_folders_cost_no_time(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sampling_run, "build_generator", lambda *_: pytest.fail("weights were loaded"))
     (tmp_path / "file").touch()

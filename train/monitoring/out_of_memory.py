@@ -8,14 +8,12 @@ import torch
 
 from opensora_fast.cuda_graphs import CaptureError
 from opensora_fast.data.batch import Batch
+from opensora_fast.out_of_memory import find_out_of_memory
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.monitoring.metrics import count_batch_tokens
 
 # The newest so many allocations and releases are kept: those of several steps of the largest model.
 HISTORY_ENTRIES = 100_000
-# In messages: of CUDA, which torch ("CUDA error: out of memory") and Triton ("Triton Error [CUDA]: out of memory") pass
-# on, and of cuBLAS, where it cannot make a handle.
-SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextmanager
@@ -62,21 +60,6 @@ def explain_out_of_memory(
         if happened is None:
             raise
         raise ValueError(f"{happened}\n{write_memory(happened, folder, processes, history)}") from error
-
-
-def find_out_of_memory(error: BaseException | None) -> BaseException | None:
-    """The error itself, or what it came from, that says that a GPU's memory has run out; None if none does.
-
-    Only torch's allocator raises `torch.OutOfMemoryError`. Memory that CUDA itself needs, for a graph or the code of a
-    kernel, is another RuntimeError of torch (since 2.8 `torch.AcceleratorError`) or one of Triton.
-    """
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
-            return error
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
-            return error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return None
 
 
 def describe_out_of_memory(batch: Batch, step: int, graphs: bool, error: Exception) -> str | None:

@@ -12,15 +12,11 @@ from toy_steps import make_batch, make_model, make_trainer
 
 from opensora_fast.cuda_graphs import CaptureError, CudaRecorder
 from opensora_fast.diffusion import IDDPM
+from opensora_fast.out_of_memory import find_out_of_memory
 from opensora_fast.parallel.collectives import ProcessLostError
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.loop import Trainer
-from opensora_fast.train.monitoring.out_of_memory import (
-    explain_out_of_memory,
-    find_out_of_memory,
-    keep_memory_history,
-    write_memory,
-)
+from opensora_fast.train.monitoring.out_of_memory import explain_out_of_memory, keep_memory_history, write_memory
 from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 
 

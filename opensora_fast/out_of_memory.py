@@ -1,0 +1,22 @@
+"""Whether it is the memory of a GPU that has run out."""
+
+import torch
+
+# In messages: of CUDA, which torch ("CUDA error: out of memory") and Triton ("Triton Error [CUDA]: out of memory") pass
+# on, and of cuBLAS, where it cannot make a handle.
+SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def find_out_of_memory(error: BaseException | None) -> BaseException | None:
+    """The error itself, or what it came from, that says that a GPU's memory has run out; None if none does.
+
+    Only torch's allocator raises `torch.OutOfMemoryError`. Memory that CUDA itself needs, for a graph or the code of a
+    kernel, is another RuntimeError of torch (since 2.8 `torch.AcceleratorError`) or one of Triton.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return error
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
+            return error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
