@@ -35,7 +35,11 @@ from opensora_fast.train.data import read_data
 from opensora_fast.train.encoders import adopt_fitted, copy_fitted
 from opensora_fast.train.followers import find_batches
 from opensora_fast.train.loop import Limits, Trainer
-from opensora_fast.train.monitoring.out_of_memory import keep_memory_history, refuse_history_without_gpu
+from opensora_fast.train.monitoring.out_of_memory import (
+    explain_parts_out_of_memory,
+    keep_memory_history,
+    refuse_history_without_gpu,
+)
 from opensora_fast.train.monitoring.trace import StepTrace, refuse_trace_after_end
 from opensora_fast.train.monitoring.trackers import check_trackers, open_trackers
 from opensora_fast.train.optimizer.ema import EMA
@@ -131,7 +135,7 @@ def train(
         ):
             source: Source | None = None
             # Rank 0 fits, downloads and writes features; the others find them.
-            with processes.first():
+            with processes.first(), explain_parts_out_of_memory("the encoders"):
                 if sequence is None or sequence.rank == 0:
                     source = stack.enter_context(closing(open_source(config, data, out, processes.device, dtype, tell)))
             facts, batches = find_batches(source, sequence)
@@ -142,20 +146,22 @@ def train(
             if start.weights is not None:
                 with processes.first():
                     load_initial_weights(model, start.weights, report)
-            optimizer = MasterAdamW(
-                model,
-                dtype=dtype,
-                device=processes.device,
-                lr=config.lr,
-                grad_clip=config.grad_clip,
-                # On a GPU "triton" and "auto" are the same; an interpreter would take longer for it than for the model.
-                backend="reference" if backend == "reference" else "auto",
-                processes=processes,
-            )
+            with explain_parts_out_of_memory("weights, optimizer and average"):
+                optimizer = MasterAdamW(
+                    model,
+                    dtype=dtype,
+                    device=processes.device,
+                    lr=config.lr,
+                    grad_clip=config.grad_clip,
+                    # On a GPU "triton" and "auto" are the same; an interpreter would take longer than the model.
+                    backend="reference" if backend == "reference" else "auto",
+                    processes=processes,
+                )
+                ema = EMA(optimizer, config.ema_decay)
             trainer = Trainer(
                 model=model,
                 optimizer=optimizer,
-                ema=EMA(optimizer, config.ema_decay),
+                ema=ema,
                 diffusion=diffusion,
                 masks=masks,
                 inputs=None if source is None else source.inputs,

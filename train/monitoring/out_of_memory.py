@@ -14,6 +14,13 @@ from opensora_fast.train.monitoring.metrics import count_batch_tokens
 
 # The newest so many allocations and releases are kept: those of several steps of the largest model.
 HISTORY_ENTRIES = 100_000
+# What stands in memory all through a run, and what to change where it does not fit.
+PARTS = {
+    "the encoders": "train with features=FOLDER, made on a GPU with more memory, or where they fit but for what they "
+    "need while they encode, lower vae.micro_batch_size",
+    "weights, optimizer and average": "start more processes with torchrun, which share out optimizer and average, or "
+    "train with features=FOLDER, so that no encoders lie beside them",
+}
 
 
 @contextmanager
@@ -60,6 +67,28 @@ def explain_out_of_memory(
         if happened is None:
             raise
         raise ValueError(f"{happened}\n{write_memory(happened, folder, processes, history)}") from error
+
+
+@contextmanager
+def explain_parts_out_of_memory(parts: str) -> Iterator[None]:
+    """Put into the GPU's memory, during the block, what stands there all through a run.
+
+    Args:
+        parts: what that is, a key of `PARTS`.
+
+    Raises:
+        ValueError: with what to change, where it does not fit.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        ran_out = find_out_of_memory(error)
+        if ran_out is None:
+            raise
+        raise ValueError(
+            f"out of GPU memory before the first step, with {parts}: {PARTS[parts]}; `opensora-fast plan` says what a "
+            f"GPU has to hold. {ran_out}"
+        ) from error
 
 
 def describe_out_of_memory(batch: Batch, step: int, graphs: bool, error: Exception) -> str | None:
