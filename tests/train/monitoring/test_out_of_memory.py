@@ -15,7 +15,6 @@ from opensora_fast.diffusion import IDDPM
 from opensora_fast.out_of_memory import find_out_of_memory
 from opensora_fast.parallel.collectives import ProcessLostError
 from opensora_fast.parallel.processes import Processes
-from opensora_fast.train import sources
 from opensora_fast.train.loop import Trainer
 from opensora_fast.train.monitoring.out_of_memory import explain_out_of_memory, keep_memory_history, write_memory
 from opensora_fast.train.optimizer.master_adamw import MasterAdamW
@@ -60,14 +59,14 @@ def test_the_message_names_the_file_that_says_more(train, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "told"),
+    ("name", "told"),
     [
-        (sources, "build_encoders", "with the encoders: train with features=FOLDER"),
-        (MasterAdamW, "__init__", "with weights, optimizer and average: start more processes with torchrun"),
+        ("sources.build_encoders", "with the encoders: train with features=FOLDER"),
+        ("train.MasterAdamW", "with weights, optimizer and average: start more processes with torchrun"),
     ],
 )
-def test_what_does_not_fit_before_any_step_is_explained(train, tmp_path, monkeypatch, place, name, told):
-    monkeypatch.setattr(place, name, lambda *arguments, **options: fail(*FULL))
+def test_what_does_not_fit_before_any_step_is_explained(train, tmp_path, monkeypatch, name, told):
+    monkeypatch.setattr(f"opensora_fast.train.{name}", lambda *arguments, **options: fail(*FULL))
     code, _, error = train(tmp_path / "run", "--steps", 3)
     assert code == 1 and f"error: out of GPU memory before the first step, {told}" in error
     assert FULL[1] in error and "Traceback" not in error and "unexpected" not in error
