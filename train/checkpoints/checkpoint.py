@@ -36,27 +36,32 @@ def write_checkpoint(parent: Path, step: int, fill: Callable[[Path], None], keep
 
     Raises:
         ValueError: it could not be written, because the disk is full for example. What was written of it is removed,
-            older checkpoints stay.
+            older checkpoints stay. Or it is written, but an older one could not be removed.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    for leftover in parent.glob(f"{UNFINISHED_PREFIX}*"):
-        shutil.rmtree(leftover)
     final = locate_step(parent, step)
     unfinished = parent / f"{UNFINISHED_PREFIX}{final.name}"
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for leftover in parent.glob(f"{UNFINISHED_PREFIX}*"):
+            shutil.rmtree(leftover)
         _fill_and_seal(unfinished, step, fill)
+        if final.exists():  # a damaged one of the same step, which resuming has passed over
+            shutil.rmtree(final)
+        os.rename(unfinished, final)
+        _flush(parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise ValueError(
             f"the checkpoint {final} could not be written: {error}. Once it can be, --resume auto continues "
             "from the checkpoint before it"
         ) from error
-    if final.exists():  # a damaged one of the same step, which resuming has passed over
-        shutil.rmtree(final)
-    os.rename(unfinished, final)
-    _flush(parent)
-    for old in list_checkpoints(parent)[keep:]:
-        shutil.rmtree(old)
+    try:
+        for old in list_checkpoints(parent)[keep:]:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise ValueError(
+            f"the checkpoint {final} is written, but one before it could not be removed: {error}"
+        ) from error
     return final
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -84,6 +86,32 @@ def test_locate(tmp_path):
     (theirs / "running_states.json").touch()
     with pytest.raises(ValueError, match="Open-Sora's own trainer; --init-from .* starts from its weights"):
         locate_checkpoint(theirs, print)
+
+
+@pytest.mark.parametrize("failing", ["mkdir", "rename"])
+def test_what_fails_around_the_writing_is_told_alike(tmp_path, monkeypatch, failing):
+    good = write_checkpoint(tmp_path, 1, fill("a"), keep=1)
+
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*{"mkdir": (Path, "mkdir"), "rename": (os, "rename")}[failing], fail)
+        with pytest.raises(ValueError, match="step-00000002 could not be written: .*No space left on device.*--resume"):
+            write_checkpoint(tmp_path, 2, fill("b"), keep=1)
+    assert list(tmp_path.iterdir()) == [good]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
+    def fail(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    old = write_checkpoint(tmp_path, 1, fill("a"), keep=1)
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    message = f"step-00000002 is written, but one before it could not be removed: .*Permission denied: '{old}'"
+    with pytest.raises(ValueError, match=message):
+        write_checkpoint(tmp_path, 2, fill("b"), keep=1)
+    verify_checkpoint(tmp_path / "step-00000002")
 
 
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
