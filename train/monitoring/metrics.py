@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,23 @@ class MetricsWriter:
         part = path.with_name(f".{path.name}.part")
         part.write_text("".join(_to_line(row) for row in kept))
         os.replace(part, path)
+        self._path = path
         self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; numbers that are not finite become null."""
-        self._file.write(_to_line(row))
-        self._file.flush()
+        """Append one row; numbers that are not finite become null. ValueError if it cannot be written."""
+        try:
+            self._file.write(_to_line(row))
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(
+                f"{self._path} could not be written: {error}. Once it can be, --resume auto continues from the last "
+                "checkpoint"
+            ) from error
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # `write` has told of what is still to be written
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """The row of the last finished step is written also where the run ends with an error, which nothing hides."""
 
 import math
+import re
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from toy_steps import make_trainer
 
 from opensora_fast.train import loop
 from opensora_fast.train.host_values import HostValues
-from opensora_fast.train.monitoring.metrics import MetricsWriter, read_metrics
+from opensora_fast.train.monitoring.metrics import read_metrics
 from opensora_fast.train.monitoring.trackers import Trackers
 
 
@@ -89,7 +91,7 @@ def test_an_error_between_two_steps_leaves_the_row_of_the_first(tmp_path):
     [
         ("numbers that never come", "the device has not computed it within 0.05 seconds"),
         ("a gradient that is not finite", "its gradient norm is nan"),
-        ("a full disk", "[Errno 28] No space left on device"),
+        ("a full disk", "metrics.jsonl could not be written: [Errno 28] No space left on device"),
     ],
 )
 def test_a_second_failure_is_told_and_does_not_hide_the_first(tmp_path, monkeypatch, capsys, second, reason):
@@ -102,10 +104,22 @@ def test_a_second_failure_is_told_and_does_not_hide_the_first(tmp_path, monkeypa
         elif second == "a gradient that is not finite":
             trainer._taken.norm = HostValues(torch.tensor(math.nan))
         else:
-            monkeypatch.setattr(MetricsWriter, "write", lambda *_: fail(OSError(28, "No space left on device")))
+            trainer._rows._metrics._file = Path("/dev/full").open("a")
         raise RuntimeError("the first")
 
     with pytest.raises(RuntimeError, match="the first"):
         run(trainer, happen)
-    assert f"warning: metrics.jsonl lacks the last finished step, 2: {reason}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert re.search(rf"warning: metrics.jsonl lacks the last finished step, 2: \S*{re.escape(reason)}", told), told
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
+    trainer = make_trainer(tmp_path / "run", 9)
+
+    def fill_disk():
+        trainer._rows._metrics._file = Path("/dev/full").open("a")
+
+    message = f"^{tmp_path / 'run' / 'metrics.jsonl'} could not be written: .*No space left.*--resume auto continues"
+    with pytest.raises(ValueError, match=message):
+        run(trainer, fill_disk)
