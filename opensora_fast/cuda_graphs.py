@@ -86,6 +86,8 @@ class CudaRecorder:
                     first = error  # the end of a capture that has become invalid raises one that says only that
                     raise
         except RuntimeError as error:
+            if self._latest is None:
+                self._pool = None  # nothing else keeps it, and torch refuses it then
             raise CaptureError(
                 f"a CUDA graph could not be captured: lower cuda_graph_tokens, or set it to 0. {first or error}"
             ) from (first or error)

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +21,7 @@ from toy_steps import EPOCH, MASKS, SHAPES, make_batch, make_model, make_trainer
 
 from opensora_fast.config import load_train_config
 from opensora_fast.costs.memory import VideoBatch
-from opensora_fast.cuda_graphs import CudaRecorder
+from opensora_fast.cuda_graphs import CaptureError, CudaRecorder
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.diffusion import IDDPM, MaskGenerator, SpeeDiffusion
 from opensora_fast.kernels import calls
@@ -294,6 +294,27 @@ def test_the_pool_outlives_the_shapes_that_are_forgotten(monkeypatch):
         graphs.backward(graphs.compute_losses(draw(model, index, SHAPES[index])))
     gc.collect()
     assert graphs.captured == 4 and len(captured) == 2
+
+
+def test_where_the_first_capture_fails_the_next_has_another_pool(monkeypatch):
+    """As then no graph keeps the pool of the first. Later ones do."""
+    pools = []
+
+    @contextmanager
+    def capture(graph, pool, **options):
+        pools.append(pool)
+        yield
+        if len(pools) in (1, 3):
+            raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: object())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    record = CudaRecorder()
+    for fails in (True, False, True, False):
+        with pytest.raises(CaptureError, match="out of memory") if fails else nullcontext():
+            record(lambda: {"output": torch.zeros(1)})
+    assert pools[0] is not pools[1] and pools[1] is pools[2] is pools[3]
 
 
 @pytest.mark.parametrize("options", [{"occurrences": 0}, {"most": 0}, {"margin": 0}])
