@@ -343,7 +343,7 @@ class Trainer:
         try:
             self.save()
             self.finish_saving()
-        except ValueError as error:
+        except Exception as error:  # whatever it is: what is not finite has to be seen
             raise NonFiniteError(f"{happened}. Batch:\n{described}\nand {error}") from error
         if self.processes.rank != 0:
             # Rank 0 says what has happened. Were another the first to end, torchrun could end rank 0 before it does.

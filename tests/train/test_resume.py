@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from same_checkpoints import assert_same_weights
 
 from opensora_fast import cli
+from opensora_fast.train import loop
 from opensora_fast.train.checkpoints import state
 from opensora_fast.train.loop import Trainer
 
@@ -281,6 +282,16 @@ def test_a_report_that_cannot_be_written_does_not_hide_what_is_not_finite(train,
     code, _, error = train(tmp_path / "run", "--steps", 1)
     assert code == 1 and "error: step 1: the loss is nan" in error and "To run this step again:" in error
     assert "nonfinite.json could not be written: [Errno 21] Is a directory" in error
+
+
+def test_a_state_that_cannot_be_copied_does_not_hide_what_is_not_finite(train, tmp_path, monkeypatch):
+    def run_out_of_pinned_memory(*arguments):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(loop, "take_snapshot", run_out_of_pinned_memory)
+    code, _, error = train(tmp_path / "run", "--steps", 5, "lr=1e25", "grad_clip=None")
+    assert code == 1 and re.search(r"error: step \d: the (loss|gradient norm) is (nan|inf)\. Batch:", error), error
+    assert "\nand CUDA error: out of memory" in error
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

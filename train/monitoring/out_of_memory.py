@@ -9,6 +9,7 @@ import torch
 from opensora_fast.cuda_graphs import CaptureError
 from opensora_fast.data.batch import Batch
 from opensora_fast.out_of_memory import find_out_of_memory
+from opensora_fast.parallel.collectives import ProcessLostError
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.monitoring.metrics import count_batch_tokens
 
@@ -62,7 +63,7 @@ def explain_out_of_memory(
     """
     try:
         yield
-    except Exception as error:
+    except (RuntimeError, CaptureError, ProcessLostError) as error:  # others have something else to say
         happened = describe_out_of_memory(batch, step, graphs, error)
         if happened is None:
             raise
