@@ -275,7 +275,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     ("name", "content", "message"),
     [
         ("config.json", "[]", "config.json: must hold one JSON object, not list"),
-        ("config.json", '{"depth": 2,\n}', "config.json:2: not valid JSON"),
+        ("config.json", '{"depth": 2\n"qk_norm": true}', "config.json:2: not valid JSON"),
         ("config.json", "[" * 100_000, "config.json: not valid JSON"),
         ("config.json", '{"mlp_ratio": Infinity}', "mlp_ratio inf"),
         ("config.json", '{"mlp_ratio": -1}', "mlp_ratio -1"),
