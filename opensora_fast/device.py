@@ -22,3 +22,9 @@ def choose_device(name: str | None) -> torch.device:
     if check_device_name(name) == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU; `opensora-fast doctor` says why, --device cpu works here")
     return torch.device(name)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device. The host does not wait for what the device still has to do, as it would with
+    memory that is not page-locked."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

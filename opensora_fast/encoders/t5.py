@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from opensora_fast.device import send
 from opensora_fast.locate import Need, load_completely, locate_pretrained
 
 from .captions import clean_caption
@@ -141,9 +142,23 @@ class T5Encoder:
         )
         mask = tokens["attention_mask"]
         embeddings = self.model(
-            input_ids=tokens["input_ids"].to(self.device), attention_mask=mask.to(self.device)
+            input_ids=send(tokens["input_ids"], self.device),
+            attention_mask=send(make_attention_mask(mask, self.dtype), self.device),
         ).last_hidden_state
         return {"y": embeddings[:, None], "mask": mask}
+
+
+def make_attention_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask [B, L] as T5 takes it without a question that only the device can answer.
+
+    transformers 5 asks whether every token is real, and the host waits for the answer, unless the mask is what is to be
+    added to the logits [B, 1, 1, L]; transformers 4 makes that itself, and takes no other mask.
+    """
+    from transformers.models.t5 import modeling_t5
+
+    if not hasattr(modeling_t5, "create_bidirectional_mask"):
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(mask == 0, torch.finfo(dtype).min)[:, None, None]
 
 
 class PlainT5Norm(nn.Module):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora_fast.encoders import build_text_encoder
 from opensora_fast.encoders.captions import clean_caption
@@ -47,6 +48,23 @@ def test_encode_is_t5_on_the_padded_tokens(t5_folder: Path):
         with torch.no_grad():
             alone = model(input_ids=tokens).last_hidden_state[0]
         torch.testing.assert_close(y[i, 0, : tokens.shape[1]], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_encoding_asks_for_no_number_which_a_gpu_would_have_to_be_waited_for(t5_folder: Path):
+    asked = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.aten._local_scalar_dense.default:
+                asked.append(op)
+            return op(*args, **(kwargs or {}))
+
+    encoder = build(t5_folder)
+    with Listener():
+        encoder.encode(CAPTIONS)
+        assert not asked
+        encoder.encode(["trees " * 50])["y"].sum().item()  # no padding; and the listener hears a question
+    assert len(asked) == 1
 
 
 def test_captions_are_cleaned_twice(t5_folder: Path):
