@@ -13,6 +13,7 @@ decoding is found by DALI's decoder, or, where that patches the picture up, not 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import io
@@ -148,6 +149,8 @@ class DaliDecoder:
         self.maximum_batch = maximum_batch
         self.time_limit = time_limit
         self._pipeline: Pipeline | None = None
+        # For copies, which wait for each other: on the stream that trains they would wait for all that it has queued.
+        self._stream = torch.cuda.Stream(self.device_id) if device == "gpu" else None
         self._readers = WorkerThreads(self.threads, "read clips")
         self._runner = WorkerThreads(1, "run DALI")
 
@@ -163,11 +166,19 @@ class DaliDecoder:
             batch = places[start : start + self.maximum_batch]
             for place, result in zip(batch, self._run_or_split([results[place] for place in batch]), strict=True):
                 results[place] = result
-        if self.device == "gpu":
-            # By number: which GPU is the current one is a matter of the thread.
-            gpu = torch.device("cuda", self.device_id)
-            results = [result.to(gpu) if isinstance(result, torch.Tensor) else result for result in results]
-        return results
+        return [self.place(result) if isinstance(result, torch.Tensor) else result for result in results]
+
+    def place(self, clip: torch.Tensor) -> torch.Tensor:
+        """A clip on the decoder's device, for the calling thread; does not wait for what else the GPU has to do."""
+        if self.device == "cpu":
+            return clip
+        # By number: which GPU is the current one is a matter of the thread.
+        gpu = torch.device("cuda", self.device_id)
+        with torch.cuda.stream(self._stream):
+            placed = clip.to(gpu)
+        # Its memory belongs to the stream of copies: not to be used again there before this thread's has read it.
+        placed.record_stream(torch.cuda.current_stream(gpu))
+        return placed
 
     def close(self) -> None:
         self._readers.close()
@@ -251,9 +262,10 @@ class DaliDecoder:
         except RuntimeError as error:
             return f"DALI: {find_cause(str(error))}"
         # The memory of the outputs belongs to the pipeline, which uses it again in the next run.
-        results = [torch.from_dlpack(clips[place]).clone() for place in range(len(samples))]
-        if self.device == "gpu":
-            torch.cuda.current_stream(self.device_id).synchronize()
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            results = [torch.from_dlpack(clips[place]).clone() for place in range(len(samples))]
+        if self._stream is not None:
+            self._stream.synchronize()
         return [_check_shape(*checked) for checked in zip(samples, results, np.array(shapes.as_tensor()), strict=True)]
 
 

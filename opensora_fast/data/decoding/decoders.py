@@ -111,8 +111,8 @@ class RoutedDecoder:
             places = [place for place, choice in enumerate(chosen) if choice == name]
             decoded = decoder.decode([requests[place] for place in places])
             for place, result in zip(places, decoded, strict=True):
-                if self.dali.device == "gpu" and isinstance(result, torch.Tensor):
-                    result = result.to(torch.device("cuda", self.dali.device_id))
+                if decoder is self.pyav and isinstance(result, torch.Tensor):
+                    result = self.dali.place(result)
                 results[place] = result
         return results
 

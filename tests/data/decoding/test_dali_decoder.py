@@ -333,6 +333,21 @@ def test_gpu_clips_of_many_sizes_in_one_run(tmp_path, pyav):
 
 
 @pytest.mark.gpu
+def test_a_clip_reaches_the_gpu_while_the_stream_that_trains_is_busy(tmp_path):
+    Image.fromarray(draw_frames(1, (50, 90))[0]).save(tmp_path / "a.png")
+    request = ClipRequest(0, str(tmp_path / "a.png"), (0,), (24, 32), True)
+    decoder = DaliDecoder("gpu", threads=1)
+    (first,) = decoder.decode([request])
+    torch.cuda._sleep(1 << 33)  # about four seconds
+    end = torch.cuda.Event()
+    end.record()
+    (second,) = decoder.decode([request])
+    assert not end.query()
+    assert torch.equal(first, second)
+    decoder.close()
+
+
+@pytest.mark.gpu
 def test_training_from_clips_that_the_gpu_decodes(tmp_path):
     train_from_clips(tmp_path, "h264 b-frames", "cuda")
 
