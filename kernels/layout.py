@@ -380,5 +380,7 @@ class TextLayout:
             starts = torch.arange(num_videos, device=real.device) * length
             index = (order + starts[:, None]).reshape(-1)
             max_length, num_tokens = length, index.numel()
+        if device.type == "cuda" and index.device.type == "cpu" and not torch.compiler.is_compiling():
+            index = index.pin_memory()  # of many captions it is so large that the host would wait for its copy
         starts, lengths = (tensor.to(torch.int32).to(device, non_blocking=True) for tensor in (starts, lengths))
         return TextLayout(starts, lengths, max_length, num_tokens), index.to(device, non_blocking=True)
