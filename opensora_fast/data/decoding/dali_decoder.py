@@ -18,7 +18,7 @@ import ctypes
 import importlib.util
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -174,11 +174,21 @@ class DaliDecoder:
             return clip
         # By number: which GPU is the current one is a matter of the thread.
         gpu = torch.device("cuda", self.device_id)
-        with torch.cuda.stream(self._stream):
+        with self._on_own_stream():
             placed = clip.to(gpu)
         # Its memory belongs to the stream of copies: not to be used again there before this thread's has read it.
         placed.record_stream(torch.cuda.current_stream(gpu))
         return placed
+
+    @contextlib.contextmanager
+    def _on_own_stream(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        # The device first: a new thread has GPU 0 as its current one, and leaving a stream of another would set it
+        # again, which takes memory there in every process.
+        with torch.cuda.device(self.device_id), torch.cuda.stream(self._stream):
+            yield
 
     def close(self) -> None:
         self._readers.close()
@@ -262,7 +272,7 @@ class DaliDecoder:
         except RuntimeError as error:
             return f"DALI: {find_cause(str(error))}"
         # The memory of the outputs belongs to the pipeline, which uses it again in the next run.
-        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        with self._on_own_stream():
             results = [torch.from_dlpack(clips[place]).clone() for place in range(len(samples))]
         if self._stream is not None:
             self._stream.synchronize()
