@@ -1,0 +1,47 @@
+"""A step asks the device for no number: the host would wait for all that it has been given to do.
+
+The meta device stands in for a GPU. It has no values, so asking for one is an error.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from toy_steps import MASKS, SHAPES, make_batch, make_model
+
+from opensora_fast import STDiT2Config
+from opensora_fast.diffusion import IDDPM, MaskGenerator, SpeeDiffusion
+from opensora_fast.encoders.byte_text import ByteTextEncoder
+from opensora_fast.encoders.linear_autoencoder import LinearAutoencoder
+from opensora_fast.train.model_inputs import ModelInputs
+from opensora_fast.train.step import compute_losses, draw_inputs
+
+META = torch.device("meta")
+
+
+@pytest.fixture
+def without_autocast(monkeypatch):
+    """Autocast does not know the meta device."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+
+
+@pytest.mark.parametrize("diffusion", [IDDPM(), SpeeDiffusion()], ids=["iddpm", "iddpm-speed"])
+def test_a_training_step_asks_for_no_number(without_autocast, diffusion):
+    model = make_model("meta")
+    model.set_checkpointing(1)
+    for number, shape in enumerate(SHAPES):
+        batch = make_batch(number, shape, model.config)
+        inputs = draw_inputs(model, diffusion, MaskGenerator(MASKS), *ModelInputs(None, None, META).prepare(batch))
+        losses = compute_losses(model, diffusion, inputs)
+        losses["loss"].backward()
+        assert losses["loss"].is_meta and inputs["mask"].device.type == "cpu"
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_encoding_a_batch_of_clips_asks_for_no_number():
+    text_encoder = ByteTextEncoder(model_max_length=24).to(META)
+    autoencoder = LinearAutoencoder(torch.zeros(192), torch.eye(4, 192), torch.ones(4), 1.0).to(META)
+    batch = make_batch(0, (2, 3, 4, 4), STDiT2Config.small())
+    clips = dataclasses.replace(batch, video=torch.zeros(2, 3, 3, 32, 32), latents=None, text=["a rabbit", "é" * 24])
+    latents, conditions = ModelInputs(autoencoder, text_encoder, META).prepare(clips)
+    assert latents.is_meta and latents.shape == (2, 4, 3, 4, 4) and conditions["y"].is_meta
