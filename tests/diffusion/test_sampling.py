@@ -65,6 +65,23 @@ def reference_chain(model, text_encoder, z, mask, steps, cfg_scale, cfg_channel)
     return x
 
 
+def test_sampling_asks_the_device_for_no_number():
+    """The meta device stands in for a GPU. It has no values, so asking for one, for which the host would wait, is an
+    error."""
+    text_encoder, model = ToyTextEncoder(2), ToyModel()
+    text_encoder.y, text_encoder.empty, model.mix = (
+        tensor.to("meta") for tensor in (text_encoder.y, text_encoder.empty, model.mix)
+    )
+    z, mask = torch.randn(2, 4, 5, 2, 3), torch.tensor([[0.0, 1.0, 0.5, 0.99, 0.3], [1.0] * 5])
+    given = {"fps": torch.ones(2)}
+    for generator in (None, [torch.Generator().manual_seed(seed) for seed in (0, 1)]):
+        out = IDDPM(num_sampling_steps=3, cfg_channel=3).sample(
+            model, text_encoder, z, ["a", "b"], "meta", given, mask, generator=generator, progress=False
+        )
+        assert out.is_meta and out.shape == z.shape
+    assert len(model.calls) == 6 and model.calls[-1]["x_mask"].is_meta
+
+
 @pytest.mark.parametrize("steps", [2, 7, 25])
 @pytest.mark.parametrize("cfg_channel", [1, 3, 4])
 def test_the_chain_is_that_of_the_formulas(no_noise, steps, cfg_channel):
