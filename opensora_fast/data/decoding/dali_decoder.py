@@ -18,7 +18,7 @@ import ctypes
 import importlib.util
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from opensora_fast.data.decoding.clips import BadClip, ClipError, ClipRequest
+from opensora_fast.data.decoding.copy_stream import CopyStream
 from opensora_fast.data.decoding.picture_size import is_hidden, read_picture_size
 from opensora_fast.data.decoding.pyav_decoder import (
     STUCK_FACTOR,
@@ -149,8 +150,7 @@ class DaliDecoder:
         self.maximum_batch = maximum_batch
         self.time_limit = time_limit
         self._pipeline: Pipeline | None = None
-        # For copies, which wait for each other: on the stream that trains they would wait for all that it has queued.
-        self._stream = torch.cuda.Stream(self.device_id) if device == "gpu" else None
+        self._copies = CopyStream(self.device_id) if device == "gpu" else None
         self._readers = WorkerThreads(self.threads, "read clips")
         self._runner = WorkerThreads(1, "run DALI")
 
@@ -169,26 +169,8 @@ class DaliDecoder:
         return [self.place(result) if isinstance(result, torch.Tensor) else result for result in results]
 
     def place(self, clip: torch.Tensor) -> torch.Tensor:
-        """A clip on the decoder's device, for the calling thread; does not wait for what else the GPU has to do."""
-        if self.device == "cpu":
-            return clip
-        # By number: which GPU is the current one is a matter of the thread.
-        gpu = torch.device("cuda", self.device_id)
-        with self._on_own_stream():
-            placed = clip.to(gpu)
-        # Its memory belongs to the stream of copies: not to be used again there before this thread's has read it.
-        placed.record_stream(torch.cuda.current_stream(gpu))
-        return placed
-
-    @contextlib.contextmanager
-    def _on_own_stream(self) -> Iterator[None]:
-        if self._stream is None:
-            yield
-            return
-        # The device first: a new thread has GPU 0 as its current one, and leaving a stream of another would set it
-        # again, which takes memory there in every process.
-        with torch.cuda.device(self.device_id), torch.cuda.stream(self._stream):
-            yield
+        """A clip on the decoder's device, for the calling thread."""
+        return clip if self._copies is None else self._copies.place(clip)
 
     def close(self) -> None:
         self._readers.close()
@@ -272,10 +254,8 @@ class DaliDecoder:
         except RuntimeError as error:
             return f"DALI: {find_cause(str(error))}"
         # The memory of the outputs belongs to the pipeline, which uses it again in the next run.
-        with self._on_own_stream():
+        with contextlib.nullcontext() if self._copies is None else self._copies.finished():
             results = [torch.from_dlpack(clips[place]).clone() for place in range(len(samples))]
-        if self._stream is not None:
-            self._stream.synchronize()
         return [_check_shape(*checked) for checked in zip(samples, results, np.array(shapes.as_tensor()), strict=True)]
 
 
