@@ -51,6 +51,8 @@ CODECS = {
 MAXIMUM_BATCH = 16
 MAXIMUM_BYTES = 1 << 31
 VIDEO_LIBRARY = "libnvcuvid.so.1"
+SIGNS_OF_NO_MEMORY = ("bytes on device", "CUDA allocation failed", "out of memory", "OUT_OF_MEMORY")
+"""In what DALI says where the GPU has no memory left: "Can't allocate 123 bytes on device 0", for example."""
 INSTALL_HINT = "install it with `pip install nvidia-dali-cuda130` (or nvidia-dali-cuda120), or use PyAV"
 
 
@@ -220,7 +222,7 @@ class DaliDecoder:
             raise ClipError(f"has only {count} frames, frame {last_frame} is asked for")
         return size
 
-    def _run_or_split(self, samples: list[_Sample]) -> list[torch.Tensor | BadClip]:
+    def _run_or_split(self, samples: list[_Sample], may_free: bool = True) -> list[torch.Tensor | BadClip]:
         """Decode samples; if one fails them all, find it and decode the others."""
         limit = STUCK_FACTOR * self.time_limit * len(samples)
         [outcome] = self._runner.map(self._run, [samples], limit)
@@ -228,6 +230,10 @@ class DaliDecoder:
             return outcome
         # After an error a pipeline may be unusable, and after a hang another thread is still in it.
         self._pipeline = None
+        if may_free and isinstance(outcome, str) and any(sign in outcome for sign in SIGNS_OF_NO_MEMORY):
+            # No fault of the clips: torch keeps what it has used once, and that may be all there is.
+            torch.cuda.empty_cache()
+            return self._run_or_split(samples, may_free=False)
         if len(samples) == 1:
             request = samples[0].request
             reason = f"decoding hung for {limit:g} s" if isinstance(outcome, Overdue) else outcome

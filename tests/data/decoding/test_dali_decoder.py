@@ -311,6 +311,24 @@ def test_gpu_pipeline_is_the_same_code(files):
     build_pipeline("gpu", torch.cuda.current_device(), 2, 4)
 
 
+def test_where_the_gpu_is_full_torch_gives_back_what_it_keeps_before_a_clip_is_called_bad(dali, files, monkeypatch):
+    real, events, kept = DaliDecoder._run, [], [True]
+
+    def run(self, samples):
+        events.append(len(samples))
+        return "DALI: Can't allocate 7077888 bytes on device 0." if kept else real(self, samples)
+
+    monkeypatch.setattr(DaliDecoder, "_run", run)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: (events.append("given back"), kept.clear()))
+    requests = [ClipRequest(row, str(files[row]), (0, 3), (24, 32), False) for row in range(2)]
+    assert not any(isinstance(clip, BadClip) for clip in dali.decode(requests))
+    assert events == [2, "given back", 2]
+
+    events.clear()
+    monkeypatch.setattr(DaliDecoder, "_run", lambda self, samples: "DALI: Can't allocate 7077888 bytes on device 0.")
+    assert [clip.reason for clip in dali.decode(requests)] == ["DALI: Can't allocate 7077888 bytes on device 0."] * 2
+
+
 @pytest.mark.gpu
 def test_gpu_clips_of_many_sizes_in_one_run(tmp_path, pyav):
     """Files and targets of different sizes and lengths, more than one run takes; a file cut off costs itself alone."""
