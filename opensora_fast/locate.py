@@ -73,12 +73,12 @@ def load_completely(owner: str, model_class: Any, folder: Path, **options: Any) 
 
     try:
         model, info = model_class.from_pretrained(str(folder), output_loading_info=True, **options)
-    except pickle.UnpicklingError as error:  # the library's own text advises to load it all the same
-        raise ValueError(
-            f"{owner}.from_pretrained: the weights in {folder} hold more than tensors; reading them could execute "
-            f"code, so they are refused. Take them as .safetensors"
-        ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except (pickle.UnpicklingError, OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        if _came_from(error, pickle.UnpicklingError):  # the library's own text advises to load it all the same
+            raise ValueError(
+                f"{owner}.from_pretrained: the weights in {folder} hold more than tensors; reading them could execute "
+                f"code, so they are refused. Take them as .safetensors"
+            ) from error
         raise ValueError(
             f"{owner}.from_pretrained: {folder} does not load as {model_class.__name__}: {error}"
         ) from error
@@ -142,3 +142,10 @@ def _from_hub(
     if missing:
         raise ValueError(f"{owner}.from_pretrained: the hub's {hub_id!r} lacks {'; '.join(missing)}")
     return folder
+
+
+def _came_from(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Whether it is of a kind, or was raised while one of that kind was handled."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error is not None
