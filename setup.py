@@ -47,7 +47,7 @@ setup(
         "pyarrow",
         "safetensors",
         "pydantic>=2",
-        "typer>=0.16",
+        "typer>=0.20",
         "rich",
         "av>=18,<19",
         "pillow>=11",

@@ -18,7 +18,9 @@ def test_transformers_leaves_the_ops_registered() -> None:
     process = run_in_checkout(
         "import sys, torch\n"
         "from opensora_fast.kernels import gelu_tanh\n"
-        "import transformers.integrations.hub_kernels, diffusers.models.attention_dispatch\n"
+        "import contextlib, transformers.integrations.hub_kernels\n"
+        "with contextlib.suppress(ModuleNotFoundError):  # before diffusers 0.35\n"
+        "    import diffusers.models.attention_dispatch\n"
         "assert 'kernels' in sys.modules, 'transformers has not looked; this test shows nothing'\n"
         "assert [name for name in sys.modules if name.startswith('kernels.')] == []\n"
         "torch.ops.opensora_fast.gelu_tanh.default._op()\n"
