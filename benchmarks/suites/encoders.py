@@ -1,15 +1,18 @@
-"""Training steps that encode their clips and captions themselves: the SD VAE and T5 of the real sizes, random weights.
+"""The SD VAE and T5 of the real sizes, random weights: training steps that encode their clips and captions themselves,
+and the VAE alone, in the layouts that its convolutions can have.
 
 Open-Sora's published speeds include both. Encoders of random weights take as long as trained ones.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,21 +22,26 @@ from opensora_fast.costs.operations import Count, count_training_step
 from opensora_fast.encoders.t5 import T5Encoder
 from opensora_fast.encoders.vae import VideoAutoencoderKL
 
-from ..case import Case, Outcome
+from ..case import Case, Outcome, make_template
 from ..contest import run_contest
 from ..providers.model_work import ModelWork
 from ..providers.models import BoundModel, step_call
-from ..providers.provider import Bound, Provider
+from ..providers.provider import Bound, Provider, choose_providers, compiled, compiles_on_cuda
+from ..race import Check, Entry, relative_check, run_race
 from ..session import Session
 from ..shapes import Pack, Workload, text_lengths
-from ..timing import Call
+from ..timing import Call, Sampling
 from .models import TRAINING, by_importance, mean_text, model_contest, model_sampling, model_template, shared_training
 from .scale import Scale
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 VALUE = 560.0
 ENCODER_BYTES = 10e9
 MICRO_BATCH = 4  # frames at a time, as Open-Sora's configurations say
 NEEDED = ("diffusers", "transformers")
+NORM_ERROR = 1e-5
 
 
 @dataclass(frozen=True)
@@ -74,23 +82,30 @@ class Encoders:
     text: T5Encoder
 
 
-def build_encoders(scale: Scale) -> Encoders:
-    """Both encoders on the device; T5's tokenizer is that of bytes, which needs no file."""
+def build_vae(scale: Scale) -> AutoencoderKL:
+    """The VAE on the device, in its dtype."""
     from diffusers import AutoencoderKL
-    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-    sizes = sizes_of(scale)
     torch.manual_seed(0)
     with torch.device(scale.device):
-        vae = AutoencoderKL(**sizes.vae).to(scale.dtype)
-        t5 = T5EncoderModel(T5Config(**sizes.t5)).to(scale.dtype)
+        return AutoencoderKL(**sizes_of(scale).vae).to(scale.dtype)
+
+
+def build_encoders(scale: Scale) -> Encoders:
+    """Both encoders on the device; T5's tokenizer is that of bytes, which needs no file."""
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    vae = build_vae(scale)
+    with torch.device(scale.device):
+        t5 = T5EncoderModel(T5Config(**sizes_of(scale).t5)).to(scale.dtype)
     text = T5Encoder(t5, ByT5Tokenizer(), scale.config.model_max_length, clean_captions=False)
     return Encoders(VideoAutoencoderKL(vae, MICRO_BATCH), text)
 
 
 def list_cases(scale: Scale) -> list[Case]:
-    """The first headline workload."""
-    return [_case(scale, workload, VALUE) for workload in by_importance(scale.steps)[:1]]
+    """The first headline workload, and what the VAE alone takes for it."""
+    workload = by_importance(scale.steps)[0]
+    return [_case(scale, workload, VALUE), vae_case(scale, workload)]
 
 
 def _case(scale: Scale, workload: Workload, value: float) -> Case:
@@ -154,3 +169,103 @@ def make_encode(scale: Scale, workload: Workload, encoders: Encoders) -> Callabl
         return latents, dict(encoders.text.encode(captions))
 
     return encode
+
+
+# ---- the VAE alone ----
+
+
+def vae_case(scale: Scale, workload: Workload) -> Case:
+    """A micro-batch of frames, as the VAE is given them in training."""
+    part = Workload(workload.resolution, MICRO_BATCH)
+    height, width = part.pixels
+    template = make_template(
+        "op",
+        part.name,
+        op="vae_encode",
+        shape=f"{MICRO_BATCH} frames of {height} x {width}",
+        tokens=part.tokens,
+        dtype=str(scale.dtype).removeprefix("torch."),
+    )
+
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        lacking = "" if importlib.util.find_spec("diffusers") else "diffusers is not installed"
+        work = None if lacking else VaeWork.draw(scale, part)
+        entries = [
+            Entry(
+                provider.name,
+                provider.version(),
+                "forward",
+                partial(_prepare_vae, provider, work),
+                lacking or provider.missing(work),
+                Count() if work is None else work.count,
+            )
+            for provider in choose_providers(VAE_PROVIDERS, names)
+        ]
+        sampling = Sampling(session.sampling_seconds(scale.seconds))
+        return run_race(template, entries, sampling, session)
+
+    return Case(template, ("forward",), tuple(provider.name for provider in VAE_PROVIDERS), VALUE - 1, measure)
+
+
+@dataclass(frozen=True)
+class VaeWork:
+    """Frames to encode.
+
+    Attributes:
+        vae: what encodes them.
+        frames: [T, 3, H, W] in [-1, 1], on the device.
+        exact: float64, moments [1, 8, H // 8, W // 8] of the first frame.
+        limit: relative; twice the error of diffusers' own layout in the same dtype, and what another order of summing
+            in its norms may add.
+        count: multiplications and additions.
+    """
+
+    device: str
+    vae: AutoencoderKL
+    frames: Tensor
+    exact: Tensor
+    limit: float
+    count: Count
+
+    @classmethod
+    @torch.no_grad()
+    def draw(cls, scale: Scale, workload: Workload) -> VaeWork:
+        vae = build_vae(scale)
+        generator = torch.Generator(scale.device).manual_seed(0)
+        size = (workload.frames, 3, *workload.pixels)
+        frames = (torch.rand(size, generator=generator, device=scale.device) * 2 - 1).to(scale.dtype)
+        exact = _moments(copy.deepcopy(vae).double(), frames[:1].double())
+        with FlopCounterMode(display=False) as counter:
+            eager = _moments(vae, frames)
+        error = relative_check(eager[:1], exact, 0.0).error
+        return cls(scale.device, vae, frames, exact, 2.0 * error + NORM_ERROR, Count(float(counter.get_total_flops())))
+
+
+def _moments(vae: AutoencoderKL, frames: Tensor) -> Tensor:
+    """Mean and logarithm of the variance of the latents [T, 8, H // 8, W // 8]."""
+    return vae.quant_conv(vae.encoder(frames))
+
+
+def _encode_in(layout: torch.memory_format, compile_it: bool, work: VaeWork) -> Bound:
+    vae = copy.deepcopy(work.vae).to(memory_format=layout)
+    function = compiled(_moments) if compile_it else _moments
+    # The change of layout is in the time: clips come as they are.
+    return lambda: function(vae, work.frames.contiguous(memory_format=layout))
+
+
+def _prepare_vae(provider: Provider, work: VaeWork) -> tuple[Call, Callable[[], Check]]:
+    encode, results = provider.prepare(work), []
+
+    @torch.no_grad()
+    def call() -> None:
+        results[:] = [encode()]
+
+    return call, lambda: relative_check(results[0][:1], work.exact, work.limit)
+
+
+VAE_PROVIDERS = (
+    Provider("eager", partial(_encode_in, torch.contiguous_format, False)),
+    Provider("eager-channels-last", partial(_encode_in, torch.channels_last, False)),
+    Provider("compile", partial(_encode_in, torch.contiguous_format, True), compiles_on_cuda),
+    Provider("compile-channels-last", partial(_encode_in, torch.channels_last, True), compiles_on_cuda),
+)

@@ -27,6 +27,7 @@ from .scale import Scale
 VALUE = 2000.0
 # Not "flash-attn-4", whose gradients are wrong on Hopper at head size 72.
 LIBRARIES = ("eager", "sdpa-flash", "sdpa-cudnn", "flash-attn-3", "flash-attn-4-padded", "ours")
+VAES = ("eager", "eager-channels-last", "compile")
 BANDWIDTH = ("eager", "compile", "ours")
 # Whole steps: Open-Sora with flash attention as the baseline (in this project's writing; at the first resolution its
 # own code too, where its package is installed, says whether the writing is as fast), and the strongest general peer.
@@ -68,7 +69,7 @@ def list_cases(scale: Scale) -> list[Case]:
         gemms,
         [only(ops.adamw_case(scale, 0), OPTIMIZERS)],
         _lengths(scale, lambda kind, length: length in FIRST_LENGTHS[kind]),
-        [ops.mlp_case(scale, first, 0)],
+        [ops.mlp_case(scale, first, 0), only(encoders.vae_case(scale, steps[0]), VAES)],
         [models.sustained_case(scale, steps[0], LONGEST_S, 0)],
         # Scores that need the ordinary softmax, beside those above, which do not.
         [only(ops.attention_case(scale, "spatial", first, 0, norm_weight=ops.WIDE_NORM_WEIGHT), LIBRARIES)],
@@ -89,7 +90,7 @@ def list_cases(scale: Scale) -> list[Case]:
         more_gemms,
         _lengths(scale, lambda kind, length: length not in FIRST_LENGTHS[kind]),
         [only(models.block_case(scale, scale.mixed, 0), ("eager", "compile", "ours"))],
-        encoders.list_cases(scale),
+        encoders.list_cases(scale)[:1],  # the VAE alone is above
         convergence.list_cases(scale),
     ]
     unique = {case.identity: case for part in parts for case in part}

@@ -64,6 +64,7 @@ PUSHED = [
     ("launch", "", "", {"ours-op", "cuda-graph"}),
     *(("gemm", op, "32768", {"cublas", "cublas-split", "quack"}) for op in ("qkv", "proj", "fc1", "fc2")),
     ("op", "mlp", "240p×16", {"compile", "quack", "ours"}),
+    ("op", "vae_encode", "240p×4", {"eager", "eager-channels-last", "compile"}),
     ("op", "adamw", "767.5 M parameters", {"upstream", "torch-fused", "compile-flat", "ours"}),
     *(("op", op, "240p×16", {"compile", "ours"}) for op in ("modulated_norm", "gate_residual_modulated_norm")),
     ("op", "spatial_attention", "240p×16", {"sdpa-cudnn", "sdpa-flash", "flash-attn-4-padded", "ours"}),
