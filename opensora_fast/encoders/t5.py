@@ -102,7 +102,7 @@ class T5Encoder:
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ValueError(f"text_encoder.from_pretrained: no tokenizer can be read in {folder}: {error}") from error
         # Read in the dtype it will have: 9.5 instead of 19 GB for T5 XXL in bfloat16.
-        model = load_completely("text_encoder", T5EncoderModel, folder, local_files_only=True, **_dtype_argument(dtype))
+        model = load_completely("text_encoder", T5EncoderModel, folder, local_files_only=True, dtype=dtype)
         return cls(model, tokenizer, model_max_length, clean_captions).to(device, dtype)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> T5Encoder:
@@ -188,11 +188,3 @@ def use_plain_norms(model: nn.Module) -> int:
                 setattr(parent, name, PlainT5Norm(child.weight, child.eps))
                 replaced += 1
     return replaced
-
-
-def _dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
-    """transformers calls the argument `dtype` from 4.56 on, and `torch_dtype` before."""
-    import transformers
-
-    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
