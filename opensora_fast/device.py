@@ -25,6 +25,8 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on the device. The host does not wait for what the device still has to do, as it would with
-    memory that is not page-locked."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A tensor on the device. From the host to a GPU the host does not wait for what that still has to do, as it would
+    with memory that is not page-locked."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
