@@ -56,19 +56,35 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
             f"cuda_graph_tokens={config.cuda_graph_tokens} and {together} processes: what they exchange is not "
             "recorded in CUDA graphs; use one of them"
         )
-    explained = explain_out_of_memory(config, min(config.batch_size, len(tasks)), together)
-    with join_processes(device, together) as processes, cpu_threads(config.cpu_threads), explained:
-        generator = build_generator(config, processes.device)
+    with join_processes(device, together) as processes, cpu_threads(config.cpu_threads):
+        with explain_weights_out_of_memory(config):
+            generator = build_generator(config, processes.device)
         generator.model.share_frames(processes.sequence)
         written: set[str] = set()
-        for sample in generator.stream(prompts, references, strategies, progress=processes.rank == 0):
-            if processes.rank != 0:
-                continue
-            name = name_sample(sample, config)
-            while name in written:  # prompts of one text, or long ones that begin alike
-                name = f"{name}_{sample.index}"
-            written.add(name)
-            yield sample.save(folder / name)
+        with explain_out_of_memory(config, min(config.batch_size, len(tasks)), together):
+            for sample in generator.stream(prompts, references, strategies, progress=processes.rank == 0):
+                if processes.rank != 0:
+                    continue
+                name = name_sample(sample, config)
+                while name in written:  # prompts of one text, or long ones that begin alike
+                    name = f"{name}_{sample.index}"
+                written.add(name)
+                yield sample.save(folder / name)
+
+
+@contextmanager
+def explain_weights_out_of_memory(config: SampleConfig) -> Iterator[None]:
+    """Load encoders and model; ValueError with what to change where a GPU's memory does not hold them."""
+    try:
+        yield
+    except Exception as error:
+        ran_out = find_out_of_memory(error)
+        if ran_out is None:
+            raise
+        fix = "take a GPU with more"
+        if config.text_encoder.type == "t5" and not config.text_encoder.shardformer and config.dtype == "bf16":
+            fix = f"text_encoder.shardformer=True keeps T5 in bf16, which takes half the memory of float32, or {fix}"
+        raise ValueError(f"out of GPU memory with the weights of encoders and model: {fix}. {ran_out}") from error
 
 
 @contextmanager

@@ -206,6 +206,26 @@ def test_memory_that_runs_out_is_explained(folder, tmp_path, monkeypatch, capsys
         raise RuntimeError("something else")
 
 
+def test_weights_that_do_not_fit_into_memory_are_not_put_down_to_the_size_of_a_video(
+    folder, tmp_path, monkeypatch, capsys
+):
+    def run_out(*arguments, **conditions):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is")
+
+    monkeypatch.setattr(STDiT2, "to", run_out)
+    assert sample(folder, "--save-dir", str(tmp_path), "--prompt", "a") == 1
+    message = capsys.readouterr().err
+    assert "error: out of GPU memory with the weights of encoders and model: " in message
+    assert "take a GPU with more. CUDA out of memory. Tried" in message and "num_frames" not in message
+    config = SampleConfig(image_size=(32, 48))  # T5, in float32 beside a model in bf16
+    with pytest.raises(ValueError, match="text_encoder.shardformer=True keeps T5 in bf16, .* or take a GPU with more"):
+        with sampling_run.explain_weights_out_of_memory(config):
+            raise torch.OutOfMemoryError
+    with pytest.raises(RuntimeError, match="something else"):
+        with sampling_run.explain_weights_out_of_memory(config):
+            raise RuntimeError("something else")
+
+
 def test_mistakes_in_prompts_and_folders_cost_no_time(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sampling_run, "build_generator", lambda *_: pytest.fail("weights were loaded"))
     (tmp_path / "file").touch()
