@@ -11,7 +11,7 @@ def find_out_of_memory(error: BaseException | None) -> BaseException | None:
     """The error itself, or what it came from, that says that a GPU's memory has run out; None if none does.
 
     Only torch's allocator raises `torch.OutOfMemoryError`. Memory that CUDA itself needs, for a graph or the code of a
-    kernel, is another RuntimeError of torch (since 2.8 `torch.AcceleratorError`) or one of Triton.
+    kernel, is another RuntimeError of torch (`torch.AcceleratorError`) or one of Triton.
     """
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
