@@ -17,8 +17,8 @@ from opensora_fast.train.monitoring.metrics import count_batch_tokens
 HISTORY_ENTRIES = 100_000
 # What stands in memory all through a run, and what to change where it does not fit.
 PARTS = {
-    "the encoders": "train with features=FOLDER, made on a GPU with more memory; where only encoding needs too much, lower "
-    "vae.micro_batch_size",
+    "the encoders": "train with features=FOLDER, made on a GPU with more memory; where only encoding needs too much, "
+    "lower vae.micro_batch_size",
     "weights, optimizer and average": "start more processes with torchrun, which share out optimizer and average, or "
     "train with features=FOLDER, so that no encoders lie beside them",
 }
