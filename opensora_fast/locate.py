@@ -74,10 +74,10 @@ def load_completely(owner: str, model_class: Any, folder: Path, **options: Any) 
     try:
         model, info = model_class.from_pretrained(str(folder), output_loading_info=True, **options)
     except (pickle.UnpicklingError, OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        if _came_from(error, pickle.UnpicklingError):  # the library's own text advises to load it all the same
+        if _comes_from_unpickling(error):  # torch's own text advises to load it all the same
             raise ValueError(
-                f"{owner}.from_pretrained: the weights in {folder} hold more than tensors; reading them could execute "
-                f"code, so they are refused. Take them as .safetensors"
+                f"{owner}.from_pretrained: the weights in {folder} hold more than tensors, or are damaged; reading "
+                "them could execute code, so they are refused. Take them as .safetensors"
             ) from error
         raise ValueError(
             f"{owner}.from_pretrained: {folder} does not load as {model_class.__name__}: {error}"
@@ -89,6 +89,13 @@ def load_completely(owner: str, model_class: Any, folder: Path, **options: Any) 
             f"them {', '.join(missing[:3])}; these are the weights of another model"
         )
     return model
+
+
+def _comes_from_unpickling(error: BaseException | None) -> bool:
+    """Whether the error is that of unpickling, or hides it, as an OSError of diffusers and of transformers 4 does."""
+    while error is not None and not isinstance(error, pickle.UnpicklingError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _reads_as_path(source: str) -> bool:
@@ -142,10 +149,3 @@ def _from_hub(
     if missing:
         raise ValueError(f"{owner}.from_pretrained: the hub's {hub_id!r} lacks {'; '.join(missing)}")
     return folder
-
-
-def _came_from(error: BaseException | None, kind: type[BaseException]) -> bool:
-    """Whether it is of a kind, or was raised while one of that kind was handled."""
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__ or error.__context__
-    return error is not None
