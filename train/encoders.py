@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from opensora_fast.config import SampleConfig, TrainConfig
 from opensora_fast.data.decoding.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
@@ -91,7 +92,7 @@ def _make_request(data: TrainingData, row: int, bucket_index: int, seed: int) ->
 
 
 def _place(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Let a folder appear whole or not at all."""
+    """Let a folder appear whole or not at all. ValueError if the disk does not take it."""
     part = folder.with_name(f".unfinished-{folder.name}")
     if part.exists():
         shutil.rmtree(part)
@@ -99,6 +100,8 @@ def _place(folder: Path, fill: Callable[[Path], object]) -> None:
     try:
         fill(part)
         os.rename(part, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise ValueError(f"the autoencoder {folder} could not be written: {error}") from error
         raise

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from losses import read_losses
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from opensora_fast.model import STDiT2
@@ -104,17 +105,19 @@ def test_features_that_are_not_complete_go_on_with_their_autoencoder(train, tmp_
     assert (tmp_path / "second" / FITTED).read_bytes() == (folder / FITTED).read_bytes() == fitted
 
 
-def test_no_part_of_an_autoencoder_is_left_where_it_cannot_be_written(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_no_part_of_an_autoencoder_is_left_where_it_cannot_be_written(train, tmp_path, monkeypatch, error):
     real = Path.write_text
 
     def fill_disk(path, *arguments, **options):
         if path.parent.name == ".unfinished-vae":
-            raise OSError(28, "No space left on device", str(path))
+            raise error
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "write_text", fill_disk)
-    code, _, error = train(tmp_path / "run", "--steps", 0)
-    assert code == 1 and "No space left on device" in error
+    code, _, told = train(tmp_path / "run", "--steps", 0)
+    assert code == 1 and f"the autoencoder {tmp_path / 'run' / 'encoders' / 'vae'} could not be written: " in told
+    assert "No space left on device" in told and "unexpected" not in told
     assert list((tmp_path / "run" / "encoders").iterdir()) == []
 
 
