@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -266,11 +267,18 @@ def _check_settings(folder: Path, written: dict[str, Any], wanted: dict[str, Any
 
 def _write_safely(path: Path, content: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:  # that of a full disk has no name of a file
+        with suppress(OSError):
+            part.unlink()
+        raise FeatureError(
+            f"the features {path} could not be written: {error}. Once they can be, the same command goes on with them"
+        ) from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -60,7 +60,7 @@ def write_features(
         shard_bytes: size of a file, about.
 
     Raises:
-        FeatureError: the folder holds features made in another way.
+        FeatureError: the folder holds features made in another way, or they cannot be written.
         ValueError: the loader is not as it should be.
     """
     sampler = loader.sampler

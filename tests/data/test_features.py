@@ -1,6 +1,7 @@
 """Cached features: the same clips as training from videos, complete after a stop, and damage is named."""
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -316,6 +317,18 @@ def test_half_precision_and_no_padding_on_disk(tmp_path):
     assert not list(tmp_path.glob(".*.part"))
     with pytest.raises(KeyError):
         reader.get_latents(1, 5)
+
+
+def test_a_full_disk_is_told_and_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    def fill_disk(file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fill_disk)
+        with pytest.raises(FeatureError, match=f"the features {tmp_path}/.* could not be written: .*No space left"):
+            write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path)  # the same again goes on
 
 
 def test_no_thread_is_left_and_waiting_is_counted(tmp_path):
