@@ -1,4 +1,7 @@
-"""Whether it is the memory of a GPU that has run out."""
+"""Whether it is the memory of a GPU that has run out, and what to change then."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,3 +23,19 @@ def find_out_of_memory(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
+
+
+@contextmanager
+def naming_out_of_memory(what: str) -> Iterator[None]:
+    """ValueError in place of whatever is raised where a GPU's memory runs out.
+
+    Args:
+        what: did not fit, and what to change; goes behind "out of GPU memory".
+    """
+    try:
+        yield
+    except Exception as error:
+        ran_out = find_out_of_memory(error)
+        if ran_out is None:
+            raise
+        raise ValueError(f"out of GPU memory {what}. {ran_out}") from error

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
 from opensora_fast.config import SampleConfig
 from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.diffusion.dpm_solver import NO_GIVEN_FRAMES
-from opensora_fast.out_of_memory import find_out_of_memory
+from opensora_fast.out_of_memory import naming_out_of_memory
 from opensora_fast.parallel.join import join_processes, read_place
 from opensora_fast.sampling.build import build_generator, make_settings
 from opensora_fast.sampling.generate import Sample, make_tasks
@@ -72,44 +72,31 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
                 yield sample.save(folder / name)
 
 
-@contextmanager
-def explain_weights_out_of_memory(config: SampleConfig) -> Iterator[None]:
+def explain_weights_out_of_memory(config: SampleConfig) -> AbstractContextManager[None]:
     """Load encoders and model; ValueError with what to change where a GPU's memory does not hold them."""
-    try:
-        yield
-    except Exception as error:
-        ran_out = find_out_of_memory(error)
-        if ran_out is None:
-            raise
-        fix = "take a GPU with more"
-        if config.text_encoder.type == "t5" and not config.text_encoder.shardformer and config.dtype == "bf16":
-            fix = f"text_encoder.shardformer=True keeps T5 in bf16, which takes half the memory of float32, or {fix}"
-        raise ValueError(f"out of GPU memory with the weights of encoders and model: {fix}. {ran_out}") from error
+    fix = "take a GPU with more"
+    if config.text_encoder.type == "t5" and not config.text_encoder.shardformer and config.dtype == "bf16":
+        fix = f"text_encoder.shardformer=True keeps T5 in bf16, which takes half the memory of float32, or {fix}"
+    return naming_out_of_memory(f"with the weights of encoders and model: {fix}")
 
 
-@contextmanager
-def explain_out_of_memory(config: SampleConfig, videos: int, together: int) -> Iterator[None]:
+def explain_out_of_memory(config: SampleConfig, videos: int, together: int) -> AbstractContextManager[None]:
     """Sample so many videos at a time in so many processes; ValueError with what to change where memory runs out."""
-    try:
-        yield
-    except Exception as error:
-        ran_out = find_out_of_memory(error)
-        if ran_out is None:
-            raise
-        height, width = config.image_size
-        fixes = ["lower num_frames or image_size"]
-        if videos > 1:
-            fixes.insert(0, "lower batch_size")
-        if config.vae.type == "VideoAutoencoderKL":
-            now = config.vae.micro_batch_size or "all"
-            fixes.append(f"lower vae.micro_batch_size, the frames that are encoded and decoded at a time (now {now})")
-        if config.cuda_graph_tokens:
-            fixes.append("spare the memory of CUDA graphs with cuda_graph_tokens=0")
-        else:
-            fixes.append(f"share each video among {'more' if together > 1 else 'several'} GPUs with torchrun")
-        what = "1 video" if videos == 1 else f"{videos} videos at a time, each"
-        what += f" of {config.num_frames} frames of {height} x {width}"
-        raise ValueError(f"out of GPU memory with {what}: {', or '.join(fixes)}. {ran_out}") from error
+    height, width = config.image_size
+    fixes = ["lower num_frames or image_size"]
+    if videos > 1:
+        fixes.insert(0, "lower batch_size")
+    if config.vae.type == "VideoAutoencoderKL":
+        now = config.vae.micro_batch_size or "all"
+        fixes.append(f"lower vae.micro_batch_size, the frames that are encoded and decoded at a time (now {now})")
+    if config.cuda_graph_tokens:
+        fixes.append("spare the memory of CUDA graphs with cuda_graph_tokens=0")
+    else:
+        fixes.append(f"share each video among {'more' if together > 1 else 'several'} GPUs with torchrun")
+    what = "1 video" if videos == 1 else f"{videos} videos at a time, each"
+    return naming_out_of_memory(
+        f"with {what} of {config.num_frames} frames of {height} x {width}: {', or '.join(fixes)}"
+    )
 
 
 def choose_prompts(config: SampleConfig) -> list[str]:

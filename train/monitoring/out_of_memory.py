@@ -1,14 +1,14 @@
 """What a person learns of a step that did not fit into the memory of the GPU."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from opensora_fast.cuda_graphs import CaptureError
 from opensora_fast.data.batch import Batch
-from opensora_fast.out_of_memory import find_out_of_memory
+from opensora_fast.out_of_memory import find_out_of_memory, naming_out_of_memory
 from opensora_fast.parallel.collectives import ProcessLostError
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.monitoring.metrics import count_batch_tokens
@@ -70,8 +70,7 @@ def explain_out_of_memory(
         raise ValueError(f"{happened}\n{write_memory(happened, folder, processes, history)}") from error
 
 
-@contextmanager
-def explain_parts_out_of_memory(parts: str) -> Iterator[None]:
+def explain_parts_out_of_memory(parts: str) -> AbstractContextManager[None]:
     """Put into the GPU's memory, during the block, what stands there all through a run.
 
     Args:
@@ -80,16 +79,9 @@ def explain_parts_out_of_memory(parts: str) -> Iterator[None]:
     Raises:
         ValueError: with what to change, where it does not fit.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        ran_out = find_out_of_memory(error)
-        if ran_out is None:
-            raise
-        raise ValueError(
-            f"out of GPU memory before the first step, with {parts}: {PARTS[parts]}; `opensora-fast plan` says what a "
-            f"GPU has to hold. {ran_out}"
-        ) from error
+    return naming_out_of_memory(
+        f"before the first step, with {parts}: {PARTS[parts]}; `opensora-fast plan` says what a GPU has to hold"
+    )
 
 
 def describe_out_of_memory(batch: Batch, step: int, graphs: bool, error: Exception) -> str | None:

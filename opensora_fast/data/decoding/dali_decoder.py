@@ -38,6 +38,7 @@ from opensora_fast.data.decoding.pyav_decoder import (
 from opensora_fast.data.decoding.resize import CoverCrop
 from opensora_fast.data.decoding.video_index import check_file, codec_name, open_video, read_packets
 from opensora_fast.data.decoding.worker_threads import Overdue, WorkerThreads
+from opensora_fast.out_of_memory import SIGNS
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -51,7 +52,7 @@ CODECS = {
 MAXIMUM_BATCH = 16
 MAXIMUM_BYTES = 1 << 31
 VIDEO_LIBRARY = "libnvcuvid.so.1"
-SIGNS_OF_NO_MEMORY = ("bytes on device", "CUDA allocation failed", "out of memory", "OUT_OF_MEMORY")
+SIGNS_OF_NO_MEMORY = (*SIGNS, "bytes on device", "CUDA allocation failed", "OUT_OF_MEMORY")
 """In what DALI says where the GPU has no memory left: "Can't allocate 123 bytes on device 0", for example."""
 INSTALL_HINT = "install it with `pip install nvidia-dali-cuda130` (or nvidia-dali-cuda120), or use PyAV"
 
