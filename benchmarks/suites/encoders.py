@@ -105,10 +105,11 @@ def build_encoders(scale: Scale) -> Encoders:
 def list_cases(scale: Scale) -> list[Case]:
     """The first headline workload, and what the VAE alone takes for it."""
     workload = by_importance(scale.steps)[0]
-    return [_case(scale, workload, VALUE), vae_case(scale, workload)]
+    return [step_case(scale, workload), vae_case(scale, workload)]
 
 
-def _case(scale: Scale, workload: Workload, value: float) -> Case:
+def step_case(scale: Scale, workload: Workload) -> Case:
+    """A training step that encodes."""
     fits = workload.tokens <= scale.most_tokens("eager", beside=ENCODER_BYTES)
     names = ("upstream", "upstream-flash", "eager" if fits else "eager-recompute", "ours")
     template = model_template(scale, "step", Pack.of(workload), op="with encoders")
@@ -142,7 +143,7 @@ def _case(scale: Scale, workload: Workload, value: float) -> Case:
 
         return run_contest(replace(contest, calls={TRAINING: make_call}, counts={TRAINING: count}), session)
 
-    return Case(template, (TRAINING,), names, value, measure)
+    return Case(template, (TRAINING,), names, VALUE, measure)
 
 
 def _without(provider: Provider, reason: str) -> Provider:

@@ -90,7 +90,7 @@ def list_cases(scale: Scale) -> list[Case]:
         more_gemms,
         _lengths(scale, lambda kind, length: length not in FIRST_LENGTHS[kind]),
         [only(models.block_case(scale, scale.mixed, 0), ("eager", "compile", "ours"))],
-        encoders.list_cases(scale)[:1],  # the VAE alone is above
+        [encoders.step_case(scale, steps[0])],
         convergence.list_cases(scale),
     ]
     unique = {case.identity: case for part in parts for case in part}
