@@ -28,4 +28,4 @@ def draw_noise_like(like: Tensor, generator: Generators = None) -> Tensor:
             raise ValueError(f"{len(generator)} generators for {like.shape[0]} rows; give one, or one for each row")
         return torch.stack([draw_noise_like(row, own) for row, own in zip(like, generator, strict=True)])
     noise = torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype)
-    return noise if noise.device == like.device else send(noise, like.device)
+    return send(noise, like.device)
