@@ -1,0 +1,243 @@
+"""The emulator computes what PTX says, and finds what would be wrong on a GPU: programs written for the purpose."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ptx_emulator.arithmetic import compute, to_bfloat16, typed
+from ptx_emulator.machine import EmulationError, run
+from ptx_emulator.matrices import described_addresses, lanes_of_8x8, matrix_of_lanes
+from ptx_emulator.program import parse
+
+WORDS, SIGNED_WORDS = st.integers(0, 2**32 - 1), st.integers(-(2**31), 2**31 - 1)
+
+
+def emulate(body: str, *tensors: torch.Tensor, threads: int = 64, blocks: int = 1) -> None:
+    """Runs a kernel `made_up`, with the addresses of the tensors in %rd0, %rd1, … and the thread in %r0."""
+    parameters = ",\n".join(f"\t.param .u64 .ptr .global .align 1 made_up_param_{i}" for i in range(len(tensors)))
+    loads = "\n".join(f"ld.param.b64 %rd{i}, [made_up_param_{i}];" for i in range(len(tensors)))
+    head = f".visible .entry made_up(\n{parameters}\n)\n.reqntid {threads}\n{{\n.reg .b32 %r<99>;\n"
+    text = f"{head}{loads}\nmov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
+    run(parse(text), (blocks, 1, 1), [tensor.data_ptr() for tensor in tensors], tensors, shared=2048)
+
+
+def number(name: str, *operands: int) -> int:
+    return int(compute(name.split("."), [np.asarray(operand % 2**64, dtype=np.uint64) for operand in operands]))
+
+
+@given(SIGNED_WORDS, SIGNED_WORDS, st.integers(0, 40))
+def test_integers(x, y, by) -> None:
+    assert number("add.s32", x, y) == (x + y) % 2**32
+    assert number("mul.lo.s32", x, y) == x * y % 2**32
+    assert number("mul.wide.s32", x, y) == x * y % 2**64
+    assert number("mul.hi.u32", x, y) == (x % 2**32) * (y % 2**32) >> 32
+    assert number("mad.wide.s32", x, y, 5) == (x * y + 5) % 2**64
+    assert number("setp.lt.s32", x, y) == (x < y)
+    assert number("setp.lt.u32", x, y) == (x % 2**32 < y % 2**32)
+    assert number("shl.b32", x, by) == (x << by) % 2**32
+    assert number("shr.s32", x, by) == (x >> by) % 2**32
+    assert number("shr.u32", x, by) == x % 2**32 >> by
+    assert number("cvt.s64.s32", x) == x % 2**64
+    assert number("selp.b32", x, y, x > y) == (x if x > y else y) % 2**32
+    if y:
+        quotient = abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1)
+        assert number("div.s32", x, y) == quotient % 2**32
+        assert number("rem.s32", x, y) == (x - y * quotient) % 2**32
+
+
+@given(WORDS, st.integers(0, 31), st.data())
+def test_bits_taken_out(word, start, data) -> None:
+    length = data.draw(st.integers(1, 32 - start))
+    taken = word >> start & (2**length - 1)
+    assert number("bfe.u32", word, start, length) == taken
+    assert number("bfe.s32", word, start, length) == (taken - (taken >> (length - 1) << length)) % 2**32
+
+
+@given(WORDS, WORDS, st.lists(st.integers(0, 7), min_size=4, max_size=4))
+def test_bytes_exchanged(low, high, choices) -> None:
+    selector = sum(choice << 4 * place for place, choice in enumerate(choices))
+    both = (high << 32 | low).to_bytes(8, "little")
+    assert number("prmt.b32", low, high, selector) == int.from_bytes(bytes(both[i] for i in choices), "little")
+
+
+@settings(deadline=None)  # the first call loads what PyTorch needs
+@given(st.lists(st.floats(width=32), min_size=1, max_size=20))
+def test_bfloat16_rounds_as_pytorch_does(values) -> None:
+    mine = torch.from_numpy(to_bfloat16(np.array(values, dtype=np.float32)).view(np.int16)).view(torch.bfloat16)
+    torch.testing.assert_close(mine, torch.tensor(values).to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_fused_product_is_rounded_once() -> None:
+    x = np.float32(1 + 2**-12)
+    bits = [np.asarray(value, dtype=np.float32).view(np.uint32) for value in (x, x, -1)]
+    assert typed(compute(("fma", "rn", "f32"), bits), "f32") == np.float32(2**-11 + 2**-24)
+    assert typed(compute(("mul", "f32"), bits[:2]), "f32") - np.float32(1) == np.float32(2**-11)
+
+
+def test_branches_meet_again() -> None:
+    output = torch.zeros(64, dtype=torch.int32)
+    emulate(
+        """
+        mov.b32 %r1, 0;
+        $L_again:
+        add.s32 %r1, %r1, 3;
+        setp.lt.s32 %p1, %r1, %r0;
+        @%p1 bra $L_again;
+        bar.sync 0;
+        mad.wide.u32 %rd1, %r0, 4, %rd0;
+        st.global.b32 [%rd1], %r1;
+        """,
+        output,
+    )
+    assert output.tolist() == [max(3, -(-thread // 3) * 3) for thread in range(64)]
+
+
+@pytest.mark.parametrize("barrier", ["bar.sync 0;", ""])
+def test_what_another_warp_wrote_takes_a_barrier(barrier) -> None:
+    output = torch.zeros(64, dtype=torch.int32)
+    body = f"""
+        mov.b32 %r1, global_smem;
+        shl.b32 %r2, %r0, 2;
+        add.s32 %r3, %r1, %r2;
+        st.shared.b32 [%r3], %r0;
+        {barrier}
+        sub.s32 %r4, 252, %r2;
+        add.s32 %r4, %r1, %r4;
+        ld.shared.b32 %r5, [%r4];
+        mad.wide.u32 %rd1, %r0, 4, %rd0;
+        st.global.b32 [%rd1], %r5;
+        """
+    if barrier:
+        emulate(body, output)
+        assert output.tolist() == list(range(63, -1, -1))
+    else:
+        with pytest.raises(EmulationError, match=r"made_up, line \d+: a warp reads what another wrote.*: ld.shared"):
+            emulate(body, output)
+
+
+@pytest.mark.parametrize("wait", ["cp.async.wait_group 0;", "cp.async.wait_group 1;"])
+def test_a_copy_must_be_waited_for(wait) -> None:
+    source, output = torch.arange(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    body = f"""
+        shl.b32 %r1, %r0, 2;
+        mov.b32 %r2, global_smem;
+        add.s32 %r2, %r2, %r1;
+        cvt.u64.u32 %rd2, %r1;
+        add.s64 %rd0, %rd0, %rd2;
+        add.s64 %rd1, %rd1, %rd2;
+        cp.async.ca.shared.global [%r2 + 0], [%rd0 + 0], 0x4;
+        cp.async.commit_group;
+        {wait}
+        ld.shared.b32 %r3, [%r2];
+        st.global.b32 [%rd1], %r3;
+        """
+    if wait.endswith("0;"):
+        emulate(body, source, output, threads=32)
+        assert output.tolist() == source.tolist()
+    else:
+        with pytest.raises(EmulationError, match="read before the copy to it has been waited for"):
+            emulate(body, source, output, threads=32)
+
+
+@pytest.mark.parametrize(("instruction", "reason"), [
+    ("st.global.b32 [%rd1 + 4], %r0;", "outside the tensors"),
+    ("st.global.b32 [%rd1 + 2], %r0;", "no multiple of the 4 bytes"),
+    ("ld.shared.b32 %r1, [global_smem+2048];", "outside the block's shared memory"),
+    ("popc.b32 %r1, %r0;", "popc"),
+])  # fmt: skip
+def test_wild_accesses_and_unknown_instructions_are_named(instruction, reason) -> None:
+    memory = torch.zeros(200, dtype=torch.int32)
+    with pytest.raises(EmulationError, match=f"made_up, line .*{reason}.*{instruction[:9]}"):
+        emulate(f"mad.wide.u32 %rd1, %r0, 4, %rd0;\n{instruction}", memory[:64].clone())
+
+
+# Sixteen by 64 bfloat16 (rows of 128 bytes, exchanged in groups) times the same, transposed.
+PRODUCT = """
+    mov.b32 %r1, global_smem;
+    shl.b32 %r2, %r0, 4;
+    and.b32 %r3, %r0, 56;
+    shl.b32 %r3, %r3, 1;
+    xor.b32 %r3, %r2, %r3;
+    add.s32 %r4, %r1, %r3;
+    cvt.u64.u32 %rd2, %r2;
+    add.s64 %rd2, %rd0, %rd2;
+    ld.global.v4.b32 {%r5, %r6, %r7, %r8}, [%rd2];
+    st.shared.v4.b32 [%r4], {%r5, %r6, %r7, %r8};
+    FENCE
+    BARRIER
+    shr.u32 %r9, %r1, 4;
+    cvt.u64.u32 %rd3, %r9;
+    or.b64 %rd3, %rd3, 4611686293305294848;
+    mov.b32 %r10, 0f00000000;
+    mov.b32 %r11, 0f00000000;
+    mov.b32 %r12, 0f00000000;
+    mov.b32 %r13, 0f00000000;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r10,%r11,%r12,%r13}, {%r5,%r6,%r7,%r8}, %rd3, 0, 1, 1, 0;
+    wgmma.commit_group.sync.aligned;
+    WAIT
+    shl.b32 %r2, %r0, 4;
+    cvt.u64.u32 %rd2, %r2;
+    add.s64 %rd2, %rd1, %rd2;
+    st.global.v4.b32 [%rd2], {%r10, %r11, %r12, %r13};
+"""
+SYNCHRONIZED = {
+    "FENCE": "fence.proxy.async.shared::cta;",
+    "BARRIER": "bar.sync 0;",
+    "WAIT": "wgmma.wait_group.sync.aligned 0;",
+}
+
+
+@pytest.mark.parametrize(("missing", "reason"), [
+    (None, ""),
+    ("FENCE", "no fence has made visible"),
+    ("BARRIER", "a warp reads what another wrote"),
+    ("WAIT", "used before it has been waited for"),
+])  # fmt: skip
+def test_a_product_of_the_matrix_units(missing, reason) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(16, 64, generator=generator).to(torch.bfloat16)  # 128 threads, 8 numbers each
+    output = torch.zeros(128, 4)
+    body = PRODUCT
+    for name, instruction in SYNCHRONIZED.items():
+        body = body.replace(name, "" if name == missing else instruction)
+    if missing:
+        with pytest.raises(EmulationError, match=reason):
+            emulate(body, rows, output, threads=128)
+        return
+    emulate(body, rows, output, threads=128)
+    # A thread's registers of the first factor are what it loaded: eight numbers, two in each register, at the rows
+    # lane / 4 (+ 8) and columns lane % 4 · 2 (+ 8). The second factor is that of the first 16 columns and 8 rows.
+    loaded, first = rows.flatten().view(4, 32, 4, 2).double(), torch.zeros(4, 16, 16, dtype=torch.float64)
+    for lane in range(32):
+        for register in range(4):
+            row, column = lane // 4 + register % 2 * 8, lane % 4 * 2 + register // 2 * 8
+            first[:, row, column : column + 2] = loaded[:, lane, register]
+    product = first @ rows[:8, :16].double().T
+    for lane in range(32):
+        row, column = lane // 4, lane % 4 * 2
+        expected = torch.cat([product[:, row, column : column + 2], product[:, row + 8, column : column + 2]], dim=1)
+        torch.testing.assert_close(output.view(4, 32, 4)[:, lane].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_matrices_of_lanes() -> None:
+    matrix = np.arange(64, dtype=np.uint16).reshape(1, 8, 8)
+    lanes = lanes_of_8x8(matrix, transposed=False)
+    assert lanes[0, 5] == (matrix[0, 1, 3].astype(np.uint32) << 16 | matrix[0, 1, 2])
+    turned = lanes_of_8x8(matrix, transposed=True)
+    assert turned[0, 5] == (matrix[0, 3, 1].astype(np.uint32) << 16 | matrix[0, 2, 1])
+    for registers, transposed in ((lanes, False), (turned, True)):
+        assert np.array_equal(matrix_of_lanes(registers, transposed), matrix)
+
+
+@pytest.mark.parametrize(("mode", "width"), [(1, 128), (2, 64), (3, 32)])
+@pytest.mark.parametrize("along_rows", [False, True])
+def test_described_elements_lie_apart(mode, width, along_rows) -> None:
+    """Every element has a place of its own, in rows of `width` bytes whose 16 bytes are exchanged as in memory."""
+    group = 8 * width
+    descriptor = np.array([1024 // 16 | group // 16 << 16 | group // 16 << 32 | mode << 62], dtype=np.uint64)
+    if along_rows:
+        descriptor |= np.uint64((64 * 2 // width) * group // 16 << 32) & ~np.uint64(group // 16 << 32)
+    addresses = described_addresses(descriptor, 64, along_rows)[0]
+    assert len(np.unique(addresses)) == addresses.size
+    assert addresses.min() >= 1024 and (addresses % 2 == 0).all()
