@@ -7,10 +7,10 @@ Each op's module lists its candidates in one table at its top,
     }
 
 where keyword arguments in capitals are the kernel's own constexpr names and those in small letters are read by its
-launcher only. A shape class may carry an architecture, "<shape class>@sm_80", which is then preferred there. The first
-candidate is the default: it is what runs under the interpreter and on a GPU that nobody measured. `opensora-fast
-kernels autotune` measures the candidates and writes the fastest to `kernels/configurations/<gpu>.json`, which `select`
-reads.
+launcher only. A shape class may carry an architecture, "<shape class>@sm_80", which is then preferred there and on GPUs
+with its matrix units (`built_like`). The first candidate is the default: it is what runs under the interpreter and on a
+GPU that nobody measured. `opensora-fast kernels autotune` measures the candidates and writes the fastest to
+`kernels/configurations/<gpu>.json`, which `select` reads.
 
 Each op's module also has `compile_cases(arch)`, which yields a `CompileCase` for each build that the model at hidden
 size 1152 and head size 72 would use, so that registers, spills and shared memory are known without a GPU.
@@ -216,8 +216,17 @@ def record_selections() -> Iterator[dict[tuple[str, str], Sequence[Configuration
 
 @lru_cache(maxsize=64)
 def _describe_gpu(device: torch.device) -> tuple[str, str]:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}", torch.cuda.get_device_name(device)
+    """The architecture whose candidates it takes, and its name."""
+    return built_like(*torch.cuda.get_device_capability(device)), torch.cuda.get_device_name(device)
+
+
+def built_like(major: int, minor: int) -> str:
+    """The one of sm_80, sm_90 and sm_100 whose matrix units a GPU of this compute capability has.
+
+    Tiles follow from it: GeForce and workstation GPUs, up to those of 12.x, multiply with registers as sm_80 does. With
+    tiles of sm_90 a kernel would spill up to 192 bytes a thread on sm_89, with those of sm_80 8 (compiled).
+    """
+    return {8: "sm_80", 12: "sm_80", 10: "sm_100", 11: "sm_100"}.get(major, f"sm_{major}{minor}")
 
 
 def measured_path(gpu: str) -> Path:

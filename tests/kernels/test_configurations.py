@@ -149,3 +149,19 @@ def test_every_table_has_unlike_candidates_and_every_committed_choice_is_one() -
         for row in json.loads(path.read_text())["rows"]:
             candidates = merged[row["kernel"]][row["shape_class"]]
             assert row["configuration"] in [candidate.choices for candidate in candidates], path.name
+
+
+@pytest.mark.parametrize(("capability", "arch"), [
+    ((8, 0), "sm_80"), ((8, 6), "sm_80"), ((8, 9), "sm_80"), ((12, 0), "sm_80"), ((12, 1), "sm_80"),
+    ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((10, 3), "sm_100"),
+])  # fmt: skip
+def test_a_gpu_takes_the_tiles_of_the_matrix_units_that_it_has(capability, arch, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test 2")
+    configurations._describe_gpu.cache_clear()
+    try:
+        chosen = select(TABLE, "kernel", "any", CUDA)
+    finally:
+        configurations._describe_gpu.cache_clear()
+    assert configurations.built_like(*capability) == arch
+    assert chosen is (LARGE if arch == "sm_80" else SMALL)
