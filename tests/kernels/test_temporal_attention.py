@@ -115,11 +115,15 @@ def test_equal_logits(frames, longest, dtype, device) -> None:
 def test_images_return_their_values(dtype, device) -> None:
     inputs = make_inputs([(1, 4, 5), (1, 1, 1)], dtype, device)
     output = ours(**inputs)
-    assert torch.equal(output, inputs["qkv"][:, 2])
+    # To the bit in half precision, and in float32 but for the kernel that takes it on a GPU, which finds a probability as
+    # exp2 of a rounded difference.
+    rounding = 16 * torch.finfo(dtype).eps if dtype == torch.float32 else 0
+    torch.testing.assert_close(output, inputs["qkv"][:, 2], rtol=rounding, atol=0)
     gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     output.backward(gradient)
-    assert torch.equal(inputs["qkv"].grad[:, 2], gradient)
-    assert not inputs["qkv"].grad[:, :2].any() and not inputs["q_weight"].grad.any()
+    torch.testing.assert_close(inputs["qkv"].grad[:, 2], gradient, rtol=rounding, atol=0)
+    assert (inputs["qkv"].grad[:, :2].abs() <= 10 * rounding).all()
+    assert (inputs["q_weight"].grad.abs() <= 10 * rounding).all()
 
 
 def test_rows_of_zeros(device, compare) -> None:
