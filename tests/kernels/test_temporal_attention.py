@@ -115,8 +115,8 @@ def test_equal_logits(frames, longest, dtype, device) -> None:
 def test_images_return_their_values(dtype, device) -> None:
     inputs = make_inputs([(1, 4, 5), (1, 1, 1)], dtype, device)
     output = ours(**inputs)
-    # To the bit in half precision, and in float32 but for the kernel that takes it on a GPU, which finds a probability as
-    # exp2 of a rounded difference.
+    # To the bit in half precision. The kernel that float32 takes on a GPU finds a probability as exp2 of a rounded
+    # difference.
     rounding = 16 * torch.finfo(dtype).eps if dtype == torch.float32 else 0
     torch.testing.assert_close(output, inputs["qkv"][:, 2], rtol=rounding, atol=0)
     gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from .arithmetic import TYPES, compute
+from .asynchronous import Copy, Groups, Product
 from .matrices import (
     described_addresses,
     first_factor,
@@ -29,34 +29,6 @@ _MOST_STEPS = 10_000_000
 
 class EmulationError(Exception):
     """What is wrong, with kernel and instruction."""
-
-
-@dataclass
-class _Copy:
-    """A `cp.async` under way."""
-
-    threads: np.ndarray
-    to: np.ndarray
-    source: np.ndarray
-    sizes: np.ndarray
-    size: int
-
-
-@dataclass
-class _Product:
-    """A `wgmma` under way."""
-
-    threads: np.ndarray  # bool: those that have not waited for it
-    blocks: np.ndarray  # of each warp
-    warps: np.ndarray
-    cells: np.ndarray  # of shared memory, that it reads: [warps, n]
-    started: int
-
-
-@dataclass
-class _Group:
-    threads: np.ndarray  # bool: those that have committed it
-    members: list
 
 
 def run(
@@ -107,9 +79,10 @@ class _Machine:
         self.special = {name: np.asarray(value).astype(np.uint32) for name, value in self.special.items()}
         self.shared = SharedMemory(len(blocks), shared)
         self.registers: dict[str, np.ndarray] = {}
-        self.unfinished: dict[str, _Product] = {}  # register → what will write it
+        self.unfinished: dict[str, Product] = {}  # register → what will write it
         self.alive = np.ones(self.threads, dtype=bool)
-        self.copies, self.products = _Groups(self.threads), _Groups(self.threads)
+        self.active = self.alive  # the threads that run the present instruction
+        self.copies, self.products = Groups(self.threads), Groups(self.threads)
 
     def run(self) -> None:
         instructions, waiting = self.program.instructions, {0: self.alive.copy()}
@@ -260,7 +233,7 @@ class _Machine:
         else:
             size = operands[2]
             given = self._read(operands[3]) if len(operands) > 3 else np.asarray(size)
-            copy = _Copy(
+            copy = Copy(
                 active.copy(),
                 self._address(operands[0]).copy(),
                 self._address(operands[1]).copy(),
@@ -271,7 +244,7 @@ class _Machine:
             self.shared.store(self.block[active], self.warp[active], copy.to[active], lost, under_way=True)
             self.copies.add(active, copy)
 
-    def _arrive(self, copy: _Copy, threads: np.ndarray) -> None:
+    def _arrive(self, copy: Copy, threads: np.ndarray) -> None:
         threads = threads & copy.threads
         values = np.zeros((int(threads.sum()), copy.size), dtype=np.uint8)
         sizes, sources = copy.sizes[threads], copy.source[threads]
@@ -380,7 +353,7 @@ class _Machine:
         sums = np.where(add, sums_from_registers(before) + product, product)
         for register, bits in zip(result, sums_to_registers(sums), strict=True):
             self._to_warps(register, warps, bits)
-        under_way = _Product(active.copy(), blocks, warp, cells, self.shared.now)
+        under_way = Product(active.copy(), blocks, warp, cells, self.shared.now)
         self.products.add(active, under_way)
         self.unfinished |= {register.name: under_way for register in result}
 
@@ -398,37 +371,3 @@ class _Machine:
             addresses = addresses.reshape(-1, 4, 16, 16)[np.arange(len(warps)), warp % 4]
         bits, cells = self.shared.gather(blocks, warp, addresses.reshape(len(warps), -1))
         return bits.reshape(addresses.shape), cells
-
-
-class _Groups:
-    """Asynchronous work in groups that threads commit and wait for."""
-
-    def __init__(self, threads: int) -> None:
-        self._open: list = []
-        self._groups: list[_Group] = []
-        self._threads = threads
-
-    def add(self, threads: np.ndarray, member: object) -> None:
-        self._open.append((threads.copy(), member))
-
-    def commit(self, threads: np.ndarray) -> None:
-        members = [member for whose, member in self._open if (whose & threads).any()]
-        self._groups.append(_Group(threads.copy(), members))
-        self._open = [(whose & ~threads, member) for whose, member in self._open if (whose & ~threads).any()]
-
-    def wait(self, threads: np.ndarray, pending: int) -> list[tuple[object, np.ndarray]]:
-        """What is complete once at most the last `pending` groups of the threads are not, and for which threads."""
-        later = np.zeros(self._threads, dtype=np.int64)
-        complete = []
-        for group in reversed(self._groups):
-            done = group.threads & threads & (later >= pending)
-            later += group.threads
-            if done.any():
-                complete.append((group, done))
-        for group, done in complete:
-            group.threads = group.threads & ~done
-        self._groups = [group for group in self._groups if group.threads.any()]
-        return [(member, done) for group, done in reversed(complete) for member in group.members]
-
-    def any(self, threads: np.ndarray) -> bool:
-        return any((group.threads & threads).any() for group in self._groups)
