@@ -63,25 +63,24 @@ def test_the_next_epoch_is_begun_while_the_last_batches_are_used():
 
 
 @pytest.mark.parametrize("how", ["left in an epoch", "left between epochs", "other epoch", "position of the sampler"])
-def test_no_thread_is_left(how):
-    before = threading.active_count()
+def test_no_thread_is_left(how, count_begun_threads):
     loader = make_loader(FakeDecoder(), prefetch=1)
     if how == "left in an epoch":
         batches = loader.iterate(0, 0)
         next(batches)
         batches.close()
-        assert threading.active_count() == before
+        assert count_begun_threads() == 0
     else:
         assert len(list(loader.iterate(0, 0))) == 8
-        assert threading.active_count() == before + 1, "it has begun epoch 1"
+        assert count_begun_threads() == 1, "it has begun epoch 1"
     if how == "other epoch":
         assert {batch.epoch for batch in loader.iterate(2, 0)} == {2}
-        assert threading.active_count() == before + 1
+        assert count_begun_threads() == 1
     if how == "position of the sampler":
         assert {batch.epoch for batch in loader} == {0}
-        assert threading.active_count() == before
+        assert count_begun_threads() == 0
     loader.close()
-    assert threading.active_count() == before
+    assert count_begun_threads() == 0
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 
 import numpy as np
 import pandas as pd
@@ -331,13 +330,12 @@ def test_a_full_disk_is_told_and_leaves_no_part_of_a_file(tmp_path, monkeypatch)
     write(tmp_path)  # the same again goes on
 
 
-def test_no_thread_is_left_and_waiting_is_counted(tmp_path):
+def test_no_thread_is_left_and_waiting_is_counted(tmp_path, count_begun_threads):
     write(tmp_path)
-    before = threading.active_count()
     loader = open_loader(tmp_path)
     for _ in loader:
         break
     assert loader.data_wait > 0
     loader.close()
-    assert threading.active_count() == before
+    assert count_begun_threads() == 0
     assert np.isfinite(loader.data_wait)

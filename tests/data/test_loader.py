@@ -210,27 +210,25 @@ def test_wait_adds_up_over_epochs():
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_errors_travel_to_the_consumer_after_the_good_batches(prefetch):
+def test_errors_travel_to_the_consumer_after_the_good_batches(prefetch, count_begun_threads):
     class Failing(FakeDecoder):
         def decode(self, requests):
             if len(self.requests) >= 4:
                 raise ZeroDivisionError("in the decoder")
             return super().decode(requests)
 
-    before = threading.active_count()
     loader = make_loader(Failing(), prefetch=prefetch)
     seen = []
     with pytest.raises(ZeroDivisionError, match="in the decoder"):
         for batch in loader:
             seen.append(batch.index)
     assert seen == [0, 1]
-    assert threading.active_count() == before
+    assert count_begun_threads() == 0
     loader.close()
 
 
 @pytest.mark.parametrize("how", ["break", "close", "epoch", "never started"])
-def test_no_thread_is_left(how):
-    before = threading.active_count()
+def test_no_thread_is_left(how, count_begun_threads):
     loader = make_loader(FakeDecoder(), prefetch=1)
     if how == "break":
         for _ in loader:
@@ -245,7 +243,7 @@ def test_no_thread_is_left(how):
         with pytest.raises(StopIteration):
             next(first)
     loader.close()
-    assert threading.active_count() == before
+    assert count_begun_threads() == 0
 
 
 def test_arguments():

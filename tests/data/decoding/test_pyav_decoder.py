@@ -322,14 +322,11 @@ class TestBadFiles:
         assert time.monotonic() - started < 10, "closing does not wait for the thread that is stuck"
 
 
-def test_close_ends_all_threads():
-    import threading
-
-    before = threading.active_count()
+def test_close_ends_all_threads(count_begun_threads):
     decoder = PyAVDecoder(threads=3)
-    assert threading.active_count() == before + 3
+    assert count_begun_threads() == 3
     decoder.close()
-    assert threading.active_count() == before
+    assert count_begun_threads() == 0
     with pytest.raises(RuntimeError, match="closed"):
         decoder.decode([ClipRequest(0, "x", (0,), SIZE, False)])
 

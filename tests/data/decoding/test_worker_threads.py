@@ -50,14 +50,13 @@ def test_errors_are_raised_after_all_jobs_have_ended():
     workers.close()
 
 
-def test_start_runs_once_in_every_thread_and_close_ends_them():
-    before = threading.active_count()
+def test_start_runs_once_in_every_thread_and_close_ends_them(count_begun_threads):
     started = []
     workers = WorkerThreads(3, "test", start=lambda: started.append(threading.get_ident()))
     workers.map(time.sleep, [0.05] * 6, 10)
     assert len(set(started)) == 3
     workers.close()
-    assert threading.active_count() == before
+    assert count_begun_threads() == 0
     with pytest.raises(RuntimeError, match="closed"):
         workers.map(str, [1], 10)
 
