@@ -221,7 +221,7 @@ def _describe_gpu(device: torch.device) -> tuple[str, str]:
 
 
 def built_like(major: int, minor: int) -> str:
-    """The one of sm_80, sm_90 and sm_100 whose matrix units a GPU of this compute capability has.
+    """The one of sm_80, sm_90 and sm_100 whose matrix units a GPU of this compute capability has, else its own name.
 
     Tiles follow from it: GeForce and workstation GPUs, up to those of 12.x, multiply with registers as sm_80 does. With
     tiles of sm_90 a kernel would spill up to 192 bytes a thread on sm_89, with those of sm_80 8 (compiled).

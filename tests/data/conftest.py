@@ -1,4 +1,4 @@
-"""What the tests of data share, helper modules in this folder too."""
+"""What the tests of data share: a fixture, and the way to the helper modules of this folder."""
 
 import sys
 import threading

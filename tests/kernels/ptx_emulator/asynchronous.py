@@ -40,10 +40,9 @@ class Group:
 class Groups:
     """Asynchronous work in groups that threads commit and wait for."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self) -> None:
         self._open: list = []
         self._groups: list[Group] = []
-        self._threads = threads
 
     def add(self, threads: np.ndarray, member: object) -> None:
         self._open.append((threads.copy(), member))
@@ -55,7 +54,7 @@ class Groups:
 
     def wait(self, threads: np.ndarray, pending: int) -> list[tuple[object, np.ndarray]]:
         """What is complete once at most the last `pending` groups of the threads are not, and for which threads."""
-        later = np.zeros(self._threads, dtype=np.int64)
+        later = np.zeros(len(threads), dtype=np.int64)
         complete = []
         for group in reversed(self._groups):
             done = group.threads & threads & (later >= pending)

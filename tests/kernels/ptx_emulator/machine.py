@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -82,7 +82,7 @@ class _Machine:
         self.unfinished: dict[str, Product] = {}  # register → what will write it
         self.alive = np.ones(self.threads, dtype=bool)
         self.active = self.alive  # the threads that run the present instruction
-        self.copies, self.products = Groups(self.threads), Groups(self.threads)
+        self.copies, self.products = Groups(), Groups()
 
     def run(self) -> None:
         instructions, waiting = self.program.instructions, {0: self.alive.copy()}
@@ -287,25 +287,31 @@ class _Machine:
     def _to_warps(self, register: Register, warps: np.ndarray, bits: np.ndarray) -> None:
         self._register(register, finished=False).reshape(-1, 32)[warps] = bits
 
+    def _blocks_and_warps(self, warps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each of these warps its block, and its number there."""
+        return self.block[32 * warps], self.warp[32 * warps]
+
+    def _rows(self, place: Address, warps: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of up to four matrices of 8 × 8 the rows of all warps, eight each: block, warp and address."""
+        addresses = self._address(place).reshape(-1, 4, 8)[warps]
+        block, warp = (np.repeat(of, 8) for of in self._blocks_and_warps(warps))
+        for index in range(4):
+            yield block, warp, addresses[:, index].ravel()
+
     def _load_matrices(self, instruction: Instruction, active: np.ndarray) -> None:
         warps = self._warps(active)
         registers, place = instruction.operands
-        addresses = self._address(place).reshape(-1, 32)[warps]
-        block, warp = (of.reshape(-1, 32)[warps, :8].ravel() for of in (self.block, self.warp))
-        for index, register in enumerate(registers):
-            rows = self.shared.load(block, warp, addresses[:, 8 * index : 8 * index + 8].ravel(), 16)
+        for register, (block, warp, addresses) in zip(registers, self._rows(place, warps), strict=False):
+            rows = self.shared.load(block, warp, addresses, 16)
             matrix = rows.view(np.uint16).reshape(-1, 8, 8)
             self._to_warps(register, warps, lanes_of_8x8(matrix, "trans" in instruction.name))
 
     def _store_matrices(self, instruction: Instruction, active: np.ndarray) -> None:
         warps = self._warps(active)
         place, registers = instruction.operands
-        addresses = self._address(place).reshape(-1, 32)[warps]
-        block, warp = (of.reshape(-1, 32)[warps, :8].ravel() for of in (self.block, self.warp))
-        for index, register in enumerate(registers):
+        for register, (block, warp, addresses) in zip(registers, self._rows(place, warps), strict=False):
             matrix = matrix_of_lanes(self._of_warps(register, warps), "trans" in instruction.name)
-            rows = matrix.reshape(-1, 8).view(np.uint8)
-            self.shared.store(block, warp, addresses[:, 8 * index : 8 * index + 8].ravel(), rows)
+            self.shared.store(block, warp, addresses, matrix.reshape(-1, 8).view(np.uint8))
 
     def _multiply(self, instruction: Instruction, active: np.ndarray) -> None:
         kind = instruction.name[-2]
@@ -340,7 +346,7 @@ class _Machine:
         if signs[:2] != [1, 1] or instruction.name[-3] != "f32":
             raise KeyError("these options of wgmma")
         warps = self._warps(active)
-        blocks, warp = (of.reshape(-1, 32)[warps, 0] for of in (self.block, self.warp))
+        blocks, warp = self._blocks_and_warps(warps)
         y, cells = self._described(second, warps, columns, signs[-1] == 1)
         if isinstance(first, tuple):
             x = first_factor([self._of_warps(register, warps) for register in first])
@@ -362,7 +368,7 @@ class _Machine:
     ) -> tuple[np.ndarray, np.ndarray]:
         """What a descriptor says where to find, uint16 [warps, rows, 16], and the cells; `of_a_warp`: of 64 rows each
         warp's 16."""
-        blocks, warp = (of.reshape(-1, 32)[warps, 0] for of in (self.block, self.warp))
+        blocks, warp = self._blocks_and_warps(warps)
         descriptors = self._of_warps(descriptor, warps)
         if (descriptors != descriptors[:, :1]).any():
             raise WrongAccess("threads of a warp have different descriptors")

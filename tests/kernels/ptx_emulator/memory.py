@@ -122,8 +122,9 @@ class SharedMemory:
         if since is None and ((self.written[cells] > barriers) & (self.writer[cells] != warps)).any():
             raise WrongAccess("a warp reads what another wrote since the last barrier")
         others = (self.read[cells] > barriers) & (self.reader[cells] != warps)
-        self.read[cells], self.reader[cells] = self.now, np.where(others, -1, warps)
-        several = self.reader[cells] != np.where(others, -1, warps)  # other warps, in this same instruction
+        readers = np.where(others, -1, warps)
+        self.read[cells], self.reader[cells] = self.now, readers
+        several = self.reader[cells] != readers  # other warps, in this same instruction
         self.reader[cells[several]] = -1
 
     def fence(self, blocks: np.ndarray, warps: np.ndarray) -> None:

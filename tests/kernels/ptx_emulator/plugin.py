@@ -20,12 +20,6 @@ def pytest_configure() -> None:
         raise pytest.UsageError("set TRITON_INTERPRET=0: what Triton interprets is not built")
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.own_markers = [mark for mark in item.own_markers if mark.kwargs.get("reason") != "needs a CUDA GPU"]
-
-
 @pytest.fixture(autouse=True, scope="session")
 def emulator() -> Iterator[None]:
     from opensora_fast.kernels import dispatch

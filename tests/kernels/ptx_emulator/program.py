@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import struct
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 
-# What is the same for all instructions of a launch but differs between threads, by PTX's name.
+# What a program reads and never writes, by PTX's name.
 SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "global_smem")
 _REGISTER = re.compile(r"%(p|rs|r|rd)\d+")
 REGISTER_TYPES = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64}
@@ -31,7 +30,7 @@ class Special:
 
 @dataclass(frozen=True)
 class Address:
-    base: Register | Special | int
+    base: Register | Special | str  # the name of a parameter
     offset: int
 
 
@@ -118,7 +117,7 @@ def _parse_operand(text: str, line: int) -> Operand:
     if re.fullmatch(r"0f[0-9A-Fa-f]{8}", text):
         return int(text[2:], 16)
     if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
-        return struct.unpack("<Q", struct.pack("<q" if text.startswith("-") else "<Q", int(text.rstrip("U"), 0)))[0]
+        return int(text.rstrip("U"), 0) % 2**64
     if text.startswith("$"):
         return text
     raise ValueError(f"line {line}: operand {text!r} is not known to the emulator")
