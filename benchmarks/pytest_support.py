@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from .accuracy import Named
-from .contest import FORWARD, make_yardstick
 from .environment import describe_environment
-from .providers.provider import Bound, Provider
-from .session import threads_of
+from .measuring.accuracy import Named
+from .measuring.contest import FORWARD, make_yardstick
+from .measuring.provider import Bound, Provider
+from .measuring.session import threads_of
+from .measuring.timing import Call
 from .suites.scale import Scale, scale_of
-from .timing import Call
 
 
 def current_scale() -> Scale:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from opensora_fast import kernels
 
-from .convergence import AGAINST_ROUNDING
+from .jobs.convergence import AGAINST_ROUNDING
 from .providers.variants import VARIANT_OF
 from .report.results import Results, Work, is_ours
+from .report.training_figure import NOT_MEASURED, build_figure, thousands
+from .report.training_lines import AS_SHIPPED, FRAMES, PUBLISHED_ON, Line, training_lines
 from .rows import Row, read_folder
-from .training_figure import NOT_MEASURED, build_figure, thousands
-from .training_lines import AS_SHIPPED, FRAMES, PUBLISHED_ON, Line, training_lines
 
 BEGIN = "<!-- measured: begin; `python -m opensora_fast.benchmarks.readme` writes what follows -->"
 END = "<!-- measured: end -->"

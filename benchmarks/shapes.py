@@ -15,6 +15,7 @@ SIZES = VIDEO_SIZES | IMAGE_SIZES
 FRAME_COUNTS = (1, 16, 32, 64, 128)
 LATENT_SCALE = 8  # the VAE's, floor division as upstream
 PATCH = 2
+WIDE = "wide norm weights"  # behind the name of a workload: the softmax needs its running maximum
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,10 @@ class Pack:
         if tuple(parts) == self.parts:
             return self
         return Pack(" + ".join(f"{part.name} B={part.batch}" for part in parts), tuple(parts))
+
+    def uniform_parts(self, tokens: int) -> list[Workload]:
+        """For each part: videos of its shape, of about `tokens` tokens."""
+        return [fill(part.resolution, part.frames, tokens) for part in self.parts]
 
 
 @lru_cache(maxsize=8)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from opensora_fast.benchmarks.bucket_assignment import (
+from opensora_fast.benchmarks.jobs.bucket_assignment import (
     CONFIGURATIONS,
     FRAME_INTERVAL,
     SEED,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opensora_fast.benchmarks.contest import OP_CALLS, op_results
+from opensora_fast.benchmarks.measuring.contest import OP_CALLS, op_results
 from opensora_fast.benchmarks.providers.blocks import BLOCK_PROVIDERS, BLOCK_REFERENCES, make_block_work
 from opensora_fast.benchmarks.providers.model_work import make_model_work, make_training
 from opensora_fast.benchmarks.providers.models import (

@@ -5,7 +5,7 @@ As with any pytest-benchmark, `--benchmark-save NAME` keeps a run and `--benchma
 
 import pytest
 
-from opensora_fast.benchmarks.contest import OP_CALLS, op_results
+from opensora_fast.benchmarks.measuring.contest import OP_CALLS, op_results
 from opensora_fast.benchmarks.providers.adamw import ADAMW_PROVIDERS, ADAMW_REFERENCES
 from opensora_fast.benchmarks.providers.adamw_work import (
     UPDATE,

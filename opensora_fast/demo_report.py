@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from opensora_fast.benchmarks.attention_profile import plot_attention
+from opensora_fast.benchmarks.profiles.attention import plot_attention
 from opensora_fast.benchmarks.rows import Row
 from opensora_fast.data.buckets.explain import Explanation
 from opensora_fast.data.video_files import make_contact_sheet, read_reference

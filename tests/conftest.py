@@ -37,7 +37,7 @@ def interpreter() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
-    from opensora_fast.benchmarks.interpreter import interpret_quickly
+    from opensora_fast.benchmarks.jobs.interpreter import interpret_quickly
 
     with interpret_quickly(), refuse_access_outside_arguments():
         yield

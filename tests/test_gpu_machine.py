@@ -38,6 +38,6 @@ def test_the_gpu_tests_of_the_readme_are_collected(run_there):
 def test_the_plan_of_the_first_runs_is_printed(run_there):
     words = ["bench", "--list", "--suite", "push", "--device", "cuda"]
     output = run_there(
-        f"import opensora_fast.benchmarks.worker; from opensora_fast.cli import run; sys.exit(run({words!r}))"
+        f"import opensora_fast.benchmarks.running.worker; from opensora_fast.cli import run; sys.exit(run({words!r}))"
     )
     assert "fits into 540 s" in output

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from opensora_fast.costs.hardware import recognize_gpu
 
-from ..contest import FORWARD, FORWARD_BACKWARD
+from ..measuring.contest import FORWARD, FORWARD_BACKWARD
 from ..rows import Row
+from ..shapes import WIDE
 
 TARGETS_FOR = "H200"
 PREDICTED_FOR = (TARGETS_FOR, "H100")
@@ -29,7 +30,6 @@ SPATIAL_BACKWARD = ((150, 200, 240, 260, 270), (230, 290, 330, 350, 370))
 HEAD_SIZE = 72
 # How many times as fast a softmax without running maximum is; the rates above are those of one without.
 BOUNDED_GAIN = (1.05, 1.14)
-WIDE = "wide norm weights"  # the workload whose scores need the maximum
 # Shares of the copy bandwidth.
 TEMPORAL = {FORWARD: (0.80, 0.90), FORWARD_BACKWARD: (12 / (4 / 0.80 + 8 / 0.75), 12 / (4 / 0.90 + 8 / 0.85))}
 NORMS = (0.85, 0.92)

@@ -25,9 +25,9 @@ from opensora_fast.costs.hardware import DATASHEETS
 from opensora_fast.costs.operations import OPTIMIZER_BYTES
 from opensora_fast.model import STDiT2Config
 
-from ..predictions import PRODUCTS, PROJECTED_HIGH, PROJECTED_LOW, RESOLUTIONS, STEPS
 from ..report.results import Results
-from ..step_rows import find_committed_rows
+from ..report.step_rows import find_committed_rows
+from . import PRODUCTS, PROJECTED_HIGH, PROJECTED_LOW, RESOLUTIONS, STEPS
 from .kernels import H200, MACHINES, Machine, path_of, write_predictions
 
 PARTS = ("spatial_attention", "temporal_attention", "cross_attention", "norms and gates", "gelu_tanh")

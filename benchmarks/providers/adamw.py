@@ -19,6 +19,16 @@ from torch.nn.utils import clip_grad_norm_
 from opensora_fast import kernels
 from opensora_fast.train.optimizer.master_adamw import BETAS, EPSILON
 
+from ..measuring.provider import (
+    Bound,
+    Provider,
+    compiled,
+    compiles_on_cuda,
+    needs_cuda,
+    needs_module,
+    own_version,
+    version_of,
+)
 from .adamw_work import (
     EMA_DECAY,
     LEARNING_RATE,
@@ -29,16 +39,6 @@ from .adamw_work import (
     AdamWWork,
 )
 from .elementwise import APEX
-from .provider import (
-    Bound,
-    Provider,
-    compiled,
-    compiles_on_cuda,
-    needs_cuda,
-    needs_module,
-    own_version,
-    version_of,
-)
 
 Tensors = list[Tensor]
 

@@ -15,8 +15,8 @@ from opensora_fast.costs.operations import Count
 from opensora_fast.model import STDiT2, STDiT2Config
 from opensora_fast.train.optimizer.flat import FlatLayout
 
-from ..accuracy import OUTPUT, Named
-from .provider import Bound
+from ..measuring.accuracy import OUTPUT, Named
+from ..measuring.provider import Bound
 
 # Larger than in training, so that what a step changes is not small beside what is there: an error in the change alone
 # would be lost in the size of the weights.

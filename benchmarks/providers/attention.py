@@ -20,9 +20,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from opensora_fast import kernels
 from opensora_fast.kernels.sequence_attention import FLASH_ELEMENTS, count_flash_elements
 
-from .attention_work import Attend, AttentionWork, attend_run_by_run, sequence_lengths, to_sequences
-from .flex import flex_attention_of
-from .provider import (
+from ..measuring.provider import (
     Bound,
     Provider,
     compiled,
@@ -34,6 +32,8 @@ from .provider import (
     own_version,
     version_of,
 )
+from .attention_work import Attend, AttentionWork, attend_run_by_run, sequence_lengths, to_sequences
+from .flex import flex_attention_of
 
 # (q, k, v [tokens, H, D], starts of the sequences of q and of k, int32, longest of each) → [tokens, H, D]
 AttendVarlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]

@@ -14,9 +14,9 @@ from opensora_fast.model import STDiT2Config
 from opensora_fast.model.block import PackContext, STDiT2Block, compute_block
 from opensora_fast.model.embedders import RotaryFrequencies
 
+from ..measuring.provider import Bound, Provider, compiled, compiles_on_cuda, needs_cuda
 from ..shapes import Pack, text_lengths
 from .open_sora import missing_open_sora
-from .provider import Bound, Provider, compiled, compiles_on_cuda, needs_cuda
 from .upstream import UpstreamBlock
 from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant, attention_by
 

@@ -19,8 +19,7 @@ from opensora_fast.costs.operations import Count
 from opensora_fast.kernels import PackLayout
 from opensora_fast.kernels.token_rows import token_rows
 
-from ..shapes import Pack
-from .provider import (
+from ..measuring.provider import (
     Bound,
     Outputs,
     Provider,
@@ -32,6 +31,7 @@ from .provider import (
     own_version,
     version_of,
 )
+from ..shapes import Pack
 from .upstream import modulate, select_frames
 
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm", "gelu_tanh")

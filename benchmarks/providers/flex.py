@@ -8,8 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..measuring.provider import compiled
 from .attention_work import Attend
-from .provider import compiled
 
 BLOCK = 128  # FlexAttention's own default
 

@@ -15,8 +15,8 @@ from opensora_fast.sampling.replayed_model import ReplayedModel
 from opensora_fast.train.step import LATENTS, TIMESTEPS, compute_losses, draw_inputs
 from opensora_fast.train.step_graph import StepGraphs
 
-from ..accuracy import OUTPUT, weights_like
-from ..timing import Call
+from ..measuring.accuracy import OUTPUT, weights_like
+from ..measuring.timing import Call
 from .model_work import ModelWork
 
 

@@ -18,9 +18,7 @@ from torch.nn.functional import gelu, linear
 from opensora_fast import kernels
 from opensora_fast.costs.operations import Count
 
-from .elementwise import APEX
-from .products import QUACK
-from .provider import (
+from ..measuring.provider import (
     Bound,
     Provider,
     compiled,
@@ -32,6 +30,8 @@ from .provider import (
     own_version,
     version_of,
 )
+from .elementwise import APEX
+from .products import QUACK
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from opensora_fast.diffusion.guidance import GuidedModel
 from opensora_fast.model import STDiT2
 from opensora_fast.model.block import PackContext
 
-from ..accuracy import OUTPUT, Named, norm, weights_like
-from ..timing import Call
+from ..measuring.accuracy import OUTPUT, Named, norm, weights_like
+from ..measuring.provider import Bound, Provider, compiled
+from ..measuring.timing import Call
 from .blocks import ONE_SHAPE, compute_alone, missing_on
 from .graphs import GraphedModel
 from .model_work import SEED, Latents, ModelWork
 from .open_sora import open_sora_view
-from .provider import Bound, Provider, compiled
 from .upstream import UpstreamSTDiT2
 from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant, attention_by
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora_fast.model import STDiT2
 
-from .provider import needs_module
+from ..measuring.provider import needs_module
 
 OPEN_SORA, FLASH_ATTENTION = ("opensora",), ("flash-attn",)
 MODULE = "opensora.models.stdit.stdit2"

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .provider import Bound, Provider, needs_half, needs_module, version_of
+from ..measuring.provider import Bound, Provider, needs_half, needs_module, version_of
 
 FORWARD, OF_INPUT, OF_WEIGHT = DIRECTIONS = ("forward", "backward of input", "backward of weight")
 

@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora_fast.model.backends import Backends
 
+from ..measuring.provider import own_version, torch_version, version_of
 from .open_sora import OPEN_SORA
 from .products import QUACK
-from .provider import own_version, torch_version, version_of
 
 REFERENCE, TRITON = Backends.all("reference"), Backends.all("triton")
 

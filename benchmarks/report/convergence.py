@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from opensora_fast.html_report import Bar, HtmlReport
 
-from ..convergence import EAGER, PERTURBED, Curve, read_curves, smooth
+from ..jobs.convergence import EAGER, PERTURBED, Curve, read_curves, smooth
 from ..rows import Row
 from .figures import color_of, plot_lines
 from .results import Results, check_share, is_ours

@@ -7,7 +7,7 @@ import re
 
 from opensora_fast.html_report import Bar, HtmlReport
 
-from ..contest import FORWARD, FORWARD_BACKWARD
+from ..measuring.contest import FORWARD, FORWARD_BACKWARD
 from ..predictions import TARGETS_FOR, predict
 from ..providers.attention_work import KINDS
 from ..rows import Row

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from opensora_fast.html_report import HtmlReport
 
-from ..accuracy import Part
+from ..measuring.accuracy import Part
 from ..rows import Row
 from ..shapes import VIDEO_SIZES
-from ..training_lines import AS_SHIPPED, COMPILED, WITH_FLASH
 from . import convergence, memory, ops, steps
 from .results import Results, check_share, is_ours, joined, rate
+from .training_lines import AS_SHIPPED, COMPILED, WITH_FLASH
 
 REPORT_FILE = "report.html"
 CPU_NOTE = (

@@ -14,9 +14,9 @@ from pathlib import Path
 from opensora_fast.costs.hardware import Gpu, recognize_gpu
 from opensora_fast.costs.operations import Count
 
+from ..measuring.session import REFUSED_FILE, SINGLE_KERNEL_LEVELS
 from ..roofline import project
 from ..rows import Row, read_folder
-from ..session import REFUSED_FILE, SINGLE_KERNEL_LEVELS
 
 RESOLUTION_ORDER = ("144p", "240p", "360p", "480p", "720p", "256", "512", "1024")
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from opensora_fast.costs.hardware import DATASHEETS
 from opensora_fast.html_report import Bar, HtmlReport
 
-from ..mixed import compare_mixed
 from ..providers.variants import PEERS, WATERFALL
 from ..rows import Row
 from ..suites.scale import scale_of
+from .mixed import compare_mixed
 from .results import (
     Results,
     Work,

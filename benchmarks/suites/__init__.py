@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from opensora_fast.costs.hardware import Gpu
 
-from ..case import Case
+from ..measuring.case import Case
 
 WITHOUT_CEILINGS = ("loader", "convergence")  # nothing in them is a share of what the device can do
 NAMES = ("all", "push", "kernels", "step", "loader", "convergence")

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ..case import make_template
-from ..contest import OP_CALLS, Contest
+from ..measuring.case import make_template
+from ..measuring.contest import OP_CALLS, Contest
+from ..measuring.provider import Provider
+from ..measuring.replay import recorder_of
+from ..measuring.timing import Sampling
 from ..providers.attention import ATTENTION_REFERENCE
 from ..providers.attention_work import count_attention, make_attention_work
-from ..providers.provider import Provider
-from ..replay import recorder_of
 from ..rows import Row
-from ..timing import Sampling
 
 DEFAULT_LENGTHS = {
     ("spatial", "cuda"): (64, 144, 256, 405, 920, 1590, 2304, 3600, 4096),

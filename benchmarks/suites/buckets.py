@@ -9,12 +9,12 @@ import numpy as np
 
 from opensora_fast.data.buckets.assignment import DROPPED, assign_buckets
 
-from ..bucket_assignment import CONFIGURATIONS, FRAME_INTERVAL, SEED, make_clip_sizes, read_bucket
-from ..case import Case, Outcome, make_template
-from ..providers.provider import own_version
-from ..race import Check, Entry, run_race
-from ..session import Session
-from ..timing import Call, Sampling
+from ..jobs.bucket_assignment import CONFIGURATIONS, FRAME_INTERVAL, SEED, make_clip_sizes, read_bucket
+from ..measuring.case import Case, Outcome, make_template
+from ..measuring.provider import own_version
+from ..measuring.race import Check, Entry, run_race
+from ..measuring.session import Session
+from ..measuring.timing import Call, Sampling
 from .scale import Scale
 
 VALUE = 380.0

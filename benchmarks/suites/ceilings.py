@@ -14,12 +14,12 @@ from torch import Tensor
 from opensora_fast import kernels
 from opensora_fast.costs.operations import Count
 
-from ..case import Case, Outcome, make_template
+from ..measuring.case import Case, Outcome, make_template
+from ..measuring.provider import Provider, choose_providers
+from ..measuring.race import Check, Entry, relative_check, run_race
+from ..measuring.session import Session
+from ..measuring.timing import Call, Sampling
 from ..providers.products import DIRECTIONS, PRODUCT_PROVIDERS, Product, make_product
-from ..providers.provider import Provider, choose_providers
-from ..race import Check, Entry, relative_check, run_race
-from ..session import Session
-from ..timing import Call, Sampling
 from .scale import Scale, scale_of
 
 VALUE = 1000.0

@@ -1,4 +1,4 @@
-"""Training with the kernels and with the reference, three seeds each: see `benchmarks/convergence.py`."""
+"""Training with the kernels and with the reference, three seeds each: see `jobs/convergence.py`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..case import Case, Outcome, make_template
-from ..convergence import (
+from ..environment import installed_version
+from ..jobs.convergence import (
     DIRECTIONS,
     DTYPES,
     EAGER,
@@ -26,11 +26,11 @@ from ..convergence import (
     read_curve,
     to_json,
 )
-from ..environment import installed_version
-from ..providers.provider import own_version
+from ..measuring.case import Case, Outcome, make_template
+from ..measuring.provider import own_version
+from ..measuring.session import Refused, Session
+from ..measuring.timing import Times
 from ..rows import Row
-from ..session import Refused, Session
-from ..timing import Times
 from .scale import Scale
 
 VALUE = 100.0  # last: it takes minutes and says nothing about speed
@@ -186,7 +186,7 @@ def _run_process(job: Job, session: Session) -> None:
     if job.device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
     log = Path(job.work) / "log.txt"
-    command = [sys.executable, "-m", "opensora_fast.benchmarks.convergence", to_json(job)]
+    command = [sys.executable, "-m", "opensora_fast.benchmarks.jobs.convergence", to_json(job)]
     with session.watch([], "training"), log.open("w") as output:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment)
         try:

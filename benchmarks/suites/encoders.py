@@ -22,15 +22,15 @@ from opensora_fast.costs.operations import Count, count_training_step
 from opensora_fast.encoders.t5 import T5Encoder
 from opensora_fast.encoders.vae import VideoAutoencoderKL
 
-from ..case import Case, Outcome, make_template
-from ..contest import run_contest
+from ..measuring.case import Case, Outcome, make_template
+from ..measuring.contest import run_contest
+from ..measuring.provider import Bound, Provider, choose_providers, compiled, compiles_on_cuda
+from ..measuring.race import Check, Entry, relative_check, run_race
+from ..measuring.session import Session
+from ..measuring.timing import Call, Sampling
 from ..providers.model_work import ModelWork
 from ..providers.models import BoundModel, step_call
-from ..providers.provider import Bound, Provider, choose_providers, compiled, compiles_on_cuda
-from ..race import Check, Entry, relative_check, run_race
-from ..session import Session
 from ..shapes import Pack, Workload, text_lengths
-from ..timing import Call, Sampling
 from .models import TRAINING, by_importance, mean_text, model_contest, model_sampling, model_template, shared_training
 from .scale import Scale
 

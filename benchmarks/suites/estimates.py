@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from opensora_fast.costs.hardware import DATASHEETS, Gpu
 
-from ..case import Case
+from ..measuring.case import Case
+from ..measuring.timing import FEWEST_ROUNDS
 from ..providers.variants import RECOMPUTING
-from ..timing import FEWEST_ROUNDS
 from .scale import Scale
 
 STARTUP_S = 50.0  # imports, CUDA, the first model and optimizer, and the kernels that every step needs

@@ -20,13 +20,13 @@ from opensora_fast.data.decoding.dali_decoder import DaliDecoder, find_obstacle
 from opensora_fast.data.decoding.pyav_decoder import PyAVDecoder, count_processors, iterate_frames
 from opensora_fast.data.decoding.resize import resize_frame
 
-from ..case import Case, Outcome, make_template
-from ..coded_clips import CODINGS, read_source, write_coded
 from ..environment import installed_version
-from ..race import Check, Entry, run_race
-from ..session import Session
+from ..jobs.coded_clips import CODINGS, read_source, write_coded
+from ..measuring.case import Case, Outcome, make_template
+from ..measuring.race import Check, Entry, run_race
+from ..measuring.session import Session
+from ..measuring.timing import Call, Sampling
 from ..shapes import Workload
-from ..timing import Call, Sampling
 from .scale import Scale
 
 VALUE = 400.0

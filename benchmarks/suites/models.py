@@ -8,9 +8,12 @@ from typing import Any
 
 from opensora_fast.costs.operations import Count, count_block, count_forward, count_optimizer, count_training_step
 
-from ..case import Case, Outcome, make_template
-from ..contest import FORWARD, FORWARD_BACKWARD, OP_CALLS, Contest, run_contest
-from ..mixed import uniform_parts
+from ..measuring.case import Case, Outcome, make_template
+from ..measuring.contest import FORWARD, FORWARD_BACKWARD, OP_CALLS, Contest, run_contest
+from ..measuring.provider import Bound, choose_providers
+from ..measuring.replay import recorder_of
+from ..measuring.session import Session
+from ..measuring.timing import Call, Sampling
 from ..providers.blocks import BLOCK_PROVIDERS, BLOCK_REFERENCES, make_block_work
 from ..providers.model_work import ModelWork, Training, make_model_work, make_training
 from ..providers.models import (
@@ -22,13 +25,9 @@ from ..providers.models import (
     sampling_output,
     training_call,
 )
-from ..providers.provider import Bound, choose_providers
 from ..providers.variants import PACK_PEERS, PEERS, RECOMPUTING_PEERS, WATERFALL
-from ..replay import recorder_of
 from ..rows import Row
-from ..session import Session
 from ..shapes import Pack, Workload, fill, stage_buckets, text_lengths
-from ..timing import Call, Sampling
 from .scale import Scale
 
 TRAINING = "training"
@@ -81,13 +80,13 @@ def list_step_cases(scale: Scale) -> list[Case]:
 
 
 def list_mixed_step_cases(scale: Scale) -> list[Case]:
-    """Steps on packs of mixed shapes, and the uniform ones that they are compared with (see `benchmarks/mixed.py`)."""
+    """Steps on packs of mixed shapes, and the uniform ones that they are compared with (see `report/mixed.py`)."""
     headline = {(workload.name, workload.batch) for workload in scale.steps}
     cases = []
     uniform: dict[tuple[str, int], Workload] = {}
     for pack in scale.mixed_steps:
         cases.append(step_case(scale, pack, PACK_PEERS, MIXED_VALUE))
-        for part in uniform_parts(pack, scale.tokens):
+        for part in pack.uniform_parts(scale.tokens):
             uniform.setdefault((part.name, part.batch), part)
     for key, workload in uniform.items():
         if key not in headline:

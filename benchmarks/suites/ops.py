@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..case import Case, Outcome, make_template
-from ..contest import OP_CALLS, Contest, run_contest
-from ..predictions import WIDE
+from ..measuring.case import Case, Outcome, make_template
+from ..measuring.contest import OP_CALLS, Contest, run_contest
+from ..measuring.provider import choose_providers
+from ..measuring.replay import recorder_of
+from ..measuring.session import Session
+from ..measuring.timing import Sampling
 from ..providers.adamw import ADAMW_PROVIDERS, ADAMW_REFERENCES
 from ..providers.adamw_work import (
     UPDATE,
@@ -27,12 +30,8 @@ from ..providers.elementwise import (
     make_elementwise_work,
 )
 from ..providers.mlp import MLP_PROVIDERS, MLP_REFERENCE, count_mlp, make_mlp_work
-from ..providers.provider import choose_providers
-from ..replay import recorder_of
 from ..rows import Row
-from ..session import Session
-from ..shapes import Pack, text_lengths
-from ..timing import Sampling
+from ..shapes import WIDE, Pack, text_lengths
 from .attention_lengths import DEFAULT_LENGTHS, attention_template, make_attention_contest
 from .scale import Scale
 

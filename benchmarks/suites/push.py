@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ..case import Case
+from ..measuring.case import Case
 from ..providers.variants import WATERFALL
 from ..shapes import Pack, Workload, fill, stage_buckets
 from . import ceilings, convergence, encoders, models, ops

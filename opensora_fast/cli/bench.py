@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ._budget import parse_budget
+
 MULTIPLE_VALUES = ("--only", "--report")
 
 
@@ -69,8 +71,8 @@ def command(
     chosen = find_gpu(gpu) if gpu else None
     cases = list_cases(suite, device, names, words, chosen)
     if show:
+        from opensora_fast.benchmarks.report.summary import format_plan
         from opensora_fast.benchmarks.suites.scale import scale_of
-        from opensora_fast.benchmarks.summary import format_plan
 
         planned_for = scale_of(device, chosen).gpu
         typer.echo(format_plan(cases, planned_for.name if planned_for else ""))
@@ -95,8 +97,8 @@ def _measure(
     import time
 
     from opensora_fast.benchmarks.environment import find_source_state
-    from opensora_fast.benchmarks.plan import DONE, INTERRUPTED, WRONG, Plan, parse_budget
-    from opensora_fast.benchmarks.supervise import supervise
+    from opensora_fast.benchmarks.processes import DONE, INTERRUPTED, WRONG, Plan
+    from opensora_fast.benchmarks.running.supervise import supervise
 
     deadline = time.time() + parse_budget(budget) if budget else None
     find_source_state(commit)  # a wrong --commit is told before anything starts
@@ -128,7 +130,7 @@ def _write_report(folder: Path) -> None:
 
 
 def _compare(before: Path, after: Path, relative: float, absolute_ms: float) -> None:
-    from opensora_fast.benchmarks.compare import Thresholds, compare
+    from opensora_fast.benchmarks.report.compare import Thresholds, compare
 
     comparison = compare(before, after, Thresholds(relative, absolute_ms))
     typer.echo(str(comparison))

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ._budget import parse_budget
+
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -113,7 +115,6 @@ def autotune(
     import torch
 
     from opensora_fast.benchmarks.environment import describe_environment
-    from opensora_fast.benchmarks.plan import parse_budget
     from opensora_fast.kernels.autotune import TUNED_OPS, choose_fastest, tune, write_measured, write_timings
     from opensora_fast.progress import Progress
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from opensora_fast.benchmarks.step_rows import StepRows
+    from opensora_fast.benchmarks.report.step_rows import StepRows
     from opensora_fast.costs.hardware import Gpu
     from opensora_fast.costs.step_time import StepTime
     from opensora_fast.train.costs import RunCosts
@@ -82,7 +82,7 @@ def _choose_time(
     costs: "RunCosts", gpu_name: str | None, folder: Path | None
 ) -> tuple["StepTime", list[float], str, list[str]]:
     """The model of a step's time, measured over counted memory, how the GPU was chosen, and notes."""
-    from opensora_fast.benchmarks.step_rows import find_committed_rows, read_step_rows
+    from opensora_fast.benchmarks.report.step_rows import find_committed_rows, read_step_rows
     from opensora_fast.costs.hardware import find_gpu
     from opensora_fast.costs.step_time import FEWEST_ROWS, StepTime, fit_step_time
 

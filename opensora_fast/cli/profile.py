@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ._budget import parse_budget
+
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 
@@ -28,14 +30,13 @@ def attention(
     ] = False,
 ) -> None:
     """Time, speed and error of every implementation, length by length: a table, a plot, the rows as CSV."""
-    from opensora_fast.benchmarks.attention_profile import (
+    from opensora_fast.benchmarks.profiles.attention import (
         DEFAULT_LENGTHS,
         format_rows,
         profile_attention,
         trace_attention,
         write_profile,
     )
-    from opensora_fast.benchmarks.plan import parse_budget
     from opensora_fast.device import choose_device
 
     device = choose_device(device).type
@@ -70,7 +71,7 @@ def step(
 
     Where the activations of ours or compile do not fit, as few blocks as possible recompute them, and the name says so.
     """
-    from opensora_fast.benchmarks.step_profile import format_profile, profile_steps, write_profile
+    from opensora_fast.benchmarks.profiles.step import format_profile, profile_steps, write_profile
     from opensora_fast.benchmarks.suites.scale import scale_of
     from opensora_fast.device import choose_device
 

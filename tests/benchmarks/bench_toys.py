@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opensora_fast.benchmarks.case import Case, Outcome, make_template
-from opensora_fast.benchmarks.contest import OP_CALLS, Contest, run_contest
 from opensora_fast.benchmarks.environment import Environment
-from opensora_fast.benchmarks.providers.provider import Provider, choose_providers, of_function
+from opensora_fast.benchmarks.measuring.case import Case, Outcome, make_template
+from opensora_fast.benchmarks.measuring.contest import OP_CALLS, Contest, run_contest
+from opensora_fast.benchmarks.measuring.provider import Provider, choose_providers, of_function
+from opensora_fast.benchmarks.measuring.session import Session
+from opensora_fast.benchmarks.measuring.timing import Sampling
 from opensora_fast.benchmarks.rows import Row
-from opensora_fast.benchmarks.session import Session
-from opensora_fast.benchmarks.timing import Sampling
 from opensora_fast.costs.operations import Count
 
 

@@ -16,9 +16,9 @@ from opensora_fast.benchmarks.readme import (
     replace_block,
 )
 from opensora_fast.benchmarks.report.results import Results
+from opensora_fast.benchmarks.report.training_figure import NOT_MEASURED, build_figure
+from opensora_fast.benchmarks.report.training_lines import training_lines
 from opensora_fast.benchmarks.rows import append_rows
-from opensora_fast.benchmarks.training_figure import NOT_MEASURED, build_figure
-from opensora_fast.benchmarks.training_lines import training_lines
 
 ROOT = Path(__file__).parents[2]
 STEP = {"level": "step", "op": "", "direction": "training", "workload": "240p×16", "tokens": 32400}

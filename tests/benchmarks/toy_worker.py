@@ -11,12 +11,12 @@ from dataclasses import replace
 
 from bench_toys import ToyWork, multiply, toy_case, toy_contest
 
-from opensora_fast.benchmarks import worker
-from opensora_fast.benchmarks.case import Case, Outcome
-from opensora_fast.benchmarks.contest import DeviceLostError, run_contest
-from opensora_fast.benchmarks.providers.provider import Provider, of_function
-from opensora_fast.benchmarks.session import Session
-from opensora_fast.benchmarks.timing import Sampling
+from opensora_fast.benchmarks.measuring.case import Case, Outcome
+from opensora_fast.benchmarks.measuring.contest import DeviceLostError, run_contest
+from opensora_fast.benchmarks.measuring.provider import Provider, of_function
+from opensora_fast.benchmarks.measuring.session import Session
+from opensora_fast.benchmarks.measuring.timing import Sampling
+from opensora_fast.benchmarks.running import worker
 
 
 def kill(work: ToyWork):

@@ -19,7 +19,7 @@ LABEL = "counted, not measured"
 @pytest.fixture(autouse=True)
 def no_committed_rows(monkeypatch):
     """Times are counted whatever rows of GPUs the project holds by now; tests of rows bring their own."""
-    monkeypatch.setattr("opensora_fast.benchmarks.step_rows.find_committed_rows", lambda gpu: None)
+    monkeypatch.setattr("opensora_fast.benchmarks.report.step_rows.find_committed_rows", lambda gpu: None)
 
 
 @pytest.fixture
@@ -255,11 +255,11 @@ def test_rows_of_another_gpu_and_too_few_are_refused(plan, rows, tmp_path):
 
 
 def test_committed_rows_are_used_unasked_and_too_few_are_told(plan, rows, monkeypatch, tmp_path):
-    monkeypatch.setattr("opensora_fast.benchmarks.step_rows.find_committed_rows", lambda gpu: rows)
+    monkeypatch.setattr("opensora_fast.benchmarks.report.step_rows.find_committed_rows", lambda gpu: rows)
     assert "fitted to 8 rows of H200" in plan("stage1", "--world-size", 64, "--gpu", "H200")[1]
     few = tmp_path / "few"
     append_rows(few / "step.csv", [step_row(1, 144, 50.0)])
-    monkeypatch.setattr("opensora_fast.benchmarks.step_rows.find_committed_rows", lambda gpu: few)
+    monkeypatch.setattr("opensora_fast.benchmarks.report.step_rows.find_committed_rows", lambda gpu: few)
     out = plan("stage1", "--world-size", 64, "--gpu", "H200")[1]
     assert f"note: {few} has 1 training step on H200 of this model" in out and LABEL in out
 

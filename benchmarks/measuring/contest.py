@@ -1,0 +1,376 @@
+"""Providers of the same work, checked against float64, then timed against each other.
+
+A provider costs no more than its own rows: where it cannot run, crashes or runs out of memory, its rows say so; where
+its result is wrong it gets none, and is reported as `Refused`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora_fast.costs.operations import Count
+
+from ..rows import CALLED, REPLAYED, Row
+from .accuracy import OUTPUT, Judgement, Named, Yardstick, norm, weights_like
+from .clocks import watch_clocks
+from .provider import Bound, Outputs, Provider
+from .replay import Recorder, make_replay, own_stream
+from .session import CaseStopped, DeviceLostError, Refused, Session
+from .timing import Call, Sampling, SamplingStopped, peak_memory, release_memory, time_interleaved
+
+FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What is to be computed, by whom, and how it is checked and timed.
+
+    Attributes:
+        template: the row without provider, direction and numbers.
+        work: the inputs that are timed.
+        providers: who takes part.
+        references: eager PyTorch. The first is exact in float64; the largest error of all of them in the dtype of the
+            work sets the limits.
+        calls: direction → what is timed, made from a provider's bound call and the work.
+        counts: direction → operations and bytes.
+        results: results by name of a bound call, the outputs' names beginning with "output".
+        check_work: smaller inputs of the same kind for the comparison with float64; None: the timed ones. The timed
+            ones are then compared with eager's results.
+        check_name: of `check_work`, for the row.
+        smaller: makes (check_work, check_name) where float64 of the timed inputs does not fit into the GPU's memory.
+        full_results: as `results`, for the comparison of the timed inputs with eager's; None: `results`.
+        sampling: how samples are taken.
+        total_memory: report all allocated memory, not what a call adds.
+        calls_per_sample: how often a call does the thing that the row is about.
+        make_recorder: samples are of replays of what it records, where it can; None: of the calls themselves.
+    """
+
+    template: Row
+    work: Any
+    providers: Sequence[Provider]
+    references: Sequence[Provider]
+    calls: Mapping[str, Callable[[Bound, Any], Call]]
+    counts: Mapping[str, Count]
+    sampling: Sampling
+    results: Callable[[Bound, Any], tuple[Named, float]] = field(default=lambda bound, work: op_results(bound, work))
+    check_work: Any | None = None
+    check_name: str = ""
+    smaller: Callable[[], tuple[Any, str]] | None = None
+    full_results: Callable[[Bound, Any], tuple[Named, float]] | None = None
+    total_memory: bool = False
+    calls_per_sample: int = 1
+    make_recorder: Callable[[], Recorder] | None = None
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A provider's call of one direction, warmed up; `timed` as in the row."""
+
+    call: Call
+    memory: int
+    timed: str
+
+
+def run_contest(contest: Contest, session: Session) -> tuple[list[Row], list[Refused]]:
+    """Checks and times all providers.
+
+    Raises:
+        DeviceLostError: a provider left the GPU in a state in which nothing else can run; its row is in the error.
+        CaseStopped: for a KeyboardInterrupt, with what is measured.
+    """
+    run = _Run(contest, session)
+    try:
+        with nullcontext() if contest.make_recorder is None else own_stream(contest.work.device):
+            return run.measure()
+    except KeyboardInterrupt:
+        raise CaseStopped(run.rows, run.refused) from None
+
+
+class _Run:
+    def __init__(self, contest: Contest, session: Session):
+        self.contest = contest
+        self.session = session
+        self.rows: list[Row] = []
+        self.refused: list[Refused] = []
+
+    def measure(self) -> tuple[list[Row], list[Refused]]:
+        able = [provider for provider in self.contest.providers if self._is_present(provider)]
+        if not able:
+            return self.rows, self.refused
+        judgements = self._check(able)
+        right = [provider for provider in able if provider.name in judgements]
+        for direction, make_call in self.contest.calls.items():
+            self._measure_direction(direction, make_call, right, judgements)
+            if self.contest.make_recorder is not None:
+                release_memory(self.contest.work.device)  # that of the replays
+        return self.rows, self.refused
+
+    def _measure_direction(
+        self,
+        direction: str,
+        make_call: Callable[[Bound, Any], Call],
+        providers: Sequence[Provider],
+        judgements: Mapping[str, Mapping[bool, Judgement]],
+    ) -> None:
+        ready: dict[str, _Ready] = {}
+        record = self.contest.make_recorder() if self.contest.make_recorder is not None else None
+        for provider in providers:
+            row = self._row(provider, direction)
+            if row.key in self.session.finished:
+                continue
+            with self.session.watch([row], "first calls"):
+                found = self._try(provider, partial(self._first_calls, provider, make_call, record), direction)
+            if found is not None:
+                ready[provider.name] = found
+        self._time(direction, ready, judgements, {provider.name: provider for provider in providers})
+
+    # ---- whether a provider is right ----
+
+    def _is_present(self, provider: Provider) -> bool:
+        reason = provider.missing(self.contest.work)
+        for direction in self.contest.calls if reason else ():
+            self.rows.append(self._row(provider, direction).without_time("unavailable", reason))
+        return not reason
+
+    def _check(self, providers: Sequence[Provider]) -> dict[str, dict[bool, Judgement]]:
+        """Provider → its judgement by outputs alone (True) and with gradients (False); only those that are right."""
+        with self.session.watch([], "the float64 reference"):
+            yardstick = self._make_yardstick()
+            contest = self.contest
+            check_work = contest.work if contest.check_work is None else contest.check_work
+            full = self._eager_on_timed_inputs() if contest.check_work is not None else None
+        release_memory(contest.work.device)
+        judged = {}
+        for provider in providers:
+            with self.session.watch([self._row(provider, direction) for direction in contest.calls], "check"):
+                judgements = self._try(provider, lambda p=provider: self._judge(p, check_work, yardstick, full), None)
+            if judgements is None:
+                continue
+            wrong = next((judgement for judgement in judgements.values() if not judgement.is_right), None)
+            if wrong is None:
+                judged[provider.name] = judgements
+            else:
+                for direction in contest.calls:
+                    row = self._row(provider, direction)
+                    self.refused.append(Refused(row, wrong.name, wrong.error, wrong.limit, wrong.parts))
+        return judged
+
+    def _make_yardstick(self) -> Yardstick:
+        """From the inputs of the check; from smaller ones where float64 of the timed inputs does not fit."""
+        contest = self.contest
+        if contest.check_work is None and contest.smaller is not None:
+            try:
+                return make_yardstick(contest.references, contest.work, contest.results)
+            except torch.OutOfMemoryError:
+                pass  # not handled here: the traceback would hold the memory
+            release_memory(contest.work.device)
+            check_work, check_name = contest.smaller()
+            self.contest = contest = replace(contest, check_work=check_work, check_name=check_name)
+        check_work = contest.work if contest.check_work is None else contest.check_work
+        return make_yardstick(contest.references, check_work, contest.results)
+
+    def _eager_on_timed_inputs(self) -> tuple | None:
+        """(function of results, eager's results, norm sent back); None where they are too large for eager PyTorch."""
+        results = self.contest.full_results or self.contest.results
+        try:
+            eager, sent_back = results(self.contest.references[0].prepare(self.contest.work), self.contest.work)
+        except RuntimeError:  # out of memory, or more sequences than it can launch: the smaller inputs have to do
+            return None
+        return results, eager, sent_back
+
+    def _judge(
+        self, provider: Provider, check_work: Any, yardstick: Yardstick, full: tuple | None
+    ) -> dict[bool, Judgement]:
+        results, _ = self.contest.results(provider.prepare(check_work), check_work)
+        judgements = {outputs_only: yardstick.judge(results, outputs_only) for outputs_only in (True, False)}
+        del results
+        if full is not None and judgements[False].is_right:
+            function, eager, sent_back = full
+            results, _ = function(provider.prepare(self.contest.work), self.contest.work)
+            against_eager = yardstick.judge_against_eager(results, eager, sent_back)
+            if not against_eager.is_right:
+                return {False: replace(against_eager, name=f"{against_eager.name} of the timed inputs")}
+        return judgements
+
+    # ---- how fast it is ----
+
+    def _first_calls(
+        self, provider: Provider, make_call: Callable[[Bound, Any], Call], record: Recorder | None
+    ) -> _Ready:
+        contest = self.contest
+        call = make_call(provider.prepare(contest.work), contest.work)
+        call()
+        memory = peak_memory(call, contest.work.device, contest.total_memory)
+        if contest.sampling.large:
+            release_memory(contest.work.device)
+        if record is None:
+            return _Ready(call, memory, "")
+        try:
+            return _Ready(make_replay(call, record), memory, REPLAYED)
+        except Exception as error:  # it waits for the GPU, or a library refuses: no reason to have no time
+            reason = describe(error)
+        release_memory(contest.work.device)
+        return _Ready(call, memory, f"{CALLED}: {reason}")
+
+    def _time(
+        self,
+        direction: str,
+        ready: Mapping[str, _Ready],
+        judgements: Mapping[str, Mapping[bool, Judgement]],
+        providers: Mapping[str, Provider],
+    ) -> None:
+        if not ready:
+            return
+        contest, device = self.contest, self.contest.work.device
+        alone = [self._row(providers[name], direction) for name in ready] if len(ready) == 1 else []
+        with self.session.watch(alone, "samples"), watch_clocks(device, contest.total_memory) as clocks:
+            stopped = None
+            try:
+                times = time_interleaved(
+                    {name: item.call for name, item in ready.items()},
+                    device,
+                    contest.sampling,
+                    self.session.beat,
+                    lambda name, error: self._give_up([self._row(providers[name], direction)], describe(error)),
+                )
+            except SamplingStopped as stop:
+                times, stopped = stop.times, stop
+        sm_clock, memory_clock = clocks
+        count = contest.counts.get(direction, Count())
+        for name, measured in times.items():
+            judgement = judgements[name][direction == FORWARD]
+            row = replace(
+                self._row(providers[name], direction),
+                status="ok",
+                reason="",
+                samples=len(measured.milliseconds),
+                p20_ms=measured.percentile(20) / contest.calls_per_sample,
+                p50_ms=measured.percentile(50) / contest.calls_per_sample,
+                p80_ms=measured.percentile(80) / contest.calls_per_sample,
+                memory_bytes=ready[name].memory,
+                flops=count.flops,
+                bytes=count.bytes,
+                error=judgement.error,
+                error_limit=judgement.limit,
+                checked_on=contest.check_name if contest.check_work is not None else "",
+                sm_clock_mhz=sm_clock,
+                memory_clock_mhz=memory_clock,
+                timed=ready[name].timed,
+            )
+            self.rows.append(self.session.with_roofline_share(row))
+        if stopped is not None:
+            raise stopped
+
+    # ---- what a provider costs ----
+
+    def _row(self, provider: Provider, direction: str) -> Row:
+        return replace(
+            self.contest.template,
+            provider=provider.name,
+            provider_version=provider.version(),
+            direction=direction,
+            environment=self.session.environment,
+        )
+
+    def _try(self, provider: Provider, action: Callable[[], Any], direction: str | None) -> Any:
+        """The result of `action`; None, and failed rows, where the provider raises."""
+        try:
+            result = action()
+            if self.contest.work.device == "cuda":
+                torch.cuda.synchronize()
+            return result
+        except Exception as error:  # a provider that crashes costs its own rows, whatever it raises
+            reason = describe(error)
+            directions = [direction] if direction else list(self.contest.calls)
+        self._give_up([self._row(provider, name) for name in directions], reason)
+        return None
+
+    def _give_up(self, rows: Sequence[Row], reason: str) -> None:
+        """Failed rows for a provider, and the memory that it held."""
+        failed = [row.without_time("failed", reason) for row in rows]
+        gc.collect()  # the traceback held the provider's tensors
+        release_or_lose(self.contest.work.device, failed, reason)
+        self.rows += failed
+
+
+def release_or_lose(device: str, failed: Sequence[Row], reason: str) -> None:
+    """Gives back memory after a failure.
+
+    Raises:
+        DeviceLostError: with the failed rows, where nothing runs on the GPU any more.
+    """
+    try:
+        release_memory(device)
+    except RuntimeError as error:
+        raise DeviceLostError(failed, reason) from error
+
+
+def make_yardstick(
+    references: Sequence[Provider], work: Any, results: Callable[[Bound, Any], tuple[Named, float]]
+) -> Yardstick:
+    """Exact results and limits of `work`, whose dtype is that of the measurement."""
+    wide = work.to(torch.float64)
+    exact, sent_back = results(references[0].prepare(wide), wide)
+    del wide
+    yardstick = None
+    for reference in references:
+        if reference.missing(work):
+            continue
+        eager, _ = results(reference.prepare(work), work)
+        found = Yardstick.measure(exact, eager, work.dtype, sent_back)
+        yardstick = found if yardstick is None else yardstick.loosened(found)
+    if yardstick is None:
+        raise ValueError("no reference can compute this work")
+    return yardstick
+
+
+def op_results(bound: Bound, work: Any) -> tuple[Named, float]:
+    """(outputs of a call and the gradients of `work.leaves`, norm of the random gradients that were sent back)."""
+    outputs = as_tuple(bound())
+    weights = weights_like(outputs)
+    gradients = torch.autograd.grad(outputs, list(work.leaves.values()), weights, allow_unused=True)
+    named: dict[str, Tensor | None] = {}
+    for index, output in enumerate(outputs):
+        named[OUTPUT if len(outputs) == 1 else f"{OUTPUT} {index}"] = output.detach()
+    named |= {f"gradient of {name}": gradient for name, gradient in zip(work.leaves, gradients, strict=True)}
+    return named, norm(weights)
+
+
+def forward_call(bound: Bound, work: Any) -> Call:
+    def forward() -> Outputs:
+        with torch.no_grad():
+            return bound()
+
+    return forward
+
+
+def forward_backward_call(bound: Bound, work: Any) -> Call:
+    with torch.no_grad():
+        weights = weights_like(as_tuple(bound()))
+    leaves = list(work.leaves.values())
+
+    def forward_backward() -> Sequence[Tensor | None]:
+        return torch.autograd.grad(as_tuple(bound()), leaves, weights, allow_unused=True)
+
+    return forward_backward
+
+
+OP_CALLS = {FORWARD: forward_call, FORWARD_BACKWARD: forward_backward_call}
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -1,0 +1,139 @@
+"""Training steps of 16 frames at five resolutions: ours on each measured GPU, its peers beside it, limits, figures.
+
+What the README's table and figure show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from opensora_fast.costs.hardware import DATASHEETS
+from opensora_fast.model import STDiT2
+
+from ..providers.variants import RECOMPUTING
+from ..roofline import floor_tokens_per_s
+from ..rows import Row
+from ..shapes import VIDEO_SIZES, fill
+from ..suites.scale import FILL_TOKENS, scale_of
+from .results import Results, is_ours, published_for
+
+FRAMES = 16
+WORKLOADS = {f"{resolution}×{FRAMES}" for resolution in VIDEO_SIZES}
+GOALS_FOR, PUBLISHED_ON = "H200", "H800"
+# Of each the fastest that is right: Open-Sora's own code and this project's writing of it, ways to compile.
+AS_SHIPPED, WITH_FLASH = ("open-sora", "upstream"), ("open-sora-flash", "upstream-flash")
+COMPILED = ("compile", "compile-flash", *(f"compile{name}" for name in RECOMPUTING))
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """One resolution on one GPU, tokens/s.
+
+    Attributes:
+        gpu: its name.
+        floor: what operations and bytes allow at its datasheet's rates.
+        ours: our fastest row of those that most peers stand beside; None: not measured.
+        compiled: by torch.compile, on the same videos in the same run; None: not measured.
+        with_flash: likewise Open-Sora's model, with the flash attention that its configurations mean to turn on.
+        as_shipped: likewise Open-Sora's model as it is shipped.
+    """
+
+    gpu: str
+    floor: float
+    ours: Row | None = None
+    compiled: Row | None = None
+    with_flash: Row | None = None
+    as_shipped: Row | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One resolution.
+
+    Attributes:
+        measured: on each GPU with rows of ours; without any, on the one that the goals are for, not measured.
+        published_floor: the limit of the GPU of the published figures.
+        published: tokens/s of one GPU by Open-Sora, with VAE and T5.
+    """
+
+    resolution: str
+    measured: tuple[OnGpu, ...]
+    published_floor: float
+    published: float | None
+
+
+def training_lines(folders: Sequence[Results]) -> list[Line]:
+    """The five resolutions."""
+    scale = scale_of("cuda", DATASHEETS[GOALS_FOR])
+    with torch.device("meta"):
+        parameters = float(sum(parameter.numel() for parameter in STDiT2(scale.config).parameters()))
+    lines = []
+    for resolution in VIDEO_SIZES:
+        workload = fill(resolution, FRAMES, FILL_TOKENS)
+
+        def floor(gpu: str, workload=workload) -> float:
+            return floor_tokens_per_s(scale.config, workload, scale.text, parameters, DATASHEETS[gpu])
+
+        measured = tuple(_on_gpu(folders, gpu, workload.name, floor(gpu)) for gpu in _measured_gpus(folders))
+        published = max((item.tokens_per_s for item in published_for(workload.name)), default=None)
+        lines.append(Line(resolution, measured, floor(PUBLISHED_ON), published))
+    return lines
+
+
+def _measured_gpus(folders: Sequence[Results]) -> list[str]:
+    """That of the goals first."""
+    names = dict.fromkeys([GOALS_FOR, *DATASHEETS])
+    return [name for name in names if _steps(folders, name)] or [GOALS_FOR]
+
+
+def _steps(folders: Sequence[Results], gpu: str) -> list[Row]:
+    """Our measured training steps of 16 frames at the resolutions of the table."""
+    return [
+        row
+        for results in folders
+        if results.datasheet is DATASHEETS[gpu]
+        for row in results.select("step", "")
+        if row.status == "ok" and is_ours(row) and row.workload in WORKLOADS
+    ]
+
+
+def _on_gpu(folders: Sequence[Results], gpu: str, workload: str, floor: float) -> OnGpu:
+    rows = [row for row in _steps(folders, gpu) if row.workload == workload]
+    found = [
+        OnGpu(
+            gpu,
+            floor,
+            row,
+            *(_fastest_beside(folders, row, names) for names in (COMPILED, WITH_FLASH, AS_SHIPPED)),
+        )
+        for row in rows
+    ]
+    return max(found, key=_worth, default=OnGpu(gpu, floor))
+
+
+def _worth(found: OnGpu) -> tuple[int, float]:
+    assert found.ours is not None
+    peers = sum(row is not None for row in (found.compiled, found.with_flash, found.as_shipped))
+    return peers, found.ours.tokens_per_s
+
+
+def _fastest_beside(folders: Sequence[Results], ours: Row, providers: Sequence[str]) -> Row | None:
+    """Of the rows of the providers that were measured beside ours."""
+    rows = [row for results in folders for row in results.select("step", "") if row.provider in providers]
+    alike = [row for row in rows if row.status == "ok" and _same_run(row, ours)]
+    return min(alike, key=lambda row: row.p50_ms, default=None)
+
+
+def _same_run(row: Row, other: Row) -> bool:
+    assert row.environment is not None and other.environment is not None
+    same_work = (row.workload, row.direction, row.shape, row.dtype) == (
+        other.workload,
+        other.direction,
+        other.shape,
+        other.dtype,
+    )
+    places = [(item.environment.device_name, item.environment.commit) for item in (row, other)]
+    return same_work and places[0] == places[1]

@@ -1,0 +1,131 @@
+"""Measures cases one after another, the most valuable first, and writes their rows as they come."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from opensora_fast.progress import Progress
+
+from ..measuring.case import Case
+from ..measuring.contest import describe
+from ..measuring.session import CaseStopped, DeviceLostError, Refused, Session
+from ..measuring.timing import release_memory
+from ..rows import Key, Row
+
+SHORTEST_CASE_S = 2.0  # no case is begun with less of the budget left, nor with less than its estimate
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    Attributes:
+        rows: measured now.
+        refused: providers that computed something wrong.
+        finished_before: rows that the folder had already.
+        left: cases that the budget did not reach.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    finished_before: int = 0
+    left: list[Case] = field(default_factory=list)
+
+
+def run_cases(
+    cases: Iterable[Case],
+    session: Session,
+    existing: Sequence[Row] = (),
+    refused_before: frozenset[Key] = frozenset(),
+    refresh: bool = False,
+    careful: frozenset[str] = frozenset(),
+    report: Report | None = None,
+) -> Report:
+    """Measures what is not among the existing rows.
+
+    Args:
+        existing: rows of the results folder; whatever their status, they are not measured again.
+        refused_before: keys of rows that were refused in this state of the sources; not measured again either.
+        refresh: but those of another state of the sources are.
+        careful: identities of cases that once took the whole process down: each provider is then timed alone, so that
+            it is known which.
+        report: filled while the run goes on, for whoever interrupts it.
+
+    Raises:
+        DeviceLostError: nothing more can be measured in this process; the rows of the provider at fault are written.
+    """
+    report = report or Report()
+    session.learn(existing)
+    finished = {row.key for row in existing if not (refresh and _is_of_another_state(row, session))} | refused_before
+    session.finished = finished
+    ordered = sorted(cases, key=lambda case: -case.value)
+    report.finished_before = sum(key in finished for case in ordered for key in case.planned_rows())
+    waiting = [case for case in ordered if case.unfinished(finished)]
+    with Progress("benchmark", total=len(waiting), unit="cases") as progress:
+        session.tell = progress.note
+        for case in waiting:
+            if session.seconds_left < max(SHORTEST_CASE_S, case.seconds):
+                report.left.append(case)
+                continue
+            session.case_name = case.identity
+            names = case.unfinished(finished)
+            for group in [[name] for name in names] if case.identity in careful else [names]:
+                rows, refused = _measure(case, session, group, finished, report)
+                session.record(rows, refused)
+                report.rows += rows
+                report.refused += refused
+                for item in refused:
+                    progress.note(f"refused: {item}")
+            progress.advance(1, case=case.name)
+    return report
+
+
+def _measure(
+    case: Case, session: Session, names: Sequence[str], finished: set[Key], report: Report
+) -> tuple[list[Row], list[Refused]]:
+    _forget_compiled()
+    try:
+        rows, refused = case.measure(session, names)
+    except DeviceLostError as error:
+        session.record(error.rows)
+        report.rows += error.rows
+        raise
+    except CaseStopped as stop:
+        rows = [row for row in stop.rows if row.key not in finished]
+        session.record(rows, stop.refused)
+        report.rows += rows
+        report.refused += stop.refused
+        raise
+    except Exception as error:  # what all its providers share failed, the float64 reference for example
+        rows, refused = failed_rows(case, session, names, describe(error)), []
+    rows = [row for row in rows if row.key not in finished]
+    try:
+        release_memory(session.device)
+    except RuntimeError as error:  # nothing runs on the GPU any more, and nobody knows by whose fault
+        session.record(rows, refused)
+        report.rows += rows
+        raise DeviceLostError([], describe(error)) from error
+    return rows, refused
+
+
+def failed_rows(case: Case, session: Session, names: Sequence[str], reason: str) -> list[Row]:
+    """A failed row for every planned one of these providers."""
+    return [
+        replace(row, environment=session.environment).without_time("failed", reason)
+        for row in case.planned_rows().values()
+        if row.provider in names
+    ]
+
+
+def _is_of_another_state(row: Row, session: Session) -> bool:
+    own, environment = session.environment, row.environment
+    return environment is None or (environment.commit, environment.dirty) != (own.commit, own.dirty)
+
+
+def _forget_compiled() -> None:
+    """torch.compile gives up on a function after eight shapes; every case begins with none."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()

@@ -1,0 +1,16 @@
+"""How commands that measure read their `--budget`."""
+
+import re
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of "9m", "90s", "1h" or "540".
+
+    Raises:
+        ValueError: anything else, or no time at all.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not seconds:
+        raise ValueError(f"--budget {text!r}: write a time such as 9m, 90s or 1h")
+    return seconds

@@ -1,0 +1,136 @@
+"""The measuring stick: limits follow eager's error, zero gradients have a scale, nothing missing or broken passes."""
+
+import math
+
+import pytest
+import torch
+
+from opensora_fast.benchmarks.measuring.accuracy import (
+    FLOOR_IN_EPS,
+    GRADIENT_FACTOR,
+    OUTPUT_FACTOR,
+    Yardstick,
+    distance,
+)
+
+ONE = torch.ones(1)
+EXACT = {"output": torch.tensor([3.0, 4.0]).double(), "gradient of q": torch.tensor([0.0, 10.0]).double()}
+
+
+def off_by(error: float) -> dict[str, torch.Tensor]:
+    """Results whose relative error is `error`."""
+    return {name: (value * (1 + error)).float() for name, value in EXACT.items()}
+
+
+def test_limits_are_multiples_of_eagers_error_and_a_few_eps():
+    stick = Yardstick.measure(EXACT, off_by(1e-3), torch.float32, sent_back=1.0)
+    floor = FLOOR_IN_EPS[torch.float32] * torch.finfo(torch.float32).eps
+    assert stick.limits["output"] == pytest.approx(OUTPUT_FACTOR * 1e-3 + floor, rel=1e-3)
+    assert stick.limits["gradient of q"] == pytest.approx(GRADIENT_FACTOR * 1e-3 + floor, rel=1e-3)
+
+
+@pytest.mark.parametrize(("error", "right"), [(1.9e-3, True), (2.1e-3, False)])
+def test_an_output_may_err_twice_as_much_as_eager(error, right):
+    stick = Yardstick.measure(EXACT, off_by(1e-3), torch.float32, sent_back=1.0)
+    results = off_by(0.0) | {"output": off_by(error)["output"]}
+    assert stick.judge(results).is_right is right
+    assert stick.judge(results).name == "output"
+
+
+def test_outputs_alone_leave_gradients_out():
+    stick = Yardstick.measure(EXACT, off_by(0.0), torch.float32, sent_back=1.0)
+    results = off_by(0.0) | {"gradient of q": torch.zeros(2)}
+    assert not stick.judge(results).is_right
+    assert stick.judge(results, outputs_only=True).is_right
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [None, torch.tensor([math.nan, 10.0]), torch.tensor([math.inf, 10.0]), torch.zeros(3)],
+    ids=["missing", "nan", "inf", "shape"],
+)
+def test_what_is_missing_or_broken_is_infinitely_wrong(broken):
+    stick = Yardstick.measure(EXACT, off_by(1e-3), torch.float32, sent_back=1.0)
+    judgement = stick.judge(off_by(0.0) | {"gradient of q": broken})
+    assert judgement.error == math.inf and not judgement.is_right
+
+
+def test_a_gradient_that_is_exactly_zero_is_measured_by_what_was_sent_back():
+    exact = {"output": torch.ones(2).double(), "gradient of q": torch.full((2,), 1e-18).double()}
+    eager = {"output": torch.ones(2), "gradient of q": torch.full((2,), 1e-8)}
+    stick = Yardstick.measure(exact, eager, torch.float32, sent_back=10.0)
+    assert stick.judge(eager).is_right
+    assert stick.judge(eager | {"gradient of q": torch.full((2,), 2e-8)}).is_right
+    wrong = stick.judge(eager | {"gradient of q": torch.full((2,), 1e-3)})
+    assert not wrong.is_right and wrong.error == pytest.approx(2**0.5 * 1e-3 / 10)
+
+
+def test_two_eager_versions_give_the_larger_limit():
+    strict, loose = (Yardstick.measure(EXACT, off_by(error), torch.float32, 1.0) for error in (1e-4, 1e-3))
+    assert strict.loosened(loose).limits == loose.limits == loose.loosened(strict).limits
+
+
+def test_several_tensors_count_as_one_vector():
+    assert distance([torch.zeros(1), torch.zeros(1)], [torch.tensor([3.0]), torch.tensor([4.0])]) == 5.0
+    assert distance([torch.zeros(1)], [torch.zeros(1), torch.zeros(1)]) == math.inf
+
+
+LAYERS = {"first": torch.tensor([3.0, 4.0]), "second": torch.tensor([0.0, 10.0]), "third": torch.ones(4), "last": ONE}
+
+
+def layers_off_by(**errors):
+    return {name: value * (1 + errors.get(name, 0.0)) for name, value in LAYERS.items()}
+
+
+def stick_of_layers(**eager_errors):
+    exact = {"gradient of the parameters": {name: value.double() for name, value in LAYERS.items()}}
+    eager = {"gradient of the parameters": layers_off_by(**eager_errors)}
+    return Yardstick.measure(exact, eager, torch.float32, sent_back=1.0)
+
+
+def test_tensors_with_names_count_as_one_vector():
+    assert distance(layers_off_by(first=1.0, second=1.0), LAYERS) == pytest.approx(math.sqrt(125))
+
+
+def test_a_wrong_result_of_several_tensors_names_those_that_err_most():
+    stick = stick_of_layers(first=0.01, second=0.02)
+    judgement = stick.judge({"gradient of the parameters": layers_off_by(first=0.4, second=0.1, third=0.5, last=0.1)})
+    assert not judgement.is_right
+    assert [part.name for part in judgement.parts] == ["first", "second", "third"]  # at most three
+    squares = [(0.4 * 5) ** 2, (0.1 * 10) ** 2, (0.5 * 2) ** 2, 0.1**2]
+    assert [part.share for part in judgement.parts] == pytest.approx([square / sum(squares) for square in squares[:3]])
+    assert [part.error for part in judgement.parts] == pytest.approx([0.4, 0.1, 0.5])
+    assert [part.eager_error for part in judgement.parts] == pytest.approx([0.01, 0.02, 0.0], rel=1e-3)
+    assert str(judgement.parts[0]) == "first (67%; error 0.4, eager's 0.01)"
+
+
+def test_the_larger_of_two_eager_errors_is_told():
+    loosened = stick_of_layers(first=0.01).loosened(stick_of_layers(first=0.02, second=0.01))
+    (first, *_) = loosened.judge({"gradient of the parameters": layers_off_by(first=9.0)}).parts
+    assert (first.name, first.eager_error) == ("first", pytest.approx(0.02, rel=1e-3))
+
+
+def test_tensors_that_are_not_finite_are_to_blame():
+    broken = layers_off_by(first=9.0) | {"last": torch.tensor([math.nan]), "third": torch.ones(5)}
+    parts = stick_of_layers().judge({"gradient of the parameters": broken}).parts
+    assert [(part.name, part.share, part.error) for part in parts[:2]] == [
+        ("third", 0.5, math.inf),
+        ("last", 0.5, math.inf),
+    ]
+    assert parts[2].share == 0.0
+    assert stick_of_layers().judge({"gradient of the parameters": None}).error == math.inf
+
+
+def test_larger_inputs_may_have_more_tensors_than_eager_was_measured_on():
+    stick = Yardstick.measure({"output": [ONE.double()]}, {"output": [ONE]}, torch.float32, sent_back=0.0)
+    judgement = stick.judge_against_eager({"output": [ONE, 2 * ONE]}, {"output": [ONE, ONE]}, 0.0)
+    assert [(part.name, part.share) for part in judgement.parts] == [("1", 1.0), ("0", 0.0)]
+    assert all(math.isnan(part.eager_error) for part in judgement.parts)
+
+
+def test_right_results_and_those_of_one_tensor_name_nothing():
+    assert stick_of_layers().judge({"gradient of the parameters": layers_off_by()}).parts == ()
+    stick = Yardstick.measure({"output": ONE.double()} | {"gradient of q": None}, {"output": ONE}, torch.float32, 1.0)
+    unexpected = stick.judge({"output": ONE, "gradient of q": ONE})
+    assert (unexpected.name, unexpected.error, unexpected.parts) == ("gradient of q", math.inf, ())
+    assert stick.judge({"output": [2 * ONE], "gradient of q": None}).parts == ()

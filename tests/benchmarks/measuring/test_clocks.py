@@ -1,0 +1,62 @@
+"""Clocks are read while a step runs, by a stand-in for nvidia-smi."""
+
+import time
+
+import pytest
+
+from opensora_fast.benchmarks.measuring import clocks
+from opensora_fast.benchmarks.measuring.clocks import median_clocks, watch_clocks
+
+# Once "1980, 3201"; asked again and again, the clocks fall under load.
+SCRIPT = """#!/bin/sh
+case "$*" in
+*loop-ms*) for clock in 1980 1500 1400 1400 1400; do echo "$clock, 3201"; done; exec sleep 60;;
+*) echo "1980, 3201";;
+esac
+"""
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    path = tmp_path / "nvidia-smi"
+    path.write_text(SCRIPT)
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+def test_the_median_while_it_runs(nvidia_smi):
+    with watch_clocks("cuda", during=True) as found:
+        time.sleep(1.0)
+    assert found == ["1400", "3201"]
+
+
+def test_one_reading_behind_a_short_measurement(nvidia_smi):
+    with watch_clocks("cuda", during=False) as found:
+        pass
+    assert found == ["1980", "3201"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nothing_where_nothing_answers(device, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with watch_clocks(device, during=True) as found:
+        pass
+    assert found == ["", ""]
+
+
+def test_lines_that_are_no_clocks():
+    assert median_clocks(["[N/A], [N/A]", "", "1200, 3201", "1300, 3201", "1100, 26"]) == ["1200", "3201"]
+    assert median_clocks([""]) == ["", ""]
+
+
+def test_an_error_passes_and_the_reader_ends(nvidia_smi, monkeypatch):
+    processes = []
+    start = clocks.subprocess.Popen
+    monkeypatch.setattr(
+        clocks.subprocess,
+        "Popen",
+        lambda *arguments, **options: processes.append(start(*arguments, **options)) or processes[-1],
+    )
+    with pytest.raises(RuntimeError, match="boom"), watch_clocks("cuda", during=True):
+        raise RuntimeError("boom")
+    assert processes[0].poll() is not None

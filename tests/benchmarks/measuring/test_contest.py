@@ -1,0 +1,167 @@
+"""A wrong provider gets no time; one that crashes or is absent costs its own rows only."""
+
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from bench_toys import make_toy_work, toy_contest
+
+from opensora_fast.benchmarks.measuring.contest import run_contest
+from opensora_fast.benchmarks.measuring.provider import Provider, choose_providers, of_function
+from opensora_fast.benchmarks.measuring.session import DeviceLostError, Session
+from opensora_fast.benchmarks.measuring.timing import Sampling
+from opensora_fast.benchmarks.rows import Row
+
+
+def by_provider(rows: list[Row]) -> dict[str, list[Row]]:
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row.provider, []).append(row)
+    return grouped
+
+
+@pytest.fixture
+def session():
+    return Session("cpu")
+
+
+def test_every_provider_that_is_right_gets_a_row_for_each_direction(session):
+    rows, refused = run_contest(toy_contest(["eager", "other"]), session)
+    assert not refused
+    for provider in ("eager", "other"):
+        found = by_provider(rows)[provider]
+        assert [row.direction for row in found] == ["forward", "forward+backward"]
+        for row in found:
+            assert row.status == "ok" and row.samples >= 3
+            assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
+            assert row.error <= row.error_limit < 1e-5
+            assert row.environment.device_name.startswith("cpu-")
+    assert [row.flops for row in by_provider(rows)["other"]] == [64.0, 192.0]
+
+
+@pytest.mark.parametrize("wrong", ["slightly-wrong", "wrong-backward"])
+def test_a_wrong_result_gets_no_time(session, wrong):
+    rows, refused = run_contest(toy_contest(["eager", wrong]), session)
+    assert set(by_provider(rows)) == {"eager"}
+    assert [(item.row.provider, item.row.direction) for item in refused] == [
+        (wrong, "forward"),
+        (wrong, "forward+backward"),
+    ]
+    assert all(item.error > item.limit for item in refused)
+    expected = "output" if wrong == "slightly-wrong" else "gradient of b"
+    assert expected in str(refused[0]) and "over its limit" in str(refused[0])
+
+
+def test_a_result_that_is_wrong_on_the_timed_inputs_only_gets_no_time(session):
+    contest = toy_contest(["eager", "wrong-when-large"], size=64, check_size=16)
+    rows, refused = run_contest(contest, session)
+    assert set(by_provider(rows)) == {"eager"}
+    assert {item.row.provider for item in refused} == {"wrong-when-large"}
+    assert "timed inputs" in str(refused[0])
+    assert {row.checked_on for row in rows} == {"size 16"}
+
+
+def test_where_float64_does_not_fit_smaller_inputs_are_compared(session):
+    def multiply_if_it_fits(work):
+        if work.dtype == torch.float64 and work.leaves["a"].numel() > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work.leaves["a"] * work.leaves["b"]
+
+    reference = Provider("eager", of_function(multiply_if_it_fits))
+    contest = replace(
+        toy_contest(["eager", "wrong-when-large"]),
+        references=(reference,),
+        smaller=lambda: (make_toy_work(16), "size 16"),
+    )
+    rows, refused = run_contest(contest, session)
+    assert {(row.provider, row.status, row.checked_on) for row in rows} == {("eager", "ok", "size 16")}
+    assert {item.row.provider for item in refused} == {"wrong-when-large"}  # by eager's results on the timed inputs
+    with pytest.raises(torch.OutOfMemoryError):
+        run_contest(replace(contest, smaller=None), session)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("crash", "RuntimeError: boom"), ("out-of-memory", "OutOfMemoryError: CUDA out of memory")]
+)
+def test_a_crash_costs_its_own_rows(session, name, reason):
+    rows, refused = run_contest(toy_contest([name, "eager", "other"]), session)
+    assert not refused
+    grouped = by_provider(rows)
+    assert {row.status for row in grouped["eager"] + grouped["other"]} == {"ok"}
+    assert [row.status for row in grouped[name]] == ["failed", "failed"]
+    assert all(row.reason.startswith(reason) and "\n" not in row.reason for row in grouped[name])
+    assert all(math.isnan(row.p50_ms) for row in grouped[name])
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_crash_between_samples_costs_its_own_row(session, large):
+    """The call works four times, then never again: behind the first call and that for its memory."""
+    left = iter(range(4))
+
+    def works_at_first(work):
+        def call():
+            if not torch.is_grad_enabled() and next(left, None) is None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return work.leaves["a"] * work.leaves["b"]
+
+        return call
+
+    contest = toy_contest(["eager", "other"])
+    contest = replace(
+        contest,
+        providers=[Provider("tired", works_at_first), *contest.providers],
+        calls={"forward": contest.calls["forward"]},
+        sampling=replace(contest.sampling, large=large),
+    )
+    rows, refused = run_contest(contest, session)
+    assert not refused
+    grouped = by_provider(rows)
+    assert [row.status for row in grouped["eager"] + grouped["other"]] == ["ok", "ok"]
+    (failed,) = grouped["tired"]
+    assert failed.status == "failed" and failed.reason == "OutOfMemoryError: CUDA out of memory"
+
+
+def test_a_sample_of_many_calls_is_divided(session):
+    contest = replace(toy_contest(["eager"]), sampling=Sampling(0.0, warm_up=0))
+    slow = {"forward": lambda bound, work: lambda: time.sleep(0.02)}
+    (once,), _ = run_contest(replace(contest, calls=slow), session)
+    (tenth,), _ = run_contest(replace(contest, calls=slow, calls_per_sample=10), session)
+    assert once.p50_ms >= 20 and 2 <= tenth.p50_ms < 0.5 * once.p50_ms
+    assert tenth.p20_ms <= tenth.p50_ms <= tenth.p80_ms < once.p20_ms
+
+
+def test_an_absent_provider_says_why(session):
+    rows, _ = run_contest(toy_contest(["eager", "absent"]), session)
+    assert {(row.status, row.reason) for row in by_provider(rows)["absent"]} == {
+        ("unavailable", "absent is not installed")
+    }
+
+
+def test_a_lost_device_stops_the_contest_with_the_rows_of_who_lost_it(session, monkeypatch):
+    """As after an illegal memory access: releasing memory fails too."""
+
+    def lost(device: str) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    contest = toy_contest(["crash", "eager"])
+    calls = iter([None])  # the first release, behind the check, still works
+    monkeypatch.setattr(
+        "opensora_fast.benchmarks.measuring.contest.release_memory", lambda device: next(calls, "lost") and lost(device)
+    )
+    with pytest.raises(DeviceLostError, match="boom") as caught:
+        run_contest(contest, session)
+    assert [(row.provider, row.status) for row in caught.value.rows] == [("crash", "failed"), ("crash", "failed")]
+
+
+def test_unknown_providers_are_named():
+    with pytest.raises(ValueError, match="provider 'flash-attn-9' is unknown; known: eager"):
+        choose_providers(toy_contest(["eager"]).providers, ["flash-attn-9"])
+
+
+def test_nothing_is_random_between_providers(session):
+    contest = toy_contest(["eager"])
+    first, _ = contest.results(contest.providers[0].prepare(contest.work), contest.work)
+    second, _ = contest.results(contest.providers[0].prepare(contest.work), contest.work)
+    assert all(torch.equal(first[name], second[name]) for name in first)

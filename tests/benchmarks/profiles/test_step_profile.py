@@ -1,0 +1,69 @@
+"""Profiles of training steps: what they say is what ran."""
+
+import csv
+
+import pytest
+
+from opensora_fast.benchmarks.profiles.step import KernelTime, StepProfile, format_profile, profile_steps, write_profile
+from opensora_fast.benchmarks.shapes import Workload
+from opensora_fast.benchmarks.suites.scale import scale_of
+from opensora_fast.cli import run
+
+
+@pytest.fixture(scope="module")
+def profile():
+    scale = scale_of("cpu")
+    return next(profile_steps([scale.headline[1]], "eager", scale))
+
+
+def test_each_product_of_a_block_is_launched_once_in_each_layer_and_direction(profile):
+    """[N, C] @ [C, 4 C]: the MLP's first layer forward, its second backward; [4 C, N] @ [N, C]: the first's weight."""
+    config = scale_of("cpu").config
+    tokens, width, hidden = profile.workload.tokens, config.hidden_size, 4 * config.hidden_size
+    launches = {row.sizes: row.launches for row in profile.kernels if row.op == "aten::mm"}
+    assert launches[f"{tokens}×{width} @ {width}×{hidden}"] == 2 * config.depth
+    assert launches[f"{hidden}×{tokens} @ {tokens}×{width}"] == config.depth
+
+
+def test_longest_kernels_come_first_and_add_up_to_the_busy_time(profile):
+    times = [row.microseconds for row in profile.kernels]
+    assert times == sorted(times, reverse=True)
+    assert profile.busy_milliseconds == pytest.approx(sum(times) / 1e3)
+    assert 0.3 * profile.milliseconds < profile.busy_milliseconds < 5 * profile.milliseconds
+
+
+def test_table_and_file_show_share_and_time_for_each_token(tmp_path):
+    kernels = (
+        KernelTime("aten::mm", "nvjet_128x256", "2×3 @ 3×4", 28.0, 3000.0),
+        KernelTime("aten::copy_", "aten::copy_", "", 2.0, 1000.0),
+    )
+    profile = StepProfile(Workload("144p", 16, 1), "ours", 10.0, kernels)
+    assert profile.busy_milliseconds == 4.0
+    head, first, second = format_profile(profile).splitlines()
+    assert "ours, 2304 tokens: 10.00 ms a step, 230.4 k tokens/s, kernels 4.00 ms" in head
+    assert first.split() == ["30.0", "%", "1302.1", "ns", "28.0", "×", "aten::mm", "nvjet_128x256", "2×3", "@", "3×4"]
+    assert second.endswith("× aten::copy_")
+    write_profile(profile, tmp_path / "step.csv")
+    with (tmp_path / "step.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["kernel"] == "nvjet_128x256" and rows[0]["microseconds"] == "3000.0" and rows[0]["tokens"] == "2304"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--provider", "faster"], "provider 'faster' is unknown"),
+        (["--provider", "ours"], "provider ours does not run here: needs a CUDA GPU"),
+        (["--resolutions", "1080p"], "--resolutions '1080p': choose among 144p, 240p"),
+    ],
+)
+def test_what_cannot_be_profiled_is_said(arguments, message, tmp_path, capsys):
+    assert run(["profile", "step", "--device", "cpu", "--out", str(tmp_path), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_command_writes_a_file_for_each_resolution(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--provider", "eager", "--resolutions", "240p", "--out", str(tmp_path)]
+    assert run(["profile", "step", *arguments]) == 0
+    assert (tmp_path / "step_240p_eager.csv").is_file()
+    assert "k tokens/s" in capsys.readouterr().out

@@ -1,0 +1,213 @@
+"""The order of cases, what is measured again and what is not, and the ceilings behind the shares."""
+
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from bench_toys import make_row, toy_case
+
+from opensora_fast.benchmarks.measuring.race import Check, Entry, run_race
+from opensora_fast.benchmarks.measuring.session import CaseStopped, DeviceLostError, Session, threads_of
+from opensora_fast.benchmarks.measuring.timing import FEWEST_ROUNDS, Sampling, time_interleaved
+from opensora_fast.benchmarks.processes import Death
+from opensora_fast.benchmarks.rows import read_folder
+from opensora_fast.benchmarks.running.runner import Report, run_cases
+from opensora_fast.benchmarks.running.worker import record_deaths
+from opensora_fast.cpu_threads import cpu_threads
+
+
+def test_the_most_valuable_case_comes_first():
+    order = []
+    cases = [
+        toy_case(["eager"], size, value, lambda size=size: order.append(size))
+        for size, value in ((8, 1), (16, 3), (32, 2))
+    ]
+    run_cases(cases, Session("cpu"))
+    assert order == [16, 32, 8]
+
+
+def test_finished_rows_are_not_measured_again(tmp_path):
+    measured = []
+    case = toy_case(["eager"], on_measure=lambda: measured.append("eager"))
+    run_cases([case], Session("cpu", tmp_path))
+    both = toy_case(["eager", "other"], on_measure=lambda: measured.append("both"))
+    report = run_cases([both], Session("cpu", tmp_path), read_folder(tmp_path))
+    assert measured == ["eager", "both"] and report.finished_before == 2
+    assert {row.provider for row in report.rows} == {"other"}
+    assert run_cases([both], Session("cpu", tmp_path), read_folder(tmp_path)).rows == []
+    assert len(read_folder(tmp_path)) == 4
+
+
+def test_failed_and_unavailable_rows_count_as_finished(tmp_path):
+    case = toy_case(["eager", "crash", "absent"])
+    run_cases([case], Session("cpu", tmp_path))
+    assert len(read_folder(tmp_path)) == 6
+    assert run_cases([case], Session("cpu", tmp_path), read_folder(tmp_path)).rows == []
+
+
+def test_refresh_measures_rows_of_other_sources_again(tmp_path):
+    case = toy_case(["eager"])
+    session = Session("cpu", tmp_path)
+    rows = run_cases([case], session).rows
+    older = [replace(row, environment=replace(row.environment, commit="b" * 40)) for row in rows]
+    assert run_cases([case], session, older).rows == []
+    assert len(run_cases([case], session, older, refresh=True).rows) == 2
+    assert run_cases([case], session, rows, refresh=True).rows == []
+
+
+def test_only_the_directions_that_are_missing_are_measured():
+    case = toy_case(["eager", "other"])
+    rows = run_cases([case], Session("cpu")).rows
+    kept = [row for row in rows if (row.provider, row.direction) != ("other", "forward+backward")]
+    again = run_cases([case], Session("cpu"), kept).rows
+    assert [(row.provider, row.direction) for row in again] == [("other", "forward+backward")]
+
+
+@pytest.mark.parametrize("keys", ["of one provider", "none"])
+def test_deaths_become_failed_rows(tmp_path, keys):
+    case = toy_case(["eager", "other"])
+    session = Session("cpu", tmp_path)
+    at_fault = [list(key) for key in case.planned_rows() if "other" in key] if keys == "of one provider" else []
+    death = Death(case.identity, at_fault, "its process was ended by SIGSEGV (check)")
+    record_deaths([death, death], [case], session)
+    rows = read_folder(tmp_path)
+    assert {row.provider for row in rows} == ({"other"} if at_fault else {"eager", "other"})
+    assert len(rows) == (2 if at_fault else 4)
+    assert {(row.status, row.reason) for row in rows} == {("failed", death.reason)}
+    assert all(row.environment.device_name.startswith("cpu") for row in rows)
+
+
+def test_a_case_that_fails_as_a_whole_costs_its_rows_only():
+    def explode() -> None:
+        raise MemoryError("the float64 reference does not fit")
+
+    report = run_cases([toy_case(["eager", "other"], 8, 2.0, explode), toy_case(["eager"], 16)], Session("cpu"))
+    failed = [row for row in report.rows if row.status == "failed"]
+    assert len(failed) == 4 and {row.reason for row in failed} == {"MemoryError: the float64 reference does not fit"}
+    assert [row.status for row in report.rows if row.workload == "size 16"] == ["ok", "ok"]
+
+
+def test_a_device_that_is_lost_behind_a_case_needs_another_process(tmp_path, monkeypatch):
+    """As where an illegal memory access shows only when the memory is given back."""
+
+    def lost(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("opensora_fast.benchmarks.running.runner.release_memory", lost)
+    session = Session("cpu", tmp_path)
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        run_cases([toy_case(["eager"])], session)
+    assert {row.status for row in read_folder(tmp_path)} == {"ok"}  # what was measured is kept
+
+
+def test_an_interruption_keeps_what_was_recorded(tmp_path):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    report = Report()
+    with pytest.raises(KeyboardInterrupt):
+        run_cases(
+            [toy_case(["eager"], 8, 2.0), toy_case(["eager"], 16, 1.0, interrupt)],
+            Session("cpu", tmp_path),
+            report=report,
+        )
+    assert len(report.rows) == len(read_folder(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("samples", [FEWEST_ROUNDS - 1, FEWEST_ROUNDS])
+def test_a_race_that_is_stopped_keeps_what_is_known(samples):
+    """The entry that cannot run, the one that is wrong, and the times of the third, if there are enough."""
+    calls = []
+
+    def third() -> None:
+        calls.append(None)
+        if len(calls) > 2 + 3 + samples:  # check and memory, warming up, samples
+            raise KeyboardInterrupt
+
+    entries = [
+        Entry("absent", "1", "copy", lambda: None, missing="not here"),
+        Entry("wrong", "1", "copy", lambda: (lambda: None, lambda: Check(1.0, 0.5))),
+        Entry("third", "1", "copy", lambda: (third, lambda: Check(0.0, 0.0))),
+    ]
+    template = make_row(level="copy", op="", workload="x")
+    with pytest.raises(CaseStopped) as stopped:
+        run_race(template, entries, Sampling(10.0, min_samples=10**9), Session("cpu"))
+    known = [(row.provider, row.status, row.samples) for row in stopped.value.rows]
+    third_row = [("third", "ok", samples)] if samples >= FEWEST_ROUNDS else []
+    assert known == [("absent", "unavailable", 30), *third_row]
+    assert [item.row.provider for item in stopped.value.refused] == ["wrong"]
+
+
+def test_without_time_left_nothing_begins():
+    session = Session("cpu", deadline=0.0)
+    report = run_cases([toy_case(["eager"])], session)
+    assert report.rows == [] and len(report.left) == 1
+
+
+def test_a_case_that_would_not_end_in_time_leaves_it_to_shorter_ones():
+    order = []
+    cases = [
+        replace(toy_case(["eager"], size, value, lambda size=size: order.append(size)), seconds=seconds)
+        for size, value, seconds in ((8, 3, 100.0), (16, 2, 5.0), (32, 1, 1000.0))
+    ]
+    report = run_cases(cases, Session("cpu", deadline=time.time() + 30))
+    assert order == [16] and [case.template.workload for case in report.left] == ["size 8", "size 32"]
+    order.clear()
+    run_cases(cases, Session("cpu"))
+    assert order == [8, 16, 32]
+
+
+def test_a_careful_case_times_each_provider_alone():
+    groups = []
+    case = toy_case(["eager", "other"], on_measure=lambda: groups.append(1))
+    run_cases([case], Session("cpu"), careful=frozenset([case.identity]))
+    assert len(groups) == 2
+
+
+def test_shares_follow_the_ceilings_measured_in_the_run():
+    session = Session("cpu")
+    session.device = "cuda"
+    row = make_row(flops=1e9, bytes=4e9, p50_ms=2.0)
+    assert math.isnan(session.with_roofline_share(row).roofline_share)
+    session.learn([make_row(level="copy", bytes=4e9, p50_ms=1.0, dtype="uint8")])  # 4 TB/s
+    assert math.isnan(session.with_roofline_share(row).roofline_share)
+    session.learn([make_row(level="gemm", flops=1e12, p50_ms=1.0), make_row(level="gemm", flops=5e11, p50_ms=1.0)])
+    # 1 µs of products under 1 ms of bytes, overlapped in an op and added up in a step.
+    assert session.with_roofline_share(row).roofline_share == pytest.approx(0.5)
+    step = make_row(level="step", flops=1e12, bytes=4e9, p50_ms=4.0)
+    assert session.with_roofline_share(step).roofline_share == pytest.approx(0.5)
+    other = make_row(dtype="float32")
+    assert math.isnan(session.with_roofline_share(other).roofline_share)
+    session.device = "cpu"
+    assert math.isnan(session.with_roofline_share(row).roofline_share)
+
+
+def test_one_thread_measures_on_the_cpu():
+    with cpu_threads(2):
+        with threads_of("cpu"):
+            assert torch.get_num_threads() == 1
+        with threads_of("cuda"):
+            assert torch.get_num_threads() == 2
+
+
+def test_times_are_taken_in_turn():
+    order = []
+    times = time_interleaved(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", Sampling(0.0, warm_up=1)
+    )
+    assert order == ["a", "b"] + ["a", "b"] * 3
+    assert len(times["a"].milliseconds) == 3
+    assert time_interleaved({"a": lambda: None}, "cpu", Sampling(10.0, min_samples=30))["a"].milliseconds[0] >= 0
+
+
+def test_a_race_refuses_what_its_check_finds_wrong():
+    def entry(provider: str, error: float) -> Entry:
+        return Entry(provider, "1", "copy", lambda: ((lambda: None), lambda: Check(error, 0.5)), calls_per_sample=10)
+
+    template = toy_case(["eager"]).template
+    entries = [entry("right", 0.1), entry("wrong", 0.6), entry("nan", math.nan), Entry("none", "", "copy", None, "no")]
+    rows, refused = run_race(template, entries, Sampling(0.01), Session("cpu"))
+    assert [(row.provider, row.status) for row in rows] == [("none", "unavailable"), ("right", "ok")]
+    assert [item.row.provider for item in refused] == ["wrong", "nan"]

@@ -1,0 +1,323 @@
+"""The planned cases, and one of every kind measured on the CPU."""
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+from bench_toys import make_row
+
+from opensora_fast import STDiT2Config
+from opensora_fast.benchmarks.measuring.session import Session
+from opensora_fast.benchmarks.predictions import predict
+from opensora_fast.benchmarks.providers.variants import VARIANT_OF
+from opensora_fast.benchmarks.running.runner import run_cases
+from opensora_fast.benchmarks.shapes import VIDEO_SIZES, Pack, Workload
+from opensora_fast.benchmarks.suites import NAMES, list_cases, models
+from opensora_fast.benchmarks.suites.estimates import STARTUP_S, with_estimate
+from opensora_fast.benchmarks.suites.scale import STORED_BYTES, scale_of
+from opensora_fast.costs.hardware import DATASHEETS
+from opensora_fast.costs.memory import MemoryModel, ModelSize, usable_memory
+from opensora_fast.costs.operations import VideoBatch
+
+
+@pytest.fixture(autouse=True)
+def a_plan_for_an_h200(monkeypatch):
+    """Whatever GPU this machine may have."""
+    monkeypatch.setattr("opensora_fast.benchmarks.suites.scale._own_gpu", lambda: None)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("suite", NAMES)
+def test_every_row_is_planned_once(suite, device):
+    cases = list_cases(suite, device)
+    assert len({case.identity for case in cases}) == len(cases)
+    assert [case.value for case in cases] == sorted((case.value for case in cases), reverse=True)
+    keys = [key for case in cases for key in case.planned_rows()]
+    assert len(keys) == len(set(keys))
+
+
+def test_the_ceilings_come_first_and_then_the_five_resolutions():
+    names = [case.name for case in list_cases("all", "cuda")]
+    assert names[0].startswith("copy") and names[1].startswith("gemm square")
+    steps = [name for name in names if name.startswith("step")][:5]
+    assert {name.split()[1] for name in steps} == {f"{resolution}×16" for resolution in VIDEO_SIZES}
+    assert steps[0] == "step 240p×16"
+
+
+@pytest.mark.parametrize("level", ["op", "block", "step"])
+def test_the_peers_stand_beside_ours_at_all_five_resolutions(level):
+    cases = [case for case in list_cases("all", "cuda") if case.template.level == level]
+    for resolution in VIDEO_SIZES:
+        own = [case for case in cases if case.template.workload == f"{resolution}×16"]
+        providers = {provider for case in own for provider in case.providers}
+        wanted = {"ours", "eager", "upstream", "compile"}
+        wanted |= (
+            {"sdpa-flash", "sdpa-cudnn", "flex"} if level == "op" else {"eager-flash", "eager-cudnn", "upstream-flash"}
+        )
+        assert wanted <= providers
+
+
+# What two runs of nine minutes are to measure: level, op, workload begins so, providers.
+PUSHED = [
+    ("copy", "", "", {"torch-cuda"}),
+    ("launch", "", "", {"ours-op", "cuda-graph"}),
+    *(("gemm", op, "32768", {"cublas", "cublas-split", "quack"}) for op in ("qkv", "proj", "fc1", "fc2")),
+    ("op", "mlp", "240p×16", {"compile", "quack", "ours"}),
+    ("op", "vae_encode", "240p×4", {"eager", "eager-channels-last", "compile"}),
+    ("op", "adamw", "767.5 M parameters", {"upstream", "torch-fused", "compile-flat", "ours"}),
+    *(("op", op, "240p×16", {"compile", "ours"}) for op in ("modulated_norm", "gate_residual_modulated_norm")),
+    ("op", "spatial_attention", "240p×16", {"sdpa-cudnn", "sdpa-flash", "flash-attn-4-padded", "ours"}),
+    ("op", "spatial_attention", "240p×16 wide", {"sdpa-cudnn", "ours"}),
+    ("op", "spatial_attention", "480p×16", {"ours"}),  # with a head of 128
+    *(("op", "spatial_attention", f"length {length}", {"sdpa-cudnn", "ours"}) for length in (144, 920, 1590, 3600)),
+    ("op", "temporal_attention", "240p×16", {"ours"}),
+    *(("block", "", name, {"upstream", "eager", "eager-cudnn", "compile", "ours"}) for name in ("240p×16", "720p×16")),
+    *(("step", "", f"{name}×16", {"upstream-flash", "ours"}) for name in VIDEO_SIZES),
+    *(("step", "", f"{name}×16", {"compile"}) for name in VIDEO_SIZES),
+    ("step", "", "240p×16", {"open-sora", "upstream-flash", "compile", "compile-flash", "ours-quack"}),
+    *(("step", "", f"{name}×16", {"upstream"}) for name in ("240p", "720p")),
+    *(("step", "", name, {"eager", "compile", "ours", "ours-graph"}) for name in ("144p×16", "240p×16")),
+    ("step", "sustained", "240p×16", {"ours"}),
+]
+
+
+def recomputing_or_not(names) -> set[str]:
+    return {name.partition("-recompute")[0] for name in names}
+
+
+@pytest.mark.parametrize("gpu", ["H200", "H100"])
+@pytest.mark.parametrize(("level", "op", "workload", "providers"), PUSHED)
+def test_two_runs_of_nine_minutes_measure_what_carries_the_plan(level, op, workload, providers, gpu):
+    cases = planned(gpu)
+    ends, total = {}, STARTUP_S
+    for case in cases:
+        total += case.seconds
+        ends[case.identity] = total
+        assert case.seconds > 0
+    found = [
+        case
+        for case in cases
+        if (case.template.level, case.template.op) == (level, op)
+        and case.template.workload.startswith(workload)
+        and providers <= recomputing_or_not(case.providers)
+    ]
+    assert found and min(ends[case.identity] for case in found) < 1080 - STARTUP_S
+
+
+@lru_cache
+def planned(gpu: str):
+    return list_cases("push", "cuda", gpu=DATASHEETS[gpu])
+
+
+@pytest.mark.parametrize("gpu", ["H200", "H100"])
+def test_the_first_run_of_nine_minutes_has_the_five_resolutions_and_small_steps_beside_their_peers(gpu):
+    first, total = [], STARTUP_S
+    for case in planned(gpu):
+        total += case.seconds
+        first += [case] if total < 540 else []
+    assert [case.template.level for case in first[:3]] == ["copy", "gemm", "launch"]  # what the shares are of
+    steps = first[3:10]
+    assert [case.template.workload for case in steps[:5]] == ["240p×16", "720p×16", "144p×16", "480p×16", "360p×16"]
+    assert all({"upstream-flash", "compile", "ours"} <= recomputing_or_not(case.providers) for case in steps[:5])
+    assert ["ours-graph" in case.providers for case in steps] == 5 * [False] + 2 * [True]
+
+
+def test_the_small_steps_of_stage_1_and_of_samplers_are_timed_beside_their_graphs():
+    replayed = [case for case in planned("H200") if "ours-graph" in case.providers]
+    sizes = [(case.template.level, case.template.workload, case.template.shape.split()[0]) for case in replayed]
+    steps, samples = (
+        [("144p×16", "B=6"), ("240p×16", "B=2"), ("144p×1", "B=48")],
+        [("256×1", "B=1"), ("144p×16", "B=1")],
+    )
+    assert sizes == [("step", *size) for size in steps] + [("sampling", *size) for size in samples]
+    assert all(case.providers == ("eager", "compile", "ours", "ours-graph") for case in replayed)
+
+
+def test_other_matrix_products_are_measured_where_they_weigh_most():
+    cases = [case for case in list_cases("push", "cuda") if "ours-quack" in case.providers]
+    assert [(case.template.level, case.template.workload) for case in cases] == [
+        ("step", "240p×16"),
+        ("block", "240p×16"),
+        *(("step", f"{name}×16") for name in ("720p", "144p")),
+    ]
+    assert all("ours" in case.providers for case in cases[:2])
+
+
+def test_sizes_of_the_comparison_with_float64():
+    scale = scale_of("cuda")
+    pack = Pack.of(Workload("240p", 16, 5))
+    assert scale.check_pack(pack) is pack  # 1.7 GB of scores
+    long = scale.check_pack(Pack.of(Workload("720p", 16, 1)))
+    assert long.tokens == 2 * 3600
+    small = scale_of("cpu")
+    assert small.check_pack(pack).tokens < pack.tokens
+
+
+def counted(tokens: int, stored: float) -> float:
+    """Bytes of a step of ours that stores these shares of its activations, by the count that trains go by."""
+    size = ModelSize(767_500_000, 767_500_000, 27_000_000)
+    videos = VideoBatch(1, 16, tokens // 16)
+    return MemoryModel(STDiT2Config.xl_2(), size, 120).peak(videos, round(28 * (1 - stored)))
+
+
+def test_steps_have_as_many_videos_as_fit_with_what_compile_stores():
+    for name, batches in {"H200": [14, 5, 2, 1, 1], "H100": [11, 3, 1, 1, 1], "A100": [11, 3, 1, 1, 1]}.items():
+        scale = scale_of("cuda", DATASHEETS[name])
+        assert [workload.batch for workload in scale.steps] == batches
+        # Ops and blocks, which need little memory, are the same on all.
+        assert scale.headline == scale_of("cuda", DATASHEETS["H200"]).headline
+    small = scale_of("cuda", replace(DATASHEETS["H100"], memory=24 * 2**30))
+    assert all(workload.batch == 1 for workload in small.steps)
+
+
+@pytest.mark.parametrize("gpu", ["H200", "H100", "B200"])
+@pytest.mark.parametrize("suite", ["push", "step"])
+def test_each_resolution_has_its_peers_in_one_step_that_fits_the_gpu(suite, gpu):
+    scale = scale_of("cuda", DATASHEETS[gpu])
+    cases = list_cases(suite, "cuda", gpu=DATASHEETS[gpu])
+    steps = [case for case in cases if case.template.level == "step" and not case.template.op]
+    for workload in scale.steps:
+        own = [
+            case for case in steps if (case.template.tokens, case.template.workload) == (workload.tokens, workload.name)
+        ]
+        fitting = {scale.least_recomputing(name, workload.tokens) for name in ("compile", "ours")}
+        assert any({"upstream-flash", *fitting} <= set(case.providers) for case in own)
+    # The techniques stand on top of each other where all of them fit.
+    (waterfall,) = [case for case in steps if "upstream-flash-stored" in case.providers]
+    assert waterfall.template.workload == "240p×16" and waterfall.template.tokens <= scale.most_tokens("eager")
+    same = [case for case in steps if case.template.shape == waterfall.template.shape]
+    assert {*models.WATERFALL, "compile"} <= {name for case in same for name in case.providers}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "compiled", "ours"),
+    [
+        ("H200", "compile-recompute-quarter", "ours"),
+        ("H100", "compile-recompute-three-quarters", "ours-recompute-half"),
+    ],
+)
+def test_a_video_whose_activations_do_not_fit_recomputes_as_few_blocks_as_it_must(gpu, compiled, ours):
+    scale = scale_of("cuda", DATASHEETS[gpu])
+    tokens = Workload("720p", 16).tokens
+    assert (scale.least_recomputing("compile", tokens), scale.least_recomputing("ours", tokens)) == (compiled, ours)
+    shares = {"ours": 1.0, "ours-recompute-half": 0.5}
+    assert counted(tokens, shares[ours]) < usable_memory(scale.gpu.memory)
+    for name in ("eager", "compile", "ours"):
+        assert scale.least_recomputing(name, 144) == name
+    assert scale.least_recomputing("ours", 10**7) == "ours-recompute"
+
+
+@pytest.mark.parametrize("gpu", ["H200", "H100"])
+def test_no_provider_of_a_planned_step_needs_more_memory_than_there_is(gpu):
+    scale, seen = scale_of("cuda", DATASHEETS[gpu]), set()
+    for case in planned(gpu):
+        for provider in case.providers if case.template.level == "step" else ():
+            kind = provider.partition("-")[0]
+            if kind in STORED_BYTES:
+                share = VARIANT_OF[provider].recompute
+                blocks = round(28 * (1 - share)) + (share > 0)
+                assert case.template.tokens * blocks * STORED_BYTES[kind] < scale.step_memory, (case.name, provider)
+                seen.add(provider)
+    assert {"eager", "compile", "ours", "ours-graph", "ours-quack", *models.WATERFALL[3:]} <= seen
+
+
+def test_what_stays_in_the_memory_beside_a_step_is_counted():
+    """Graphs hold what they work in while the others take their turns, and encoders their weights."""
+    for case in planned("H100"):
+        name = case.template.level, case.template.workload
+        if "ours-graph" in case.providers and name in (("step", "144p×16"), ("step", "240p×16")):
+            assert case.providers == ("eager-recompute", "compile", "ours", "ours-graph")
+    (encoded,) = [case for case in planned("H100") if case.template.op == "with encoders"]
+    assert encoded.template.tokens == 19440 and "eager-recompute" in encoded.providers
+
+
+def test_a_longer_case_of_more_providers_is_estimated_longer():
+    def seconds(resolution: str, *providers: str) -> float:
+        scale = scale_of("cuda")
+        return with_estimate(models.step_case(scale, Workload(resolution, 16), providers, 0.0), scale).seconds
+
+    assert 0 < seconds("144p", "ours") < seconds("720p", "ours") < seconds("720p", "ours", "upstream")
+    assert seconds("144p", "compile") > seconds("144p", "eager") + 10
+
+
+def test_the_shipped_buckets_are_there():
+    cases = {(case.template.workload, case.template.shape.split()[0]) for case in list_cases("step", "cuda")}
+    assert {("144p×16", "B=6"), ("240p×128", "B=2"), ("720p×16", "B=3"), ("1024×1", "B=40")} <= cases
+
+
+def test_matrix_products_have_the_exact_shapes_both_ways():
+    products = [case for case in list_cases("kernels", "cuda") if case.template.level == "gemm"]
+    shapes = {(case.template.op, case.template.shape.partition(" ")[2]) for case in products}
+    exact = {"qkv": "K=1152 O=3456", "proj": "K=1152 O=1152", "fc1": "K=1152 O=4608", "fc2": "K=4608 O=1152"}
+    assert set(exact.items()) <= shapes
+    linear = [case for case in products if case.template.op != "square"]
+    assert all(len(case.directions) == 3 for case in linear)
+    assert {case.template.tokens for case in linear} == {9216, 16384, 32768, 65536}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("everything", "cpu"), "suite 'everything' is unknown; choose one of all, push"),
+        (("all", "tpu"), "device 'tpu'"),
+        (("kernels", "cpu", ["flash-attn-9"]), "provider 'flash-attn-9' is unknown in this suite; known: "),
+        (("kernels", "cpu", None, ["spatial", "999p"]), "no case of suite kernels on cpu has the words spatial, 999p"),
+    ],
+)
+def test_unknown_names_are_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        list_cases(*arguments)
+
+
+def test_cases_and_providers_can_be_chosen():
+    cases = list_cases("kernels", "cuda", ["eager", "ours"], ["spatial", "240p"])
+    assert [case.template.level for case in cases[:2]] == ["copy", "gemm"]  # what the shares are relative to
+    assert len(cases) > 2
+    norms = list_cases("kernels", "cuda", None, ["modulated_norm", "240p"])[2:]
+    assert {case.template.op for case in norms} == {"modulated_norm"}  # and not gate_residual_modulated_norm
+    for case in cases[2:]:
+        assert "spatial" in case.name and case.providers == ("eager", "ours")
+
+
+def one_of_each_kind():
+    """The last, smallest case of every kind."""
+    kinds = {}
+    for case in list_cases("all", "cpu"):
+        template = case.template
+        kinds[template.level, template.op, "given" in template.workload, template.workload == "mixed"] = case
+    return list(kinds.values())
+
+
+@pytest.mark.parametrize("case", one_of_each_kind(), ids=lambda case: case.name)
+def test_every_kind_of_case_runs_on_the_cpu(case):
+    session = Session("cpu", seconds_factor=0.01)
+    report = run_cases([case], session)
+    assert not report.refused
+    assert {row.key for row in report.rows} == set(case.planned_rows())
+    assert not [row.reason for row in report.rows if row.status == "failed"]
+    measured = [row for row in report.rows if row.status == "ok"]
+    assert measured
+    for row in measured:
+        assert row.p50_ms > 0 and row.error <= row.error_limit
+        assert math.isnan(row.roofline_share)  # nobody measured the bandwidth in this session
+    unavailable = {row.provider: row.reason for row in report.rows if row.status == "unavailable"}
+    assert unavailable.get("ours", "needs a CUDA GPU") == "needs a CUDA GPU"
+
+
+def test_predictions_are_for_known_gpus_and_never_rows():
+    step = make_row(level="step", op="", direction="training")
+    assert predict(step) == "115–135 k tokens/s"
+    assert predict(make_row(level="step", op="", direction="training", device_name="nvidia-b200")) == ""
+    assert predict(replace(step, tokens=12960)) == ""  # it waits for the host
+    # Shares of the bandwidth are the same on a GPU with the same multiprocessors; tokens/s are not.
+    assert predict(make_row(op="modulated_norm", device_name="nvidia-h100-80gb-hbm3")) == "85–92 % of copy"
+    projected = predict(make_row(level="step", op="", direction="training", device_name="nvidia-h100-80gb-hbm3"))
+    assert projected.endswith(" k tokens/s") and projected != predict(step)
+    assert predict(make_row(op="spatial_attention", shape="B=5 T=16 S=405 H=16 D=72")) == "260–360 TFLOP/s"
+    assert predict(make_row(op="modulated_norm")) == "85–92 % of copy"
+    assert predict(make_row(op="modulated_norm", provider="eager")) == ""
+    assert predict(make_row(op="adamw", direction="update")) == "77–83 % of copy"
+    # 3.5 units of work, 1 at 260 and 2.5 at 200.
+    both = make_row(op="spatial_attention", direction="forward+backward", shape="B=5 T=16 S=405 H=16 D=72")
+    assert predict(both).startswith("214–")
