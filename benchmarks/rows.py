@@ -117,6 +117,11 @@ class Row:
         """What makes two rows measurements of the same thing."""
         return (self.level, self.workload, self.op, self.direction, self.provider, self.shape, self.dtype)
 
+    @property
+    def work(self) -> Key:
+        """What rows of different providers have in common that are compared."""
+        return (self.level, self.op, self.direction, self.workload, self.shape, self.dtype)
+
     def without_time(self, status: str, reason: str) -> Row:
         """The row of a provider that gave none."""
         return replace(self, status=status, reason=reason or "no reason given")

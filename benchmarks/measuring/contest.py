@@ -243,29 +243,20 @@ class _Run:
                 )
             except SamplingStopped as stop:
                 times, stopped = stop.times, stop
-        sm_clock, memory_clock = clocks
-        count = contest.counts.get(direction, Count())
         for name, measured in times.items():
             judgement = judgements[name][direction == FORWARD]
-            row = replace(
+            row = self.session.complete(
                 self._row(providers[name], direction),
-                status="ok",
-                reason="",
-                samples=len(measured.milliseconds),
-                p20_ms=measured.percentile(20) / contest.calls_per_sample,
-                p50_ms=measured.percentile(50) / contest.calls_per_sample,
-                p80_ms=measured.percentile(80) / contest.calls_per_sample,
-                memory_bytes=ready[name].memory,
-                flops=count.flops,
-                bytes=count.bytes,
-                error=judgement.error,
-                error_limit=judgement.limit,
+                measured,
+                contest.calls_per_sample,
+                ready[name].memory,
+                contest.counts.get(direction, Count()),
+                (judgement.error, judgement.limit),
+                clocks,
                 checked_on=contest.check_name if contest.check_work is not None else "",
-                sm_clock_mhz=sm_clock,
-                memory_clock_mhz=memory_clock,
                 timed=ready[name].timed,
             )
-            self.rows.append(self.session.with_roofline_share(row))
+            self.rows.append(row)
         if stopped is not None:
             raise stopped
 

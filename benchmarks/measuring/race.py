@@ -122,27 +122,10 @@ def _race(
             )
         except SamplingStopped as stop:
             times, stopped = stop.times, stop
-    sm_clock, memory_clock = clocks
     for name, measured in times.items():
         row, entry, found, memory = ready[name]
-        row = replace(
-            row,
-            status="ok",
-            reason="",
-            samples=len(measured.milliseconds),
-            p20_ms=measured.percentile(20) / entry.calls_per_sample,
-            p50_ms=measured.percentile(50) / entry.calls_per_sample,
-            p80_ms=measured.percentile(80) / entry.calls_per_sample,
-            memory_bytes=memory,
-            flops=entry.count.flops,
-            bytes=entry.count.bytes,
-            error=found.error,
-            error_limit=found.limit,
-            sm_clock_mhz=sm_clock,
-            memory_clock_mhz=memory_clock,
-        )
-        session.learn([row])
-        rows.append(session.with_roofline_share(row))
+        checked = found.error, found.limit
+        rows.append(session.complete(row, measured, entry.calls_per_sample, memory, entry.count, checked, clocks))
     if stopped is not None:
         raise stopped
 

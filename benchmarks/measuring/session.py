@@ -19,6 +19,7 @@ from ..environment import describe_environment
 from ..processes import RUNNING_FILE
 from ..rows import Key, Row, append_rows, level_path
 from .accuracy import Part
+from .timing import Times
 
 REFUSED_FILE = "refused.jsonl"
 SECONDS_BETWEEN_BEATS = 1.0
@@ -148,6 +149,46 @@ class Session:
         if not rate or not self._bandwidth:
             return None
         return Gpu(self.environment.device_name, rate, self._bandwidth, "measured in this run")
+
+    def complete(
+        self,
+        row: Row,
+        times: Times,
+        calls_per_sample: int,
+        memory: int,
+        count: Count,
+        checked: tuple[float, float],
+        clocks: Sequence[str],
+        **others: str,
+    ) -> Row:
+        """The row with what was measured, and its share of the ceilings known by then.
+
+        Args:
+            times: of samples, each of so many calls.
+            memory: bytes.
+            checked: (error, limit).
+            clocks: of (multiprocessors, memory), MHz.
+            others: further columns.
+        """
+        row = replace(
+            row,
+            status="ok",
+            reason="",
+            samples=len(times.milliseconds),
+            p20_ms=times.percentile(20) / calls_per_sample,
+            p50_ms=times.percentile(50) / calls_per_sample,
+            p80_ms=times.percentile(80) / calls_per_sample,
+            memory_bytes=memory,
+            flops=count.flops,
+            bytes=count.bytes,
+            error=checked[0],
+            error_limit=checked[1],
+            sm_clock_mhz=clocks[0],
+            memory_clock_mhz=clocks[1],
+            **others,
+        )
+        self.learn([row])
+        return self.with_roofline_share(row)
 
     def with_roofline_share(self, row: Row) -> Row:
         gpu = self.ceilings(row.dtype)

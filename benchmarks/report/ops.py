@@ -1,33 +1,26 @@
-"""Sections of the report about single ops, ceilings, decoding, predictions, and the table of all rows."""
+"""Sections of the report about single ops: beside each other, attention over length, under the roofline."""
 
 from __future__ import annotations
 
 import math
-import re
 
 from opensora_fast.html_report import Bar, HtmlReport
 
 from ..measuring.contest import FORWARD, FORWARD_BACKWARD
-from ..predictions import TARGETS_FOR, predict
 from ..providers.attention_work import KINDS
 from ..rows import Row
-from ..shapes import SIZES, Workload
 from .figures import choose_markers, legend_of, plot_over_length, plot_roofline
 from .results import (
     Results,
     Work,
     check_share,
-    error_text,
     is_ours,
     joined,
-    rate,
-    time_text,
     timing_text,
     work_order,
 )
-from .steps import missing_bars, time_bars
+from .steps import time_bars
 
-BEHIND = ("missed", "slower than predicted")  # verdicts
 LENGTH = "length "  # workloads of attention over its length begin so
 
 
@@ -170,179 +163,3 @@ def add_roofline(report: HtmlReport, results: Results) -> None:
         )
         if own
     )
-
-
-# ---- ceilings ----
-
-
-def has_ceilings(results: Results) -> bool:
-    return any(row.status == "ok" for level in ("copy", "gemm", "launch") for row in results.select(level))
-
-
-def add_ceilings(report: HtmlReport, results: Results) -> None:
-    sheet = results.datasheet
-    text = "What this device does when nothing is in the way."
-    if results.is_gpu:
-        text += " The floors and limits of this page are counted from the best copy and the best matrix product."
-    report.paragraph(f"{text} The full width is {f'the datasheet of {sheet.name}' if sheet else 'the best'}.")
-    copies = [row for row in results.select("copy") if row.status == "ok"]
-    products = [row for row in results.select("gemm") if row.status == "ok"]
-    cards = []
-    if copies:
-        most = sheet.bandwidth / 1e9 if sheet else max(row.gbytes_per_s for row in copies)
-        bars = [Bar(row.workload, row.gbytes_per_s / most, f"{row.gbytes_per_s:,.0f} GB/s") for row in copies]
-        cards.append(("copy", "read plus written", bars))
-    launches = [work for work in results.works("launch") if work.measured]
-    for work in launches:
-        slowest = work.measured[-1].p50_ms
-        bars = [Bar(row.provider, row.p50_ms / slowest, time_text(row.p50_ms)) for row in work.measured]
-        cards.append(("launch", "host time of one of many", bars + missing_bars(work)))
-    best = max((row.tflops_per_s for row in products), default=0.0)
-    most = sheet.matrix_flops / 1e12 if sheet else best
-    for workload in dict.fromkeys(row.workload for row in products):
-        bars = [
-            Bar(
-                joined(row.op, row.direction, row.provider),
-                row.tflops_per_s / most,
-                f"{row.tflops_per_s:.3g} TFLOP/s",
-                tip=row.shape,
-            )
-            for row in products
-            if row.workload == workload
-        ]
-        cards.append((f"matrix products, {workload}", products[0].dtype, bars))
-    report.cards(cards)
-
-
-# ---- decoding ----
-
-
-def has_loader(results: Results) -> bool:
-    return any(row.status == "ok" for level in ("loader", "buckets") for row in results.select(level))
-
-
-def add_loader(report: HtmlReport, results: Results) -> None:
-    report.paragraph(
-        "Decoding real clips: frames that are kept, a second. Tokens/s are those the frames become, to be held against "
-        "the tokens/s of a training step."
-    )
-    works = [work for work in results.works("loader") if work.measured]
-    most = max((_frames_per_s(row) for work in works for row in work.measured), default=0.0)
-    cards = []
-    for name in dict.fromkeys(work.first.workload for work in works):
-        bars = []
-        for work in works:
-            if work.first.workload == name:
-                bars += [_decoding_bar(row, most) for row in work.measured]
-        shape = next(work.first.shape for work in works if work.first.workload == name)
-        cards.append((name, shape, bars))
-    report.cards(cards)
-    unable = [
-        [row.provider, row.op, row.workload, row.status, row.reason]
-        for row in results.select("loader")
-        if row.status != "ok"
-    ]
-    if unable:
-        report.table(["decoder", "codec", "workload", "status", "reason"], unable, filtered=len(unable) > 12)
-    buckets = [row for row in results.select("buckets") if row.status == "ok"]
-    if buckets:
-        report.heading("Clips into buckets")
-        report.table(
-            ["configuration", "provider", "clips", "ms", "k clips/s"],
-            [
-                [row.workload, row.provider, clips := int(row.shape.split()[0]), row.p50_ms, round(clips / row.p50_ms)]
-                for row in buckets
-            ],
-        )
-
-
-def _decoding_bar(row: Row, most: float) -> Bar:
-    frames = _frames_per_s(row)
-    return Bar(
-        f"{row.op}, {row.provider}",
-        frames / most if frames else None,
-        f"{frames:,.0f} frames/s" if frames else time_text(row.p50_ms),
-        f"{rate(row.tokens_per_s)} tokens/s" if frames else "",
-        check=check_share(row),
-        tip=error_text(row),
-    )
-
-
-def _frames_per_s(row: Row) -> float:
-    resolution = row.workload.partition("×")[0]
-    if resolution not in SIZES:  # of another version of this project
-        return 0.0
-    return row.tokens_per_s / Workload(resolution, 1).frame_tokens
-
-
-# ---- predictions ----
-
-
-def has_predictions(results: Results) -> bool:
-    return any(row.status == "ok" and predict(row) for row in results.latest)
-
-
-def add_predictions(report: HtmlReport, results: Results) -> None:
-    lines = [
-        [joined(row.level, row.op), row.direction, row.workload, row.provider, *judge_prediction(results, row)]
-        for row in sorted(results.latest, key=lambda row: (row.level, row.op, row.direction, work_order(row)))
-        if row.status == "ok" and predict(row)
-    ]
-    lines.sort(key=lambda line: line[-1] not in BEHIND)
-    missed = sum(line[-1] in BEHIND for line in lines)
-    report.paragraph(
-        "What was written down before anything was measured on such a GPU: for this project's own a span from good to "
-        f"goal{_projected_text(results)}, for the others an estimate that is off when it is more than a tenth away. "
-        "What fell behind comes first."
-    )
-    report.numbers(
-        [
-            ("predictions with a row", str(len(lines))),
-            ("as predicted, or better", str(len(lines) - missed)),
-            ("behind", str(missed)),
-        ]
-    )
-    report.table(
-        ["what", "direction", "workload", "provider", "predicted", "measured", "verdict"], lines, filtered=True
-    )
-
-
-def _projected_text(results: Results) -> str:
-    """What steps are expected of where there are no goals for this GPU."""
-    sheet = results.datasheet
-    if sheet is None or sheet.name == TARGETS_FOR:
-        return ""
-    return f" (of steps, what rows of an {TARGETS_FOR} project for an {sheet.name})"
-
-
-def judge_prediction(results: Results, row: Row) -> tuple[str, str, str]:
-    """(predicted, measured, verdict): "goal reached", "good", "missed"; for others than ours "as predicted" or not."""
-    predicted = predict(row)
-    numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", predicted.partition(" ")[0])]
-    low, high, unit = numbers[0], numbers[-1], predicted.partition(" ")[2]
-    measured = _measured_in(results, row, unit)
-    if measured is None or math.isnan(measured):
-        return predicted, "", "cannot be told"
-    text = f"{measured:.3g} {unit}"
-    if unit == "µs":
-        low, high, measured = -high, -low, -measured
-    if is_ours(row):
-        return predicted, text, "goal reached" if measured >= high else "good" if measured >= low else "missed"
-    tenth = 0.1 * abs(low)
-    if measured < low - tenth:
-        return predicted, text, "slower than predicted"
-    return predicted, text, "as predicted" if measured <= high + tenth else "faster than predicted"
-
-
-def _measured_in(results: Results, row: Row, unit: str) -> float | None:
-    """The row's result in the unit of a prediction; None for one that this page does not know."""
-    if unit == "TFLOP/s":
-        return row.tflops_per_s
-    if unit == "k tokens/s":
-        return row.tokens_per_s / 1e3
-    if unit == "µs":
-        return row.p50_ms * 1e3
-    if unit == "% of copy":
-        copies = [copy.gbytes_per_s for copy in results.select("copy") if copy.status == "ok"]
-        return 100 * row.gbytes_per_s / max(copies) if copies else None
-    return None

@@ -13,7 +13,7 @@ from opensora_fast.html_report import HtmlReport
 from ..measuring.accuracy import Part
 from ..rows import Row
 from ..shapes import VIDEO_SIZES
-from . import convergence, memory, ops, steps
+from . import ceilings, convergence, loader, memory, ops, predictions, steps
 from .results import Results, check_share, is_ours, joined, rate
 from .training_lines import AS_SHIPPED, COMPILED, WITH_FLASH
 
@@ -53,8 +53,8 @@ SECTIONS = (
     Section("Attention over length", ops.has_lengths, ops.add_lengths, "kernels", "attention over length"),
     Section("Roofline", ops.has_roofline, ops.add_roofline, "kernels", "achieved rates under the roofline"),
     Section("Blocks", steps.has_blocks, steps.add_blocks, "kernels", "blocks of the model"),
-    Section("Ceilings", ops.has_ceilings, ops.add_ceilings, "kernels", "the device's ceilings"),
-    Section("Decoding", ops.has_loader, ops.add_loader, "loader", "decoding"),
+    Section("Ceilings", ceilings.has_ceilings, ceilings.add_ceilings, "kernels", "the device's ceilings"),
+    Section("Decoding", loader.has_loader, loader.add_loader, "loader", "decoding"),
     Section(
         "Convergence",
         convergence.has_convergence,
@@ -64,8 +64,8 @@ SECTIONS = (
     ),
     Section(
         "Predictions",
-        ops.has_predictions,
-        ops.add_predictions,
+        predictions.has_predictions,
+        predictions.add_predictions,
         "push",
         "what was predicted (for an H200 and an H100)",
         True,

@@ -16,7 +16,7 @@ from opensora_fast.costs.operations import Count
 
 from ..measuring.session import REFUSED_FILE, SINGLE_KERNEL_LEVELS
 from ..roofline import project
-from ..rows import Row, read_folder
+from ..rows import Key, Row, read_folder
 
 RESOLUTION_ORDER = ("144p", "240p", "360p", "480p", "720p", "256", "512", "1024")
 
@@ -164,9 +164,9 @@ class Results:
 
 def group(rows: Iterable[Row]) -> list[Work]:
     """Rows of the same work together, in the order in which works first appear."""
-    found: dict[tuple[str, ...], list[Row]] = {}
+    found: dict[Key, list[Row]] = {}
     for row in rows:
-        found.setdefault((row.level, row.op, row.direction, row.workload, row.shape, row.dtype), []).append(row)
+        found.setdefault(row.work, []).append(row)
     return [Work(tuple(rows)) for rows in found.values()]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..measuring.case import Case
 from ..predictions import predict, predict_for
-from ..rows import CALLED, Row
+from ..rows import CALLED, Key, Row
 from ..suites.estimates import STARTUP_S
 
 # (title, value of a row); a column without any value is left out.
@@ -35,10 +35,10 @@ TEXT_COLUMNS = 5  # aligned to the left
 def format_table(rows: Iterable[Row]) -> str:
     """One line for each measurement, those of the same work together, the fastest first."""
     measured = [row for row in rows if row.status == "ok"]
-    order: dict[tuple[str, ...], int] = {}
+    order: dict[Key, int] = {}
     for row in measured:
-        order.setdefault(_work(row), len(order))
-    measured.sort(key=lambda row: (order[_work(row)], row.p50_ms))
+        order.setdefault(row.work, len(order))
+    measured.sort(key=lambda row: (order[row.work], row.p50_ms))
     if not measured:
         return "no row with a time"
     columns = [(title, [value(row) for row in measured]) for title, value in COLUMNS]
@@ -54,10 +54,10 @@ def format_table(rows: Iterable[Row]) -> str:
         return "  ".join(aligned).rstrip()
 
     lines = [line([title for title, _ in columns])]
-    sizes = Counter(_work(row) for row in measured)
-    before = _work(measured[0])
+    sizes = Counter(row.work for row in measured)
+    before = measured[0].work
     for index, row in enumerate(measured):
-        work = _work(row)
+        work = row.work
         if work != before and max(sizes[work], sizes[before]) > 1:
             lines.append("")
         before = work
@@ -114,7 +114,3 @@ def format_reasons(rows: Iterable[Row]) -> str:
     return "\n".join(
         f"{provider}: {status} ({count} rows): {reason}" for (provider, status, reason), count in sorted(counts.items())
     )
-
-
-def _work(row: Row) -> tuple[str, ...]:
-    return (row.level, row.op, row.direction, row.workload, row.shape, row.dtype)
