@@ -1,7 +1,7 @@
 """The figure and the tables of the README, from committed rows: `python -m opensora_fast.benchmarks.readme`.
 
-Rewrites the block between two markers of README.md, and `benchmarks/results/training.svg`. With --check it writes
-nothing and exits with 1 where either is out of date.
+Rewrites the block between two markers of README.md, and its figure `benchmarks/results/training.svg`. With --check it
+writes nothing and exits with 1 where either is out of date.
 """
 
 from __future__ import annotations
@@ -90,8 +90,7 @@ def _training_text(lines: Sequence[Line]) -> str:
         [f"limit of one {PUBLISHED_ON}, counted", *(thousands(line.published_floor) for line in lines)],
         [f"Open-Sora on {PUBLISHED_ON}, published", *(thousands(line.published) for line in lines)],
     ]
-    figure = f"![Tokens per second of a training step at five resolutions: limits and figures]({FIGURE})"
-    return f"{figure}\n\n{_wrap(_caption(lines))}\n\n{_table(table)}"
+    return f"{_wrap(_caption(lines))}\n\n{_table(table)}"
 
 
 def _caption(lines: Sequence[Line]) -> str:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from opensora_fast.costs.hardware import DATASHEETS
 
+from ..rows import Row
 from .training_lines import FRAMES, PUBLISHED_ON, Line
 
 NOT_MEASURED = "not measured yet"
 WIDTH, BAR, GAP, LEFT, RIGHT, TOP = 860, 17, 3, 70, 200, 62
+# What stands beside ours where it was measured in the same run: an attribute of `OnGpu`, and its name.
+PEERS = (
+    ("compiled", "torch.compile"),
+    ("with_flash", "Open-Sora's model with flash attention"),
+    ("as_shipped", "Open-Sora's model as shipped"),
+)
 BETWEEN = 12  # resolutions
 STYLE = """
 text { font: 13px system-ui, "Segoe UI", sans-serif; fill: #1d2733; } .soft { fill: #5b6b7c; }
 .title { font-weight: 600; }
 .paper { fill: #ffffff; } .limit { fill: none; stroke: #5b6b7c; stroke-dasharray: 4 3; } .ours { fill: #0b6bcb; }
-.given { fill: #d9822b; }
+.peer { fill: #8a97a5; } .given { fill: #d9822b; }
 @media (prefers-color-scheme: dark) { text { fill: #e6edf3; } .soft { fill: #9aa9b8; } .paper { fill: #16202b; }
   .limit { stroke: #9aa9b8; } .ours { fill: #6ab0ff; } }
 """
@@ -33,7 +40,14 @@ def thousands(tokens_per_s: float | None) -> str:
 
 def build_figure(lines: Sequence[Line]) -> str:
     """Bars as SVG, the same bytes for the same rows: no library draws it."""
-    groups = [(line.resolution, _bars(line)) for line in lines]
+    peers = {
+        (on.gpu, attribute)
+        for line in lines
+        for on in line.measured
+        for attribute, _ in PEERS
+        if getattr(on, attribute)
+    }
+    groups = [(line.resolution, _bars(line, peers)) for line in lines]
     most = max(value for _, bars in groups for _, value, _ in bars if value is not None)
     scale = (WIDTH - LEFT - RIGHT) / most
     group = (BAR + GAP) * len(groups[0][1]) + BETWEEN
@@ -51,7 +65,7 @@ def build_figure(lines: Sequence[Line]) -> str:
             length = 0.0 if value is None else value * scale
             if value is not None:
                 parts.append(f'<rect class="{kind}" x="{LEFT}" y="{top}" width="{length:.1f}" height="{BAR}" rx="2"/>')
-            lacking = NOT_MEASURED if kind == "ours" else "none"
+            lacking = "none" if kind == "given" else NOT_MEASURED
             text = f"{label}: {lacking if value is None else thousands(value)}"
             parts.append(_text(LEFT + length + 7, top + 13, text, "soft" if value is None or kind == "limit" else ""))
     return (
@@ -60,8 +74,12 @@ def build_figure(lines: Sequence[Line]) -> str:
     )
 
 
-def _bars(line: Line) -> list[Bar]:
-    """The limit and ours of each GPU, then what was published; GPUs of the same rates have one limit."""
+def _bars(line: Line, peers: Container[tuple[str, str]]) -> list[Bar]:
+    """The limit, ours and its peers on each GPU, then what was published; GPUs of the same rates have one limit.
+
+    Args:
+        peers: (GPU, attribute of PEERS) that were measured at any resolution.
+    """
     bars: list[Bar] = []
     published = f"Open-Sora on {PUBLISHED_ON}, published"
     alike = False
@@ -70,10 +88,17 @@ def _bars(line: Line) -> list[Bar]:
         alike |= same
         names = f"{on.gpu} and {PUBLISHED_ON}" if same else on.gpu
         bars.append(("limit", on.floor, f"limit of {names}"))
-        bars.append(("ours", on.ours.tokens_per_s if on.ours else None, f"ours on {on.gpu}"))
+        bars.append(("ours", _speed(on.ours), f"ours on {on.gpu}"))
+        for attribute, name in PEERS:
+            if (on.gpu, attribute) in peers:
+                bars.append(("peer", _speed(getattr(on, attribute)), f"{name}, same {on.gpu}"))
     if not alike:
         bars.append(("limit", line.published_floor, f"limit of {PUBLISHED_ON}"))
     return [*bars, ("given", line.published, published)]
+
+
+def _speed(row: Row | None) -> float | None:
+    return row.tokens_per_s if row else None
 
 
 def _text(x: float, y: float, text: str, kind: str = "") -> str:

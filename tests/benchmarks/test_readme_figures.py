@@ -73,6 +73,11 @@ def test_upstream_of_the_same_videos_stands_below_ours():
     block = build_block([Results(None, (ours, upstream, flash, genuine))])
     assert "| Open-Sora's model as shipped, same H200 and run | – | 23.1 | – | – | – |" in block
     assert "| Open-Sora's model with flash attention, same H200 and run | – | 54.0 | – | – | – |" in block
+    figure = build_figure(training_lines([Results(None, (ours, upstream, flash, genuine))])).replace("&#x27;", "'")
+    assert "Open-Sora's model with flash attention, same H200: 54.0" in figure
+    assert "Open-Sora's model as shipped, same H200: 23.1" in figure and "torch.compile" not in figure
+    assert figure.count(f"Open-Sora's model as shipped, same H200: {NOT_MEASURED}") == 4
+    assert "same H200" not in build_figure(training_lines([Results(None, (ours, smaller))]))
     text = " ".join(block.split())
     assert "its own code" in text and "flash attention has not been measured" not in text
 
