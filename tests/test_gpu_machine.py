@@ -25,8 +25,8 @@ def run_there():
     return run
 
 
-def test_the_gpu_tests_of_the_readme_are_collected(run_there):
-    command = re.search(r'pytest -m "(.*)" ((?:tests/[\w/.]+ ?)+)', (ROOT / "README.md").read_text())
+def test_the_gpu_tests_of_the_benchmarks_page_are_collected(run_there):
+    command = re.search(r'pytest -m "(.*)" ((?:tests/[\w/.]+ ?)+)', (ROOT / "benchmarks/README.md").read_text())
     chosen, paths = command[1], command[2].split()
     arguments = ["-m", chosen, "--collect-only", "-q", "-p", "no:cacheprovider", *paths]
     output = run_there(f"import pytest; sys.exit(pytest.main({arguments!r}))")

@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type exists, and the files that it and the sources name are there."""
+"""What the README and the pages beside it tell one to type exists, and the files that they and the sources name."""
 
 import importlib.util
 import re
@@ -16,7 +16,11 @@ from opensora_fast.cli import list_subcommands, run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+PAGES = {
+    page: page.read_text()
+    for page in (ROOT / name for name in ("README.md", "train/README.md", "benchmarks/README.md"))
+}
+BASH = "\n".join(block for text in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
 LINES = [shlex.split(line, comments=True) for line in BASH.splitlines()]
 UNDER_TORCHRUN = [words for words in LINES if words and words[0] == "torchrun"]
 COMMANDS = [words for words in LINES if words and words[0] == "opensora-fast"]
@@ -57,13 +61,15 @@ def test_make_targets_exist():
 
 
 def test_modules_and_paths_exist():
-    for module in re.findall(r"python -m ([\w.]+)", README):
-        assert importlib.util.find_spec(module), module
-    paths = [word for words in LINES for word in words if word.startswith(("tests/", "benchmarks/"))]
-    paths += re.findall(r"\]\((?!https:)([^)]+)\)", README)
+    for text in PAGES.values():
+        for module in re.findall(r"python -m ([\w.]+)", text):
+            assert importlib.util.find_spec(module), module
+    paths = [ROOT / word for words in LINES for word in words if word.startswith(("tests/", "benchmarks/"))]
+    for page, text in PAGES.items():
+        paths += [page.parent / link for link in re.findall(r"\]\((?!https:)([^)]+)\)", text)]
     assert len(paths) > 5
     for path in paths:
-        assert (ROOT / path).exists(), path
+        assert path.exists(), path
 
 
 def test_files_that_the_readme_and_the_sources_name_exist():
@@ -97,5 +103,11 @@ def test_the_lines_for_other_trainers_shard_a_model_that_computes_the_same():
     assert get_error(found, train(alone, 0)) < 2e-5
 
 
-def test_it_stays_short():
-    assert len(README.splitlines()) < 250
+def test_the_first_page_stays_short():
+    assert len(README.splitlines()) < 200
+
+
+def test_the_benchmarks_page_names_each_folder():
+    page = ROOT / "benchmarks"
+    folders = {path.name for path in page.iterdir() if path.is_dir() and not path.name.startswith(("_", "."))}
+    assert folders == set(re.findall(r"`(\w+)/`", PAGES[page / "README.md"]))
