@@ -49,7 +49,8 @@ def read_prompts(path: str | Path) -> list[str]:
         ValueError: the file is missing, is not UTF-8 text, or holds no prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), for which separators inside of a text end a line, too.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompt_path: cannot read {path}: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -59,6 +59,8 @@ def test_prompts_are_read_from_a_file_one_a_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("first é\n\n  second  \n", encoding="utf-8")
     assert read_prompts(path) == ["first é", "second"]
+    path.write_bytes("\ufefffirst\u2028line\r\nsecond\x0cpage\r\n".encode())  # as editors on Windows write
+    assert read_prompts(path) == ["first\u2028line", "second\x0cpage"]
     path.write_text("\n \n")
     with pytest.raises(ValueError, match="holds no prompt"):
         read_prompts(path)
