@@ -314,13 +314,13 @@ def make_tasks(
         paths = prompt.reference_path or (reference_paths[index] if reference_paths else None)
         strategy = prompt.mask_strategy or (mask_strategies[index] if mask_strategies else None)
         try:
-            tasks.append(_make_task(index, prompt, paths, strategy, settings.loop))
+            tasks.append(_make_task(index, prompt, paths, strategy, settings))
         except ValueError as error:
             raise ValueError(f"prompt {index} ({_shorten(prompt.text)}): {error}") from error
     return tasks
 
 
-def _make_task(index: int, prompt: Prompt, paths: str | None, strategy: str | None, loops: int) -> _Task:
+def _make_task(index: int, prompt: Prompt, paths: str | None, strategy: str | None, settings: SampleSettings) -> _Task:
     files = tuple(path.strip() for path in paths.split(";")) if paths else ()
     placements = parse_mask_strategy(strategy)
     if files and not placements:
@@ -329,7 +329,8 @@ def _make_task(index: int, prompt: Prompt, paths: str | None, strategy: str | No
         if not Path(file).is_file():
             hint = "download it first and give the file" if "://" in file else "check the path"
             raise ValueError(f"reference_path: there is no file {file!r}; {hint}")
-    check_placements(placements, len(files), loops)
+    # A latent stands for one frame, so their numbers are the same.
+    check_placements(placements, len(files), settings.loop, settings.num_frames)
     return _Task(index, prompt, files, placements)
 
 

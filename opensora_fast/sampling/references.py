@@ -79,15 +79,16 @@ def _parse_placement(part: str, strategy: str) -> Placement:
     return Placement(**values)  # type: ignore[arg-type]
 
 
-def check_placements(placements: Sequence[Placement], references: int, loops: int) -> None:
+def check_placements(placements: Sequence[Placement], references: int, loops: int, frames: int) -> None:
     """Check what can be checked before the references are read.
 
     Args:
         references: number of references.
         loops: number of loops.
+        frames: of the sample in each loop.
 
     Raises:
-        ValueError: a loop or a reference that does not exist.
+        ValueError: a loop or a reference that does not exist, or frames outside the sample.
     """
     for placement in placements:
         if placement.loop >= loops:
@@ -100,6 +101,7 @@ def check_placements(placements: Sequence[Placement], references: int, loops: in
             raise ValueError(
                 f"mask_strategy tuple '{placement}': there is no reference {placement.reference}, references: {have}"
             )
+        _find_target(placement, frames)
 
 
 def place_references(
@@ -126,12 +128,7 @@ def place_references(
             continue
         reference = references[placement.reference]
         source = _resolve(placement, "reference_start", reference.shape[1], f"reference {placement.reference}")
-        target = _resolve(placement, "target_start", frames, "the sample")
-        if target.stop > frames:
-            raise ValueError(
-                f"mask_strategy tuple '{placement}': frames {target.start} to {target.stop - 1} do not fit into the "
-                f"sample of {frames} frames; shorten length or raise num_frames"
-            )
+        target = _find_target(placement, frames)
         if reference.shape[1] == 1:
             source = slice(0, 1)
         elif source.stop > reference.shape[1]:
@@ -142,6 +139,16 @@ def place_references(
         latents[:, target] = reference[:, source].to(latents)
         mask[target] = placement.edit_ratio
     return mask
+
+
+def _find_target(placement: Placement, frames: int) -> slice:
+    target = _resolve(placement, "target_start", frames, "the sample")
+    if target.stop > frames:
+        raise ValueError(
+            f"mask_strategy tuple '{placement}': frames {target.start} to {target.stop - 1} do not fit into the "
+            f"sample of {frames} frames; shorten length or raise num_frames"
+        )
+    return target
 
 
 def _resolve(placement: Placement, field: str, frames: int, owner: str) -> slice:

@@ -183,6 +183,13 @@ def test_mistakes_are_named_before_anything_is_sampled(arguments, settings, name
     assert not scheduler.calls
 
 
+def test_frames_outside_of_a_later_sample_are_named_before_the_first_is_sampled(image):
+    scheduler = RecordingScheduler()
+    with pytest.raises(ValueError, match=r"prompt 1 \('b'\): .*frames 0 to 6 do not fit into the sample of 6 frames"):
+        generate(["a", "b"], [image, image], ["0", "0,0,0,0,7"], scheduler=scheduler)
+    assert not scheduler.calls
+
+
 def test_a_reference_too_short_for_its_strategy_is_named(video):
     with pytest.raises(ValueError, match=r"frames 8 to 13 are asked of reference 0, which has 10"):
         generate("a", [video], ["0,0,8,0,6"])

@@ -115,11 +115,18 @@ def test_frames_that_do_not_exist_are_named(strategy, named):
         place(strategy, [10])
 
 
-def test_loops_and_references_that_do_not_exist_are_named():
-    check_placements(parse_mask_strategy("1,1"), references=2, loops=2)
+def test_loops_references_and_frames_that_do_not_exist_are_named_before_references_are_read():
+    def check(strategy, references=1, loops=1):
+        check_placements(parse_mask_strategy(strategy), references, loops, frames=8)
+
+    check("1,1,0,-8,8", references=2, loops=2)
     with pytest.raises(ValueError, match="loop 2 does not come, the loops are 0 to 1"):
-        check_placements(parse_mask_strategy("2"), references=1, loops=2)
+        check("2", loops=2)
     with pytest.raises(ValueError, match="there is no reference 1, references: 0 to 0"):
-        check_placements(parse_mask_strategy("0,1"), references=1, loops=1)
+        check("0,1")
     with pytest.raises(ValueError, match="give reference_path"):
-        check_placements(parse_mask_strategy("0"), references=0, loops=1)
+        check("0", references=0)
+    with pytest.raises(ValueError, match="target_start 8 lies outside the sample, which has 8 frames"):
+        check("0,0,0,8")
+    with pytest.raises(ValueError, match="frames 1 to 8 do not fit into the sample of 8 frames"):
+        check("0,0,0,1,8")
