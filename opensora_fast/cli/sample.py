@@ -53,7 +53,9 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal samples.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts sampled at a time.")] = None,
     num_sample: Annotated[int | None, typer.Option(help="Samples of each prompt.")] = None,
-    start_index: Annotated[int | None, typer.Option(help="First prompt of the list.")] = None,
+    start_index: Annotated[
+        int | None, typer.Option(help="First prompt of the list; names and samples are as without it.")
+    ] = None,
     end_index: Annotated[int | None, typer.Option(help="End of the prompts, not included.")] = None,
     sample_name: Annotated[str | None, typer.Option(help='Files are NAME_0.mp4, ...; "sample" if not given.')] = None,
     prompt_as_path: Annotated[bool, typer.Option("--prompt-as-path", help="Name files after their prompt.")] = False,

@@ -121,5 +121,6 @@ def make_settings(config: SampleConfig) -> SampleSettings:
         num_sample=config.num_sample,
         batch_size=config.batch_size,
         seed=config.seed,
+        first_index=config.start_index or 0,
         aspect_ratio_as_trained=config.aspect_ratio_as_trained,
     )

@@ -40,6 +40,8 @@ class SampleSettings:
         num_sample: samples of each prompt.
         batch_size: prompts sampled at a time. A sample does not depend on it, but for rounding.
         seed: equal seeds give equal samples.
+        first_index: number of the first prompt. A part of a list of prompts, which begins there, gets the samples that
+            it has in the whole list.
         aspect_ratio_as_trained: tell the model width / height, as in training. Open-Sora's sampler tells it
             height / width, and so does this one by default.
     """
@@ -53,6 +55,7 @@ class SampleSettings:
     num_sample: int = 1
     batch_size: int = 1
     seed: int = 42
+    first_index: int = 0
     aspect_ratio_as_trained: bool = False
 
     def __post_init__(self) -> None:
@@ -61,8 +64,9 @@ class SampleSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.fps > 0:
             raise ValueError(f"fps must be above 0, got {self.fps}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        for name in ("seed", "first_index"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ValueError(f"image_size must be (height, width) in pixels, got {self.image_size}")
         if self.loop > 1 and self.condition_frame_length >= self.num_frames:
@@ -309,10 +313,11 @@ def make_tasks(
                 f"{name} has {len(values)} entries for {len(prompts)} prompts; give one for each, None for no reference"
             )
     tasks = []
-    for index, text in enumerate(prompts):
+    for place, text in enumerate(prompts):
+        index = settings.first_index + place
         prompt = parse_prompt(text, settings.loop)
-        paths = prompt.reference_path or (reference_paths[index] if reference_paths else None)
-        strategy = prompt.mask_strategy or (mask_strategies[index] if mask_strategies else None)
+        paths = prompt.reference_path or (reference_paths[place] if reference_paths else None)
+        strategy = prompt.mask_strategy or (mask_strategies[place] if mask_strategies else None)
         try:
             tasks.append(_make_task(index, prompt, paths, strategy, settings))
         except ValueError as error:

@@ -113,6 +113,17 @@ def test_a_prompt_file_and_indices_choose_prompts(folder, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["three.png", "two.png"]
 
 
+def test_a_part_of_the_prompts_gets_the_names_and_samples_that_it_has_among_all(folder, tmp_path):
+    options = ("--prompt", "one", "two", "three", "--num-frames", "1", "--num-sampling-steps", "2", "--save-dir")
+    assert sample(folder, *options, str(tmp_path / "all")) == 0
+    for part in (("--end-index", "1"), ("--start-index", "1")):
+        assert sample(folder, *options, str(tmp_path / "parts"), *part) == 0
+    names = ["sample_0.png", "sample_1.png", "sample_2.png"]
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
+
+
 def test_dpm_solver_drafts(folder, tmp_path, capsys):
     scheduler = 'scheduler=dict(type="dpm-solver", num_sampling_steps=2, cfg_scale=2.0)'
     assert sample(folder, scheduler, "--prompt", "a cat", "--save-dir", str(tmp_path)) == 0
