@@ -54,6 +54,11 @@ def test_every_bad_row_is_listed_with_line_and_reason(meta):
     ]
 
 
+def test_a_path_that_no_file_can_have_is_one_bad_row(meta):
+    meta.write_bytes(meta.read_bytes().replace(b"missing.mp4", b"miss\0ing.mp4"))
+    assert validate_manifest(meta).bad_rows[0].reason == "is no path of a file: embedded null byte"
+
+
 def test_deep_finds_what_headers_hide(meta):
     places = [bad_row.place for bad_row in validate_manifest(meta, check="deep").bad_rows]
     assert "line 10" in places and len(places) == 7

@@ -48,6 +48,8 @@ def check_file(path: str) -> None:
         status = os.stat(path)
     except OSError as error:
         raise ClipError(f"cannot be opened: {error.strerror}") from None
+    except ValueError as error:
+        raise ClipError(f"is no path of a file: {error}") from None
     if not stat.S_ISREG(status.st_mode):
         raise ClipError("not a regular file")
     if status.st_size == 0:
