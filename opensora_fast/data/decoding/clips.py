@@ -38,8 +38,16 @@ class BadClip:
     reason: str
 
 
+class UnsupportedClip(BadClip):
+    """A clip that only this decoder cannot take: another one may."""
+
+
 class ClipError(Exception):
     """One clip cannot be used. Decoders turn it into a `BadClip`, so it never leaves them."""
+
+
+class Unsupported(ClipError):
+    """It is the decoder that cannot use the clip. It is turned into an `UnsupportedClip`."""
 
 
 class Decoder(Protocol):

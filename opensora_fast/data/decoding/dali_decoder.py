@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from opensora_fast.data.decoding.clips import BadClip, ClipError, ClipRequest
+from opensora_fast.data.decoding.clips import BadClip, ClipError, ClipRequest, Unsupported, UnsupportedClip
 from opensora_fast.data.decoding.copy_stream import CopyStream
 from opensora_fast.data.decoding.picture_size import is_hidden, read_picture_size
 from opensora_fast.data.decoding.pyav_decoder import (
@@ -188,11 +188,13 @@ class DaliDecoder:
         try:
             check_file(request.path)
             if os.path.getsize(request.path) >= MAXIMUM_BYTES:
-                raise ClipError("a file of 2 GiB or more, which DALI cannot read: use PyAV")
+                raise Unsupported("a file of 2 GiB or more, which DALI cannot read: use PyAV")
             with open(request.path, "rb") as file:
                 content = file.read()
             size = self._inspect(content, max(request.frames))
             return _Sample(request, np.frombuffer(content, np.uint8), size, CoverCrop.of_video(size, request.size))
+        except Unsupported as error:
+            return UnsupportedClip(request.row, request.path, str(error))
         except ClipError as error:
             reason = str(error)
         except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
@@ -205,7 +207,7 @@ class DaliDecoder:
         with open_video(file) as (container, stream):
             codec = codec_name(stream)
             if codec not in self.codecs:
-                raise ClipError(
+                raise Unsupported(
                     f"DALI does not decode {codec} on the {self.device.upper()}, only {', '.join(self.codecs)}: "
                     'use decoder="auto" or "pyav"'
                 )
@@ -279,10 +281,10 @@ def _check_packet(packet: Any, codec: str, size: tuple[int, int], number: int) -
     if packet.is_corrupt:
         raise ClipError(f"damaged or cut off near frame {number}")
     if packet.is_discard or (packet.pts is not None and packet.pts < 0):
-        raise ClipError("has frames that are not to be shown (an edit list), which DALI shows: use PyAV")
+        raise Unsupported("has frames that are not to be shown (an edit list), which DALI shows: use PyAV")
     data = bytes(packet)
     if is_hidden(codec, data):
-        raise ClipError("has hidden reference frames, which DALI counts: use PyAV")
+        raise Unsupported("has hidden reference frames, which DALI counts: use PyAV")
     try:
         stated = read_picture_size(codec, data)
     except ValueError as error:

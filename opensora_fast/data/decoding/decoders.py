@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import av
 import torch
 
-from opensora_fast.data.decoding.clips import BadClip, ClipError, ClipRequest, Decoder
+from opensora_fast.data.decoding.clips import BadClip, ClipError, ClipRequest, Decoder, UnsupportedClip
 from opensora_fast.data.decoding.dali_decoder import CODECS, DaliDecoder, find_obstacle
 from opensora_fast.data.decoding.isolated_decoder import IsolatedDecoder
 from opensora_fast.data.decoding.pyav_decoder import TIME_LIMIT, PyAVDecoder, count_processors
@@ -33,11 +33,12 @@ def build_decoder(
 
     | name   | device "cuda"                                        | device "cpu"                     |
     |--------|------------------------------------------------------|----------------------------------|
-    | "auto" | DALI on the GPU for its codecs, PyAV for the others; PyAV for all where DALI cannot | PyAV for all |
+    | "auto" | DALI on the GPU, PyAV for what DALI does not support; PyAV for all where DALI cannot | PyAV for all |
     | "dali" | DALI on the GPU; other codecs are bad clips          | DALI for VP8, VP9, MJPEG; others are bad clips |
     | "pyav" | PyAV                                                 | PyAV                             |
 
-    On the CPU, "auto" leaves DALI out: it gives the same frames more slowly (`benchmarks/test_decode.py`).
+    Of its own codecs DALI does not support files that hide frames or have 2 GiB. On the CPU, "auto" leaves DALI out: it
+    gives the same frames more slowly (`benchmarks/test_decode.py`).
 
     Args:
         name: see above.
@@ -72,19 +73,19 @@ def build_decoder(
         return make_dali()
     obstacle = find_obstacle("gpu") if on_gpu else ""
     if on_gpu and not obstacle:
-        report(f"decoder: DALI on the GPU for {', '.join(CODECS['gpu'])}; PyAV for other codecs and images")
+        report(f"decoder: DALI on the GPU for {', '.join(CODECS['gpu'])}; PyAV for what it does not support")
         return RoutedDecoder(DaliDecoder("gpu", threads=threads, time_limit=time_limit), make_pyav(), report)
     report(f"decoder: PyAV for all codecs{f' ({obstacle})' if obstacle else ''}")
     return IsolatedDecoder(make_pyav, limit, threads) if isolate else make_pyav()
 
 
 class RoutedDecoder:
-    """DALI for the codecs it decodes, PyAV for the rest and for images. Both give the same frames.
+    """DALI for the clips it supports, PyAV for the rest and for images. Both give the same frames.
 
     Args:
         dali: for the codecs in its `codecs`.
         pyav: for everything else, files that cannot be opened included.
-        report: told, once for each codec that occurs, who decodes it.
+        report: told, once for each codec that occurs, who decodes it, and why where it is PyAV for one of DALI's.
 
     Attributes:
         served: clips by (codec, decoder), counted.
@@ -101,19 +102,21 @@ class RoutedDecoder:
     def decode(self, requests: Sequence[ClipRequest]) -> list[torch.Tensor | BadClip]:
         """See `clips.Decoder`; all clips are on DALI's device."""
         codecs = ["image" if request.is_image else self._find_codec(request.path) for request in requests]
-        chosen = ["DALI" if codec in self.dali.codecs else "PyAV" for codec in codecs]
-        for pair in zip(codecs, chosen, strict=True):
-            if pair not in self.served:
-                self._report(f"decoder: {pair[1]} decodes {pair[0]}")
-            self.served[pair] = self.served.get(pair, 0) + 1
         results: list[torch.Tensor | BadClip] = [None] * len(requests)
-        for name, decoder in (("DALI", self.dali), ("PyAV", self.pyav)):
-            places = [place for place, choice in enumerate(chosen) if choice == name]
-            decoded = decoder.decode([requests[place] for place in places])
-            for place, result in zip(places, decoded, strict=True):
-                if decoder is self.pyav and isinstance(result, torch.Tensor):
-                    result = self.dali.place(result)
-                results[place] = result
+        by_dali = [place for place, codec in enumerate(codecs) if codec in self.dali.codecs]
+        for place, result in zip(by_dali, self.dali.decode([requests[place] for place in by_dali]), strict=True):
+            results[place] = result
+        left = [place for place, result in enumerate(results) if result is None or isinstance(result, UnsupportedClip)]
+        for place, (codec, result) in enumerate(zip(codecs, results, strict=True)):
+            pair = codec, "PyAV" if place in left else "DALI"
+            if pair not in self.served:
+                why = (
+                    f" where DALI cannot: {result.path} {result.reason}" if isinstance(result, UnsupportedClip) else ""
+                )
+                self._report(f"decoder: {pair[1]} decodes {codec}{why}")
+            self.served[pair] = self.served.get(pair, 0) + 1
+        for place, result in zip(left, self.pyav.decode([requests[place] for place in left]), strict=True):
+            results[place] = result if isinstance(result, BadClip) else self.dali.place(result)
         return results
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from opensora_fast.cli import run
 from opensora_fast.data.decoding import dali_decoder
 from opensora_fast.data.decoding.clips import BadClip, ClipRequest
 from opensora_fast.data.decoding.dali_decoder import DaliDecoder, build_pipeline, find_cause
+from opensora_fast.data.decoding.decoders import RoutedDecoder
 from opensora_fast.data.decoding.isolated_decoder import IsolatedDecoder
 from opensora_fast.data.decoding.pyav_decoder import PyAVDecoder
 
@@ -186,7 +187,7 @@ def test_frame_size_changes(tmp_path, dali, coding):
 
 
 def test_hidden_frames_of_vp8(tmp_path, dali, pyav):
-    """A reference frame that is never shown is no frame: DALI counts it, so the clip goes to PyAV or is refused."""
+    """A reference frame that is never shown is no frame: DALI counts it, so the clip is refused or goes to PyAV."""
     good = write_clip(tmp_path, "vp8", 12)
     path = tmp_path / "hidden.webm"
     with av.open(str(good)) as reader, av.open(str(path), "w") as writer:
@@ -201,8 +202,18 @@ def test_hidden_frames_of_vp8(tmp_path, dali, pyav):
     (theirs,) = pyav.decode([ClipRequest(0, str(path), (2, 3, 9), (24, 32), False)])
     (whole,) = pyav.decode([ClipRequest(0, str(good), (2, 4, 11), (24, 32), False)])
     assert torch.equal(theirs, whole)
-    (ours,) = dali.decode([ClipRequest(0, str(path), (2, 3, 9), (24, 32), False)])
-    assert "hidden reference frames" in reason(ours)
+    requests = [ClipRequest(row, str(file), (2, 3, 9), (24, 32), False) for row, file in enumerate((good, path, path))]
+    _, ours, again = dali.decode(requests)
+    assert "hidden reference frames" in reason(ours) and reason(again) == reason(ours)
+    said = []
+    routed = RoutedDecoder(dali, pyav, said.append)
+    _, ours, again = routed.decode(requests)
+    assert torch.equal(ours, theirs) and torch.equal(again, theirs)
+    assert said == [
+        "decoder: DALI decodes vp8",
+        f"decoder: PyAV decodes vp8 where DALI cannot: {path} has hidden reference frames, which DALI counts: use PyAV",
+    ]
+    assert routed.served == {("vp8", "DALI"): 1, ("vp8", "PyAV"): 2}
 
 
 def test_truncated_file_with_a_whole_index(tmp_path, dali):
