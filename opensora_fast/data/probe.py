@@ -12,6 +12,7 @@ from opensora_fast.data.decoding.clips import IMAGE_EXTENSIONS, ClipError, is_im
 from opensora_fast.data.decoding.picture_size import is_hidden
 from opensora_fast.data.decoding.pyav_decoder import count_processors, describe
 from opensora_fast.data.decoding.still_images import check_levels, upright_size
+from opensora_fast.data.decoding.turned_videos import read_turn
 from opensora_fast.data.decoding.video_index import check_file, codec_name, open_video, read_packets
 from opensora_fast.data.decoding.worker_threads import Overdue, WorkerThreads
 from opensora_fast.data.manifest import IMAGE_FPS, check_ending, write_table
@@ -89,10 +90,12 @@ def probe_video(path: str, depth: Depth) -> MediaInfo:
                 raise ClipError("the file states no frame size")
             if not rate and num_frames > 1:
                 raise ClipError("the file states no frame rate")
+            sides = (context.height, context.width)
+            height, width = reversed(sides) if read_turn(path).swaps_sides else sides
             return MediaInfo(
                 num_frames=num_frames,
-                height=context.height,
-                width=context.width,
+                height=height,
+                width=width,
                 fps=float(rate) if rate else IMAGE_FPS,
                 codec=codec_name(stream),
             )

@@ -36,6 +36,7 @@ from opensora_fast.data.decoding.pyav_decoder import (
     describe,
 )
 from opensora_fast.data.decoding.resize import CoverCrop
+from opensora_fast.data.decoding.turned_videos import Turn, parse_turn
 from opensora_fast.data.decoding.video_index import check_file, codec_name, open_video, read_packets
 from opensora_fast.data.decoding.worker_threads import Overdue, WorkerThreads
 from opensora_fast.out_of_memory import SIGNS
@@ -204,6 +205,9 @@ class DaliDecoder:
     def _inspect(self, content: bytes, last_frame: int) -> tuple[int, int]:
         """Height and width of the frames. ClipError if DALI would refuse the file or not give the frames asked for."""
         file = _WatchedFile(content)
+        if parse_turn(file) != Turn():
+            raise Unsupported("is turned or mirrored when it is shown, which DALI leaves out: use PyAV")
+        file.seek(0)
         with open_video(file) as (container, stream):
             codec = codec_name(stream)
             if codec not in self.codecs:

@@ -1,7 +1,7 @@
 """Decode clips on the CPU with PyAV: any codec, several clips at a time, only what is needed of each file.
 
 The frames are those of a decode from the start, bit for bit (`video_index.py` says why). What is decoded is converted
-to RGB, resized and cropped frame by frame, so a long clip never exists at its full size in memory.
+to RGB, turned upright, resized and cropped frame by frame, so a long clip never exists at its full size in memory.
 
 Color: BT.601 coefficients whatever the file says, the range (limited or full) as the file says, chroma interpolated at
 full precision. Open-Sora's decoder and DALI use the same coefficients, and with these settings PyAV and DALI on the CPU
@@ -20,6 +20,7 @@ import torch
 
 from opensora_fast.data.decoding.clips import BadClip, ClipError, ClipRequest
 from opensora_fast.data.decoding.resize import resize_frame, resize_image
+from opensora_fast.data.decoding.turned_videos import read_turn
 from opensora_fast.data.decoding.video_index import (
     RESETTING_CODECS,
     check_file,
@@ -152,17 +153,22 @@ def read_frames(
     time_limit: float = TIME_LIMIT,
     threads: int = 1,
 ) -> None:
-    """Decode some frames of a video file and hand each to take(number, uint8 [H, W, 3]), in ascending order.
+    """Decode some frames of a video file and hand each, upright, to take(number, uint8 [H, W, 3]), in ascending order.
 
     Raises:
         ClipError: the file lacks one of them, is damaged, or takes too long.
     """
     deadline = _Deadline(time_limit)
+    turn = read_turn(path)
+
+    def take_upright(number: int, pixels: np.ndarray) -> None:
+        take(number, turn.apply(pixels))
+
     try:
-        _read_from_keyframe(path, wanted, take, deadline, threads)
+        _read_from_keyframe(path, wanted, take_upright, deadline, threads)
     except _NotExact:
         with open_video(path, threads) as (container, stream):
-            _collect(deadline.watch(read_packets(container, stream)), 0, wanted, take)
+            _collect(deadline.watch(read_packets(container, stream)), 0, wanted, take_upright)
 
 
 class _NotExact(Exception):
@@ -264,14 +270,15 @@ def to_rgb(frame: VideoFrame, reformatter: VideoReformatter | None = None) -> np
 
 
 def iterate_frames(path: str, threads: int = 0) -> Iterator[np.ndarray]:
-    """All frames of a video file, uint8 [H, W, 3] each. ClipError or av.FFmpegError if it is damaged.
+    """All frames of a video file, upright, uint8 [H, W, 3] each. ClipError or av.FFmpegError if it is damaged.
 
     `threads` is the number that the codec may use, 0 for its own choice.
     """
     from av.video.reformatter import VideoReformatter
 
     reformatter = VideoReformatter()
+    turn = read_turn(path)
     with open_video(path, threads) as (container, stream):
         for packet in read_packets(container, stream):
             for frame in packet.decode():
-                yield to_rgb(frame, reformatter)
+                yield turn.apply(to_rgb(frame, reformatter))
