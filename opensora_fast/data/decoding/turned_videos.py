@@ -1,7 +1,8 @@
 """How a video is turned when it is shown: phones store pictures as they were held, and note that in the container.
 
 Players turn them, and so does OpenCV, with which Open-Sora's tools write their tables. Its loader trains them on their
-side, as decoders give them. Read is the matrix of MP4 and MOV, which is what cameras write.
+side, as decoders give them. Read is the matrix of MP4 and MOV, which is what cameras write; PyAV shows it on decoded
+frames only, and neither probing nor DALI's loader decodes any.
 """
 
 from __future__ import annotations
