@@ -37,3 +37,10 @@ def test_bfloat16_on_the_emulator(file) -> None:
     # No test is skipped, and what ran is what was built.
     assert re.search(r"^\d+ passed, \d+ deselected in ", process.stdout, flags=re.MULTILINE), process.stdout[-2000:]
     assert re.search(r"^emulated launches: \{'.+': \d+.*\}$", process.stdout, flags=re.MULTILINE)
+
+
+def test_no_file_with_tests_in_bfloat16_is_left_out() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--collect-only", "-q", "-m", "gpu and not slow"]
+    process = subprocess.run([*command, "-k", "bfloat16", str(FOLDER)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
+    assert sorted(set(re.findall(r"(test_\w+\.py)::", process.stdout))) == list(FILES)
