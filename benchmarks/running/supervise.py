@@ -40,14 +40,14 @@ def supervise(plan: Plan, stall_seconds: float = STALL_SECONDS, command: list[st
     before = None
     for _ in range(MOST_RESTARTS):
         running.unlink(missing_ok=True)  # of the worker before, or of a run that was ended from outside
-        code, silence = _run_worker([*command, plan.to_json()], plan.deadline, running, stall_seconds)
+        code, silence, asked = _run_worker([*command, plan.to_json()], plan.deadline, running, stall_seconds)
+        if code >= 0 and code != RESTART:
+            return code
+        if asked or time.time() >= (plan.deadline or float("inf")):
+            return INTERRUPTED
         if code == RESTART:
             plan = replace(plan, deaths=[])
             continue
-        if code >= 0 and not silence:
-            return code
-        if time.time() >= (plan.deadline or float("inf")):
-            return INTERRUPTED
         state = _read_running(running)
         if state is None or (state, plan.careful) == before:
             return code if code > 0 else 128 - code  # it died before it did anything new
@@ -67,10 +67,10 @@ def _blame(plan: Plan, state: dict, reason: str) -> Plan:
 
 def _run_worker(
     command: list[str], deadline: float | None, running: Path, stall_seconds: float
-) -> tuple[int, str | None]:
-    """(exit code, why it was ended for silence or None)."""
+) -> tuple[int, str | None, bool]:
+    """(exit code, why it was ended for silence or None, whether it was asked to stop)."""
     start = time.time()
-    process = subprocess.Popen(command, stdin=subprocess.PIPE)  # the worker ends when this pipe does
+    process = _start(command)
     with _forward_signals(process) as asked:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
@@ -85,8 +85,18 @@ def _run_worker(
             if now - (last_sign or start) > limit:
                 process.kill()
                 process.wait()
-                return process.returncode, f"it gave no sign of life for {limit:g} s"
-        return process.returncode, None
+                return process.returncode, f"it gave no sign of life for {limit:g} s", bool(asked)
+        return process.returncode, None, bool(asked)
+
+
+def _start(command: list[str]) -> subprocess.Popen:
+    """Ctrl-C reaches the whole process group. The worker ignores it from the first, as what is ignored here meanwhile:
+    the supervisor decides, and asks by SIGTERM."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE)  # the worker ends when this pipe does
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -39,8 +39,6 @@ def main() -> None:
 
 def run(plan: Plan) -> int:
     """Measures what the folder lacks; returns an exit code of `processes`."""
-    # Ctrl-C reaches the whole process group; the supervisor decides and asks by SIGTERM.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
     try:
         return _run(plan)

@@ -124,6 +124,41 @@ def test_a_worker_that_does_not_stop_when_asked_is_ended(tmp_path, monkeypatch):
     assert time.time() - start < 20
 
 
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "time.sleep(600)",  # it is still loading
+        f"signal.signal(signal.SIGTERM, lambda number, frame: sys.exit({RESTART}))\ntime.sleep(600)",
+        # It hangs, in whatever it was doing.
+        'running([["a key"]], "check")\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)',
+    ],
+    ids=["while loading", "while asking for another", "while hanging"],
+)
+def test_who_presses_ctrl_c_stops_the_run(tmp_path, steps):
+    """Whatever the worker is doing; as in a terminal, both processes receive the signal."""
+    worker = stub("print('started', flush=True)\n" + steps)
+    script = f"""
+import sys
+from opensora_fast.benchmarks.processes import Plan
+from opensora_fast.benchmarks.running import supervise
+supervise.GRACE_SECONDS = 0.5
+sys.exit(supervise.supervise(Plan.from_json(sys.argv[1]), command={worker!r}))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, make_plan(tmp_path).to_json()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED and errors == ""
+    assert len(read_plans(tmp_path)) == 1  # no other worker was started
+
+
 def test_providers_that_take_the_process_down_cost_their_own_rows(tmp_path, capfd):
     """The real worker: one provider loses the device, one kills the process, one is wrong."""
     assert supervise(make_plan(tmp_path), command=[*WORKER, "evil"]) == WRONG
