@@ -99,6 +99,7 @@ def _measure(
     from opensora_fast.benchmarks.environment import find_source_state
     from opensora_fast.benchmarks.processes import DONE, INTERRUPTED, WRONG, Plan
     from opensora_fast.benchmarks.running.supervise import supervise
+    from opensora_fast.train.checkpoints.folder_lock import hold_folder
 
     deadline = time.time() + parse_budget(budget) if budget else None
     find_source_state(commit)  # a wrong --commit is told before anything starts
@@ -114,7 +115,8 @@ def _measure(
         refresh=refresh,
         deadline=deadline,
     )
-    code = supervise(plan)
+    with hold_folder(out, typer.echo):
+        code = supervise(plan)
     if code in (DONE, WRONG, INTERRUPTED) and any(out.glob("*.csv")):
         if importlib.util.find_spec("matplotlib") is None:  # rows are worth more than their page
             typer.echo(f"no report.html: matplotlib is not installed; where it is, `bench --report {out}` writes it")

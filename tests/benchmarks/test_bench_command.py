@@ -101,6 +101,19 @@ def test_one_row_can_be_run_stopped_and_run_again(tmp_path, monkeypatch, capfd):
     assert all(row.environment.commit and row.environment.date for row in after)
 
 
+def test_a_folder_that_another_run_writes_into_is_refused(tmp_path, capsys):
+    """Each would measure every row again, beside the other, and disturb its times."""
+    code = "import sys, pathlib; from opensora_fast.train.checkpoints.folder_lock import hold_folder\n"
+    code += f"with hold_folder(pathlib.Path({str(tmp_path)!r}), print): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        words = ["--suite", "kernels", "--providers", "eager", "--only", "gelu_tanh 240p", "--budget", "1s"]
+        assert run(["bench", "--device", "cpu", "--out", str(tmp_path), *words]) == 1
+        other.kill()
+    assert f"another run is writing into {tmp_path} (process {other.pid} on " in capsys.readouterr().err
+    assert read_folder(tmp_path) == []
+
+
 def test_profile_attention(tmp_path, capsys):
     arguments = ["profile", "attention", "--device", "cpu", "--seqlens", "8,16,8", "--providers", "upstream,eager,ours"]
     assert run([*arguments, "--budget", "0.2", "--out", str(tmp_path), "--trace"]) == 0
