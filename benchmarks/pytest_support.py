@@ -11,7 +11,7 @@ import torch
 from .environment import describe_environment
 from .measuring.accuracy import Named
 from .measuring.contest import FORWARD, make_yardstick
-from .measuring.provider import Bound, Provider
+from .measuring.provider import Bound, Provider, forget_compiled
 from .measuring.session import threads_of
 from .measuring.timing import Call
 from .suites.scale import Scale, scale_of
@@ -40,6 +40,7 @@ def time_provider(
     reason = provider.missing(work)
     if reason:
         pytest.skip(reason)
+    forget_compiled()
     yardstick = make_yardstick(references, work, results)
     judgement = yardstick.judge(results(provider.prepare(work), work)[0], outputs_only=direction == FORWARD)
     assert judgement.is_right, f"{judgement.name}: error {judgement.error:.3g} is over {judgement.limit:.3g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +57,13 @@ def of_function(function: Callable[[Any], Outputs]) -> Callable[[Any], Bound]:
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """torch.compile, with shapes as constants, as a user with fixed buckets would have it."""
     return torch.compile(function, dynamic=False, **options)
+
+
+def forget_compiled() -> None:
+    """For new work: torch.compile gives up on a function after eight shapes, and is eager from then on."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
 
 
 def needs_cuda(work: Any) -> str:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from opensora_fast.progress import Progress
-
-from ..measuring.contest import FORWARD, FORWARD_BACKWARD, forward_backward_call, run_contest
+from ..measuring.contest import FORWARD, FORWARD_BACKWARD, forward_backward_call
 from ..measuring.provider import choose_providers
-from ..measuring.session import Refused, Session, threads_of
+from ..measuring.session import DeviceLostError, Session, threads_of
 from ..providers.attention import ATTENTION_PROVIDERS
 from ..providers.attention_work import KINDS, make_attention_work
-from ..rows import CALLED, Row, append_rows
-from ..suites.attention_lengths import DEFAULT_LENGTHS, SIZES, make_attention_contest
+from ..report.summary import format_reasons
+from ..rows import Row, append_rows
+from ..running.runner import Report, run_cases
+from ..suites.attention_lengths import DEFAULT_LENGTHS, SIZES, length_case
 from ..suites.ceilings import measure_ceilings
+from ..suites.scale import scale_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,45 +31,51 @@ def profile_attention(
     lengths: Sequence[int] | None,
     providers: Sequence[str] | None,
     device: str,
-    dtype: torch.dtype | None = None,
+    out: Path,
     budget_s: float = 60.0,
-) -> tuple[list[Row], list[Refused]]:
-    """Measures forward, and forward with backward, of every provider at every length.
+) -> Report:
+    """Measures forward, and forward with backward, of every provider at every length, and writes rows and plot.
+
+    What was measured is written even where a length or a provider stops the run.
 
     Args:
         kind: "spatial", "temporal" or "cross".
         lengths: attended lengths; None: those of the device.
         providers: names from `ATTENTION_PROVIDERS`; None: all.
-        device: "cuda" or "cpu".
-        dtype: None: bfloat16 on CUDA, float32 on the CPU.
+        device: "cuda" (in bfloat16) or "cpu" (in float32).
+        out: folder of the files, see `profile_paths`.
         budget_s: time for all samples together.
 
-    Returns:
-        (rows, refused providers).
-
     Raises:
-        ValueError: an unknown kind or provider, or a length below 1.
+        ValueError: an unknown kind or provider, a length below 1, or a provider that left the GPU unusable.
     """
-    chosen = choose_providers(ATTENTION_PROVIDERS, providers)
+    chosen = tuple(provider.name for provider in choose_providers(ATTENTION_PROVIDERS, providers))
     if kind not in KINDS:
         raise ValueError(f"attention kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
     lengths = tuple(dict.fromkeys(lengths)) if lengths else DEFAULT_LENGTHS[kind, device]
     if any(length < 1 for length in lengths):
         raise ValueError(f"lengths {list(lengths)}: each must be at least 1")
-    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
-    session = Session(device)
-    rows: list[Row] = []
-    refused: list[Refused] = []
-    progress = Progress(f"profile {kind} attention", total=len(lengths), unit="lengths")
-    with threads_of(device), progress:
-        measure_ceilings(session, dtype)
-        for length in lengths:
-            contest = make_attention_contest(kind, length, device, dtype, chosen, budget_s / len(lengths) / 2)
-            new_rows, new_refused = run_contest(contest, session)
-            rows += new_rows
-            refused += new_refused
-            progress.advance(1, length=length)
-    return rows, refused
+    out.mkdir(parents=True, exist_ok=True)  # a place where nothing can be written costs no measurement
+    dtype = scale_of(device).dtype
+    seconds = budget_s / len(lengths) / 2
+    cases = [replace(length_case(kind, length, device, dtype, seconds, 0.0), providers=chosen) for length in lengths]
+    session, report = Session(device), Report()
+    try:
+        with threads_of(device):
+            measure_ceilings(session, dtype)
+            run_cases(cases, session, report=report)
+    except DeviceLostError as error:
+        names = ", ".join(dict.fromkeys(row.provider for row in error.rows)) or "a provider"
+        raise ValueError(f"{names} left the GPU unusable: {error}; leave it out of --providers") from error
+    finally:
+        if report.rows or report.refused:
+            _write_profile(report.rows, kind, out)
+    return report
+
+
+def profile_paths(kind: str, out: Path) -> tuple[Path, Path]:
+    """(rows as CSV, plot as SVG)."""
+    return out / f"attention_{kind}.csv", out / f"attention_{kind}.svg"
 
 
 def trace_attention(
@@ -117,13 +125,14 @@ def plot_attention(rows: Sequence[Row], kind: str) -> Figure:
         axis.set(title=f"{kind} attention, {direction}", xlabel="attended length", xscale="log", yscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("milliseconds (median)")
-    axes[1].legend(fontsize=8)
+    if axes[1].lines:
+        axes[1].legend(fontsize=8)
     figure.tight_layout()
     return figure
 
 
 def format_rows(rows: Sequence[Row]) -> str:
-    """One line for each measurement, then one for each provider that could not run."""
+    """One line for each measurement, then why others have no time."""
     header = ("length", "direction", "provider", "p50 ms", "TFLOP/s", "GB/s", "share of limit", "error", "may be")
     lines = [header] + [
         (
@@ -142,17 +151,11 @@ def format_rows(rows: Sequence[Row]) -> str:
     ]
     widths = [max(len(line[index]) for line in lines) for index in range(len(header))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    reasons = {row.provider: f"{row.status}: {row.reason}" for row in rows if row.status != "ok"}
-    called = [row for row in rows if row.timed.startswith(CALLED)]
-    reasons |= {f"{row.provider}, {row.direction}": f"timed as {row.timed}" for row in called}
-    return "\n".join(text + [f"{provider}: {reason}" for provider, reason in reasons.items()])
+    return "\n".join([*text, *format_reasons(rows).splitlines()])
 
 
-def write_profile(rows: Sequence[Row], kind: str, out: Path) -> tuple[Path, Path]:
-    """Writes the rows as CSV and the plot as SVG into `out`; returns both paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    csv_path, plot_path = out / f"attention_{kind}.csv", out / f"attention_{kind}.svg"
+def _write_profile(rows: Sequence[Row], kind: str, out: Path) -> None:
+    csv_path, plot_path = profile_paths(kind, out)
     csv_path.unlink(missing_ok=True)
     append_rows(csv_path, rows)
     plot_attention(rows, kind).savefig(plot_path)
-    return csv_path, plot_path

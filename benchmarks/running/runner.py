@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +9,7 @@ from opensora_fast.progress import Progress
 
 from ..measuring.case import Case
 from ..measuring.contest import describe
+from ..measuring.provider import forget_compiled
 from ..measuring.session import CaseStopped, DeviceLostError, Refused, Session
 from ..measuring.timing import release_memory
 from ..rows import Key, Row
@@ -85,7 +85,7 @@ def run_cases(
 def _measure(
     case: Case, session: Session, names: Sequence[str], finished: set[Key], report: Report
 ) -> tuple[list[Row], list[Refused]]:
-    _forget_compiled()
+    forget_compiled()
     try:
         rows, refused = case.measure(session, names)
     except DeviceLostError as error:
@@ -122,10 +122,3 @@ def failed_rows(case: Case, session: Session, names: Sequence[str], reason: str)
 def _is_of_another_state(row: Row, session: Session) -> bool:
     own, environment = session.environment, row.environment
     return environment is None or (environment.commit, environment.dirty) != (own.commit, own.dirty)
-
-
-def _forget_compiled() -> None:
-    """torch.compile gives up on a function after eight shapes; every case begins with none."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.reset()

@@ -1,4 +1,4 @@
-"""Attention at one attended length: the contest that `profile attention` and the suite of ops share."""
+"""Attention at one attended length: the case that `profile attention` and the suite of ops share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ..measuring.case import make_template
-from ..measuring.contest import OP_CALLS, Contest
-from ..measuring.provider import Provider
+from ..measuring.case import Case, Outcome, make_template
+from ..measuring.contest import OP_CALLS, Contest, run_contest
+from ..measuring.provider import Provider, choose_providers
 from ..measuring.replay import recorder_of
+from ..measuring.session import Session
 from ..measuring.timing import Sampling
-from ..providers.attention import ATTENTION_REFERENCE
+from ..providers.attention import ATTENTION_PROVIDERS, ATTENTION_REFERENCE
 from ..providers.attention_work import count_attention, make_attention_work
 from ..rows import Row
 
@@ -30,10 +31,27 @@ SIZES = {"cuda": (16, 72, 49152), "cpu": (2, 72, 512)}
 CHECK_TOKENS = {"cuda": 8192, "cpu": 512}
 
 
-def make_attention_contest(
-    kind: str, length: int, device: str, dtype: torch.dtype, providers: Sequence[Provider], seconds: float
+def length_case(kind: str, length: int, device: str, dtype: torch.dtype, seconds: float, value: float) -> Case:
+    """Every provider at one attended length; `seconds` for the samples of each direction."""
+    template = _make_template(kind, length, device, dtype)
+
+    def measure(session: Session, names: Sequence[str]) -> Outcome:
+        providers = choose_providers(ATTENTION_PROVIDERS, names)
+        contest = _make_contest(template, kind, length, device, dtype, providers, session.sampling_seconds(seconds))
+        return run_contest(contest, session)
+
+    return Case(template, tuple(OP_CALLS), tuple(provider.name for provider in ATTENTION_PROVIDERS), value, measure)
+
+
+def _make_contest(
+    template: Row,
+    kind: str,
+    length: int,
+    device: str,
+    dtype: torch.dtype,
+    providers: Sequence[Provider],
+    seconds: float,
 ) -> Contest:
-    """The contest of one attended length; `seconds` for the samples of each direction."""
     heads, head_size, tokens = SIZES[device]
     work = make_attention_work(kind, length, device, dtype, tokens, heads, head_size)
     shapes, channels = work.layout.shapes, heads * head_size
@@ -42,7 +60,7 @@ def make_attention_contest(
     if CHECK_TOKENS[device] < work.layout.num_tokens:
         check_work = make_attention_work(kind, length, device, dtype, CHECK_TOKENS[device], heads, head_size)
     return Contest(
-        template=attention_template(kind, length, device, dtype),
+        template=template,
         work=work,
         providers=providers,
         references=(ATTENTION_REFERENCE,),
@@ -55,8 +73,7 @@ def make_attention_contest(
     )
 
 
-def attention_template(kind: str, length: int, device: str, dtype: torch.dtype) -> Row:
-    """What the rows of one attended length have in common."""
+def _make_template(kind: str, length: int, device: str, dtype: torch.dtype) -> Row:
     heads, head_size, tokens = SIZES[device]
     tokens = max(tokens // 2, 1) * 2 if kind == "cross" else max(tokens // length, 1) * length
     return make_template(

@@ -32,7 +32,7 @@ from ..providers.elementwise import (
 from ..providers.mlp import MLP_PROVIDERS, MLP_REFERENCE, count_mlp, make_mlp_work
 from ..rows import Row
 from ..shapes import WIDE, Pack, text_lengths
-from .attention_lengths import DEFAULT_LENGTHS, attention_template, make_attention_contest
+from .attention_lengths import DEFAULT_LENGTHS, length_case
 from .scale import Scale
 
 DIRECTIONS = tuple(OP_CALLS)
@@ -67,7 +67,7 @@ def list_length_cases(scale: Scale) -> list[Case]:
     cases = []
     for kind in KINDS:
         for index, length in enumerate(DEFAULT_LENGTHS[kind, scale.device]):
-            cases.append(_length_case(scale, kind, length, LENGTHS_VALUE - index))
+            cases.append(length_case(kind, length, scale.device, scale.dtype, scale.seconds, LENGTHS_VALUE - index))
     return cases
 
 
@@ -216,14 +216,3 @@ def _op_case(
         return run_contest(contest, session)
 
     return Case(template, DIRECTIONS, tuple(provider.name for provider in providers), value, measure)
-
-
-def _length_case(scale: Scale, kind: str, length: int, value: float) -> Case:
-    def measure(session: Session, names: Sequence[str]) -> Outcome:
-        chosen = choose_providers(ATTENTION_PROVIDERS, names)
-        seconds = session.sampling_seconds(scale.seconds)
-        contest = make_attention_contest(kind, length, scale.device, scale.dtype, chosen, seconds)
-        return run_contest(contest, session)
-
-    template = attention_template(kind, length, scale.device, scale.dtype)
-    return Case(template, DIRECTIONS, tuple(provider.name for provider in ATTENTION_PROVIDERS), value, measure)

@@ -34,8 +34,8 @@ def attention(
         DEFAULT_LENGTHS,
         format_rows,
         profile_attention,
+        profile_paths,
         trace_attention,
-        write_profile,
     )
     from opensora_fast.device import choose_device
 
@@ -45,16 +45,14 @@ def attention(
     except ValueError:
         raise ValueError(f"--seqlens {seqlens!r}: write whole numbers with commas between them") from None
     names = providers.split(",") if providers else None
-    rows, refused = profile_attention(kind, lengths, names, device, None, parse_budget(budget))
-    typer.echo(f"{kind} attention on {device}\n{format_rows(rows)}")
-    for item in refused:
-        typer.echo(str(item), err=True)
-    csv_path, plot_path = write_profile(rows, kind, out)
+    report = profile_attention(kind, lengths, names, device, out, parse_budget(budget))
+    typer.echo(f"{kind} attention on {device}\n{format_rows(report.rows)}")
+    csv_path, plot_path = profile_paths(kind, out)
     typer.echo(f"rows: {csv_path}\nplot: {plot_path}")
     if trace:
         for path in trace_attention(kind, max(lengths or DEFAULT_LENGTHS[kind, device]), names, device, out):
             typer.echo(f"trace: {path}")
-    if not any(row.status == "ok" for row in rows):
+    if not any(row.status == "ok" for row in report.rows):
         raise ValueError("no provider could be measured; the table says why for each")
 
 

@@ -119,7 +119,7 @@ def test_profile_attention(tmp_path, capsys):
     assert run([*arguments, "--budget", "0.2", "--out", str(tmp_path), "--trace"]) == 0
     output = capsys.readouterr().out
     assert output.count("forward+backward     eager") == 2
-    assert "share of limit" in output and "ours: unavailable: needs a CUDA GPU" in output
+    assert "share of limit" in output and "ours: unavailable (4 rows): needs a CUDA GPU" in output
     files = {path.name for path in tmp_path.iterdir()}
     assert {"attention_spatial.csv", "attention_spatial.svg"} <= files
     assert {"trace_spatial_16_upstream.json", "trace_spatial_16_eager.json"} <= files
