@@ -1,18 +1,23 @@
-"""What the hardware allows: counted operations and bytes of ST-DiT-2 over the rates of a GPU.
+"""What the hardware allows: counted operations and bytes over the rates of a GPU.
 
-The floor adds the time of matrix operations to that of the bytes, because the elementwise passes lie between the matrix
-products and wait for them. A real run cannot reach it; a measured share of it says how much is left.
+The floor of a block or a step adds the time of matrix operations to that of the bytes, because the elementwise passes
+lie between the matrix products and wait for them. A real run cannot reach it; a measured share of it says how much is
+left.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 from opensora_fast.costs.hardware import Gpu
-from opensora_fast.costs.operations import count_forward, count_training_step
+from opensora_fast.costs.operations import Count, count_training_step
 from opensora_fast.model import STDiT2Config
 
+from .rows import Row
 from .shapes import Workload
+
+# Levels whose work is one kernel at best, in which reading and computing overlap.
+SINGLE_KERNEL_LEVELS = ("copy", "gemm", "launch", "op")
 
 
 def floor_tokens_per_s(config: STDiT2Config, workload: Workload, text: float, parameters: float, gpu: Gpu) -> float:
@@ -20,28 +25,21 @@ def floor_tokens_per_s(config: STDiT2Config, workload: Workload, text: float, pa
     return workload.tokens / count_training_step(config, workload, text, parameters).seconds(gpu)
 
 
-def model_flops_utilization(
-    config: STDiT2Config, workload: Workload, text: float, tokens_per_s: float, gpu: Gpu
-) -> float:
-    """3 × forward FLOP over the GPU's peak, as MFU is usually reported."""
-    per_token = 3 * count_forward(config, workload, text).flops / workload.tokens
-    return per_token * tokens_per_s / gpu.matrix_flops
+def floor_seconds(row: Row, gpu: Gpu) -> float:
+    """What the counted operations and bytes of a row take at least; nan where none are counted."""
+    count = Count(row.flops, row.bytes)
+    if not (count.flops or count.bytes):
+        return math.nan
+    return count.seconds_overlapped(gpu) if row.level in SINGLE_KERNEL_LEVELS else count.seconds(gpu)
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A prediction for another GPU from measured parts; never to be shown without the word projection."""
+def project_ms(matrix_ms: float, memory_ms: float, measured_on: Gpu, target: Gpu) -> float:
+    """A prediction for another GPU from measured parts; never to be shown without the word projection.
 
-    milliseconds: float
-    label: str
-
-
-def project(matrix_ms: float, memory_ms: float, measured_on: Gpu, target: Gpu) -> Projection:
-    """Scales measured matrix-bound time by the matrix rates and memory-bound time by the bandwidths.
+    Matrix-bound time is scaled by the matrix rates and memory-bound time by the bandwidths.
 
     Args:
         matrix_ms, memory_ms: measured on `measured_on`.
     """
-    scaled = matrix_ms * measured_on.matrix_flops / target.matrix_flops
-    scaled += memory_ms * measured_on.bandwidth / target.bandwidth
-    return Projection(scaled, f"projection for {target.name} from a measurement on {measured_on.name}")
+    matrix = matrix_ms * measured_on.matrix_flops / target.matrix_flops
+    return matrix + memory_ms * measured_on.bandwidth / target.bandwidth

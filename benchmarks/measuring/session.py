@@ -17,16 +17,13 @@ from opensora_fast.cpu_threads import cpu_threads
 
 from ..environment import describe_environment
 from ..processes import RUNNING_FILE
+from ..roofline import floor_seconds
 from ..rows import Key, Row, append_rows, level_path
 from .accuracy import Part
 from .timing import Times
 
 REFUSED_FILE = "refused.jsonl"
 SECONDS_BETWEEN_BEATS = 1.0
-
-# Levels whose work is one kernel at best, in which reading and computing overlap. The others alternate between matrix
-# products and passes over memory that wait for each other, so their floor is the sum of both.
-SINGLE_KERNEL_LEVELS = ("copy", "gemm", "launch", "op")
 
 
 @dataclass(frozen=True)
@@ -192,11 +189,7 @@ class Session:
 
     def with_roofline_share(self, row: Row) -> Row:
         gpu = self.ceilings(row.dtype)
-        if gpu is None or not (row.flops or row.bytes):
-            return row
-        count = Count(row.flops, row.bytes)
-        floor = count.seconds_overlapped(gpu) if row.level in SINGLE_KERNEL_LEVELS else count.seconds(gpu)
-        return replace(row, roofline_share=floor * 1e3 / row.p50_ms)
+        return row if gpu is None else replace(row, roofline_share=1e3 * floor_seconds(row, gpu) / row.p50_ms)
 
     # ---- what cases share ----
 

@@ -31,7 +31,6 @@ from . import PRODUCTS, PROJECTED_HIGH, PROJECTED_LOW, RESOLUTIONS, STEPS
 from .kernels import H200, MACHINES, Machine, path_of, write_predictions
 
 PARTS = ("spatial_attention", "temporal_attention", "cross_attention", "norms and gates", "gelu_tanh")
-ELEMENTWISE = ("modulated_norm", "gate_residual")
 # How often a block launches a kernel, where it is not once.
 TIMES = {
     "gate_residual_modulated_norm_forward": 3.0,

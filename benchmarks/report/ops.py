@@ -37,7 +37,8 @@ def add_ops(report: HtmlReport, results: Results) -> None:
     works = [work for work in _op_works(results) if work.measured]
     names = [work.first.workload for work in works]
     shown = max(dict.fromkeys(names), key=lambda name: (names.count(name), name.startswith("240p")))
-    full = "what the ceilings measured here allow" if _has_floors(results, works) else "the fastest"
+    counted = next((work.first for work in works if not math.isnan(results.floor_ms(work.first))), None)
+    full = f"the floor at {results.limit_text(counted.dtype)}" if counted else "the fastest"
     report.paragraph(
         f"Each op at {shown}, or where it was measured; the full width of a bar is {full}, the thin bar the error over "
         f"what it may be. The other workloads are in the tables. "
@@ -56,10 +57,6 @@ def add_ops(report: HtmlReport, results: Results) -> None:
         [_op_line(work, work.ours) for work in works if work.ours],
         filtered=True,
     )
-
-
-def _has_floors(results: Results, works: list[Work]) -> bool:
-    return any(not math.isnan(results.floor_ms(work.first)) for work in works)
 
 
 def _op_card(results: Results, work: Work) -> tuple[str, str, list[Bar]]:
@@ -104,7 +101,8 @@ def add_lengths(report: HtmlReport, results: Results) -> None:
         f"faster. {timing_text(rows)}"
     )
     if any(not math.isnan(results.floor_ms(row)) for row in rows):
-        report.paragraph("The dashed line is the floor of the counted operations and bytes at the measured ceilings.")
+        source = results.limit_text(rows[0].dtype)
+        report.paragraph(f"The dashed line is the floor of the counted operations and bytes at {source}.")
     report.legend(legend_of(rows))
     figures = []
     for kind in KINDS:

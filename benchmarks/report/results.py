@@ -6,16 +6,15 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
 from opensora_fast.costs.hardware import Gpu, recognize_gpu
-from opensora_fast.costs.operations import Count
 
-from ..measuring.session import REFUSED_FILE, SINGLE_KERNEL_LEVELS
-from ..roofline import project
+from ..measuring.session import REFUSED_FILE
+from ..roofline import floor_seconds, project_ms
 from ..rows import Key, Row, read_folder
 
 RESOLUTION_ORDER = ("144p", "240p", "360p", "480p", "720p", "256", "512", "1024")
@@ -94,7 +93,18 @@ class Results:
 
     @cached_property
     def latest(self) -> list[Row]:
-        """The last row of each key."""
+        """The last row of each key, with its share of the best ceilings, measured before it or after."""
+        ceilings = {dtype: self.ceilings(dtype) for dtype in {row.dtype for row in self._written}}
+        return [
+            replace(row, roofline_share=1e3 * floor_seconds(row, gpu) / row.p50_ms)
+            if row.status == "ok" and (gpu := ceilings[row.dtype])
+            else row
+            for row in self._written
+        ]
+
+    @cached_property
+    def _written(self) -> list[Row]:
+        """The last row of each key, as it was written."""
         return list({row.key: row for row in self.rows}.values())
 
     @property
@@ -128,7 +138,7 @@ class Results:
         """
         if not self.is_gpu:
             return None
-        measured = [row for row in self.latest if row.status == "ok"]
+        measured = [row for row in self._written if row.status == "ok"]
         bandwidth = max((row.gbytes_per_s for row in measured if row.level == "copy"), default=0.0)
         rate = max((row.tflops_per_s for row in measured if row.level == "gemm" and row.dtype == dtype), default=0.0)
         return Gpu(self.device_name, rate * 1e12, bandwidth * 1e9, "measured") if rate and bandwidth else None
@@ -137,12 +147,16 @@ class Results:
         """What floors are counted from: measured ceilings, or else the datasheet."""
         return self.ceilings(dtype) or self.datasheet
 
+    def limit_text(self, dtype: str) -> str:
+        """Whose rates floors are counted at, "" where nobody knows any."""
+        if self.ceilings(dtype):
+            return "the ceilings measured here"
+        return f"{self.datasheet.name}'s datasheet" if self.datasheet else ""
+
     def floor_ms(self, row: Row) -> float:
         """The time that the hardware needs at least; nan where nothing is counted or known."""
-        gpu, count = self.limit(row.dtype), Count(row.flops, row.bytes)
-        if gpu is None or not (row.flops or row.bytes):
-            return math.nan
-        return 1e3 * (count.seconds_overlapped(gpu) if row.level in SINGLE_KERNEL_LEVELS else count.seconds(gpu))
+        gpu = self.limit(row.dtype)
+        return math.nan if gpu is None else 1e3 * floor_seconds(row, gpu)
 
     def project_step(self, row: Row, target: Gpu) -> tuple[float, float] | None:
         """Projected tokens/s on another GPU, (lowest, highest); None where the split of the time is not known.
@@ -154,10 +168,7 @@ class Results:
             return None
         least_memory = min(row.bytes / ceilings.bandwidth * 1e3, row.p50_ms)
         most_memory = max(row.p50_ms - row.flops / ceilings.matrix_flops * 1e3, least_memory)
-        times = [
-            project(row.p50_ms - memory, memory, measured_on, target).milliseconds
-            for memory in (most_memory, least_memory)
-        ]
+        times = [project_ms(row.p50_ms - memory, memory, measured_on, target) for memory in (most_memory, least_memory)]
         low, high = sorted(row.tokens / time * 1e3 for time in times)
         return low, high
 

@@ -39,7 +39,7 @@ TECHNIQUES = {
     "ours": "+ Triton cross-attention: all kernels",
 }
 BETWEEN = [name for name in WATERFALL if name not in PEERS]  # shown in the waterfall alone
-# A work with one of each of these, or with so many providers, is a comparison and gets a card.
+# A work with as many of these as any has, or with so many providers, is a comparison and gets a card.
 KINDS_OF_PEERS = (("open-sora", "upstream"), ("compile",), ("ours",))  # how names begin
 COMPARED = 4
 PROJECTED_TO = "H800"
@@ -102,9 +102,9 @@ def add_steps(report: HtmlReport, results: Results) -> None:
     uncompared = [work for work in results.works("step", "") if work not in compared and work.measured]
     text = "Forward, backward, optimizer and average of the weights, latents and text there already."
     if compared:
-        thin = "The thin bar is the error over what it may be."
-        report.paragraph(f"{text} {_scale_text(results, compared[0])} {thin}")
-    if results.is_gpu:
+        text += f" {_scale_text(results, compared[0])} The thin bar is the error over what it may be."
+    report.paragraph(text)
+    if results.is_gpu and (compared or any(row.op for row in results.select("step"))):
         report.paragraph(
             "Hatched bars were not measured here. Open-Sora published its speeds for H800; they include the VAE and T5 "
             f"and recompute activations. A projection for {PROJECTED_TO} leaves matrix products as they are and slows "
@@ -292,21 +292,24 @@ def _share(results: Results, row: Row, work: Work) -> float:
 
 def _scale_text(results: Results, work: Work) -> str:
     """What the full width of a bar is."""
-    gpu, floor = results.limit(work.first.dtype), _floor_rate(results, work)
-    if gpu is None or floor is None:
+    if _floor_rate(results, work) is None:
         return "The full width of a bar is the fastest."
-    source = "the ceilings measured here" if gpu.source == "measured" else f"{gpu.name}'s datasheet"
+    source = results.limit_text(work.first.dtype)
     return f"The full width of a bar is the floor: what counted operations and bytes allow at {source}."
 
 
 def compared_steps(works: Sequence[Work]) -> list[Work]:
-    """Comparisons: for each workload that with the most kinds of peers, then the most providers, then tokens."""
+    """Comparisons: for each workload that with the most kinds of peers, then the most providers, then tokens.
+
+    A work with fewer kinds of peers than another one, and with few providers, is none.
+    """
     best: dict[str, Work] = {}
     for work in works:
         name = work.first.workload
         if name not in best or _weight(work) > _weight(best[name]):
             best[name] = work
-    return [work for work in best.values() if _has_all_kinds(work) or len(work.rows) >= COMPARED]
+    most = max(map(_count_kinds, best.values()), default=0)
+    return [work for work in best.values() if _count_kinds(work) == most > 1 or len(work.rows) >= COMPARED]
 
 
 def _weight(work: Work) -> tuple[int, int, int]:
@@ -317,15 +320,11 @@ def _count_kinds(work: Work) -> int:
     return sum(any(row.provider.startswith(kind) for row in work.rows) for kind in KINDS_OF_PEERS)
 
 
-def _has_all_kinds(work: Work) -> bool:
-    return _count_kinds(work) == len(KINDS_OF_PEERS)
-
-
 def best_step(results: Results) -> Row | None:
-    """Our fastest training step among those that others were compared at, all kinds of them if they ever were."""
+    """Our fastest training step among those that the most kinds of others were compared at."""
     works = compared_steps(results.works("step", ""))
-    full = [work for work in works if _has_all_kinds(work)]
-    rows = [work.ours for work in full or works if work.ours]
+    most = max(map(_count_kinds, works), default=0)
+    rows = [work.ours for work in works if work.ours and _count_kinds(work) == most]
     return max(rows, key=lambda row: row.tokens_per_s, default=None)
 
 
