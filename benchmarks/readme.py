@@ -6,6 +6,7 @@ writes nothing and exits with 1 where either is out of date.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ SHARES = {0.25: "a quarter", 0.5: "half", 0.75: "three quarters", 1.0: "all"}
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Rewrite the figure and the tables of the README from committed rows.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where they are out of date")
+    check = parser.parse_args(arguments).check
     root = Path(kernels.__file__).parent.parent
     readme = root / "README.md"
     if not readme.exists():
@@ -35,7 +39,7 @@ def main(arguments: list[str]) -> int:
     wanted[root / FIGURE] = build_figure(training_lines(folders))
     old = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     names = ", ".join(str(path.relative_to(root)) for path in old)
-    if "--check" in arguments:
+    if check:
         print(f"out of date: {names}; `python -m opensora_fast.benchmarks.readme` rewrites" if old else "up to date")
         return 1 if old else 0
     for path in old:

@@ -133,6 +133,10 @@ def test_rewriting_and_checking(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(readme.kernels, "__file__", str(tmp_path / "kernels" / "__init__.py"))
     assert readme.main(["--check"]) == 1
     assert "out of date: README.md, benchmarks/results/training.svg" in capsys.readouterr().out
+    for mistaken in ("--chekc", "--help"):
+        with pytest.raises(SystemExit):
+            readme.main([mistaken])
+    assert not (tmp_path / FIGURE).exists()
     assert readme.main([]) == 0 and readme.main(["--check"]) == 0
     assert "**108**" in page.read_text() and 'class="ours"' in (tmp_path / FIGURE).read_text()
     append_rows(tmp_path / "benchmarks/results/nvidia-h200/step.csv", [make_row(**STEP, p50_ms=290.0)])
