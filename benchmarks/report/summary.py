@@ -74,10 +74,11 @@ def format_plan(cases: Sequence[Case], gpu: str = "") -> str:
     A line stands where the time of one and of two runs of nine minutes is used up.
 
     Args:
-        gpu: such as "H200"; what is expected of the rows on it follows. "": a CPU.
+        gpu: such as "H200"; what is expected of the rows on it follows. "": a CPU, where the time of few is known, so
+            that there are no sums.
     """
     estimated = any(case.seconds for case in cases)
-    marks = list(MARKS_S) if estimated else []
+    marks = list(MARKS_S) if gpu else []
     lines, total = [], STARTUP_S
     for case in cases:
         total += case.seconds
@@ -86,7 +87,8 @@ def format_plan(cases: Sequence[Case], gpu: str = "") -> str:
             total += STARTUP_S if marks else 0.0  # the next run loads everything again
         work = f"{case.name}  [{case.template.shape}]  {', '.join(case.providers)}"
         seconds = f"{case.seconds:5.0f} s" if case.seconds else "      ?"
-        lines.append(f"{seconds}  {total:6.0f} s  {work}" if estimated else work)
+        until = f"  {total:6.0f} s" if gpu else ""
+        lines.append(f"{seconds}{until}  {work}" if estimated else work)
         expected = _expected(case, gpu)
         if expected:
             lines.append(f"{'':19}predicted on an {gpu}: {expected}")

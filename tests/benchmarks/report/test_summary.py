@@ -44,12 +44,14 @@ def test_reasons_are_told_once():
 def test_the_plan_says_what_fits_into_one_and_two_runs():
     seconds = (480.0 - STARTUP_S, 50.0, 100.0, 300.0, 200.0)
     cases = [replace(toy_case(["eager"], 8 * (index + 1)), seconds=value) for index, value in enumerate(seconds)]
-    lines = format_plan(cases).splitlines()
+    lines = format_plan(cases, "H200").splitlines()
     marks = [index for index, line in enumerate(lines) if line.startswith("----")]
     assert marks == [2, 5] and "540 s" in lines[2] and "1080 s" in lines[5]
     # The second run starts anew.
     assert f"{480 + 50 + 100 + STARTUP_S:.0f} s" in lines[3]
     assert lines[-1] == "5 cases, 10 rows"
+    on_cpu = format_plan([toy_case(["eager"]), *cases]).splitlines()  # the first takes nobody knows how long
+    assert not any("----" in line or f"{480:.0f} s" in line for line in on_cpu) and on_cpu[1].startswith("  430 s  op")
     plain = format_plan([toy_case(["eager"])]).splitlines()
     assert plain[0].startswith("op toy size 8  [N=8]  eager") or plain[0].startswith("op toy size 64")
 
