@@ -236,7 +236,7 @@ def check_folder(folder: Path, environment: Environment) -> None:
     if others:
         raise ValueError(f"{folder} holds rows of {', '.join(others)}; rows of {name} go into another folder")
     for path in (folder / file for file in dict.fromkeys(FILES.values())):
-        if path.exists() and path.stat().st_size > 0:
+        if path.exists() and _find_whole_end(path) > 0:
             _check_columns(path)
 
 

@@ -103,6 +103,7 @@ def test_a_row_that_was_cut_off_is_neither_read_nor_continued(tmp_path, kept):
         file.truncate(sizes.get(kept, first + kept if isinstance(kept, int) else 0))
     whole = {"header": 0, "no line end": 2}.get(kept, 1)
     assert len(read_rows(path)) == whole
+    check_folder(tmp_path, make_row().environment)
     append_rows(path, [make_row(), make_row()])
     assert len(read_rows(path)) == whole + 2
 
