@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from ..refused import Refused
 from ..rows import Key, Row
-from .session import Refused, Session
+from .session import Session
 
 Outcome = tuple[list[Row], list[Refused]]
 

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from opensora_fast.costs.operations import Count
 
+from ..refused import Refused
 from ..rows import CALLED, REPLAYED, Row
 from .accuracy import OUTPUT, Judgement, Named, Yardstick, norm, weights_like
+from .case import Outcome
 from .clocks import watch_clocks
 from .provider import Bound, Outputs, Provider
 from .replay import Recorder, make_replay, own_stream
-from .session import CaseStopped, DeviceLostError, Refused, Session
+from .session import CaseStopped, DeviceLostError, Session
 from .timing import Call, Sampling, SamplingStopped, peak_memory, release_memory, time_interleaved
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
@@ -79,7 +81,7 @@ class _Ready:
     timed: str
 
 
-def run_contest(contest: Contest, session: Session) -> tuple[list[Row], list[Refused]]:
+def run_contest(contest: Contest, session: Session) -> Outcome:
     """Checks and times all providers.
 
     Raises:
@@ -101,7 +103,7 @@ class _Run:
         self.rows: list[Row] = []
         self.refused: list[Refused] = []
 
-    def measure(self) -> tuple[list[Row], list[Refused]]:
+    def measure(self) -> Outcome:
         able = [provider for provider in self.contest.providers if self._is_present(provider)]
         if not able:
             return self.rows, self.refused

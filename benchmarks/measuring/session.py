@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,12 @@ from opensora_fast.cpu_threads import cpu_threads
 
 from ..environment import describe_environment
 from ..processes import RUNNING_FILE
+from ..refused import Refused, append_refused
 from ..roofline import floor_seconds
 from ..rows import Key, Row, append_rows, level_path
-from .accuracy import Part
 from .timing import Times
 
-REFUSED_FILE = "refused.jsonl"
 SECONDS_BETWEEN_BEATS = 1.0
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A provider whose result was wrong: it gets no time; `parts`: the tensors of the result that err most."""
-
-    row: Row
-    result: str
-    error: float
-    limit: float
-    parts: tuple[Part, ...] = ()
-
-    def __str__(self) -> str:
-        text = f"{self.row.name}: the error of its {self.result} is {self.error:.3g}, over its limit {self.limit:.3g}"
-        return f"{text}; most of it: {', '.join(map(str, self.parts))}" if self.parts else text
 
 
 class DeviceLostError(Exception):
@@ -112,7 +96,7 @@ class Session:
 
     def record(self, rows: Iterable[Row], refused: Iterable[Refused] = ()) -> None:
         """Writes rows at once, and learns the device's ceilings from them."""
-        rows, refused = list(rows), list(refused)
+        rows = list(rows)
         self.learn(rows)
         if self.folder is None:
             return
@@ -121,11 +105,7 @@ class Session:
             files.setdefault(level_path(self.folder, row.level), []).append(row)
         for path, of_file in files.items():
             append_rows(path, of_file)
-        if refused:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / REFUSED_FILE).open("a") as file:
-                for item in refused:
-                    file.write(json.dumps(_describe_refused(item)) + "\n")
+        append_refused(self.folder, refused)
 
     def learn(self, rows: Iterable[Row]) -> None:
         """Takes the best measured copy bandwidth and matrix rate of each dtype as this device's ceilings."""
@@ -231,19 +211,3 @@ class Session:
         state = {"case": self.case_name, "keys": [list(key) for key in keys], "stage": stage}
         (self.folder / RUNNING_FILE).write_text(json.dumps(state))
         self._last_beat = time.monotonic()
-
-
-def _describe_refused(item: Refused) -> dict[str, Any]:
-    environment = item.row.environment
-    return {
-        "name": item.row.name,
-        "key": list(item.row.key),
-        "result": item.result,
-        "error": item.error,
-        "error_limit": item.limit,
-        "parts": [asdict(part) for part in item.parts],
-        "device_name": environment.device_name if environment else "",
-        "commit": environment.commit if environment else "",
-        "dirty": environment.dirty if environment else False,
-        "date": environment.date if environment else "",
-    }

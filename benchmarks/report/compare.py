@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..measuring.session import REFUSED_FILE
+from ..refused import read_refused
 from ..rows import Key, Row, read_folder, read_rows
 
 RELATIVE, ABSOLUTE_MS = 0.05, 0.01
@@ -26,8 +25,8 @@ class Thresholds:
     absolute_ms: float = ABSOLUTE_MS
 
     def __post_init__(self):
-        if self.relative < 0 or self.absolute_ms < 0:
-            raise ValueError(f"thresholds {self.relative} and {self.absolute_ms} ms: neither may be negative")
+        if not (self.relative >= 0 and self.absolute_ms >= 0):
+            raise ValueError(f"thresholds {self.relative} and {self.absolute_ms} ms: each must be a number from 0 on")
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,8 @@ def _read(path: Path) -> dict[Key, Row]:
 
 def _refused_rows(folder: Path, before: dict[Key, Row], after: dict[Key, Row]) -> dict[Key, Row]:
     """Those of `before` that were refused as wrong since they last had a row in the folder, as failed rows."""
-    path = folder / REFUSED_FILE
     found: dict[Key, Row] = {}
-    for item in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+    for item in read_refused(folder):
         key = (item["device_name"], *item["key"])
         if key in before and (key not in after or _date(after[key]) < item["date"]):
             reason = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from opensora_fast.costs.hardware import Gpu, recognize_gpu
 
-from ..measuring.session import REFUSED_FILE
+from ..refused import read_refused
 from ..roofline import floor_seconds, project_ms
 from ..rows import Key, Row, read_folder
 
@@ -67,7 +66,7 @@ class Results:
     """All rows of a folder, which are of one device.
 
     Attributes:
-        refused: what was measured wrong and so has no row, as `refused.jsonl` has it.
+        refused: what was measured wrong and so has no row, as `read_refused` gives it.
     """
 
     folder: Path
@@ -87,9 +86,7 @@ class Results:
         devices = sorted({row.environment.device_name for row in rows if row.environment})
         if len(devices) > 1:
             raise ValueError(f"{folder}: holds rows of {', '.join(devices)}; a report is about one device")
-        path = folder / REFUSED_FILE
-        refused = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return cls(folder, tuple(rows), tuple(refused))
+        return cls(folder, tuple(rows), tuple(read_refused(folder)))
 
     @cached_property
     def latest(self) -> list[Row]:

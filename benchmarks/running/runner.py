@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from opensora_fast.progress import Progress
 
-from ..measuring.case import Case
+from ..measuring.case import Case, Outcome
 from ..measuring.contest import describe
 from ..measuring.provider import forget_compiled
-from ..measuring.session import CaseStopped, DeviceLostError, Refused, Session
+from ..measuring.session import CaseStopped, DeviceLostError, Session
 from ..measuring.timing import release_memory
+from ..refused import Refused
 from ..rows import Key, Row
 
 SHORTEST_CASE_S = 2.0  # no case is begun with less of the budget left, nor with less than its estimate
@@ -82,9 +83,7 @@ def run_cases(
     return report
 
 
-def _measure(
-    case: Case, session: Session, names: Sequence[str], finished: set[Key], report: Report
-) -> tuple[list[Row], list[Refused]]:
+def _measure(case: Case, session: Session, names: Sequence[str], finished: set[Key], report: Report) -> Outcome:
     forget_compiled()
     try:
         rows, refused = case.measure(session, names)

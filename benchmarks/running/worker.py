@@ -8,7 +8,6 @@ python -m opensora_fast.benchmarks.running.worker '<Plan as JSON>'
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from types import FrameType
 from typing import NoReturn
 
 from ..measuring.case import Case
-from ..measuring.session import REFUSED_FILE, DeviceLostError, Session, threads_of
+from ..measuring.session import DeviceLostError, Session, threads_of
 from ..processes import DONE, ERROR, INTERRUPTED, RESTART, RUNNING_FILE, WRONG, Death, Plan, end_with_parent
+from ..refused import read_refused
 from ..report.mixed import compare_mixed
 from ..report.summary import format_reasons, format_table
 from ..rows import check_folder, read_folder
@@ -88,11 +88,11 @@ def record_deaths(deaths: Sequence[Death], cases: Sequence[Case], session: Sessi
 
 def read_refused_keys(folder: Path, session: Session) -> frozenset[tuple[str, ...]]:
     """Keys of rows that were refused at this commit; none where the sources differ from it."""
-    path, environment = folder / REFUSED_FILE, session.environment
-    if not path.exists() or environment.dirty or not environment.commit:
+    own = session.environment
+    if own.dirty or not own.commit:
         return frozenset()
-    items = [json.loads(line) for line in path.read_text().splitlines()]
-    return frozenset(tuple(item["key"]) for item in items if item["commit"] == environment.commit and not item["dirty"])
+    items = read_refused(folder)
+    return frozenset(tuple(item["key"]) for item in items if item["commit"] == own.commit and not item["dirty"])
 
 
 def print_report(report: Report, cases: list[Case], plan: Plan, session: Session, folder: Path) -> int:

@@ -28,8 +28,9 @@ from ..jobs.convergence import (
 )
 from ..measuring.case import Case, Outcome, make_template
 from ..measuring.provider import own_version
-from ..measuring.session import Refused, Session
+from ..measuring.session import Session
 from ..measuring.timing import Times
+from ..refused import Refused
 from ..rows import Row
 from .scale import Scale
 

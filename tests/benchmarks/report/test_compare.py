@@ -1,11 +1,13 @@
 """The regression gate: both thresholds, the same device only, the exit code."""
 
+import math
 from dataclasses import replace
 
 import pytest
 from bench_toys import make_row
 
-from opensora_fast.benchmarks.measuring.session import Refused, Session
+from opensora_fast.benchmarks.measuring.session import Session
+from opensora_fast.benchmarks.refused import Refused
 from opensora_fast.benchmarks.report.compare import Thresholds, compare
 from opensora_fast.benchmarks.rows import append_rows, level_path
 from opensora_fast.cli import run
@@ -42,8 +44,9 @@ def test_thresholds_can_be_chosen(folders):
     paths = folders([make_row(p50_ms=1.0)], [make_row(p50_ms=1.06)])
     assert not compare(*paths, Thresholds(relative=0.1)).regressions
     assert not compare(*paths, Thresholds(absolute_ms=0.1)).regressions
-    with pytest.raises(ValueError, match="neither may be negative"):
-        Thresholds(relative=-0.1)
+    for wrong in ({"relative": -0.1}, {"relative": math.nan}, {"absolute_ms": math.nan}):
+        with pytest.raises(ValueError, match="each must be a number from 0 on"):
+            Thresholds(**wrong)  # nothing is slower by more than nan
 
 
 def test_memory_and_failures_are_regressions_and_absence_is_not(folders):

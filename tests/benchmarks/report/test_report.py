@@ -13,7 +13,8 @@ from gpu_like_rows import gpu_like_rows
 
 from opensora_fast.benchmarks.jobs.convergence import EAGER, PERTURBED, SEEDS, Curve, write_curve
 from opensora_fast.benchmarks.measuring.accuracy import Part
-from opensora_fast.benchmarks.measuring.session import Refused, Session
+from opensora_fast.benchmarks.measuring.session import Session
+from opensora_fast.benchmarks.refused import Refused
 from opensora_fast.benchmarks.report.page import CPU_NOTE, SECTIONS, write_report
 from opensora_fast.benchmarks.report.predictions import judge_prediction
 from opensora_fast.benchmarks.report.results import Results, group, published_for, rate, time_text
@@ -173,6 +174,14 @@ def test_wrong_results_are_listed(tmp_path):
     assert str(refused[1]).endswith(
         "over its limit 0.1; most of it: blocks.3.attn.weight (90%; error 0.7, eager's 0.01)"
     )
+
+
+def test_a_line_of_refused_rows_that_was_cut_off_is_named(tmp_path):
+    Session("cpu", tmp_path).record([make_row()], [Refused(make_row(provider="wrong"), "output", 0.5, 0.1)] * 2)
+    path = tmp_path / "refused.jsonl"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"refused\.jsonl:2: not a refused row: .*; delete this line"):
+        write_report(tmp_path)
 
 
 def test_the_page_says_what_the_times_of_ops_are_of(tmp_path):
