@@ -40,16 +40,14 @@ def run_cases(
     session: Session,
     existing: Sequence[Row] = (),
     refused_before: frozenset[Key] = frozenset(),
-    refresh: bool = False,
     careful: frozenset[str] = frozenset(),
     report: Report | None = None,
 ) -> Report:
     """Measures what is not among the existing rows.
 
     Args:
-        existing: rows of the results folder; whatever their status, they are not measured again.
-        refused_before: keys of rows that were refused in this state of the sources; not measured again either.
-        refresh: but those of another state of the sources are.
+        existing: whatever their status, they are not measured again.
+        refused_before: keys of rows that were refused; not measured again either.
         careful: identities of cases that once took the whole process down: each provider is then timed alone, so that
             it is known which.
         report: filled while the run goes on, for whoever interrupts it.
@@ -59,7 +57,7 @@ def run_cases(
     """
     report = report or Report()
     session.learn(existing)
-    finished = {row.key for row in existing if not (refresh and _is_of_another_state(row, session))} | refused_before
+    finished = {row.key for row in existing} | refused_before
     session.finished = finished
     ordered = sorted(cases, key=lambda case: -case.value)
     report.finished_before = sum(key in finished for case in ordered for key in case.planned_rows())
@@ -116,8 +114,3 @@ def failed_rows(case: Case, session: Session, names: Sequence[str], reason: str)
         for row in case.planned_rows().values()
         if row.provider in names
     ]
-
-
-def _is_of_another_state(row: Row, session: Session) -> bool:
-    own, environment = session.environment, row.environment
-    return environment is None or (environment.commit, environment.dirty) != (own.commit, own.dirty)

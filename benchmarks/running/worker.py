@@ -10,18 +10,19 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from ..environment import Environment
 from ..measuring.case import Case
 from ..measuring.session import DeviceLostError, Session, threads_of
 from ..processes import DONE, ERROR, INTERRUPTED, RESTART, RUNNING_FILE, WRONG, Death, Plan, end_with_parent
 from ..refused import read_refused
 from ..report.mixed import compare_mixed
 from ..report.summary import format_reasons, format_table
-from ..rows import check_folder, read_folder
+from ..rows import Key, Row, check_folder, read_folder
 from ..suites import list_cases
 from ..suites.scale import scale_of
 from .runner import Report, run_cases
@@ -51,14 +52,14 @@ def _run(plan: Plan) -> int:
     cases = list_cases(plan.suite, plan.device, plan.providers, plan.words)
     session = Session(plan.device, folder, plan.commit, plan.deadline)
     check_folder(folder, session.environment)
-    record_deaths(plan.deaths, cases, session)
-    existing = read_folder(folder)
-    refused_before = read_refused_keys(folder, session)
+    record_deaths(plan.deaths, cases, session, kept_rows(plan, read_folder(folder), session.environment))
+    kept = kept_rows(plan, read_folder(folder), session.environment)
+    refused = kept_refusals(plan, read_refused(folder), session.environment)
     report = Report()
     code = DONE
     try:
         with threads_of(plan.device):
-            run_cases(cases, session, existing, refused_before, plan.refresh, frozenset(plan.careful), report)
+            run_cases(cases, session, kept, refused, frozenset(plan.careful), report)
     except DeviceLostError:
         return RESTART
     except KeyboardInterrupt:
@@ -73,10 +74,36 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def record_deaths(deaths: Sequence[Death], cases: Sequence[Case], session: Session) -> None:
-    """Writes failed rows for what took a process down before this one."""
-    assert session.folder is not None
-    present = {row.key for row in read_folder(session.folder)}
+def kept_rows(plan: Plan, rows: Sequence[Row], own: Environment) -> list[Row]:
+    """Those that are not measured again: all, or where the run refreshes those of this run and times of this state."""
+    if not plan.refresh:
+        return list(rows)
+    return [
+        row
+        for row in rows
+        if (found := row.environment)
+        and (
+            found.date >= plan.started
+            or (row.status == "ok" and (found.commit, found.dirty) == (own.commit, own.dirty))
+        )
+    ]
+
+
+def kept_refusals(plan: Plan, items: Sequence[Mapping[str, Any]], own: Environment) -> frozenset[Key]:
+    """Keys of rows that were refused at this commit (by a run that refreshes: in this run); none of changed sources."""
+    if own.dirty or not own.commit:
+        return frozenset()
+    since = plan.started if plan.refresh else ""
+    return frozenset(
+        tuple(item["key"])
+        for item in items
+        if item["commit"] == own.commit and not item["dirty"] and item["date"] >= since
+    )
+
+
+def record_deaths(deaths: Sequence[Death], cases: Sequence[Case], session: Session, kept: Sequence[Row] = ()) -> None:
+    """Writes failed rows for what took a process down before this one, where none of the kept rows is there."""
+    present = {row.key for row in kept}
     for death in deaths:
         planned = next((case.planned_rows() for case in cases if case.identity == death.case), {})
         for key in map(tuple, death.keys or list(planned)):
@@ -84,15 +111,6 @@ def record_deaths(deaths: Sequence[Death], cases: Sequence[Case], session: Sessi
                 row = dataclasses.replace(planned[key], environment=session.environment)
                 session.record([row.without_time("failed", death.reason)])
                 present.add(key)
-
-
-def read_refused_keys(folder: Path, session: Session) -> frozenset[tuple[str, ...]]:
-    """Keys of rows that were refused at this commit; none where the sources differ from it."""
-    own = session.environment
-    if own.dirty or not own.commit:
-        return frozenset()
-    items = read_refused(folder)
-    return frozenset(tuple(item["key"]) for item in items if item["commit"] == own.commit and not item["dirty"])
 
 
 def print_report(report: Report, cases: list[Case], plan: Plan, session: Session, folder: Path) -> int:
@@ -111,8 +129,10 @@ def print_report(report: Report, cases: list[Case], plan: Plan, session: Session
     for cost in compare_mixed(read_folder(folder), scale.mixed_steps, scale.tokens):
         print(f"mixed shapes: {cost}")
     if report.finished_before:
-        print(f"\n{report.finished_before} rows were in {folder} already and are kept; --refresh measures those of")
-        print("another state of the sources again")
+        print(
+            f"\n{report.finished_before} rows were in {folder} already and are kept; --refresh measures those without"
+        )
+        print("a time again, and those of another state of the sources")
     if report.left:
         print(f"\nnot reached within the budget: {len(report.left)} cases; run again with the same --out to go on")
     for item in report.refused:

@@ -26,7 +26,9 @@ def command(
         str | None,
         typer.Option(help="With --list: for such a GPU, H100 for example; default: the one here, or H200."),
     ] = None,
-    refresh: Annotated[bool, typer.Option(help="Measure rows of another state of the sources again.")] = False,
+    refresh: Annotated[
+        bool, typer.Option(help="Measure again what has no time, and rows of another state of the sources.")
+    ] = False,
     commit: Annotated[
         str | None,
         typer.Option(help="Commit of a copied tree: what `git describe --always --abbrev=40 --dirty` prints."),

@@ -11,10 +11,10 @@ from bench_toys import make_row, toy_case
 from opensora_fast.benchmarks.measuring.race import Check, Entry, run_race
 from opensora_fast.benchmarks.measuring.session import CaseStopped, DeviceLostError, Session, threads_of
 from opensora_fast.benchmarks.measuring.timing import FEWEST_ROUNDS, Sampling, time_interleaved
-from opensora_fast.benchmarks.processes import Death
+from opensora_fast.benchmarks.processes import Death, Plan
 from opensora_fast.benchmarks.rows import read_folder
 from opensora_fast.benchmarks.running.runner import Report, run_cases
-from opensora_fast.benchmarks.running.worker import record_deaths
+from opensora_fast.benchmarks.running.worker import kept_refusals, kept_rows, record_deaths
 from opensora_fast.cpu_threads import cpu_threads
 
 
@@ -47,14 +47,24 @@ def test_failed_and_unavailable_rows_count_as_finished(tmp_path):
     assert run_cases([case], Session("cpu", tmp_path), read_folder(tmp_path)).rows == []
 
 
-def test_refresh_measures_rows_of_other_sources_again(tmp_path):
-    case = toy_case(["eager"])
-    session = Session("cpu", tmp_path)
-    rows = run_cases([case], session).rows
-    older = [replace(row, environment=replace(row.environment, commit="b" * 40)) for row in rows]
-    assert run_cases([case], session, older).rows == []
-    assert len(run_cases([case], session, older, refresh=True).rows) == 2
-    assert run_cases([case], session, rows, refresh=True).rows == []
+def test_refresh_measures_what_has_no_time_and_rows_of_other_sources_again():
+    """A library may have been installed since, or repaired; but nothing is tried twice in one run."""
+    plan = Plan("all", "cpu", "rows", started="2026-11-23", refresh=True)
+    old, new = "2026-11-22", "2026-11-24"
+    fine = make_row(provider="fine", date=old)
+    own = fine.environment
+    absent = make_row(provider="absent", date=old).without_time("unavailable", "it is not installed")
+    failed_now = make_row(provider="failed now", date=new).without_time("failed", "boom")
+    rows = [fine, make_row(provider="older", date=old, commit="b" * 40), absent, failed_now]
+    assert kept_rows(plan, rows, own) == [fine, failed_now]
+    assert kept_rows(replace(plan, refresh=False), rows, own) == rows
+
+    items = [
+        {"key": [name], "commit": own.commit, "dirty": False, "date": date} for name, date in (("a", old), ("b", new))
+    ]
+    assert kept_refusals(plan, items, own) == {("b",)}
+    assert kept_refusals(replace(plan, refresh=False), items, own) == {("a",), ("b",)}
+    assert kept_refusals(plan, items, replace(own, dirty=True)) == set()
 
 
 def test_only_the_directions_that_are_missing_are_measured():

@@ -1,5 +1,6 @@
 """Workers that die, fall silent, lose the device or are interrupted: real processes, and every other row is there."""
 
+import datetime
 import json
 import os
 import signal
@@ -180,6 +181,19 @@ def test_providers_that_take_the_process_down_cost_their_own_rows(tmp_path, capf
         "op toy forward+backward size 64 ours",
     }
     assert "wrong, so no time: op toy forward size 64 ours" in capfd.readouterr().out
+
+
+def test_a_provider_that_takes_a_refreshing_run_down_is_not_tried_for_ever(tmp_path):
+    """Beside its row of before, too."""
+    assert supervise(make_plan(tmp_path), command=[*WORKER, "evil"]) == WRONG
+    before = read_folder(tmp_path)
+    time.sleep(1.1)  # dates are in seconds
+    started = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert supervise(make_plan(tmp_path, refresh=True, started=started), command=[*WORKER, "evil"]) == WRONG
+    again = read_folder(tmp_path)[len(before) :]
+    failed = {(row.provider, row.direction, row.reason) for row in before if row.status == "failed"}
+    assert len(failed) == 4 == len([row for row in again if row.status == "failed"])
+    assert {(row.provider, row.direction, row.reason) for row in again if row.status == "failed"} == failed
 
 
 def start_worker(folder, cases):
