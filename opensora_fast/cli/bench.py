@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ._budget import parse_budget
+from ._names import parse_names
 
 MULTIPLE_VALUES = ("--only", "--report")
 
@@ -69,7 +70,9 @@ def command(
     device = "cuda" if gpu is not None else device
     device = check_device_name(device) if show and device else choose_device(device).type
     words = [word for text in only or () for word in text.split()]
-    names = providers.split(",") if providers else None
+    if only is not None and not words:
+        raise ValueError("--only '': give words of the cases, or leave the option out")
+    names = parse_names("--providers", providers)
     chosen = find_gpu(gpu) if gpu else None
     cases = list_cases(suite, device, names, words, chosen)
     if show:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ._budget import parse_budget
+from ._names import parse_names
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
@@ -44,7 +45,7 @@ def attention(
         lengths = None if seqlens is None else [int(part) for part in seqlens.split(",")]
     except ValueError:
         raise ValueError(f"--seqlens {seqlens!r}: write whole numbers with commas between them") from None
-    names = providers.split(",") if providers else None
+    names = parse_names("--providers", providers)
     report = profile_attention(kind, lengths, names, device, out, parse_budget(budget))
     typer.echo(f"{kind} attention on {device}\n{format_rows(report.rows)}")
     csv_path, plot_path = profile_paths(kind, out)
@@ -75,7 +76,7 @@ def step(
 
     scale = scale_of(choose_device(device).type)
     known = {workload.resolution: workload for workload in scale.steps}
-    names = list(known) if resolutions is None else resolutions.split(",")
+    names = parse_names("--resolutions", resolutions) or list(known)
     for name in names:
         if name not in known:
             raise ValueError(f"--resolutions {name!r}: choose among {', '.join(known)}")

@@ -21,6 +21,9 @@ from opensora_fast.cli import run
         (["--compare", "a", "b", "--report", "c"], "--compare and --report each do one thing"),
         (["--out", "x", "--suite", "everything"], "suite 'everything' is unknown; choose one of all, push, kernels"),
         (["--out", "x", "--providers", "flash-attn-9"], "provider 'flash-attn-9' is unknown in this suite"),
+        (["--out", "x", "--providers", ""], "--providers '': write names with commas between them, or leave"),
+        (["--out", "x", "--providers", "eager,,ours"], "--providers 'eager,,ours': write names with commas"),
+        (["--out", "x", "--only", ""], "--only '': give words of the cases, or leave the option out"),
         (["--out", "x", "--only", "spatial", "999p"], "no case of suite all on cpu has the words spatial, 999p"),
         (["--out", "x", "--budget", "soon"], "--budget 'soon': write a time such as 9m"),
         (["--out", "x", "--commit", "main"], "--commit main: "),
@@ -115,7 +118,16 @@ def test_a_folder_that_another_run_writes_into_is_refused(tmp_path, capsys):
 
 
 def test_profile_attention(tmp_path, capsys):
-    arguments = ["profile", "attention", "--device", "cpu", "--seqlens", "8,16,8", "--providers", "upstream,eager,ours"]
+    arguments = [
+        "profile",
+        "attention",
+        "--device",
+        "cpu",
+        "--seqlens",
+        "8,16,8",
+        "--providers",
+        "upstream, eager,ours",
+    ]
     assert run([*arguments, "--budget", "0.2", "--out", str(tmp_path), "--trace"]) == 0
     output = capsys.readouterr().out
     assert output.count("forward+backward     eager") == 2
@@ -134,6 +146,7 @@ def test_profile_attention(tmp_path, capsys):
         (["--seqlens", ""], "--seqlens '': write whole numbers"),
         (["--budget", "0"], "--budget '0': write a time such as 9m"),
         (["--providers", "flash-attn-9"], "provider 'flash-attn-9' is unknown; known: upstream, eager"),
+        (["--providers", ""], "--providers '': write names with commas between them, or leave the option out"),
     ],
 )
 def test_mistakes_in_profiles(tmp_path, capsys, arguments, message):
