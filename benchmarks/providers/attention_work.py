@@ -10,7 +10,7 @@ Letters: N tokens of the pack, M text tokens, H heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,17 +19,18 @@ from opensora_fast.costs.operations import Count
 from opensora_fast.kernels import PackLayout, TextLayout
 from opensora_fast.kernels.qk_norm_rotary import rms_norm_reference, rotary_reference
 
+from .op_work import OpWork
+
 KINDS = ("spatial", "temporal", "cross")
 # q, k, v each [sequences, H, length, D] → [sequences, H, length, D]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class AttentionWork:
+class AttentionWork(OpWork):
     """Inputs of one attention call.
 
     Attributes:
-        leaves: those that get a gradient, by the op's argument names.
         text_lengths: text tokens of each video, for cross-attention.
     """
 
@@ -42,22 +43,9 @@ class AttentionWork:
     sin: Tensor | None = None
 
     @property
-    def device(self) -> str:
-        return self.layout.device.type
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.leaves.values())).dtype
-
-    @property
     def is_uniform(self) -> bool:
         """All sequences are equally long."""
         return len(self.layout.runs) == 1 and len(set(self.text_lengths)) <= 1
-
-    def to(self, dtype: torch.dtype) -> AttentionWork:
-        """The same values in another dtype, as fresh leaves."""
-        leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in self.leaves.items()}
-        return replace(self, leaves=leaves)
 
 
 def make_attention_work(

@@ -9,7 +9,7 @@ Letters: N tokens, C channels, K channels of the MLP, B videos, R rows of the mo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from ..measuring.provider import (
     version_of,
 )
 from ..shapes import Pack
+from .op_work import OpWork
 from .upstream import modulate, select_frames
 
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm", "gelu_tanh")
@@ -48,8 +49,8 @@ ROWS_MOVED = {
 
 
 @dataclass(frozen=True)
-class ElementwiseWork:
-    """Inputs of one op. `leaves` are those that get a gradient, by the op's argument names.
+class ElementwiseWork(OpWork):
+    """Inputs of one op.
 
     Attributes:
         x_mask: bool [B, T], False = given frame; None: no frame is given.
@@ -62,21 +63,8 @@ class ElementwiseWork:
     x_mask: Tensor | None
 
     @property
-    def device(self) -> str:
-        return self.layout.device.type
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.leaves.values())).dtype
-
-    @property
     def is_uniform(self) -> bool:
         return len(self.layout.runs) == 1
-
-    def to(self, dtype: torch.dtype) -> ElementwiseWork:
-        """The same values in another dtype, as fresh leaves."""
-        leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in self.leaves.items()}
-        return replace(self, leaves=leaves)
 
 
 def make_elementwise_work(

@@ -9,7 +9,7 @@ Letters: N tokens, C channels, K channels between the two Linears.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,30 +31,18 @@ from ..measuring.provider import (
     version_of,
 )
 from .elementwise import APEX
+from .op_work import OpWork
 from .products import QUACK
 
 
 @dataclass(frozen=True)
-class MLPWork:
-    """Inputs of the MLP; all of `leaves` get a gradient: x [N, C], weight1 [K, C], bias1 [K], weight2 [C, K].
+class MLPWork(OpWork):
+    """Inputs of the MLP, leaves all of them: x [N, C], weight1 [K, C], bias1 [K], weight2 [C, K].
 
     The bias of the second Linear is left out, as it belongs to the gate behind it.
     """
 
     leaves: dict[str, Tensor]
-
-    @property
-    def device(self) -> str:
-        return self.leaves["x"].device.type
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.leaves["x"].dtype
-
-    def to(self, dtype: torch.dtype) -> MLPWork:
-        """The same values in another dtype, as fresh leaves."""
-        leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in self.leaves.items()}
-        return replace(self, leaves=leaves)
 
 
 def make_mlp_work(tokens: int, channels: int, hidden: int, device: str, dtype: torch.dtype, seed: int = 0) -> MLPWork:
