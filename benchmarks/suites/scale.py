@@ -115,65 +115,72 @@ def scale_of(device: str, gpu: Gpu | None = None) -> Scale:
         gpu: None: this machine's, or an H200 where no GPU answers, as in a plan.
     """
     if device == "cuda":
-        config = STDiT2Config.xl_2(upstream_rounding=False)
-        gpu = gpu or _own_gpu() or DATASHEETS["H200"]
-        step_memory = max(usable_memory(gpu.memory) - OTHER_BYTES, 1.0)
-        step_tokens = min(FILL_TOKENS, int(step_memory / (STORED_BYTES["compile"] * config.depth)))
-        return Scale(
-            device=device,
-            dtype=torch.bfloat16,
-            config=config,
-            tokens=FILL_TOKENS,
-            gpu=gpu,
-            step_memory=step_memory,
-            check_bytes=6e9,
-            check_tokens=8192,
-            headline=tuple(fill(name, 16, FILL_TOKENS) for name in VIDEO_SIZES),
-            steps=tuple(fill(name, 16, step_tokens) for name in VIDEO_SIZES),
-            text=120,
-            images=tuple(fill(name, 1, FILL_TOKENS) for name in ("256", "512", "1024")),
-            long_videos=tuple(
-                fill(name, frames, FILL_TOKENS)
-                for name in VIDEO_SIZES
-                for frames in (1, 32, 64, 128)
-                if Workload(name, frames).tokens <= 2 * FILL_TOKENS
+        return _scale_of_gpu(gpu or _own_gpu() or DATASHEETS["H200"])
+    if device == "cpu":
+        return _scale_of_cpu()
+    raise ValueError(f"device {device!r}: benchmarks run on cuda or cpu")
+
+
+def _scale_of_gpu(gpu: Gpu) -> Scale:
+    config = STDiT2Config.xl_2(upstream_rounding=False)
+    step_memory = max(usable_memory(gpu.memory) - OTHER_BYTES, 1.0)
+    step_tokens = min(FILL_TOKENS, int(step_memory / (STORED_BYTES["compile"] * config.depth)))
+    return Scale(
+        device="cuda",
+        dtype=torch.bfloat16,
+        config=config,
+        tokens=FILL_TOKENS,
+        gpu=gpu,
+        step_memory=step_memory,
+        check_bytes=6e9,
+        check_tokens=8192,
+        headline=tuple(fill(name, 16, FILL_TOKENS) for name in VIDEO_SIZES),
+        steps=tuple(fill(name, 16, step_tokens) for name in VIDEO_SIZES),
+        text=120,
+        images=tuple(fill(name, 1, FILL_TOKENS) for name in ("256", "512", "1024")),
+        long_videos=tuple(
+            fill(name, frames, FILL_TOKENS)
+            for name in VIDEO_SIZES
+            for frames in (1, 32, 64, 128)
+            if Workload(name, frames).tokens <= 2 * FILL_TOKENS
+        ),
+        mixed=Pack(
+            "mixed",
+            (
+                Workload("144p", 16, 4),
+                Workload("256", 1, 8),
+                Workload("240p", 16, 1),
+                Workload("480p", 1, 3),
+                Workload("360p", 8, 1),
             ),
-            mixed=Pack(
-                "mixed",
+        ),
+        mixed_steps=(
+            # As stage 1 mixes them: images and videos of four resolutions.
+            Pack(
+                "mixed images and videos",
                 (
                     Workload("144p", 16, 4),
-                    Workload("256", 1, 8),
+                    Workload("144p", 32, 1),
+                    Workload("256", 1, 16),
                     Workload("240p", 16, 1),
-                    Workload("480p", 1, 3),
-                    Workload("360p", 8, 1),
+                    Workload("512", 1, 4),
+                    Workload("1024", 1, 1),
                 ),
             ),
-            mixed_steps=(
-                # As stage 1 mixes them: images and videos of four resolutions.
-                Pack(
-                    "mixed images and videos",
-                    (
-                        Workload("144p", 16, 4),
-                        Workload("144p", 32, 1),
-                        Workload("256", 1, 16),
-                        Workload("240p", 16, 1),
-                        Workload("512", 1, 4),
-                        Workload("1024", 1, 1),
-                    ),
-                ),
-                Pack("mixed videos", (Workload("144p", 16, 5), Workload("144p", 32, 2), Workload("240p", 16, 2))),
-            ),
-            gemm_tokens=(9216, 16384, 32768, 65536),
-            square=8192,
-            copy_bytes=4 * 2**30,
-            seconds=2.0,
-            step_seconds=12.0,
-        )
-    if device != "cpu":
-        raise ValueError(f"device {device!r}: benchmarks run on cuda or cpu")
+            Pack("mixed videos", (Workload("144p", 16, 5), Workload("144p", 32, 2), Workload("240p", 16, 2))),
+        ),
+        gemm_tokens=(9216, 16384, 32768, 65536),
+        square=8192,
+        copy_bytes=4 * 2**30,
+        seconds=2.0,
+        step_seconds=12.0,
+    )
+
+
+def _scale_of_cpu() -> Scale:
     headline = (Workload("144p", 4, 1), Workload("240p", 1, 1))
     return Scale(
-        device=device,
+        device="cpu",
         dtype=torch.float32,
         config=STDiT2Config.small(upstream_rounding=False),
         tokens=512,
