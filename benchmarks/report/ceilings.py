@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from opensora_fast.html_report import Bar, HtmlReport
 
+from .bars import missing_bars
 from .results import Results, joined, time_text
-from .steps import missing_bars
 
 
 def has_ceilings(results: Results) -> bool:

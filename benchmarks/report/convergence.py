@@ -9,9 +9,9 @@ from opensora_fast.html_report import Bar, HtmlReport
 
 from ..jobs.convergence import EAGER, PERTURBED, Curve, read_curves, smooth
 from ..rows import Row
+from .bars import missing_bars
 from .figures import color_of, plot_lines
 from .results import Results, check_share, is_ours
-from .steps import missing_bars
 
 WINDOW = 20  # steps of the moving average, where no row says it
 GRAY = "#8c8c8c"

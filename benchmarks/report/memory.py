@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from opensora_fast.html_report import Bar, HtmlReport
 
+from .bars import missing_bars
 from .results import Results, Work, gib, is_ours, rate
-from .steps import compared_steps, missing_bars
+from .steps import compared_steps
 
 
 def has_memory(results: Results) -> bool:

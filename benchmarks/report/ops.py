@@ -9,6 +9,7 @@ from opensora_fast.html_report import Bar, HtmlReport
 from ..measuring.contest import FORWARD, FORWARD_BACKWARD
 from ..providers.attention_work import KINDS
 from ..rows import Row
+from .bars import time_bars
 from .figures import choose_markers, legend_of, plot_over_length, plot_roofline
 from .results import (
     Results,
@@ -19,7 +20,6 @@ from .results import (
     timing_text,
     work_order,
 )
-from .steps import time_bars
 
 LENGTH = "length "  # workloads of attention over its length begin so
 

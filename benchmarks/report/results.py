@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
@@ -176,16 +176,6 @@ def group(rows: Iterable[Row]) -> list[Work]:
     for row in rows:
         found.setdefault(row.work, []).append(row)
     return [Work(tuple(rows)) for rows in found.values()]
-
-
-def headline(works: Sequence[Work], providers: int) -> list[Work]:
-    """Works that many providers took part in: for each workload that with the most."""
-    best: dict[tuple[str, str, str], Work] = {}
-    for work in works:
-        key = (work.first.op, work.first.direction, work.first.workload)
-        if len(work.rows) >= providers and (key not in best or len(work.rows) > len(best[key].rows)):
-            best[key] = work
-    return list(best.values())
 
 
 def work_order(row: Row) -> tuple[int, int, str]:

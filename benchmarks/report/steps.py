@@ -1,4 +1,4 @@
-"""Sections of the report about whole training steps, sampling steps, blocks and memory."""
+"""Sections of the report about training steps, sampling steps and blocks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from opensora_fast.html_report import Bar, HtmlReport
 from ..providers.variants import PEERS, WATERFALL
 from ..rows import Row
 from ..suites.scale import scale_of
+from .bars import missing_bars, share_of_width, time_bars
 from .mixed import compare_mixed
 from .results import (
     Results,
@@ -18,12 +19,10 @@ from .results import (
     check_share,
     error_text,
     gib,
-    headline,
     is_ours,
     joined,
     published_for,
     rate,
-    time_text,
     timing_text,
 )
 
@@ -78,7 +77,7 @@ def add_waterfall(report: HtmlReport, results: Results) -> None:
         total = "" if first is row else f"×{row.tokens_per_s / first.tokens_per_s:.2f} on `{first.provider}`"
         detail = joined(f"`{name}`", gains, total, error_text(row), gib(row))
         kind = "ours" if is_ours(row) else "other"
-        share = _share(results, row, work)
+        share = share_of_width(results, row, work)
         bars.append(Bar(TECHNIQUES[name], share, f"{rate(row.tokens_per_s)} tokens/s", detail, kind, check_share(row)))
         before = row
     report.bars(bars)
@@ -199,23 +198,9 @@ def _speed_bar(results: Results, row: Row, work: Work) -> Bar:
     gain = f"×{row.tokens_per_s / base.tokens_per_s:.2f} on {base.provider}" if base and base is not row else ""
     limit = "" if math.isnan(row.roofline_share) else f"{row.roofline_share:.0%} of the limit"
     kind = "ours" if is_ours(row) else "other"
-    share = _share(results, row, work)
+    share = share_of_width(results, row, work)
     detail = joined(limit, gain, gib(row))
     return Bar(row.provider, share, rate(row.tokens_per_s), detail, kind, check_share(row), error_text(row))
-
-
-def missing_bars(work: Work) -> list[Bar]:
-    """Providers without a time: those that failed with their reason, the others by name."""
-    bars, unavailable, reasons = [], [], []
-    for (status, reason), providers in work.reasons.items():
-        if status == "failed":
-            bars.append(Bar("", None, "", f"{', '.join(providers)} failed: {reason}", "none"))
-        else:
-            unavailable += providers
-            reasons.append(f"{', '.join(providers)}: {reason}")
-    if unavailable:
-        bars.append(Bar("", None, "", f"unavailable: {', '.join(unavailable)}", "none", tip="\n".join(reasons)))
-    return bars
 
 
 def _step_line(row: Row) -> list[object]:
@@ -238,7 +223,7 @@ def add_sampling(report: HtmlReport, results: Results) -> None:
     report.paragraph(
         "One guided sampling step: the model on twice the videos, guidance, and the draw of the next latents."
     )
-    report.cards([_plain_card(results, work) for work in headline(results.works("sampling"), 1)])
+    report.cards([_plain_card(results, work) for work in results.works("sampling") if work.measured])
 
 
 def has_blocks(results: Results) -> bool:
@@ -257,37 +242,10 @@ def _plain_card(results: Results, work: Work) -> tuple[str, str, list[Bar]]:
     return title, work.first.shape, time_bars(results, work)
 
 
-def time_bars(results: Results, work: Work) -> list[Bar]:
-    """Time and share of the limit of every provider, the fastest first; the full width is the limit."""
-    bars = []
-    replays = any(row.is_replayed for row in work.measured)
-    for row in work.measured:
-        share = _share(results, row, work)
-        unlike = "calls" if replays and not row.is_replayed else ""
-        limit = "" if math.isnan(row.roofline_share) else f"{row.roofline_share:.0%}"
-        kind = "ours" if is_ours(row) else "other"
-        bars.append(
-            Bar(
-                row.provider,
-                share,
-                joined(time_text(row.p50_ms), limit, unlike),
-                kind=kind,
-                check=check_share(row),
-                tip=joined(error_text(row), row.timed if unlike else ""),
-            )
-        )
-    return bars + missing_bars(work)
-
-
 def _floor_rate(results: Results, work: Work) -> float | None:
     """Tokens/s at the counted floor."""
     times = [results.floor_ms(row) for row in work.measured]
     return work.first.tokens / times[0] * 1e3 if times and not math.isnan(times[0]) else None
-
-
-def _share(results: Results, row: Row, work: Work) -> float:
-    floor = results.floor_ms(row)
-    return work.measured[0].p50_ms / row.p50_ms if math.isnan(floor) else floor / row.p50_ms
 
 
 def _scale_text(results: Results, work: Work) -> str:

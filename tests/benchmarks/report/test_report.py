@@ -134,6 +134,15 @@ def test_shares_are_of_the_best_ceilings_even_where_these_were_measured_later():
     assert early.roofline_share == pytest.approx(0.6) and best.roofline_share == pytest.approx(1.0)
 
 
+def test_every_sampling_step_is_shown(tmp_path):
+    """One video, whose graph replays, beside the two of the same resolution that more providers took part in."""
+    sampling = {"level": "sampling", "op": "", "workload": "144p×16"}
+    rows = [make_row(**sampling, shape="B=2 T=16 S=144", provider=name) for name in ("eager", "compile", "ours")]
+    rows += [make_row(**sampling, shape="B=1 T=16 S=144", provider=name) for name in ("ours", "ours-graph")]
+    content = section_of(write_report(write_rows(tmp_path, rows)), "Sampling steps")
+    assert "B=2 T=16 S=144" in content and "B=1 T=16 S=144" in content and "ours-graph" in content
+
+
 def test_the_page_says_whose_rates_its_floors_are_counted_at(tmp_path):
     rows = [make_row(), make_row(workload="length 16"), make_row(workload="length 32")]
     for folder, given, source in (("a", rows, "H200's datasheet"), ("b", [*CEILINGS, *rows], "the ceilings measured")):
