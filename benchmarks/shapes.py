@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 
 from opensora_fast.kernels import token_grid
 
@@ -137,9 +136,9 @@ def stage_buckets(configuration: str) -> tuple[Workload, ...]:
     are left out.
     """
     from opensora_fast.config import load_train_config
+    from opensora_fast.train.locate_config import locate_config
 
-    path = files("opensora_fast.train").joinpath(f"configs/{configuration}.py")
-    table = load_train_config(str(path)).config.bucket_config
+    table = load_train_config(locate_config(configuration)).config.bucket_config
     return tuple(
         Workload(resolution, frames, batch)
         for resolution, entries in table.items()

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from importlib.resources import files
 
 import numpy as np
 
 from opensora_fast.config import load_train_config
 from opensora_fast.data.buckets.assignment import DROPPED, assign_buckets
 from opensora_fast.data.buckets.bucket import Bucket
+from opensora_fast.train.locate_config import locate_config
 
 SEED = 42
 FRAME_INTERVAL = 3
@@ -24,8 +24,7 @@ CONFIGURATIONS = ("stage1", "stage3")
 
 def read_bucket(configuration: str) -> Bucket:
     """The buckets of one of this project's training configurations."""
-    path = files("opensora_fast.train").joinpath(f"configs/{configuration}.py")
-    return Bucket(load_train_config(str(path)).config.bucket_config)
+    return Bucket(load_train_config(locate_config(configuration)).config.bucket_config)
 
 
 def make_clip_sizes(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

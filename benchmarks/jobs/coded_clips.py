@@ -30,16 +30,16 @@ CODINGS = {
 }
 
 
-def read_source(frames: int) -> tuple[list[np.ndarray], str]:
-    """(frames uint8 [H, W, 3] of 720p, where they are from): the demo's cartoon, or drawn ones where it is missing."""
+def read_source(frames: int) -> list[np.ndarray]:
+    """Frames uint8 [H, W, 3] of 720p: of the demo's cartoon, or drawn ones where it is missing."""
     from opensora_fast.data.decoding.pyav_decoder import iterate_frames
     from opensora_fast.data.demo_clips import CARTOON, find_source_videos
 
     try:
         path = find_source_videos()[CARTOON]
     except ValueError:
-        return [draw_frame(number) for number in range(frames)], "drawn"
-    return [frame for _, frame in zip(range(frames), iterate_frames(str(path)), strict=False)], CARTOON
+        return [draw_frame(number) for number in range(frames)]
+    return [frame for _, frame in zip(range(frames), iterate_frames(str(path)), strict=False)]
 
 
 def draw_frame(number: int, size: tuple[int, int] = (720, 1280)) -> np.ndarray:

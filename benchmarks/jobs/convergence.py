@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from opensora_fast.data.buckets.bucket import Bucket
+from opensora_fast.device import DTYPES
 from opensora_fast.kernels import token_grid
 
 from ..processes import end_with_parent
@@ -43,7 +44,6 @@ AGAINST_SEEDS, AGAINST_ROUNDING = "against seeds", "against rounding"
 DIRECTIONS = (AGAINST_SEEDS, AGAINST_ROUNDING)
 # As `measuring/accuracy.py` judges: so many times what eager errs by, and a few eps of the loss, which is float32.
 ROUNDING_FACTOR, FLOOR = 3.0, 4 * torch.finfo(torch.float32).eps
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FOLDER = "convergence"  # in the folder of results: the curves
 
 

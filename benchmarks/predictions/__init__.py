@@ -15,14 +15,14 @@ from opensora_fast.costs.hardware import recognize_gpu
 
 from ..measuring.contest import FORWARD, FORWARD_BACKWARD
 from ..rows import Row
-from ..shapes import WIDE
+from ..shapes import VIDEO_SIZES, WIDE
 
 TARGETS_FOR = "H200"
 PREDICTED_FOR = (TARGETS_FOR, "H100")
 # Columns of predicted steps.
 PROJECTED_LOW, PROJECTED_HIGH = (f"k tokens/s projected from an {TARGETS_FOR}, {end}" for end in ("low", "high"))
 
-RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p")
+RESOLUTIONS = tuple(VIDEO_SIZES)
 # Useful TFLOP/s of spatial attention at head size 72, by tokens of a frame.
 FRAME_TOKENS = (144, 405, 920, 1590, 3600)
 SPATIAL_FORWARD = ((150, 260, 330, 370, 390), (230, 360, 430, 480, 510))

@@ -15,8 +15,9 @@ from opensora_fast.costs.hardware import Gpu, recognize_gpu
 from ..refused import read_refused
 from ..roofline import floor_seconds, project_ms
 from ..rows import Key, Row, read_folder
+from ..shapes import SIZES
 
-RESOLUTION_ORDER = ("144p", "240p", "360p", "480p", "720p", "256", "512", "1024")
+RESOLUTIONS = tuple(SIZES)  # in the order of the page
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,7 @@ def group(rows: Iterable[Row]) -> list[Work]:
 
 def work_order(row: Row) -> tuple[int, int, str]:
     resolution, _, frames = row.workload.partition("×")
-    known = resolution in RESOLUTION_ORDER
-    index = RESOLUTION_ORDER.index(resolution) if known else len(RESOLUTION_ORDER)
+    index = RESOLUTIONS.index(resolution) if resolution in RESOLUTIONS else len(RESOLUTIONS)
     number = frames.split()[0] if frames else ""
     return index, int(number) if number.isdigit() else 0, row.workload
 

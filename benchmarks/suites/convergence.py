@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from opensora_fast.device import DTYPES
+
 from ..environment import installed_version
 from ..jobs.convergence import (
     DIRECTIONS,
-    DTYPES,
     EAGER,
     FOLDER,
     PERTURBED,

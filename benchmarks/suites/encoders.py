@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from opensora_fast.costs.operations import Count, count_training_step
+from opensora_fast.costs.operations import Count
 from opensora_fast.encoders.t5 import T5Encoder
 from opensora_fast.encoders.vae import VideoAutoencoderKL
 
@@ -31,7 +31,7 @@ from ..measuring.timing import Call, Sampling
 from ..providers.model_work import ModelWork
 from ..providers.models import BoundModel, step_call
 from ..shapes import Pack, Workload, text_lengths
-from .models import TRAINING, by_importance, mean_text, model_contest, model_sampling, model_template, shared_training
+from .models import TRAINING, by_importance, count_step, model_contest, model_sampling, model_template, shared_training
 from .scale import Scale
 
 if TYPE_CHECKING:
@@ -125,12 +125,9 @@ def step_case(scale: Scale, workload: Workload) -> Case:
             providers = [_without(provider, reason) for provider in contest.providers]
             return run_contest(replace(contest, providers=providers), session)
         encode = make_encode(scale, workload, session.shared("encoders", lambda: build_encoders(scale)))
-        parameters = float(sum(master.numel() for master in training.optimizer.masters.values()))
-        text = mean_text(workload.batch, scale.text)
-        count = count_training_step(scale.config, workload, text, parameters, scale.dtype.itemsize)
         with FlopCounterMode(display=False) as counter:
             encode()
-        count = count + Count(float(counter.get_total_flops()))
+        count = count_step(scale, Pack.of(workload), training) + Count(float(counter.get_total_flops()))
 
         def make_call(bound: Bound, work: ModelWork) -> Call:
             assert isinstance(bound, BoundModel)
@@ -185,7 +182,7 @@ def vae_case(scale: Scale, workload: Workload) -> Case:
         op="vae_encode",
         shape=f"{MICRO_BATCH} frames of {height} x {width}",
         tokens=part.tokens,
-        dtype=str(scale.dtype).removeprefix("torch."),
+        dtype=scale.dtype_name,
     )
 
     def measure(session: Session, names: Sequence[str]) -> Outcome:

@@ -20,13 +20,13 @@ from opensora_fast.data.decoding.dali_decoder import DaliDecoder, find_obstacle
 from opensora_fast.data.decoding.pyav_decoder import PyAVDecoder, count_processors, iterate_frames
 from opensora_fast.data.decoding.resize import resize_frame
 
-from ..environment import installed_version
 from ..jobs.coded_clips import CODINGS, read_source, write_coded
 from ..measuring.case import Case, Outcome, make_template
+from ..measuring.provider import version_of
 from ..measuring.race import Check, Entry, run_race
 from ..measuring.session import Session
 from ..measuring.timing import Call, Sampling
-from ..shapes import Workload
+from ..shapes import VIDEO_SIZES, Workload
 from .scale import Scale
 
 VALUE = 400.0
@@ -39,7 +39,7 @@ SECONDS = 3.0
 
 def list_cases(scale: Scale) -> list[Case]:
     """All codecs and resolutions on a GPU host; two codecs at the smallest elsewhere."""
-    resolutions, codecs, clips = ("144p", "240p", "360p", "480p", "720p"), tuple(CODINGS), 16
+    resolutions, codecs, clips = tuple(VIDEO_SIZES), tuple(CODINGS), 16
     if scale.device == "cpu":
         resolutions, codecs, clips = ("144p",), ("h264", "vp9"), 2
     cases = []
@@ -65,7 +65,7 @@ def _case(scale: Scale, resolution: str, codec: str, clips: int, value: float) -
     def measure(session: Session, names: Sequence[str]) -> Outcome:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"clip{CODINGS[codec].ending}"
-            source, _ = session.shared("source frames", lambda: read_source(SOURCE_FRAMES))
+            source = session.shared("source frames", lambda: read_source(SOURCE_FRAMES))
             write_coded(path, source, workload.pixels, CODINGS[codec])
             numbers = tuple(np.linspace(0, FRAMES * INTERVAL - 1, FRAMES, dtype=int).tolist())
             requests = [ClipRequest(row, str(path), numbers, workload.pixels, False) for row in range(clips)]
@@ -88,9 +88,7 @@ def _entry(name: str, codec: str, requests: Sequence[ClipRequest], decoders: lis
         "dali-cpu": partial(DaliDecoder, "cpu"),
         "dali-gpu": partial(DaliDecoder, "gpu"),
     }
-    version = installed_version("av")
-    if name != "pyav":
-        version = next((found for package in DALI if (found := installed_version(package))), "")
+    version = version_of(("av",) if name == "pyav" else DALI)()
 
     def prepare() -> tuple[Call, Callable[[], Check]]:
         decoder = makers[name]()

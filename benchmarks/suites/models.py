@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from opensora_fast.costs.operations import Count, count_block, count_forward, count_optimizer, count_training_step
@@ -164,17 +165,18 @@ def block_case(scale: Scale, pack: Pack, value: float) -> Case:
 def step_case(scale: Scale, pack: Workload | Pack, providers: tuple[str, ...], value: float) -> Case:
     """A training step from latents and text embeddings that are there already."""
     pack = Pack.of(pack) if isinstance(pack, Workload) else pack
-    config, dtype = scale.config, scale.dtype
-
-    def count(training: Training) -> Count:
-        parameters = float(sum(master.numel() for master in training.optimizer.masters.values()))
-        text = mean_text(len(pack.videos), scale.text)
-        parts = [count_training_step(config, part, text, 0.0, dtype.itemsize) for part in pack.parts]
-        return sum(parts, count_optimizer(parameters))
-
+    count = partial(count_step, scale, pack)
     return _model_case(
         scale, "step", pack, providers, TRAINING, training_call, count, RESULTS, scale.step_seconds, value
     )
+
+
+def count_step(scale: Scale, pack: Pack, training: Training) -> Count:
+    """Operations and bytes of a training step."""
+    parameters = float(sum(master.numel() for master in training.optimizer.masters.values()))
+    text = mean_text(len(pack.videos), scale.text)
+    parts = [count_training_step(scale.config, part, text, 0.0, scale.dtype.itemsize) for part in pack.parts]
+    return sum(parts, count_optimizer(parameters))
 
 
 def sustained_case(scale: Scale, workload: Workload, seconds: float, value: float) -> Case:
@@ -188,13 +190,10 @@ def sustained_case(scale: Scale, workload: Workload, seconds: float, value: floa
         planned = seconds if scale.device == "cuda" else scale.step_seconds
         sampling = Sampling(session.sampling_seconds(planned), min_samples=10**9, warm_up=1)
         contest = model_contest(scale, template, pack, training, names, sampling)
-        parameters = float(sum(master.numel() for master in training.optimizer.masters.values()))
-        text = mean_text(workload.batch, scale.text)
-        count = count_training_step(scale.config, workload, text, parameters, scale.dtype.itemsize)
         contest = replace(
             contest,
             calls={TRAINING: _many_steps},
-            counts={TRAINING: count},
+            counts={TRAINING: count_step(scale, pack, training)},
             calls_per_sample=SUSTAINED_STEPS,
         )
         return run_contest(contest, session)
