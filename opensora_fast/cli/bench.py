@@ -102,7 +102,7 @@ def _measure(
     import time
 
     from opensora_fast.benchmarks.environment import find_source_state
-    from opensora_fast.benchmarks.processes import DONE, INTERRUPTED, WRONG, Plan
+    from opensora_fast.benchmarks.processes import DONE, ERROR, INTERRUPTED, WRONG, Plan
     from opensora_fast.benchmarks.running.supervise import supervise
     from opensora_fast.train.checkpoints.folder_lock import hold_folder
 
@@ -122,7 +122,13 @@ def _measure(
     )
     with hold_folder(out, typer.echo):
         code = supervise(plan)
-    if code in (DONE, WRONG, INTERRUPTED) and any(out.glob("*.csv")):
+    if code not in (DONE, ERROR, WRONG, INTERRUPTED):
+        typer.echo(
+            f"opensora-fast: error: the process that measures died before it came to anything new (exit code {code}); "
+            "run again with the same --out to go on",
+            err=True,
+        )
+    if code != ERROR and any(out.glob("*.csv")):
         if importlib.util.find_spec("matplotlib") is None:  # rows are worth more than their page
             typer.echo(f"no report.html: matplotlib is not installed; where it is, `bench --report {out}` writes it")
         else:

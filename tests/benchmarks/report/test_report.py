@@ -398,7 +398,7 @@ def test_the_command_writes_reports_without_measuring(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("code", "has_matplotlib", "written"),
-    [(0, True, True), (3, True, True), (130, True, True), (1, True, False), (0, False, False)],
+    [(0, True, True), (3, True, True), (130, True, True), (137, True, True), (1, True, False), (0, False, False)],
 )
 def test_a_run_ends_with_a_report(tmp_path, monkeypatch, capsys, code, has_matplotlib, written):
     """Whatever became of the report, the exit code is that of the measurement."""
@@ -415,6 +415,7 @@ def test_a_run_ends_with_a_report(tmp_path, monkeypatch, capsys, code, has_matpl
         lambda name, *rest: find_spec(name, *rest) if has_matplotlib or name != "matplotlib" else None,
     )
     assert run(["bench", "--device", "cpu", "--out", str(tmp_path)]) == code
-    output = capsys.readouterr().out
+    output, errors = capsys.readouterr()
+    assert ("the process that measures died" in errors) == (code == 137)
     assert (f"report: {tmp_path / 'report.html'}" in output) == written == (tmp_path / "report.html").exists()
     assert ("no report.html: matplotlib is not installed" in output) == (not has_matplotlib)
