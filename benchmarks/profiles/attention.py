@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..measuring.contest import FORWARD, FORWARD_BACKWARD, forward_backward_call
 from ..measuring.provider import choose_providers
 from ..measuring.session import DeviceLostError, Session, threads_of
@@ -78,24 +76,21 @@ def profile_paths(kind: str, out: Path) -> tuple[Path, Path]:
     return out / f"attention_{kind}.csv", out / f"attention_{kind}.svg"
 
 
-def trace_attention(
-    kind: str, length: int, providers: Sequence[str] | None, device: str, out: Path, calls: int = 3
-) -> list[Path]:
-    """Writes a trace of forward and backward of each provider that runs here, for https://ui.perfetto.dev.
+def trace_attention(rows: Sequence[Row], kind: str, length: int, device: str, out: Path, calls: int = 3) -> list[Path]:
+    """Writes a trace of forward and backward of each provider that has a time at a length, for https://ui.perfetto.dev.
 
     Returns:
         The files, one for each provider.
     """
     from torch.profiler import ProfilerActivity, profile
 
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     heads, head_size, tokens = SIZES[device]
-    work = make_attention_work(kind, length, device, dtype, tokens, heads, head_size)
+    work = make_attention_work(kind, length, device, scale_of(device).dtype, tokens, heads, head_size)
+    measured = {row.provider for row in rows if row.status == "ok" and row.workload == f"length {length}"}
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    out.mkdir(parents=True, exist_ok=True)
     paths = []
-    for provider in choose_providers(ATTENTION_PROVIDERS, providers):
-        if provider.missing(work):
+    for provider in ATTENTION_PROVIDERS:
+        if provider.name not in measured:
             continue
         call = forward_backward_call(provider.prepare(work), work)
         call()

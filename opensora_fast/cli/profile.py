@@ -50,11 +50,12 @@ def attention(
     typer.echo(f"{kind} attention on {device}\n{format_rows(report.rows)}")
     csv_path, plot_path = profile_paths(kind, out)
     typer.echo(f"rows: {csv_path}\nplot: {plot_path}")
-    if trace:
-        for path in trace_attention(kind, max(lengths or DEFAULT_LENGTHS[kind, device]), names, device, out):
-            typer.echo(f"trace: {path}")
     if not any(row.status == "ok" for row in report.rows):
         raise ValueError("no provider could be measured; the table says why for each")
+    if trace:
+        longest = max(lengths or DEFAULT_LENGTHS[kind, device])
+        for path in trace_attention(report.rows, kind, longest, device, out):
+            typer.echo(f"trace: {path}")
 
 
 @app.command()

@@ -99,6 +99,16 @@ def test_a_place_where_nothing_can_be_written_is_told_first(tmp_path, monkeypatc
     assert f"File exists: {tmp_path / 'file'}" in capsys.readouterr().err
 
 
+def test_only_what_has_a_time_is_traced(tmp_path, take_part):
+    def crash(work):
+        raise RuntimeError("boom")
+
+    take_part(of_function(crash))
+    words = ["--device", "cpu", "--seqlens", "4,8", "--providers", "guest,eager,ours", "--budget", "0.1", "--trace"]
+    assert run(["profile", "attention", *words, "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.glob("trace_*")] == ["trace_spatial_8_eager.json"]
+
+
 @pytest.mark.filterwarnings("error")
 def test_where_nothing_could_be_measured_the_reasons_are_written(tmp_path, take_part, capsys):
     take_part(lambda work: None)
