@@ -6,7 +6,6 @@ Open-Sora's published speeds include both. Encoders of random weights take as lo
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +23,13 @@ from opensora_fast.encoders.vae import VideoAutoencoderKL
 
 from ..measuring.case import Case, Outcome, make_template
 from ..measuring.contest import run_contest
-from ..measuring.provider import Bound, Provider, choose_providers, compiled, compiles_on_cuda
+from ..measuring.provider import Bound, Provider, choose_providers
 from ..measuring.race import Check, Entry, relative_check, run_race
 from ..measuring.session import Session
 from ..measuring.timing import Call, Sampling
 from ..providers.model_work import ModelWork
 from ..providers.models import BoundModel, step_call
+from ..providers.vae import VAE_PROVIDERS, VaeWork
 from ..shapes import Pack, Workload, text_lengths
 from .models import TRAINING, by_importance, count_step, model_contest, model_sampling, model_template, shared_training
 from .scale import Scale
@@ -41,7 +41,6 @@ VALUE = 560.0
 ENCODER_BYTES = 10e9
 MICRO_BATCH = 4  # frames at a time, as Open-Sora's configurations say
 NEEDED = ("diffusers", "transformers")
-NORM_ERROR = 1e-5
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def vae_case(scale: Scale, workload: Workload) -> Case:
 
     def measure(session: Session, names: Sequence[str]) -> Outcome:
         lacking = "" if importlib.util.find_spec("diffusers") else "diffusers is not installed"
-        work = None if lacking else VaeWork.draw(scale, part)
+        work = None if lacking else VaeWork.draw(build_vae(scale), part)
         entries = [
             Entry(
                 provider.name,
@@ -205,52 +204,6 @@ def vae_case(scale: Scale, workload: Workload) -> Case:
     return Case(template, ("forward",), tuple(provider.name for provider in VAE_PROVIDERS), VALUE - 1, measure)
 
 
-@dataclass(frozen=True)
-class VaeWork:
-    """Frames to encode.
-
-    Attributes:
-        vae: what encodes them.
-        frames: [T, 3, H, W] in [-1, 1], on the device.
-        exact: float64, moments [1, 8, H // 8, W // 8] of the first frame.
-        limit: relative; twice the error of diffusers' own layout in the same dtype, and what another order of summing
-            in its norms may add.
-        count: multiplications and additions.
-    """
-
-    device: str
-    vae: AutoencoderKL
-    frames: Tensor
-    exact: Tensor
-    limit: float
-    count: Count
-
-    @classmethod
-    @torch.no_grad()
-    def draw(cls, scale: Scale, workload: Workload) -> VaeWork:
-        vae = build_vae(scale)
-        generator = torch.Generator(scale.device).manual_seed(0)
-        size = (workload.frames, 3, *workload.pixels)
-        frames = (torch.rand(size, generator=generator, device=scale.device) * 2 - 1).to(scale.dtype)
-        exact = _moments(copy.deepcopy(vae).double(), frames[:1].double())
-        with FlopCounterMode(display=False) as counter:
-            eager = _moments(vae, frames)
-        error = relative_check(eager[:1], exact, 0.0).error
-        return cls(scale.device, vae, frames, exact, 2.0 * error + NORM_ERROR, Count(float(counter.get_total_flops())))
-
-
-def _moments(vae: AutoencoderKL, frames: Tensor) -> Tensor:
-    """Mean and logarithm of the variance of the latents [T, 8, H // 8, W // 8]."""
-    return vae.quant_conv(vae.encoder(frames))
-
-
-def _encode_in(layout: torch.memory_format, compile_it: bool, work: VaeWork) -> Bound:
-    vae = copy.deepcopy(work.vae).to(memory_format=layout)
-    function = compiled(_moments) if compile_it else _moments
-    # The change of layout is in the time: clips come as they are.
-    return lambda: function(vae, work.frames.contiguous(memory_format=layout))
-
-
 def _prepare_vae(provider: Provider, work: VaeWork) -> tuple[Call, Callable[[], Check]]:
     encode, results = provider.prepare(work), []
 
@@ -259,11 +212,3 @@ def _prepare_vae(provider: Provider, work: VaeWork) -> tuple[Call, Callable[[], 
         results[:] = [encode()]
 
     return call, lambda: relative_check(results[0][:1], work.exact, work.limit)
-
-
-VAE_PROVIDERS = (
-    Provider("eager", partial(_encode_in, torch.contiguous_format, False)),
-    Provider("eager-channels-last", partial(_encode_in, torch.channels_last, False)),
-    Provider("compile", partial(_encode_in, torch.contiguous_format, True), compiles_on_cuda),
-    Provider("compile-channels-last", partial(_encode_in, torch.channels_last, True), compiles_on_cuda),
-)
