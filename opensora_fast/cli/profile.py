@@ -48,6 +48,8 @@ def attention(
     names = parse_names("--providers", providers)
     report = profile_attention(kind, lengths, names, device, out, parse_budget(budget))
     typer.echo(f"{kind} attention on {device}\n{format_rows(report.rows)}")
+    for item in report.refused:
+        typer.echo(f"wrong, so no time: {item}")
     csv_path, plot_path = profile_paths(kind, out)
     typer.echo(f"rows: {csv_path}\nplot: {plot_path}")
     if not any(row.status == "ok" for row in report.rows):

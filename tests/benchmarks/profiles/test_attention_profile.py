@@ -99,6 +99,13 @@ def test_a_place_where_nothing_can_be_written_is_told_first(tmp_path, monkeypatc
     assert f"File exists: {tmp_path / 'file'}" in capsys.readouterr().err
 
 
+def test_a_wrong_result_has_no_row_and_is_told_below_the_table(tmp_path, take_part, capsys):
+    take_part(of_function(lambda work: 1.1 * attend(work)))
+    assert profile(tmp_path, "4", "guest,eager") == 0
+    assert {provider for _, _, provider in read(tmp_path)} == {"eager"}
+    assert "wrong, so no time: op spatial_attention forward length 4 guest: the error of its" in capsys.readouterr().out
+
+
 def test_only_what_has_a_time_is_traced(tmp_path, take_part):
     def crash(work):
         raise RuntimeError("boom")
