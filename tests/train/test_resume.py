@@ -62,6 +62,22 @@ def test_resume_into_another_folder_and_from_an_older_checkpoint(train, tmp_path
     assert read_losses(tmp_path / "third") == read_losses(whole)[6:]
 
 
+def test_a_checkpoint_may_have_any_name(train, tmp_path, whole):
+    """Renamed in its own folder, it is not one of those that the run counts; elsewhere its step says what is later."""
+    out = tmp_path / "run"
+    assert train(out, "--steps", 4, "ckpt_every=0")[0] == 0
+    best = (out / "checkpoints" / "step-00000004").rename(out / "checkpoints" / "best")
+    code, _, error = train(out, "--steps", STEPS, "--resume", best)
+    assert code == 0, error
+    assert_same_weights(last(out), last(whole))
+    other = tmp_path / "other"
+    assert train(other, "--steps", 2)[0] == 0
+    code, _, error = train(other, "--steps", STEPS, "--resume", best)
+    assert code == 0, error
+    code, _, error = train(other, "--steps", STEPS, "--resume", best)
+    assert code == 1 and f"{other} holds later checkpoints than {best} (step-{STEPS:08d})" in error
+
+
 def test_resume_from_the_configuration_that_the_run_wrote(train, tmp_path, whole):
     out = tmp_path / "run"
     assert train(out, "--steps", 4)[0] == 0

@@ -164,6 +164,11 @@ def get_step(folder: Path) -> int:
     return int(FOLDER_NAME.fullmatch(folder.name)[1])
 
 
+def read_step(checkpoint: Path) -> int:
+    """The step of a whole checkpoint, whatever a person has called its folder."""
+    return json.loads((checkpoint / COMPLETE).read_text())["step"]
+
+
 def _hash(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -15,8 +15,10 @@ from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.checkpoints.checkpoint import (
     COMPLETE,
     find_newest,
+    get_step,
     list_checkpoints,
     locate_checkpoint,
+    read_step,
     set_aside_newer,
 )
 from opensora_fast.train.monitoring.metrics import METRICS
@@ -65,7 +67,8 @@ def choose_start(
         if init_from is not None:
             raise ValueError("--resume PATH continues a run, --init-from starts a new one: give one of them")
         checkpoint = locate_checkpoint(Path(resume), report)
-        later = [path for path in list_checkpoints(checkpoints) if path.name > checkpoint.name]
+        step = read_step(checkpoint)
+        later = [path for path in list_checkpoints(checkpoints) if get_step(path) > step]
         if later:
             raise ValueError(
                 f"{out} holds later checkpoints than {checkpoint} ({later[0].name}); remove them, or give another --out"

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opensora_fast.train.checkpoints.checkpoint import locate_step
 from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 
 if TYPE_CHECKING:
@@ -134,5 +135,5 @@ def resume(trainer: "Trainer", checkpoint: Path) -> None:
         )
     load_weights(trainer, checkpoint)
     trainer.position = Position(state["step"], sampler["epoch"], sampler["consumed"])
-    own = checkpoint.parent.resolve() == (trainer.folder / "checkpoints").resolve()
-    trainer.last_checkpoint = checkpoint if own else None
+    own = locate_step(trainer.folder / "checkpoints", state["step"])
+    trainer.last_checkpoint = own if checkpoint.resolve() == own.resolve() else None
