@@ -32,7 +32,7 @@ from opensora_fast.train.checkpoints.start import (
 from opensora_fast.train.checkpoints.state import load_weights
 from opensora_fast.train.checkpoints.state import resume as resume_state
 from opensora_fast.train.data import read_data
-from opensora_fast.train.encoders import adopt_fitted, copy_fitted
+from opensora_fast.train.encoders import FITTED, adopt_fitted, copy_fitted, holds_other_fitted, needs_fit
 from opensora_fast.train.followers import find_batches
 from opensora_fast.train.loop import Limits, Trainer
 from opensora_fast.train.monitoring.out_of_memory import (
@@ -114,9 +114,13 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
             if processes.rank == 0:
                 held.enter_context(hold_folder(out, report))
-            for origin in (start.resume, start.state, start.weights):
-                if origin is not None:
-                    adopt_fitted(Path(origin), out)
+            if start.origin is not None:
+                adopt_fitted(start.origin, out)
+                if needs_fit(config) and holds_other_fitted(start.origin, out):
+                    raise ValueError(
+                        f"{out / FITTED} is not the linear autoencoder that {start.origin} was trained with: remove "
+                        "it, or give another --out"
+                    )
         dtype = DTYPES[config.dtype]
         trainer: Trainer | None = None
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -186,8 +187,25 @@ def test_init_from_a_run_takes_weights_and_encoder_but_not_the_position(train, t
     fitted = "encoders/vae/linear_autoencoder.safetensors"
     assert (first / fitted).read_bytes() == (second / fitted).read_bytes()
     # a model folder does as well
-    assert train(tmp_path / "third", "--steps", 0, "--init-from", first / "checkpoints/step-00000004/ema")[0] == 0
+    average = first / "checkpoints/step-00000004/ema"
+    others = "bucket_config={'144p': {1: (1.0, 2)}}"
+    assert train(tmp_path / "third", "--steps", 0, "--init-from", average, others)[0] == 0
+    assert (first / fitted).read_bytes() == (tmp_path / "third" / fitted).read_bytes()
     assert train(tmp_path / "fourth", "--steps", 0, "--init-from", first, "model.depth=2")[0] == 1
+
+
+def test_weights_are_not_trained_with_another_autoencoder_than_theirs(train, tmp_path):
+    """One may be left of a run that failed before its first step."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train(first, "--steps", 1)[0] == 0
+    assert train(tmp_path / "third", "--steps", 0, "bucket_config={'144p': {1: (1.0, 2)}}")[0] == 0
+    shutil.copytree(tmp_path / "third" / "encoders", second / "encoders")
+    fitted = second / "encoders" / "vae"
+    for start in ("--init-from", "--resume"):
+        code, _, error = train(second, "--steps", 2, start, first)
+        assert code == 1 and f"{fitted} is not the linear autoencoder that {first}" in error and "remove it" in error
+    shutil.rmtree(fitted)
+    assert train(second, "--steps", 2, "--resume", first)[0] == 0
 
 
 def test_a_folder_that_another_run_writes_into_is_refused(train, tmp_path):

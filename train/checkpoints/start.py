@@ -34,6 +34,14 @@ class Start:
     state: Path | None = None
     weights: str | None = None
 
+    @property
+    def origin(self) -> Path | None:
+        """The checkpoint, also where its `ema` alone was named, or whatever holds the weights."""
+        if self.weights is None:
+            return self.resume or self.state
+        weights = Path(self.weights)
+        return weights.parent if (weights.parent / COMPLETE).is_file() else weights
+
 
 def agree_on_start(
     processes: Processes,
