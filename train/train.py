@@ -26,8 +26,8 @@ from opensora_fast.train.checkpoints.start import (
     CHECKPOINT_CONFIG,
     Start,
     agree_on_start,
+    check_changes,
     load_initial_weights,
-    report_changes,
 )
 from opensora_fast.train.checkpoints.state import load_weights
 from opensora_fast.train.checkpoints.state import resume as resume_state
@@ -109,6 +109,8 @@ def train(
         for warning in data.explanation.warnings:
             report(f"warning: {warning}")
         start = agree_on_start(processes, config, out, resume, init_from, report)
+        if start.resume is not None:
+            check_changes(start.resume, config, data, processes, report)
 
         with processes.first():
             out.mkdir(parents=True, exist_ok=True)
@@ -184,7 +186,6 @@ def train(
             )
             if start.resume is not None:
                 resume_state(trainer, start.resume)
-                report_changes(start.resume, config, processes, report)
             elif start.state is not None:
                 load_weights(trainer, start.state)
             if processes.rank == 0:

@@ -50,6 +50,8 @@ def test_resume_from_features_is_exact(train, tmp_path):
     assert read_losses(out) == read_losses(whole)
     a, b = (load_file(run / "checkpoints/step-00000008/ema/model.safetensors") for run in (out, whole))
     assert all(torch.equal(a[key], b[key]) for key in a)
+    code, _, error = train(out, "--steps", 9, "--resume", "auto")
+    assert code == 1 and "was written with features, not clips" in error
 
 
 @pytest.mark.parametrize(

@@ -120,16 +120,30 @@ def test_the_only_checkpoint_that_is_kept_is_a_whole_one(train, tmp_path, whole)
     assert read_losses(out) == read_losses(whole)
 
 
-def test_another_order_of_batches_is_refused_by_name(train, tmp_path, table, whole):
+def test_another_order_of_batches_is_refused_before_anything_is_made(train, tmp_path, whole):
+    out = tmp_path / "run"
     for override, message in (
-        ("seed=1", "seed=42"),
+        ("seed=1", "with seed=42, and it is now 1"),
         ("dataset.frame_interval=2", "another table of clips"),
         ("bucket_config.144p.1=(1.0, 1)", "another table of clips"),
+        (f"features={tmp_path / 'features'}", "with clips, not features"),
     ):
-        code, _, error = train(tmp_path / "run", "--resume", whole, "--steps", STEPS, override, "drop_last=False")
-        assert code == 1 and re.search(message, error), error
-    code, _, error = train(tmp_path / "run", "--resume", whole, "--steps", STEPS, "model.depth=2")
-    assert code == 1 and "of another model" in error and "blocks.1" in error
+        code, _, error = train(out, "--resume", whole, "--steps", STEPS, override, "drop_last=False")
+        assert code == 1 and message in error and f"load={last(whole)} start_from_scratch=True" in error, error
+        assert not out.exists() and not (tmp_path / "features").exists()
+
+
+def test_another_model_is_refused_and_told_by_its_key(train, tmp_path, whole):
+    for override, note, message in (
+        ("model.depth=2", "model.depth is now 2, the checkpoint was trained with 1", "of another model: blocks.1"),
+        (
+            "model.freeze=not_temporal",
+            "model.freeze is now 'not_temporal'",
+            "of another model or model.freeze: exp_avg",
+        ),
+    ):
+        code, text, error = train(tmp_path / "run", "--resume", whole, "--steps", STEPS, override)
+        assert code == 1 and note in text and message in error
 
 
 def test_changed_values_are_told(train, tmp_path, whole):

@@ -1,6 +1,5 @@
 """Where a run begins: afresh, with other weights, or with a checkpoint to continue."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from opensora_fast.train.checkpoints.checkpoint import (
     read_step,
     set_aside_newer,
 )
+from opensora_fast.train.checkpoints.state import other_order, read_position, refuse_other_data
+from opensora_fast.train.data import TrainingData
 from opensora_fast.train.monitoring.metrics import METRICS
 
 CHECKPOINT_CONFIG = "train_config.json"
@@ -126,10 +127,17 @@ def load_initial_weights(model: STDiT2, source: str, report: Callable[[str], Non
     report(f"weights: all {len(state)} tensors of {source}")
 
 
-def report_changes(checkpoint: Path, config: TrainConfig, processes: Processes, report: Callable[[str], None]) -> None:
-    """Say which values, and whether the number of processes, differ from those that the checkpoint was trained with."""
+def check_changes(
+    checkpoint: Path, config: TrainConfig, data: TrainingData, processes: Processes, report: Callable[[str], None]
+) -> None:
+    """Say which values, and whether the number of processes, differ from those that the checkpoint was trained with.
+
+    Raises:
+        ValueError: its order of batches cannot go on, as far as that is known before features are opened.
+    """
     before = load_train_config(checkpoint / CHECKPOINT_CONFIG).config
-    world_size = json.loads((checkpoint / "state.json").read_text())["world_size"]
+    position = read_position(checkpoint)
+    world_size = position["world_size"]
     if processes.world_size != world_size:
         report(
             f"note: the number of processes is now {processes.world_size}, the checkpoint was trained with {world_size}"
@@ -145,3 +153,9 @@ def report_changes(checkpoint: Path, config: TrainConfig, processes: Processes, 
             continue
         if value != values_before[key]:
             report(f"note: {key} is now {value!r}, the checkpoint was trained with {values_before[key]!r}")
+    if (seed := position["sampler"]["seed"]) != config.seed:
+        raise other_order(checkpoint, f"seed={seed}, and it is now {config.seed}")
+    if (config.features is None) != (before.features is None):
+        raise other_order(checkpoint, "clips, not features" if before.features is None else "features, not clips")
+    if config.features is None:
+        refuse_other_data(checkpoint, data.get_fingerprint())

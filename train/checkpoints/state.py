@@ -119,21 +119,35 @@ def load_weights(trainer: "Trainer", checkpoint: Path) -> None:
     trainer.optimizer.load_state_dict(load_file(checkpoint / "optimizer.safetensors"))
 
 
-def resume(trainer: "Trainer", checkpoint: Path) -> None:
-    """Go on from a verified checkpoint. ValueError if it was written with other data or another seed."""
+def read_position(checkpoint: Path) -> dict[str, Any]:
+    """`state.json`, see `Snapshot`; ValueError if it is of another format."""
     state = json.loads((checkpoint / "state.json").read_text())
     if state.get("format") != FORMAT:
         raise ValueError(f"{checkpoint} has format {state.get('format')}; this version reads {FORMAT}")
-    sampler = state["sampler"]
-    if sampler["seed"] != trainer.seed:
-        raise ValueError(f"{checkpoint} was written with seed={sampler['seed']}; the seed is now {trainer.seed}")
-    if state["data"] != trainer.data_fingerprint:
-        raise ValueError(
-            f"{checkpoint} was written with another table of clips, bucket_config, frame_interval, drop_last or "
-            "balance, so its order of batches cannot be continued; to take its weights and optimizer state into a new "
-            f"order, use load={checkpoint} start_from_scratch=True in place of --resume"
-        )
+    return state
+
+
+def other_order(checkpoint: Path, written_with: str) -> ValueError:
+    """What to raise where something else decides the order of batches than when a checkpoint was written."""
+    return ValueError(
+        f"{checkpoint} was written with {written_with}, so its order of batches cannot be continued; to take its "
+        f"weights and optimizer state into a new order, use load={checkpoint} start_from_scratch=True in place of "
+        "--resume"
+    )
+
+
+def refuse_other_data(checkpoint: Path, data_fingerprint: str) -> None:
+    """ValueError if a checkpoint was written with other data."""
+    if read_position(checkpoint)["data"] != data_fingerprint:
+        raise other_order(checkpoint, "another table of clips, bucket_config, frame_interval, drop_last or balance")
+
+
+def resume(trainer: "Trainer", checkpoint: Path) -> None:
+    """Go on from a verified checkpoint, of a run with this seed. ValueError if it was written with other data."""
+    refuse_other_data(checkpoint, trainer.data_fingerprint)
     load_weights(trainer, checkpoint)
+    state = read_position(checkpoint)
+    sampler = state["sampler"]
     trainer.position = Position(state["step"], sampler["epoch"], sampler["consumed"])
     own = locate_step(trainer.folder / "checkpoints", state["step"])
     trainer.last_checkpoint = own if checkpoint.resolve() == own.resolve() else None

@@ -32,6 +32,8 @@ from opensora_fast.train.optimizer.gradients import MeanGradient, cut_segments
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Where the state of an optimizer does not fit.
+REMEDY = "train as before, or start a new run from the weights alone with --init-from"
 
 
 class MasterAdamW:
@@ -239,10 +241,12 @@ class MasterAdamW:
         shapes = {"step": self._step.shape}
         shapes |= {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in self.shapes.items()}
         if unknown := sorted(set(state) - set(shapes)):
-            raise ValueError(f"optimizer state of another model: {unknown[0]} is not here")
+            raise ValueError(f"optimizer state of another model or model.freeze: {unknown[0]} is not here; {REMEDY}")
         for name, shape in shapes.items():
             if name not in state or state[name].shape != shape:
-                raise ValueError(f"optimizer state of another model: {name} is missing or of another shape")
+                raise ValueError(
+                    f"optimizer state of another model or model.freeze: {name} is missing or of another shape; {REMEDY}"
+                )
         self._step.copy_(state["step"])
         for kind, shard in zip(MOMENTS, self._moments, strict=True):
             self.fill(shard, {name: state[f"{kind}.{name}"] for name in self.shapes})
