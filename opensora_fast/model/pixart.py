@@ -145,14 +145,18 @@ def load_checkpoint_file(source: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: missing, unreadable, without weights, or only readable by executing what is in it.
     """
+    path = locate_checkpoint_file(source)
+    return _unwrap(_load_file(path) if path.is_file() else _load_folder(path), path)
+
+
+def locate_checkpoint_file(source: str | Path) -> Path:
+    """The path that `load_checkpoint_file` reads; what a hub id names is downloaded. ValueError if there is none."""
     path = Path(source).expanduser()
-    if path.is_file():
-        return _unwrap(_load_file(path), path)
-    if not path.is_dir():
-        if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-            raise ValueError(f"{path}: no such file; check the path of the weights to start from")
-        path = resolve_folder(source)
-    return _unwrap(_load_folder(path), path)
+    if str(source) and path.exists():
+        return path
+    if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        raise ValueError(f"{path}: no such file; check the path of the weights to start from")
+    return resolve_folder(source)
 
 
 def convert_upstream_state_dict(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:

@@ -291,6 +291,15 @@ def test_what_cannot_be_built_is_known_before_any_encoder(train, tmp_path, more,
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("weights", ["/nowhere/model", "/nowhere/model.pth", ""])
+def test_weights_to_start_from_are_looked_for_before_anything_is_made(train, tmp_path, weights):
+    """An empty name is that of a shell's variable that is not set, and no wish to start from nothing."""
+    for start in (["--init-from", weights], [f"model.from_pretrained={weights or repr(weights)}"]):
+        code, _, error = train(tmp_path / "run", "--steps", 0, *start)
+        assert code == 1 and (weights or "model.from_pretrained is missing") in error
+        assert not (tmp_path / "run").exists()
+
+
 def test_clips_too_few_for_a_batch_may_be_left_out_on_demand(train, tmp_path):
     code, text, error = train(
         tmp_path / "run", "--steps", 2, "bucket_config.144p.1=(1.0, 50)", "allow_empty_buckets=True"

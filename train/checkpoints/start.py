@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from opensora_fast.config import TrainConfig, list_values, load_train_config
 from opensora_fast.model import STDiT2
-from opensora_fast.model.pixart import initialize_from
+from opensora_fast.model.pixart import initialize_from, locate_checkpoint_file
 from opensora_fast.model.weights import load_strictly
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.checkpoints.checkpoint import (
@@ -69,7 +69,8 @@ def choose_start(
     """Decide where a run begins, and refuse to write over another one.
 
     Raises:
-        ValueError: `out` holds a run that is not to be continued, or options contradict each other.
+        ValueError: `out` holds a run that is not to be continued, options contradict each other, or what they name is
+            not there.
     """
     checkpoints = out / "checkpoints"
     if resume is not None and resume != "auto":
@@ -96,18 +97,17 @@ def choose_start(
     if config.load is not None and init_from is None:
         checkpoint = locate_checkpoint(Path(config.load), report)
         return Start(state=checkpoint) if config.start_from_scratch else Start(resume=checkpoint)
-    return Start(weights=resolve_weights(init_from or config.model.from_pretrained, report))
-
-
-def resolve_weights(source: str | None, report: Callable[[str], None]) -> str | None:
-    """The checkpoint where `source` is a run or checkpoint of this trainer, else `source` as it is."""
-    checkpoint = find_checkpoint(source, report)
-    return source if checkpoint is None else str(checkpoint)
+    source = config.model.from_pretrained if init_from is None else init_from
+    if (checkpoint := find_checkpoint(source, report)) is not None:
+        return Start(weights=str(checkpoint))
+    if source is not None:
+        locate_checkpoint_file(source)
+    return Start(weights=source)
 
 
 def find_checkpoint(source: str | None, report: Callable[[str], None]) -> Path | None:
     """The checkpoint that is meant where `source` is a run or checkpoint of this trainer, else None."""
-    path = Path(source) if source is not None else None
+    path = Path(source) if source else None
     if path is not None and ((path / "checkpoints").is_dir() or (path / COMPLETE).is_file()):
         return locate_checkpoint(path, report)
     return None
