@@ -192,6 +192,8 @@ def train(
                 trainer.trackers = stack.enter_context(open_trackers(config, out, trainer.position.step, tell))
                 write_config(config, out / "config.json")
             report(describe_run(trainer, facts.steps, start))
+            if config.steps is not None and 0 < config.steps <= trainer.position.step:
+                report(f"note: no step is left to train: `steps` or --steps is {config.steps}, and counts all of a run")
             if source is not None:
                 warn_of_memory(config, source.data, processes.world_size, trainer.model.device, report)
             calls_before = calls.copy()
