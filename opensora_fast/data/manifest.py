@@ -121,7 +121,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """The table of a CSV or Parquet file as it stands, with all needed columns but unchecked rows.
 
     Raises:
-        ValueError: the file is missing, of another kind, or broken, lacks a column, or has no rows.
+        ValueError: the file is missing, of another kind, or broken, lacks a column, has one twice, or has no rows.
     """
     path = Path(path)
     if path.is_dir():
@@ -259,7 +259,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
         with warnings.catch_warnings():
             # Lines longer than the header would lose their end with no more than this warning.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(
+            table = pd.read_csv(
                 path,
                 encoding="utf-8-sig",
                 index_col=False,
@@ -275,6 +275,11 @@ def _read_csv(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path} is not a well-formed CSV file: {_describe_long_lines(path) or error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    # pandas renames a column that comes twice.
+    header = pd.read_csv(path, encoding="utf-8-sig", header=None, nrows=1, dtype=str).iloc[0].tolist()
+    if twice := [name for name in COLUMNS if header.count(name) > 1]:
+        raise ValueError(f"{path} has more than one column {', '.join(twice)}: keep the one that is meant")
+    return table
 
 
 def _describe_long_lines(path: Path) -> str:

@@ -141,6 +141,8 @@ def test_check_table_does_not_change_its_argument():
     [
         ("meta.csv", b"", "empty.*path,text,num_frames"),
         ("meta.csv", b"path,text,height\na,b,1\n", "lacks the columns num_frames, width, fps"),
+        # as after a join of tables: which of two captions is meant nobody can know
+        ("meta.csv", b"path,text,text,num_frames,height,width,fps\na,b,c,1,2,3,4\n", "more than one column text: keep"),
         ("meta.csv", HEADER.encode(), "has no rows"),
         ("meta.csv", HEADER.encode() + b"a.mp4,a,b,c,1,2,3,4,5\n", "not a well-formed CSV"),
         ("meta.csv", HEADER.encode() + b"a.mp4,x,20,480,640,24\nb.mp4,a, b,20,480,640,24\n", "CSV.*line 3 has 7"),
