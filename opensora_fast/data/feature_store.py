@@ -48,7 +48,7 @@ class FeatureIndex:
         folder: of the files.
         settings: how the features were made, as given to `FeatureWriter`.
         shards: in the order in which they were written.
-        complete: whether everything that was to be written is there.
+        complete: whether everything that was to be written is there; not where a person has removed a damaged shard.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
@@ -67,7 +67,9 @@ class FeatureIndex:
                 raise FeatureError(f"{path} has version {content['version']}, this program reads {VERSION}")
             index = cls(folder, content["settings"])
             index.shards = [Shard(**shard) for shard in content["shards"]]
-            index.complete = bool(content["complete"])
+            index.complete = bool(content["complete"]) and all(
+                (index.folder / shard.file).is_file() for shard in index.shards
+            )
         except FileNotFoundError:
             raise FeatureError(f"{path} does not exist: there are no cached features in this folder") from None
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:

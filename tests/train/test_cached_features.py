@@ -123,11 +123,20 @@ def test_no_part_of_an_autoencoder_is_left_where_it_cannot_be_written(train, tmp
     assert list((tmp_path / "run" / "encoders").iterdir()) == []
 
 
-def test_damaged_features_are_named(train, tmp_path):
+def test_damaged_features_are_named_and_made_anew_where_they_are_deleted(train, tmp_path):
     folder = tmp_path / "features"
-    assert train(tmp_path / "first", "--steps", 0, f"features={folder}")[0] == 0
-    shard = next(folder.glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-5])
-    code, _, error = train(tmp_path / "second", "--steps", 6, f"features={folder}")
-    assert code == 1 and shard.name in error and "Traceback" not in error
+    assert train(tmp_path / "first", "--steps", 6, f"features={folder}")[0] == 0
+    for number, shard in enumerate(sorted(folder.glob("*.safetensors"))):
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-5])
+        out = tmp_path / f"run-{number}"
+        code, _, error = train(out, "--steps", 6, f"features={folder}")
+        assert (
+            code == 1 and f"{shard} cannot be used" in error and "Delete it and" in error and "Traceback" not in error
+        )
+        shard.unlink()
+        code, _, error = train(out, "--steps", 6, f"features={folder}")
+        assert code == 0, error
+        assert shard.read_bytes() == whole
+        assert read_losses(out) == read_losses(tmp_path / "first")
     shutil.rmtree(folder)
