@@ -31,6 +31,15 @@ def is_intercepted() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def check_triton(name: str, device: torch.device) -> None:
+    """ValueError, which begins with a name, where Triton's kernels cannot run on the tensors of a device."""
+    if device.type != "cuda" and not interpreting():
+        raise ValueError(
+            f"{name}: Triton kernels need CUDA tensors, got {device}; use 'reference' or 'auto', or set "
+            "TRITON_INTERPRET=1 before Python starts to run them slowly on the CPU"
+        )
+
+
 def choose(op: str, backend: str, tensor: Tensor, has_triton: bool = True) -> str:
     """Returns "reference" or "triton" for a call of `op` on `tensor`, and counts it.
 
@@ -44,11 +53,7 @@ def choose(op: str, backend: str, tensor: Tensor, has_triton: bool = True) -> st
     elif backend == "triton":
         if not has_triton:
             raise ValueError(f"{op}: it has no Triton kernel; use backend='reference'")
-        if not tensor.is_cuda and not interpreting():
-            raise ValueError(
-                f"{op}: Triton kernels need CUDA tensors, got {tensor.device}; use backend='reference', "
-                "or set TRITON_INTERPRET=1 before Python starts to run them slowly on the CPU"
-            )
+        check_triton(op, tensor.device)
     if not torch.compiler.is_compiling():
         calls[op, backend] += 1
     return backend

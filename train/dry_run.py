@@ -8,6 +8,7 @@ from opensora_fast.config import LoadedConfig, TrainConfig, format_values
 from opensora_fast.cuda_graphs import refuse_without_gpu
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.device import DTYPES, check_device_name
+from opensora_fast.kernels.dispatch import check_triton
 from opensora_fast.kernels.linear import check_quack
 from opensora_fast.parallel.join import count_replicas, read_place
 from opensora_fast.train.data import read_data
@@ -36,8 +37,8 @@ def print_plan(
 
     Raises:
         ValueError: what would also stop the run: a model or diffusion that cannot be built, broken buckets, a broken
-            table, entries that give no batch, CUDA graphs, quack or a memory history on a CPU, a tracker that is not
-            installed, a trace after the end, a device or implementation of an unknown name.
+            table, entries that give no batch, CUDA graphs, Triton, quack or a memory history on a CPU, a tracker that
+            is not installed, a trace after the end, a device or implementation of an unknown name.
     """
     place = read_place(os.environ)
     if place.rank != 0:
@@ -50,6 +51,8 @@ def print_plan(
     if device is not None:
         refuse_without_gpu(config.cuda_graph_tokens, check_device_name(device))
         refuse_history_without_gpu(memory_history, device)
+        if backend == "triton":
+            check_triton("--kernels triton", torch.device(device))
         if linear == "quack" and device == "cpu":  # a GPU need not be here
             check_quack(torch.device(device), DTYPES[config.dtype])
     print(format_values(loaded))

@@ -17,6 +17,7 @@ from opensora_fast.data.decoding.pyav_decoder import count_processors
 from opensora_fast.device import DTYPES
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.kernels import calls
+from opensora_fast.kernels.dispatch import check_triton
 from opensora_fast.kernels.linear import check_quack
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.join import join_processes
@@ -99,6 +100,8 @@ def train(
         check_trackers(config)
         refuse_trace_after_end(trace_steps, config.steps)
         refuse_history_without_gpu(memory_history, processes.device.type)
+        if backend == "triton":
+            check_triton("--kernels triton", processes.device)
         if linear == "quack":
             check_quack(processes.device, DTYPES[config.dtype])
         for note in loaded.notes:

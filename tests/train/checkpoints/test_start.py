@@ -81,12 +81,15 @@ def test_from_pretrained_of_the_configuration_is_a_start(train, tmp_path):
     assert stored["model"]["from_pretrained"] == str(average)
 
 
-def test_what_multiplies_in_the_linears_is_checked_before_anything_is_made(train, tmp_path):
+def test_what_computes_is_checked_before_anything_is_made(train, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     out = tmp_path / "run"
     for dry in ([], ["--dry-run"]):
         code, _, error = train(out, "--linear", "quack", *dry)
         assert code == 1
         assert "linear: quack needs a CUDA GPU, and the tokens are on cpu; name 'torch' in its place" in error
+        code, _, error = train(out, "--kernels", "triton", *dry)
+        assert code == 1 and "--kernels triton: Triton kernels need CUDA tensors, got cpu; use 'reference'" in error
     code, _, error = train(out, "--linear", "cutlass")
     assert code == 1 and "--linear cutlass: unknown; choose one of torch, quack" in error
     assert not out.exists()
