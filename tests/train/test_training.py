@@ -186,11 +186,14 @@ def test_init_from_a_run_takes_weights_and_encoder_but_not_the_position(train, t
     assert all(torch.equal(old[name], new[name]) for name in old)
     fitted = "encoders/vae/linear_autoencoder.safetensors"
     assert (first / fitted).read_bytes() == (second / fitted).read_bytes()
-    # a model folder does as well
+    # so do the folder of its checkpoints, and a model's folder or file in one of them
     average = first / "checkpoints/step-00000004/ema"
     others = "bucket_config={'144p': {1: (1.0, 2)}}"
-    assert train(tmp_path / "third", "--steps", 0, "--init-from", average, others)[0] == 0
-    assert (first / fitted).read_bytes() == (tmp_path / "third" / fitted).read_bytes()
+    for number, start in enumerate([first / "checkpoints", average, average / "model.safetensors"]):
+        out = tmp_path / f"from-{number}"
+        code, _, error = train(out, "--steps", 0, "--init-from", start, others)
+        assert code == 0, error
+        assert (first / fitted).read_bytes() == (out / fitted).read_bytes()
     assert train(tmp_path / "fourth", "--steps", 0, "--init-from", first, "model.depth=2")[0] == 1
 
 

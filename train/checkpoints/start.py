@@ -37,11 +37,11 @@ class Start:
 
     @property
     def origin(self) -> Path | None:
-        """The checkpoint, also where its `ema` alone was named, or whatever holds the weights."""
+        """The checkpoint, also where its `ema` or the file in it was named, or whatever holds the weights."""
         if self.weights is None:
             return self.resume or self.state
         weights = Path(self.weights)
-        return weights.parent if (weights.parent / COMPLETE).is_file() else weights
+        return next((folder for folder in weights.parents[:2] if (folder / COMPLETE).is_file()), weights)
 
 
 def agree_on_start(
@@ -107,10 +107,11 @@ def choose_start(
 
 def find_checkpoint(source: str | None, report: Callable[[str], None]) -> Path | None:
     """The checkpoint that is meant where `source` is a run or checkpoint of this trainer, else None."""
-    path = Path(source) if source else None
-    if path is not None and ((path / "checkpoints").is_dir() or (path / COMPLETE).is_file()):
-        return locate_checkpoint(path, report)
-    return None
+    if not source:
+        return None
+    path = Path(source)
+    is_own = (path / "checkpoints").is_dir() or (path / COMPLETE).is_file() or list_checkpoints(path)
+    return locate_checkpoint(path, report) if is_own else None
 
 
 def load_initial_weights(model: STDiT2, source: str, report: Callable[[str], None]) -> None:
