@@ -27,7 +27,7 @@ from opensora_fast.encoders import choose_text_dtype
 from opensora_fast.kernels import token_grid
 from opensora_fast.model import STDiT2, STDiT2Config
 from opensora_fast.train.parts import count_recomputed, make_model_config
-from opensora_fast.train.step_graph import MOST_SHAPES
+from opensora_fast.train.step.graphs import MOST_SHAPES
 
 LATENT_CHANNELS = 4  # of both autoencoders
 T5_WIDTH = 4096

@@ -11,7 +11,7 @@ from opensora_fast.device import DTYPES, check_device_name
 from opensora_fast.kernels.dispatch import check_triton
 from opensora_fast.kernels.linear import check_quack
 from opensora_fast.parallel.join import count_replicas, read_place
-from opensora_fast.train.data import read_data
+from opensora_fast.train.inputs.data import read_data
 from opensora_fast.train.monitoring.out_of_memory import refuse_history_without_gpu
 from opensora_fast.train.monitoring.trace import refuse_trace_after_end
 from opensora_fast.train.monitoring.trackers import check_trackers

@@ -31,8 +31,7 @@ from opensora_fast.progress import Progress
 from opensora_fast.train.checkpoints.background import Background
 from opensora_fast.train.checkpoints.checkpoint import get_step, locate_step, write_checkpoint
 from opensora_fast.train.checkpoints.state import Position, collect_state, take_snapshot, write_state
-from opensora_fast.train.host_values import HostValues
-from opensora_fast.train.model_inputs import ModelInputs
+from opensora_fast.train.inputs.model_inputs import ModelInputs
 from opensora_fast.train.monitoring.metrics import METRICS, MetricsWriter, count_batch_tokens, join_parts, peak_memory
 from opensora_fast.train.monitoring.not_finite import NonFiniteError, describe_batches, find_not_finite, write_report
 from opensora_fast.train.monitoring.out_of_memory import explain_out_of_memory
@@ -42,9 +41,10 @@ from opensora_fast.train.monitoring.trace import StepTrace
 from opensora_fast.train.monitoring.trackers import Trackers
 from opensora_fast.train.optimizer.ema import EMA
 from opensora_fast.train.optimizer.master_adamw import MasterAdamW
-from opensora_fast.train.randomness import seed_step
-from opensora_fast.train.step import compute_losses, draw_inputs
-from opensora_fast.train.step_graph import StepGraphs
+from opensora_fast.train.step.graphs import StepGraphs
+from opensora_fast.train.step.host_values import HostValues
+from opensora_fast.train.step.losses import compute_losses, draw_inputs
+from opensora_fast.train.step.randomness import seed_step
 from opensora_fast.train.stop import StopSignals
 
 # With keep probabilities below 1 every clip of a tiny table may lose its draw; that many times in a row is a mistake.

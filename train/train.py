@@ -32,9 +32,10 @@ from opensora_fast.train.checkpoints.start import (
 )
 from opensora_fast.train.checkpoints.state import load_weights
 from opensora_fast.train.checkpoints.state import resume as resume_state
-from opensora_fast.train.data import read_data
-from opensora_fast.train.encoders import FITTED, adopt_fitted, copy_fitted, holds_other_fitted, needs_fit
-from opensora_fast.train.followers import find_batches
+from opensora_fast.train.inputs.data import read_data
+from opensora_fast.train.inputs.encoders import FITTED, adopt_fitted, copy_fitted, holds_other_fitted, needs_fit
+from opensora_fast.train.inputs.followers import find_batches
+from opensora_fast.train.inputs.sources import Source, open_clips, open_features
 from opensora_fast.train.loop import Limits, Trainer
 from opensora_fast.train.monitoring.out_of_memory import (
     explain_parts_out_of_memory,
@@ -47,9 +48,8 @@ from opensora_fast.train.optimizer.ema import EMA
 from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 from opensora_fast.train.parts import build_diffusion, build_model, check_parts, make_model_config
 from opensora_fast.train.planning.memory_check import warn_of_memory
-from opensora_fast.train.sources import Source, open_clips, open_features
-from opensora_fast.train.step import compute_losses
-from opensora_fast.train.step_graph import StepGraphs
+from opensora_fast.train.step.graphs import StepGraphs
+from opensora_fast.train.step.losses import compute_losses
 
 
 def train(

@@ -12,8 +12,8 @@ from torch import Tensor
 from opensora_fast.cuda_graphs import Recorder
 from opensora_fast.model import STDiT2
 from opensora_fast.sampling.replayed_model import ReplayedModel
-from opensora_fast.train.step import LATENTS, TIMESTEPS, compute_losses, draw_inputs
-from opensora_fast.train.step_graph import StepGraphs
+from opensora_fast.train.step.graphs import StepGraphs
+from opensora_fast.train.step.losses import LATENTS, TIMESTEPS, compute_losses, draw_inputs
 
 from ..measuring.accuracy import OUTPUT, weights_like
 from ..measuring.timing import Call

@@ -98,7 +98,7 @@ def _run(*words: object) -> None:
 
 def _explain(table: Path):
     from opensora_fast.config import load_train_config
-    from opensora_fast.train.data import read_data
+    from opensora_fast.train.inputs.data import read_data
     from opensora_fast.train.locate_config import locate_config
 
     config = load_train_config(locate_config(Path("demo")), options={"dataset.data_path": str(table)}).config

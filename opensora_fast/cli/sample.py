@@ -115,7 +115,7 @@ def _use_run(config: "SampleConfig") -> None:
     """Where the weights are those of a run or checkpoint of `train`: take their average, and the autoencoder that was
     fitted for them, unless the configuration names one."""
     from opensora_fast.train.checkpoints.start import find_checkpoint
-    from opensora_fast.train.encoders import FITTED, needs_fit
+    from opensora_fast.train.inputs.encoders import FITTED, needs_fit
 
     checkpoint = find_checkpoint(config.model.from_pretrained, lambda text: print(f"note: {text}", file=sys.stderr))
     if checkpoint is None:

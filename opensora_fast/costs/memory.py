@@ -18,7 +18,7 @@ frames may be given. A recomputed block keeps the residual stream and the modula
 reaches it. The modulation of all blocks is one tensor, which is there until backward is through the first of them.
 `tests/costs/test_memory.py` holds the count to what autograd saves and to the allocations of a whole step.
 
-Where small steps are replayed as CUDA graphs (see `opensora_fast.train.step_graph`), what the largest of them needs is
+Where small steps are replayed as CUDA graphs (see `opensora_fast.train.step.graphs`), what the largest of them needs is
 held in a pool, beside what other steps allocate, and so are a set of gradients and, for each graph, a copy of its
 inputs.
 

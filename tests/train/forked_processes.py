@@ -32,7 +32,7 @@ from opensora_fast.train.loop import Trainer
 from opensora_fast.train.optimizer import gradients
 from opensora_fast.train.optimizer.gradients import MeanGradient
 from opensora_fast.train.optimizer.master_adamw import MasterAdamW
-from opensora_fast.train.step_graph import StepGraphs
+from opensora_fast.train.step.graphs import StepGraphs
 
 
 def main() -> None:

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import torch
 
 from opensora_fast.diffusion import MaskGenerator
-from opensora_fast.train.data import read_data
+from opensora_fast.train.inputs.data import read_data
+from opensora_fast.train.inputs.sources import open_clips
 from opensora_fast.train.loop import Trainer
 from opensora_fast.train.optimizer.master_adamw import BETAS, EPSILON
 from opensora_fast.train.parts import build_diffusion, build_model, make_model_config
-from opensora_fast.train.sources import open_clips
 
 CPU = torch.device("cpu")
 

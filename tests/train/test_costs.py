@@ -14,7 +14,7 @@ from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.data.buckets.explain import count_tokens
 from opensora_fast.data.buckets.sampler import BucketSampler
 from opensora_fast.train.costs import SD_VAE_PARAMETERS, T5_XXL_PARAMETERS, RunCosts
-from opensora_fast.train.data import TrainingData
+from opensora_fast.train.inputs.data import TrainingData
 from opensora_fast.train.locate_config import locate_config
 from opensora_fast.train.planning.memory_check import count_buckets
 

@@ -26,7 +26,7 @@ from opensora_fast.data.bad_clips import read_bad_clips
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train import train as training
 from opensora_fast.train.checkpoints.checkpoint import find_newest
-from opensora_fast.train.data import read_data
+from opensora_fast.train.inputs.data import read_data
 from opensora_fast.train.monitoring.metrics import read_metrics
 from opensora_fast.train.train import choose_cpu_threads, describe_replay
 

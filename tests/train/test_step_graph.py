@@ -28,12 +28,12 @@ from opensora_fast.kernels import calls
 from opensora_fast.train.checkpoints.checkpoint import list_checkpoints
 from opensora_fast.train.checkpoints.state import resume
 from opensora_fast.train.costs import RunCosts
-from opensora_fast.train.host_values import HostValues
+from opensora_fast.train.inputs.model_inputs import ModelInputs
 from opensora_fast.train.locate_config import locate_config
-from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.monitoring.not_finite import NonFiniteError
-from opensora_fast.train.step import compute_losses, draw_inputs
-from opensora_fast.train.step_graph import MOST_SHAPES, StepGraphs
+from opensora_fast.train.step.graphs import MOST_SHAPES, StepGraphs
+from opensora_fast.train.step.host_values import HostValues
+from opensora_fast.train.step.losses import compute_losses, draw_inputs
 
 ALL = 10**6
 CPU = torch.device("cpu")

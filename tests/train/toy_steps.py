@@ -10,12 +10,12 @@ from opensora_fast import STDiT2, STDiT2Config
 from opensora_fast.data.batch import Batch
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.parallel.processes import Processes
+from opensora_fast.train.inputs.model_inputs import ModelInputs
 from opensora_fast.train.loop import Limits, Trainer
-from opensora_fast.train.model_inputs import ModelInputs
 from opensora_fast.train.optimizer.ema import EMA
 from opensora_fast.train.optimizer.master_adamw import MasterAdamW
-from opensora_fast.train.step import compute_losses
-from opensora_fast.train.step_graph import StepGraphs
+from opensora_fast.train.step.graphs import StepGraphs
+from opensora_fast.train.step.losses import compute_losses
 
 MASKS = {"mask_no": 0.5, "mask_image_head": 0.5}
 # (videos, frames, latent height, latent width), in the order of an epoch.

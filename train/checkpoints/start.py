@@ -21,7 +21,7 @@ from opensora_fast.train.checkpoints.checkpoint import (
     set_aside_newer,
 )
 from opensora_fast.train.checkpoints.state import other_order, read_position, refuse_other_data
-from opensora_fast.train.data import TrainingData
+from opensora_fast.train.inputs.data import TrainingData
 from opensora_fast.train.monitoring.metrics import METRICS
 
 CHECKPOINT_CONFIG = "train_config.json"

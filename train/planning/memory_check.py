@@ -11,8 +11,8 @@ import torch
 from opensora_fast.config import TrainConfig
 from opensora_fast.costs.memory import RESERVE, MemoryModel, usable_memory
 from opensora_fast.train.costs import RunCosts
-from opensora_fast.train.data import TrainingData
-from opensora_fast.train.step_graph import SUGGESTED_TOKENS
+from opensora_fast.train.inputs.data import TrainingData
+from opensora_fast.train.step.graphs import SUGGESTED_TOKENS
 
 GIB = 2**30
 SHOWN = 5

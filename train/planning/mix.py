@@ -27,7 +27,7 @@ from opensora_fast.data.buckets.aspect import get_aspect_table
 from opensora_fast.data.buckets.balance import WINDOW
 from opensora_fast.data.buckets.bucket import Bucket, BucketId
 from opensora_fast.data.buckets.plan import count_steps
-from opensora_fast.train.data import read_data
+from opensora_fast.train.inputs.data import read_data
 
 NAMES = ("resolution", "frames", "aspect_ratio", "clips", "share")
 VIDEO_RATIO, IMAGE_RATIO = 9 / 16, 1.0

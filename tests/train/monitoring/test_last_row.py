@@ -10,9 +10,9 @@ import torch
 from toy_steps import make_trainer
 
 from opensora_fast.train import loop
-from opensora_fast.train.host_values import HostValues
 from opensora_fast.train.monitoring.metrics import read_metrics
 from opensora_fast.train.monitoring.trackers import Trackers
+from opensora_fast.train.step.host_values import HostValues
 
 
 class Shown:

@@ -13,12 +13,12 @@ from toy_steps import MASKS, SHAPES, make_batch, make_model
 from opensora_fast import STDiT2, STDiT2Config
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.parallel.processes import Processes
-from opensora_fast.train.model_inputs import ModelInputs
+from opensora_fast.train.inputs.model_inputs import ModelInputs
 from opensora_fast.train.optimizer import gradients
 from opensora_fast.train.optimizer.flat import ALIGNMENT
 from opensora_fast.train.optimizer.gradients import MeanGradient, cut_segments, order_of_backward
 from opensora_fast.train.optimizer.master_adamw import MasterAdamW
-from opensora_fast.train.step import compute_losses, draw_inputs
+from opensora_fast.train.step.losses import compute_losses, draw_inputs
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from opensora_fast.costs.hardware import DATASHEETS
 from opensora_fast.costs.step_time import StepTime
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.train.costs import RunCosts
-from opensora_fast.train.data import read_data
+from opensora_fast.train.inputs.data import read_data
 from opensora_fast.train.locate_config import locate_config
 from opensora_fast.train.planning.cluster_plan import project_orders
 from opensora_fast.train.planning.mix import mix_of_table

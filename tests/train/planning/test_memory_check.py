@@ -11,7 +11,7 @@ from opensora_fast.config import load_train_config
 from opensora_fast.costs.memory import usable_memory
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.train.costs import RunCosts
-from opensora_fast.train.data import read_data
+from opensora_fast.train.inputs.data import read_data
 from opensora_fast.train.locate_config import locate_config
 from opensora_fast.train.planning.memory_check import GIB, advise_on_graphs, count_buckets, warn_of_memory
 

@@ -37,8 +37,8 @@ from opensora_fast.cuda_graphs import (
 )
 from opensora_fast.kernels import PackLayout
 from opensora_fast.model import STDiT2
-from opensora_fast.train.most_used import MostUsed
-from opensora_fast.train.step import LATENTS
+from opensora_fast.train.step.losses import LATENTS
+from opensora_fast.train.step.most_used import MostUsed
 
 # A capture costs a step and about 0.3 s (H200), so a shape that comes once is not worth one, and a graph is not worth
 # throwing away for a shape that is used but a little more: some 8 replays of 13 k tokens spare what a capture costs.

@@ -14,7 +14,7 @@ from opensora_fast.data.decoding.clips import BadClip, ClipRequest, Decoder, cho
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.encoders.linear_autoencoder import WEIGHTS_NAME, LinearAutoencoder
 from opensora_fast.progress import Progress
-from opensora_fast.train.data import TrainingData
+from opensora_fast.train.inputs.data import TrainingData
 
 FITTED = Path("encoders") / "vae"
 # Clips and frames of each that the components are fitted on: a few hundred thousand patches, a few seconds.

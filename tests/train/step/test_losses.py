@@ -13,8 +13,8 @@ from opensora_fast import STDiT2Config
 from opensora_fast.diffusion import IDDPM, MaskGenerator, SpeeDiffusion
 from opensora_fast.encoders.byte_text import ByteTextEncoder
 from opensora_fast.encoders.linear_autoencoder import LinearAutoencoder
-from opensora_fast.train.model_inputs import ModelInputs
-from opensora_fast.train.step import compute_losses, draw_inputs
+from opensora_fast.train.inputs.model_inputs import ModelInputs
+from opensora_fast.train.step.losses import compute_losses, draw_inputs
 
 META = torch.device("meta")
 

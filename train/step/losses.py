@@ -1,6 +1,6 @@
 """The losses of a training step: all that is random is drawn first, then they are computed without a draw.
 
-So a step can be computed again, or be a graph that is replayed (see `step_graph.py`), with the same random numbers.
+So a step can be computed again, or be a graph that is replayed (see `graphs.py`), with the same random numbers.
 """
 
 from collections.abc import Callable, Mapping

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opensora_fast.train.most_used import USES_OF_A_PLACE, MostUsed
+from opensora_fast.train.step.most_used import USES_OF_A_PLACE, MostUsed
 
 
 class Run:

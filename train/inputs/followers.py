@@ -10,7 +10,7 @@ import torch
 
 from opensora_fast.data.batch import Batch
 from opensora_fast.parallel.sequence import SequenceGroup
-from opensora_fast.train.sources import Source, SourceFacts
+from opensora_fast.train.inputs.sources import Source, SourceFacts
 
 Batches = Callable[[int, int], Iterator[Batch]]
 TENSORS = ("num_frames", "height", "width", "ar", "fps")

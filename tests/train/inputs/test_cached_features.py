@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from opensora_fast.model import STDiT2
-from opensora_fast.train import encoders, sources
+from opensora_fast.train.inputs import encoders, sources
 
 FITTED = "encoders/vae/linear_autoencoder.safetensors"
 

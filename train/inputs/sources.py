@@ -15,9 +15,9 @@ from opensora_fast.data.feature_store import FeatureError, FeatureIndex, Feature
 from opensora_fast.data.features import FeatureLoader, FeatureSampler, write_features
 from opensora_fast.data.loader import ClipLoader
 from opensora_fast.train.checkpoints.folder_lock import hold_folder
-from opensora_fast.train.data import TrainingData
-from opensora_fast.train.encoders import FITTED, adopt_fitted, build_encoders, holds_other_fitted, needs_fit
-from opensora_fast.train.model_inputs import ModelInputs
+from opensora_fast.train.inputs.data import TrainingData
+from opensora_fast.train.inputs.encoders import FITTED, adopt_fitted, build_encoders, holds_other_fitted, needs_fit
+from opensora_fast.train.inputs.model_inputs import ModelInputs
 
 Report = Callable[[str], None]
 

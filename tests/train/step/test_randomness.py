@@ -1,7 +1,7 @@
 import torch
 
-from opensora_fast.train.host_values import HostValues
-from opensora_fast.train.randomness import seed_step
+from opensora_fast.train.step.host_values import HostValues
+from opensora_fast.train.step.randomness import seed_step
 
 
 def draw(*key):
