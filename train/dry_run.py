@@ -5,17 +5,11 @@ import os
 import torch
 
 from opensora_fast.config import LoadedConfig, TrainConfig, format_values
-from opensora_fast.cuda_graphs import refuse_without_gpu
 from opensora_fast.data.buckets.bucket import Bucket
-from opensora_fast.device import DTYPES, check_device_name
-from opensora_fast.kernels.dispatch import check_triton
-from opensora_fast.kernels.linear import check_quack
+from opensora_fast.device import check_device_name
 from opensora_fast.parallel.join import count_replicas, read_place
+from opensora_fast.train.checks import check_run
 from opensora_fast.train.inputs.data import read_data
-from opensora_fast.train.monitoring.out_of_memory import refuse_history_without_gpu
-from opensora_fast.train.monitoring.trace import refuse_trace_after_end
-from opensora_fast.train.monitoring.trackers import check_trackers
-from opensora_fast.train.parts import check_parts
 
 
 def print_plan(
@@ -36,25 +30,16 @@ def print_plan(
         backend, linear, trace_steps, memory_history: as for `train`.
 
     Raises:
-        ValueError: what would also stop the run: a model or diffusion that cannot be built, broken buckets, a broken
-            table, entries that give no batch, CUDA graphs, Triton, quack or a memory history on a CPU, a tracker that
-            is not installed, a trace after the end, a device or implementation of an unknown name.
+        ValueError: what would also stop the run: what `check_run` refuses, a device of an unknown name, broken
+            buckets, a broken table, entries that give no batch.
     """
     place = read_place(os.environ)
     if place.rank != 0:
         return
     config = loaded.config
-    check_parts(config, backend, linear)
-    check_trackers(config)
-    refuse_trace_after_end(trace_steps, config.steps)
+    on = None if device is None else torch.device(check_device_name(device))
+    check_run(config, on, backend, linear, trace_steps, memory_history)
     replicas = count_replicas(place.world_size, config.sp_size)
-    if device is not None:
-        refuse_without_gpu(config.cuda_graph_tokens, check_device_name(device))
-        refuse_history_without_gpu(memory_history, device)
-        if backend == "triton":
-            check_triton("--kernels triton", torch.device(device))
-        if linear == "quack" and device == "cpu":  # a GPU need not be here
-            check_quack(torch.device(device), DTYPES[config.dtype])
     print(format_values(loaded))
     for note in loaded.notes:
         print(f"note: {note}")

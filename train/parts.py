@@ -4,8 +4,6 @@ import torch
 
 from opensora_fast.config import TrainConfig
 from opensora_fast.diffusion import IDDPM, SpeeDiffusion
-from opensora_fast.kernels.dispatch import BACKENDS
-from opensora_fast.kernels.linear import LINEAR_BACKENDS
 from opensora_fast.model import STDiT2, STDiT2Config
 
 
@@ -24,20 +22,6 @@ def make_model_config(
         details = getattr(error, "errors", None)
         text = "; ".join(detail["msg"].removeprefix("Value error, ") for detail in details()) if details else str(error)
         raise ValueError(f"model: {text}") from None
-
-
-def check_parts(config: TrainConfig, backend: str, linear: str) -> None:
-    """ValueError for a model or diffusion that cannot be built, or ops of an unknown implementation.
-
-    So it is known before the encoders are loaded: T5 alone takes minutes.
-    """
-    for option, chosen, known in (("--kernels", backend, BACKENDS), ("--linear", linear, LINEAR_BACKENDS)):
-        if chosen not in known:
-            raise ValueError(f"{option} {chosen}: unknown; choose one of {', '.join(known)}")
-    build_diffusion(config)
-    # What the encoders decide fits any model.
-    model = make_model_config(config, in_channels=4, caption_channels=4096, model_max_length=200)
-    count_recomputed(config.grad_checkpoint, model.depth)
 
 
 def count_recomputed(blocks: bool | int, depth: int) -> int:

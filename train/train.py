@@ -12,13 +12,10 @@ from pathlib import Path
 from opensora_fast import use_kernels
 from opensora_fast.config import LoadedConfig, TrainConfig, to_json
 from opensora_fast.cpu_threads import cpu_threads
-from opensora_fast.cuda_graphs import refuse_without_gpu
 from opensora_fast.data.decoding.pyav_decoder import count_processors
 from opensora_fast.device import DTYPES
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.kernels import calls
-from opensora_fast.kernels.dispatch import check_triton
-from opensora_fast.kernels.linear import check_quack
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.join import join_processes
 from opensora_fast.parallel.processes import Processes
@@ -32,6 +29,7 @@ from opensora_fast.train.checkpoints.start import (
 )
 from opensora_fast.train.checkpoints.state import load_weights
 from opensora_fast.train.checkpoints.state import resume as resume_state
+from opensora_fast.train.checks import check_run
 from opensora_fast.train.inputs.data import read_data
 from opensora_fast.train.inputs.encoders import FITTED, adopt_fitted, copy_fitted, holds_other_fitted, needs_fit
 from opensora_fast.train.inputs.followers import find_batches
@@ -40,13 +38,12 @@ from opensora_fast.train.loop import Limits, Trainer
 from opensora_fast.train.monitoring.out_of_memory import (
     explain_parts_out_of_memory,
     keep_memory_history,
-    refuse_history_without_gpu,
 )
-from opensora_fast.train.monitoring.trace import StepTrace, refuse_trace_after_end
-from opensora_fast.train.monitoring.trackers import check_trackers, open_trackers
+from opensora_fast.train.monitoring.trace import StepTrace
+from opensora_fast.train.monitoring.trackers import open_trackers
 from opensora_fast.train.optimizer.ema import EMA
 from opensora_fast.train.optimizer.master_adamw import MasterAdamW
-from opensora_fast.train.parts import build_diffusion, build_model, check_parts, make_model_config
+from opensora_fast.train.parts import build_diffusion, build_model, make_model_config
 from opensora_fast.train.planning.memory_check import warn_of_memory
 from opensora_fast.train.step.graphs import StepGraphs
 from opensora_fast.train.step.losses import compute_losses
@@ -95,15 +92,7 @@ def train(
     with join_processes(device, config.sp_size) as processes, ExitStack() as held:
         if processes.rank != 0:
             report = _report_nothing
-        refuse_without_gpu(config.cuda_graph_tokens, processes.device.type)
-        check_parts(config, backend, linear)
-        check_trackers(config)
-        refuse_trace_after_end(trace_steps, config.steps)
-        refuse_history_without_gpu(memory_history, processes.device.type)
-        if backend == "triton":
-            check_triton("--kernels triton", processes.device)
-        if linear == "quack":
-            check_quack(processes.device, DTYPES[config.dtype])
+        check_run(config, processes.device, backend, linear, trace_steps, memory_history)
         for note in loaded.notes:
             report(f"note: {note}")
         diffusion = build_diffusion(config)
