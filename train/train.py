@@ -15,6 +15,7 @@ from opensora_fast.cpu_threads import cpu_threads
 from opensora_fast.data.decoding.pyav_decoder import count_processors
 from opensora_fast.device import DTYPES
 from opensora_fast.diffusion import IDDPM, MaskGenerator
+from opensora_fast.files import write_whole
 from opensora_fast.kernels import calls
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.join import join_processes
@@ -232,7 +233,7 @@ def write_config(config: TrainConfig, path: Path) -> None:
         absolute.dataset.data_path = os.path.abspath(absolute.dataset.data_path)
     if absolute.features is not None:
         absolute.features = os.path.abspath(absolute.features)
-    path.write_text(to_json(absolute) + "\n")
+    write_whole(path, to_json(absolute) + "\n")
 
 
 def describe_replay(
@@ -267,7 +268,7 @@ def describe_run(trainer: Trainer, steps_per_epoch: int, start: Start) -> str:
 def report_kernels(called: Counter[tuple[str, str]], out: Path, report: Callable[[str], None]) -> None:
     """List the ops that ran and how often, for a person and in `DIR/kernels.json`."""
     rows = [{"op": op, "backend": backend, "calls": count} for (op, backend), count in sorted(called.items())]
-    (out / "kernels.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_whole(out / "kernels.json", json.dumps(rows, indent=1) + "\n")
     report(
         "ops called: " + (", ".join(f"{row['op']} ({row['backend']}, {row['calls']} times)" for row in rows) or "none")
     )

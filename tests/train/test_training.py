@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +224,31 @@ def test_a_folder_that_another_run_writes_into_is_refused(train, tmp_path):
         assert not (out / "checkpoints").exists()
         other.kill()
     assert train(out, "--steps", 0)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "kernels.json"])
+def test_a_file_that_a_full_disk_does_not_take_is_named_and_stays_as_it_was(train, tmp_path, monkeypatch, name):
+    out = tmp_path / "run"
+    assert train(out, "--steps", 1)[0] == 0
+    before = (out / name).read_bytes()
+    real = Path.write_text
+
+    def write_text(path, *arguments, **options):
+        if path.parent == out and name in path.name:
+            real(path, "a part")
+            raise OSError(28, "No space left on device")  # as the system raises it, without a name
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    code, _, error = train(out, "--steps", 2, "--resume", "auto", "lr=1e-4")
+    assert code == 1 and f"No space left on device: {out / name}" in error
+    assert (out / name).read_bytes().startswith(before) and not list(out.glob("*.part"))
+
+
+def test_a_lock_that_cannot_be_written_is_named(train, tmp_path):
+    (tmp_path / ".lock").symlink_to("/dev/full")
+    code, _, error = train(tmp_path, "--steps", 0)
+    assert code == 1 and error.rstrip().endswith(f": {tmp_path / '.lock'}")
 
 
 def test_dry_run_prints_and_writes_nothing(train, tmp_path):

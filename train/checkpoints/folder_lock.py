@@ -18,19 +18,23 @@ def hold_folder(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
 
     Raises:
         ValueError: another run is there.
+        OSError: the file `.lock` could not be written; its name is in it.
     """
-    with (folder / LOCK).open("a+") as file:
+    # Without a buffer: what a full disk does not take must not be tried again when the file is closed.
+    with (folder / LOCK).open("ab+", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
+            holder = file.read().decode().strip()
             raise ValueError(
-                f"another run is writing into {folder} ({file.read().strip()}): wait for it or stop it, or give "
-                "another folder"
+                f"another run is writing into {folder} ({holder}): wait for it or stop it, or give another folder"
             ) from None
         except OSError as error:
             report(f"note: {folder} cannot be locked ({error}): see to it that no other run writes there")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:  # that of a full disk has no name of a file
+            raise OSError(error.errno, error.strerror, str(folder / LOCK)) from error
         yield

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from opensora_fast.data.batch import Batch
 from opensora_fast.data.buckets.explain import count_tokens
+from opensora_fast.files import write_whole
 
 METRICS = "metrics.jsonl"
 
@@ -26,9 +26,7 @@ class MetricsWriter:
 
     def __init__(self, path: Path, last_step: int = 0) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= last_step] if path.exists() else []
-        part = path.with_name(f".{path.name}.part")
-        part.write_text("".join(_to_line(row) for row in kept))
-        os.replace(part, path)
+        write_whole(path, "".join(_to_line(row) for row in kept))
         self._path = path
         self._file = path.open("a")
 
