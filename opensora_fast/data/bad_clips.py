@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from opensora_fast.data.decoding.clips import BadClip
+from opensora_fast.files import naming_file
 
 
 class BadClipLog:
@@ -24,7 +25,7 @@ class BadClipLog:
         self.count = 0
 
     def add(self, clip: BadClip, *, epoch: int, micro_batch: int) -> None:
-        """Record a clip that was to be part of a micro-batch (its number in the epoch)."""
+        """Record a clip that was to be part of a micro-batch (its number in the epoch). OSError if it cannot be."""
         self.count += 1
         if self.path is None:
             return
@@ -37,7 +38,7 @@ class BadClipLog:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # One unbuffered write of one line, opened for appending: lines of several processes do not mix.
-        with open(self.path, "ab", buffering=0) as file:
+        with naming_file(self.path), open(self.path, "ab", buffering=0) as file:
             file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
 
 

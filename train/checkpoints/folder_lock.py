@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from opensora_fast.files import naming_file
+
 LOCK = ".lock"
 
 
@@ -32,9 +34,7 @@ def hold_folder(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
             ) from None
         except OSError as error:
             report(f"note: {folder} cannot be locked ({error}): see to it that no other run writes there")
-        try:
+        with naming_file(folder / LOCK):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        except OSError as error:  # that of a full disk has no name of a file
-            raise OSError(error.errno, error.strerror, str(folder / LOCK)) from error
         yield

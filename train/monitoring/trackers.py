@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from opensora_fast.config import TrainConfig
+from opensora_fast.files import naming_file
 from opensora_fast.train.monitoring.metrics import METRICS, read_metrics
 
 WANDB_PROJECT = "opensora_fast"
@@ -53,7 +54,9 @@ class TensorBoard:
     def __init__(self, out: Path, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=last_step + 1)
+        folder = out / "tensorboard"
+        with naming_file(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         for name, number in numbers.items():

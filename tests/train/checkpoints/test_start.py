@@ -29,6 +29,16 @@ def test_a_corrupt_clip_costs_one_clip(train, tmp_path, table):
     assert read_losses(tmp_path / "a") == read_losses(tmp_path / "b")
 
 
+def test_a_list_of_bad_clips_that_a_full_disk_does_not_take_is_named(train, tmp_path, table):
+    folder, out = tmp_path / "clips", tmp_path / "run"
+    shutil.copytree(table.parent, folder)
+    (folder / "5.mp4").write_bytes(b"no video")
+    out.mkdir()
+    (out / "bad_clips.jsonl").symlink_to("/dev/full")
+    code, _, error = train(out, "--steps", 8, "--data-path", folder / "meta.csv")
+    assert code == 1 and f"No space left on device: {out / 'bad_clips.jsonl'}" in error
+
+
 def test_a_bucket_without_one_usable_clip_does_not_stop_the_run(train, tmp_path, table):
     folder = tmp_path / "clips"
     shutil.copytree(table.parent, folder)
