@@ -112,14 +112,16 @@ def command(
 
 
 def _use_run(config: "SampleConfig") -> None:
-    """Where the weights are those of a run or checkpoint of `train`: take their average, and the autoencoder that was
-    fitted for them, unless the configuration names one."""
-    from opensora_fast.train.checkpoints.start import find_checkpoint
+    """Where the weights are those of a run or checkpoint of `train`: take their average, unless one of the checkpoint's
+    models is named, and the autoencoder that was fitted for them, unless the configuration names one."""
+    from opensora_fast.train.checkpoints.start import find_checkpoint, find_whole
     from opensora_fast.train.inputs.encoders import FITTED, needs_fit
 
-    checkpoint = find_checkpoint(config.model.from_pretrained, lambda text: print(f"note: {text}", file=sys.stderr))
-    if checkpoint is None:
-        return
-    config.model.from_pretrained = str(checkpoint / "ema")
-    if needs_fit(config) and (checkpoint / FITTED).is_dir():
+    weights = config.model.from_pretrained
+    checkpoint = find_checkpoint(weights, lambda text: print(f"note: {text}", file=sys.stderr))
+    if checkpoint is not None:
+        config.model.from_pretrained = str(checkpoint / "ema")
+    elif weights:
+        checkpoint = find_whole(Path(weights))
+    if checkpoint is not None and needs_fit(config) and (checkpoint / FITTED).is_dir():
         config.vae.from_pretrained = str(checkpoint / FITTED)

@@ -40,8 +40,7 @@ class Start:
         """The checkpoint, also where its `ema` or the file in it was named, or whatever holds the weights."""
         if self.weights is None:
             return self.resume or self.state
-        weights = Path(self.weights)
-        return next((folder for folder in weights.parents[:2] if (folder / COMPLETE).is_file()), weights)
+        return find_whole(Path(self.weights))
 
 
 def agree_on_start(
@@ -112,6 +111,11 @@ def find_checkpoint(source: str | None, report: Callable[[str], None]) -> Path |
     path = Path(source)
     is_own = (path / "checkpoints").is_dir() or (path / COMPLETE).is_file() or list_checkpoints(path)
     return locate_checkpoint(path, report) if is_own else None
+
+
+def find_whole(part: Path) -> Path:
+    """The checkpoint of this trainer where a model's folder or file in it was named, otherwise what was named."""
+    return next((folder for folder in part.parents[:2] if (folder / COMPLETE).is_file()), part)
 
 
 def load_initial_weights(model: STDiT2, source: str, report: Callable[[str], None]) -> None:
