@@ -1,6 +1,7 @@
 """Where batches come from: clips, decoded and encoded at every step, or features that were encoded once."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,8 @@ def _write(
         data.manifest, data.bucket, frame_interval=config.dataset.frame_interval, seed=config.seed, drop_last=False
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with hold_folder(folder, report):
+    # The run holds its own folder already, and closing a file of it a second time would let go of that.
+    with nullcontext() if folder.samefile(out) else hold_folder(folder, report):
         clips = open_clips(config, replace(data, sampler=sampler), out, device, dtype, report)
         try:
             # Before any feature: another run may go on with those that are there, and needs this autoencoder for them.

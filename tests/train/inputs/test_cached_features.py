@@ -1,6 +1,8 @@
 """Training from cached features: the numbers of training from clips, without decoder and encoders."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from opensora_fast.model import STDiT2
 from opensora_fast.train.inputs import encoders, sources
+from opensora_fast.train.loop import Trainer
 
 FITTED = "encoders/vae/linear_autoencoder.safetensors"
 
@@ -52,6 +55,20 @@ def test_resume_from_features_is_exact(train, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
     code, _, error = train(out, "--steps", 9, "--resume", "auto")
     assert code == 1 and "was written with features, not clips" in error
+
+
+def test_features_in_the_folder_of_the_run_leave_it_held(train, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    lock = f"import fcntl; fcntl.lockf(open({str(out / '.lock')!r}, 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    refused = []
+
+    def run(trainer):
+        other = subprocess.run([sys.executable, "-c", lock], capture_output=True, text=True)
+        refused.append("BlockingIOError" in other.stderr)
+
+    monkeypatch.setattr(Trainer, "run", run)
+    code, _, error = train(out, "--steps", 1, f"features={out}")
+    assert code == 0 and refused == [True], error
 
 
 @pytest.mark.parametrize(
