@@ -16,11 +16,11 @@ from opensora_fast.data.decoding.pyav_decoder import count_processors
 from opensora_fast.device import DTYPES
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.files import write_whole
+from opensora_fast.folder_lock import hold_folder
 from opensora_fast.kernels import calls
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.join import join_processes
 from opensora_fast.parallel.processes import Processes
-from opensora_fast.train.checkpoints.folder_lock import hold_folder
 from opensora_fast.train.checkpoints.start import (
     CHECKPOINT_CONFIG,
     Start,

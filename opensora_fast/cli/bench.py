@@ -104,7 +104,7 @@ def _measure(
     from opensora_fast.benchmarks.environment import find_source_state
     from opensora_fast.benchmarks.processes import DONE, ERROR, INTERRUPTED, WRONG, Plan
     from opensora_fast.benchmarks.running.supervise import supervise
-    from opensora_fast.train.checkpoints.folder_lock import hold_folder
+    from opensora_fast.folder_lock import hold_folder
 
     deadline = time.time() + parse_budget(budget) if budget else None
     find_source_state(commit)  # a wrong --commit is told before anything starts

@@ -106,7 +106,7 @@ def test_one_row_can_be_run_stopped_and_run_again(tmp_path, monkeypatch, capfd):
 
 def test_a_folder_that_another_run_writes_into_is_refused(tmp_path, capsys):
     """Each would measure every row again, beside the other, and disturb its times."""
-    code = "import sys, pathlib; from opensora_fast.train.checkpoints.folder_lock import hold_folder\n"
+    code = "import sys, pathlib; from opensora_fast.folder_lock import hold_folder\n"
     code += f"with hold_folder(pathlib.Path({str(tmp_path)!r}), print): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"

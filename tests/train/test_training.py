@@ -215,7 +215,7 @@ def test_weights_are_not_trained_with_another_autoencoder_than_theirs(train, tmp
 def test_a_folder_that_another_run_writes_into_is_refused(train, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    code = "import sys, pathlib; from opensora_fast.train.checkpoints.folder_lock import hold_folder\n"
+    code = "import sys, pathlib; from opensora_fast.folder_lock import hold_folder\n"
     code += f"with hold_folder(pathlib.Path({str(out)!r}), print): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"

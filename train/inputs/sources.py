@@ -15,7 +15,7 @@ from opensora_fast.data.decoding.decoders import build_decoder
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader
 from opensora_fast.data.features import FeatureLoader, FeatureSampler, write_features
 from opensora_fast.data.loader import ClipLoader
-from opensora_fast.train.checkpoints.folder_lock import hold_folder
+from opensora_fast.folder_lock import hold_folder
 from opensora_fast.train.inputs.data import TrainingData
 from opensora_fast.train.inputs.encoders import FITTED, adopt_fitted, build_encoders, holds_other_fitted, needs_fit
 from opensora_fast.train.inputs.model_inputs import ModelInputs
