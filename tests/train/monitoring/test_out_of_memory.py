@@ -61,7 +61,7 @@ def test_the_message_names_the_file_that_says_more(train, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("sources.build_encoders", "with the encoders: train with features=FOLDER"),
+        ("inputs.sources.build_encoders", "with the encoders: train with features=FOLDER"),
         ("train.MasterAdamW", "with weights, optimizer and average: start more processes with torchrun"),
     ],
 )
