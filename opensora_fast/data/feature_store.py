@@ -72,7 +72,7 @@ class FeatureIndex:
             )
         except FileNotFoundError:
             raise FeatureError(f"{path} does not exist: there are no cached features in this folder") from None
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise FeatureError(
                 f"{path} is damaged ({error!r}): delete the folder and write the features again"
             ) from None

@@ -286,9 +286,10 @@ def test_other_table_or_buckets(tmp_path):
 def test_no_or_broken_index(tmp_path):
     with pytest.raises(FeatureError, match="does not exist"):
         FeatureIndex.read(tmp_path)
-    (tmp_path / "index.json").write_text("{")
-    with pytest.raises(FeatureError, match="is damaged"):
-        FeatureIndex.read(tmp_path)
+    for content in (b"{", b"[]", b"\xff\xfe"):
+        (tmp_path / "index.json").write_bytes(content)
+        with pytest.raises(FeatureError, match="index.json is damaged.*delete the folder"):
+            FeatureIndex.read(tmp_path)
     (tmp_path / "index.json").write_text('{"version": 99}')
     with pytest.raises(FeatureError, match="has version 99"):
         FeatureIndex.read(tmp_path)
