@@ -62,13 +62,13 @@ def validate(
 
     Without options every file is opened and its header compared with the row. Exits with 1 if there is a bad row.
     """
-    from opensora_fast.data.manifest import check_ending
+    from opensora_fast.data.manifest import check_target
     from opensora_fast.data.validation import validate_manifest
 
     if deep and table_only:
         raise ValueError("--deep and --table-only contradict each other; give one")
     if keep is not None:
-        check_ending(keep)  # told before hours of checking, not after
+        check_target(keep)  # told before hours of checking, not after
     validation = validate_manifest(meta, check="deep" if deep else "table" if table_only else "files", workers=workers)
     if as_json:
         rows = [vars(bad_row) for bad_row in validation.bad_rows]

@@ -142,16 +142,32 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
 
 def write_table(table: pd.DataFrame, path: str | Path) -> None:
-    """Write a table as CSV or Parquet, by its ending, into a folder that is made; it appears whole or not at all."""
+    """Write a table as CSV or Parquet, by its ending, into a folder that is made; it appears whole or not at all.
+
+    Raises:
+        ValueError: it is no name for a manifest, or the file cannot be written.
+    """
     path = Path(path)
-    check_ending(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_target(path)
     part = path.with_name(f".{path.name}.part")
-    if path.suffix.lower() == ".csv":
-        table.to_csv(part, index=False)
-    else:
-        table.to_parquet(part, index=False)
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() == ".csv":
+            table.to_csv(part, index=False)
+        else:
+            table.to_parquet(part, index=False)
+        os.replace(part, path)
+    except OSError as error:  # that of a full disk has no name of a file
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise ValueError(f"manifest {path} could not be written: {error}") from error
+
+
+def check_target(path: Path) -> None:
+    """ValueError unless a manifest may be written to this path, by its ending and what is there."""
+    check_ending(path)
+    if path.is_dir():
+        raise ValueError(f"manifest {path} is a folder; give the name of a file")
 
 
 def check_ending(path: Path) -> None:
@@ -170,6 +186,10 @@ def check_table(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[Ba
     checked = table.reset_index(drop=True).copy(deep=False)
     reasons: dict[int, list[str]] = {}
     for name in ("path", "text"):
+        if checked[name].dtype == object:
+            # As text, they would read b'...' or [...].
+            other = checked[name].map(lambda value: isinstance(value, (bytes, list, dict, np.ndarray)))
+            _note(reasons, other, lambda row, name=name: f"{name} is {_show(table, row, name)}, not text")
         checked[name] = _to_text(checked[name])
     _note(reasons, checked["path"] == "", lambda row: "path is empty")
     for name in WHOLE_NUMBER_COLUMNS:
@@ -237,7 +257,7 @@ def _show(table: pd.DataFrame, row: int, name: str) -> str:
     import pandas as pd
 
     value = table[name].iloc[row]
-    if pd.isna(value):
+    if np.ndim(value) == 0 and pd.isna(value):
         return "missing"
     # One missing cell makes a column of whole numbers one of floats; show them as they stand in the file.
     return repr(f"{value:g}" if isinstance(value, float) else str(value))
@@ -308,5 +328,5 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
     try:
         return pd.read_parquet(path)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable Parquet file: {error}") from None

@@ -15,7 +15,7 @@ from opensora_fast.data.decoding.still_images import check_levels, upright_size
 from opensora_fast.data.decoding.turned_videos import read_turn
 from opensora_fast.data.decoding.video_index import check_file, codec_name, open_video, read_packets
 from opensora_fast.data.decoding.worker_threads import Overdue, WorkerThreads
-from opensora_fast.data.manifest import IMAGE_FPS, check_ending, write_table
+from opensora_fast.data.manifest import IMAGE_FPS, check_target, write_table
 from opensora_fast.progress import Progress
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def probe_folder(
     import pandas as pd
 
     out = Path(out)
-    check_ending(out)
+    check_target(out)
     unreadable: list[tuple[str, str]] = []
     paths = find_media(folder, lambda path, reason: unreadable.append((_printable(path), reason)))
     if not paths:

@@ -177,6 +177,46 @@ def test_a_folder_is_no_manifest(tmp_path):
         read_table(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["path", "text"])
+@pytest.mark.parametrize("values", [[b"a.mp4", b"b.mp4"], [["a", "b"], ["c"]]])
+def test_cells_that_hold_no_text_are_named(tmp_path, name, values):
+    path = tmp_path / "meta.parquet"
+    make_table(**{name: values}).to_parquet(path)
+    with pytest.raises(ValueError, match=rf"row 0: {name} is .*a.*, not text(.|\n)*row 1: {name} is"):
+        Manifest.read(path)
+
+
+def test_cells_that_hold_several_numbers_are_named(tmp_path):
+    path = tmp_path / "meta.parquet"
+    make_table(height=[[480, 640], [480]]).to_parquet(path)
+    with pytest.raises(ValueError, match=r"row 0: height is '\[480 640\]', not a whole number"):
+        Manifest.read(path)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    path = tmp_path / "meta.parquet"
+    make_table().to_parquet(path)
+    content = bytearray(path.read_bytes())
+    content[100:140] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="meta.parquet is not a readable Parquet file"):
+        Manifest.read(path)
+
+
+def test_a_manifest_that_cannot_be_written_is_named_and_leaves_no_part(tmp_path):
+    os.symlink("/dev/full", tmp_path / ".meta.csv.part")
+    with pytest.raises(ValueError, match="meta.csv could not be written: .*No space left"):
+        write_table(make_table(), tmp_path / "meta.csv")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_not_written_to(tmp_path):
+    (tmp_path / "meta.csv").mkdir()
+    with pytest.raises(ValueError, match="meta.csv is a folder; give the name of a file"):
+        write_table(make_table(), tmp_path / "meta.csv")
+    assert os.listdir(tmp_path) == ["meta.csv"]
+
+
 def test_write_refuses_other_kinds(tmp_path):
     with pytest.raises(ValueError, match="must end in"):
         write_table(make_table(), tmp_path / "meta.json")
