@@ -66,6 +66,8 @@ def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None
         ValueError: an unknown backend or op, no model or several were found, a block of Open-Sora's that was changed to
             compute something else, a model that is compiled already, or quack is not installed.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"use_kernels: give the model itself, a torch.nn.Module, not {type(model).__name__}")
     if backend not in BACKENDS:
         raise ValueError(f"use_kernels: backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     for name in flags:

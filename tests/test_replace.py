@@ -188,6 +188,8 @@ def test_a_linear_or_a_hook_that_would_not_be_called_is_refused():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="neither an STDiT2 nor built like"):
         use_kernels(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="give the model itself, a torch.nn.Module, not dict"):
+        use_kernels({"model": build(STDiT2)})
     with pytest.raises(ValueError, match="unknown op 'spatial'"):
         use_kernels(build(STDiT2), spatial=True)
     with pytest.raises(ValueError, match="backend 'cuda'"):
