@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .weights import read_shard_names, resolve_folder
+from .weights import WEIGHTS_NAME, read_shard_names, resolve_folder
 
 # What Open-Sora 1.1 added to PixArt-α: an image model cannot have it. Temporal attention starts as the identity (its
 # output projection is zero), so a fresh video model makes PixArt's images frame by frame.
@@ -209,7 +209,9 @@ def _load_file(path: Path) -> object:
 
 
 def _load_folder(folder: Path) -> dict[str, Tensor]:
-    """Weights of a folder: shards by their index, else its only file of weights, else those in `model/`."""
+    """Weights of a folder: `model.safetensors`, else shards by their index, its only file of weights, or `model/`."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return _unwrap(_load_file(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
     indices = sorted(folder.glob("*.index.json"))
     if indices:
         state: dict[str, Tensor] = {}

@@ -49,13 +49,15 @@ def load_pretrained(name: str | Path) -> tuple[STDiT2Config, dict[str, Tensor]]:
 
 
 def load_state_dict_folder(folder: Path) -> dict[str, Tensor]:
-    """Reads `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    """Reads `model.safetensors`, or without it the shards that `model.safetensors.index.json` names, as transformers.
+
+    A model that was saved into a folder of shards is beside their index then.
 
     Raises:
         ValueError: missing or unreadable.
     """
     names = [WEIGHTS_NAME]
-    if (folder / INDEX_NAME).is_file():
+    if not (folder / WEIGHTS_NAME).is_file() and (folder / INDEX_NAME).is_file():
         names = read_shard_names(folder / INDEX_NAME)
     state: dict[str, Tensor] = {}
     for name in names:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from opensora_fast import STDiT2, STDiT2Config
+from opensora_fast.model.pixart import load_checkpoint_file
 from opensora_fast.model.positions import position_embedding
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -287,9 +288,25 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
 )
 def test_broken_files_of_a_model_folder_are_named(tmp_path, name, content, message):
     random_model().save_pretrained(tmp_path)
+    if name.endswith(".index.json"):
+        (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         STDiT2.from_pretrained(tmp_path)
+
+
+def test_a_model_that_was_saved_into_a_folder_of_shards_is_the_one_that_loads(tmp_path):
+    before, after = random_model(), random_model()
+    with torch.no_grad():
+        after.t_block[1].bias.add_(1.0)
+    before.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(before.state_dict(), "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert torch.equal(STDiT2.from_pretrained(tmp_path).t_block[1].bias, before.t_block[1].bias)
+    after.save_pretrained(tmp_path)
+    assert torch.equal(STDiT2.from_pretrained(tmp_path).t_block[1].bias, after.t_block[1].bias)
+    assert torch.equal(load_checkpoint_file(tmp_path)["t_block.1.bias"], after.t_block[1].bias)
 
 
 @pytest.mark.parametrize("blocks", [1.5, "2", None, -1, 3])
