@@ -82,8 +82,10 @@ class CaptionEmbedder(nn.Module):
             )
         if dropped is None:
             dropped = self.draw_dropped(y.shape[0])
-        elif dropped.shape != y.shape[:1]:
-            raise ValueError(f"dropped: shape {tuple(dropped.shape)} for {y.shape[0]} captions; give one bool for each")
+        elif dropped.shape != y.shape[:1] or dropped.dtype != torch.bool:
+            raise ValueError(
+                f"dropped: {dropped.dtype} of shape {tuple(dropped.shape)} for {y.shape[0]} captions; give each a bool"
+            )
         return torch.where(dropped.to(y.device, non_blocking=True)[:, None, None], self.y_embedding.to(y.dtype), y)
 
 

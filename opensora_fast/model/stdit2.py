@@ -155,8 +155,7 @@ class STDiT2(nn.Module):
         Raises:
             ValueError: an argument is missing or its shape does not fit.
         """
-        if x.ndim != 5:
-            raise ValueError(f"x: shape {tuple(x.shape)}, expected [B, channels, T, H, W]")
+        self._check_latents("x", x, batched=True)
         if x_mask is not None:
             x_mask = _repeat_rows("x_mask", x_mask, x.shape[0])
         outputs = self._forward_batches(
@@ -193,8 +192,7 @@ class STDiT2(nn.Module):
         if len(videos) == 0:
             raise ValueError("videos: the list is empty; give at least one")
         for index, video in enumerate(videos):
-            if video.ndim != 4:
-                raise ValueError(f"videos[{index}]: shape {tuple(video.shape)}, expected [channels, T, H, W]")
+            self._check_latents(f"videos[{index}]", video, batched=False)
         outputs = self._forward_batches(
             _stack_equal(videos), timestep, y, mask, x_masks, num_frames, height, width, ar, fps
         )
@@ -204,6 +202,17 @@ class STDiT2(nn.Module):
         """Where the tokens of batches [b, channels, T, H, W] lie; cached by their shapes."""
         shapes = [kernels.token_grid(*batch.shape[2:], self.patch) for batch in batches for _ in range(batch.shape[0])]
         return PackLayout.of(shapes, self.device)
+
+    def _check_latents(self, name: str, latents: Tensor, *, batched: bool) -> None:
+        if latents.ndim != (5 if batched else 4):
+            expected = "[B, channels, T, H, W]" if batched else "[channels, T, H, W]"
+            raise ValueError(f"{name}: shape {tuple(latents.shape)}, expected {expected}")
+        if latents.shape[-4] != self.config.in_channels:
+            raise ValueError(f"{name}: {latents.shape[-4]} channels, but the model takes {self.config.in_channels}")
+        if not latents.is_floating_point():
+            raise ValueError(f"{name}: {latents.dtype}, expected floating-point latents")
+        if latents.device != self.device:
+            raise ValueError(f"{name} is on {latents.device}, but the model is on {self.device}")
 
     def _forward_batches(
         self,
@@ -227,13 +236,6 @@ class STDiT2(nn.Module):
                 "or say torch.distributed.fsdp.register_fsdp_forward_method(model, 'forward_packed') first"
             )
         device, config = self.device, self.config
-        for batch in batches:
-            if batch.shape[1] != config.in_channels:
-                raise ValueError(f"x: {batch.shape[1]} channels, but the model takes {config.in_channels}")
-            if not batch.is_floating_point():
-                raise ValueError(f"x: {batch.dtype}, expected floating-point latents")
-            if batch.device != device:
-                raise ValueError(f"x is on {batch.device}, but the model is on {device}")
         layout = self.get_layout(batches)
         videos = layout.num_videos
 

@@ -374,6 +374,22 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         model(**({"x": torch.stack(videos)} | conditions | change))
 
 
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (torch.zeros(1, 4, 2, 4, 4), "shape .*, expected .channels, T, H, W."),
+        (torch.zeros(3, 2, 4, 4), "3 channels, but the model takes 4"),
+        (torch.zeros(4, 2, 4, 4, dtype=torch.uint8), "torch.uint8, expected floating-point"),
+        (torch.zeros(4, 2, 4, 4, device="meta"), "is on meta, but the model is on cpu"),
+    ],
+)
+def test_a_video_of_a_pack_that_does_not_fit_is_named(video, message):
+    model = random_model()
+    videos, conditions, _ = random_pack([(2, 4, 4)] * 2, masked=False)
+    with pytest.raises(ValueError, match=rf"videos\[1\]:? {message}"):
+        model.forward_packed([videos[0], video], **conditions)
+
+
 def test_the_model_takes_a_decision_on_captions_that_is_drawn_already():
     model = random_model(class_dropout_prob=0.5).train()
     videos, conditions, _ = random_pack([(1, 2, 2)] * 3, masked=False)
@@ -385,5 +401,7 @@ def test_the_model_takes_a_decision_on_captions_that_is_drawn_already():
     captions = torch.where(dropped[:, None, None, None], stored, conditions["y"])
     assert torch.equal(output, model.eval()(x, **(conditions | {"y": captions})))
     assert torch.equal(output, model(x, **conditions, dropped=dropped))
-    with pytest.raises(ValueError, match=r"dropped: shape \(2,\) for 3 captions"):
+    with pytest.raises(ValueError, match=r"dropped: torch.bool of shape \(2,\) for 3 captions"):
         model(x, **conditions, dropped=dropped[:2])
+    with pytest.raises(ValueError, match="dropped: torch.int64 .*; give each a bool"):
+        model(x, **conditions, dropped=dropped.long())
