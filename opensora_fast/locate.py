@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+LFS_POINTER = b"version https://git-lfs"
+
 
 class Need(NamedTuple):
     """Files that a folder must hold: what they are, and file name patterns, of which one has to match (best first)."""
@@ -103,8 +105,23 @@ def _reads_as_path(source: str) -> bool:
 
 
 def _missing(folder: Path, needs: tuple[Need, ...]) -> list[str]:
-    names = [entry.name for entry in folder.iterdir()]
-    return [f"{need.what} ({' or '.join(need.patterns)})" for need in needs if not need.match(names)]
+    names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    hollow = {name: reason for name in names if (reason := _why_hollow(folder / name))}
+    missing = []
+    for need in needs:
+        if not need.match([name for name in names if name not in hollow]):
+            reasons = "".join(f", but {name} {hollow[name]}" for name in need.match(names)[:1])
+            missing.append(f"{need.what} ({' or '.join(need.patterns)}{reasons})")
+    return missing
+
+
+def _why_hollow(path: Path) -> str:
+    """Why a file does not count, or "". Of an empty spiece.model transformers makes a tokenizer that knows no word."""
+    with open(path, "rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if not start:
+        return "is empty: copy it again"
+    return "is a pointer of Git LFS: `git lfs pull` fetches it" if start == LFS_POINTER else ""
 
 
 def _from_hub(

@@ -99,8 +99,10 @@ class T5Encoder:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise ValueError(f"text_encoder.from_pretrained: no tokenizer can be read in {folder}: {error}") from error
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"text_encoder.from_pretrained: no tokenizer can be read in {folder}: {error!r}"
+            ) from error
         # Read in the dtype it will have: 9.5 instead of 19 GB for T5 XXL in bfloat16.
         model = load_completely("text_encoder", T5EncoderModel, folder, local_files_only=True, dtype=dtype)
         return cls(model, tokenizer, model_max_length, clean_captions).to(device, dtype)

@@ -63,7 +63,7 @@ def fake_cache(cache: Path, hub_id: str, names: list[str]) -> Path:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     for name in names:
-        (snapshot / name).touch()
+        (snapshot / name).write_text("{}")
     return snapshot
 
 
@@ -72,8 +72,26 @@ FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 
 def test_local_folder(tmp_path: Path):
     for name in FILES:
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("{}")
     assert locate(tmp_path) == tmp_path and locate(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: copy it again"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "is a pointer of Git LFS: `git lfs pull`",
+        ),
+    ],
+)
+def test_a_file_that_holds_nothing_is_named(tmp_path: Path, content: bytes, message: str):
+    for name in FILES:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / FILES[1]).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"lacks its weights \(.*, but {FILES[1]} {message}"):
+        locate(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -136,10 +136,11 @@ def test_missing_weights_are_an_error(t5_folder: Path, tmp_path: Path):
         build(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "spiece.model"])
-def test_broken_files_are_named(t5_folder: Path, tmp_path: Path, name: str):
+@pytest.mark.parametrize("content", [b"\x00garbage", b"", b"[]"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "spiece.model", "tokenizer.json"])
+def test_broken_files_are_named(t5_folder: Path, tmp_path: Path, name: str, content: bytes):
     shutil.copytree(t5_folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / name).write_bytes(b"\x00garbage")
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match="text_encoder.from_pretrained"):
         build(tmp_path)
 
