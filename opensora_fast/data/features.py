@@ -27,7 +27,7 @@ import torch
 from opensora_fast.data.batch import Batch, make_conditions
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.data.buckets.plan import ClipSizes, EpochPlan, balance_plan, plan_epoch
-from opensora_fast.data.buckets.sampler import KEPT_PLANS, BucketSampler, MicroBatch
+from opensora_fast.data.buckets.sampler import BucketSampler, MicroBatch
 from opensora_fast.data.epoch_loader import EpochLoader
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, FeatureWriter
 from opensora_fast.data.loader import ClipLoader
@@ -199,28 +199,24 @@ class FeatureSampler(BucketSampler):
             manifest, bucket, frame_interval=settings["frame_interval"], seed=settings["sampler_seed"], **options
         )
 
-    def get_plan(self, epoch: int) -> EpochPlan:
-        """All micro-batches of an epoch: those of its draw, in the first `draws` epochs in the draw's own order."""
-        if epoch not in self._plans:
-            draw = epoch % self.draws
-            plan = plan_epoch(
-                self._find_stored(draw),
-                self.bucket,
-                frame_interval=self.frame_interval,
-                seed=self.seed,
-                epoch=draw,
-                shuffle=self.shuffle,
-                drop_last=self.drop_last,
-            )
-            if epoch != draw and self.shuffle:
-                plan = _shuffle_again(plan, self.seed, epoch)
-            plan = dataclasses.replace(plan, epoch=epoch)
-            if self.costs is not None and self.shuffle:
-                plan = balance_plan(plan, self.costs, self.seed)
-            self._plans[epoch] = plan
-            while len(self._plans) > KEPT_PLANS:
-                del self._plans[next(iter(self._plans))]
-        return self._plans[epoch]
+    def _make_plan(self, epoch: int) -> EpochPlan:
+        """The micro-batches of the epoch's draw, in the first `draws` epochs in the draw's own order."""
+        draw = epoch % self.draws
+        plan = plan_epoch(
+            self._find_stored(draw),
+            self.bucket,
+            frame_interval=self.frame_interval,
+            seed=self.seed,
+            epoch=draw,
+            shuffle=self.shuffle,
+            drop_last=self.drop_last,
+        )
+        if epoch != draw and self.shuffle:
+            plan = _shuffle_again(plan, self.seed, epoch)
+        plan = dataclasses.replace(plan, epoch=epoch)
+        if self.costs is not None and self.shuffle:
+            plan = balance_plan(plan, self.costs, self.seed)
+        return plan
 
     def _find_stored(self, draw: int) -> ClipSizes:
         """The table in which clips without features in this draw have no frames, so that no bucket takes them."""

@@ -194,19 +194,22 @@ class BucketSampler:
     def get_plan(self, epoch: int) -> EpochPlan:
         """All micro-batches of an epoch."""
         if epoch not in self._plans:
-            self._plans[epoch] = plan_epoch(
-                self.clips,
-                self.bucket,
-                frame_interval=self.frame_interval,
-                seed=self.seed,
-                epoch=epoch,
-                shuffle=self.shuffle,
-                drop_last=self.drop_last,
-                costs=self.costs,
-            )
+            self._plans[epoch] = self._make_plan(epoch)
             while len(self._plans) > KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
         return self._plans[epoch]
+
+    def _make_plan(self, epoch: int) -> EpochPlan:
+        return plan_epoch(
+            self.clips,
+            self.bucket,
+            frame_interval=self.frame_interval,
+            seed=self.seed,
+            epoch=epoch,
+            shuffle=self.shuffle,
+            drop_last=self.drop_last,
+            costs=self.costs,
+        )
 
     def _count_steps(self, plan: EpochPlan, consumed: int) -> int:
         return count_steps(max(0, len(plan) - consumed), self.world_size, self.drop_last)
