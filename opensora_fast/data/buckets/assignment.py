@@ -82,15 +82,14 @@ def find_drop_reasons(
     """For clips that are in no bucket: why. int8 [n], indices into `DROP_REASONS`."""
     num_frames, height, width = _check_columns(num_frames, height, width)
     pixels = height.astype(np.int64) * width
-    is_image = num_frames == 1
     large_enough = np.zeros(len(pixels), bool)
     fits = np.zeros(len(pixels), bool)
     for resolution in bucket.resolutions:
         eligible = pixels >= resolution.minimum_pixels
         large_enough |= eligible
         for entry in resolution.frames:
-            fits |= eligible & _fits(entry, num_frames, is_image, frame_interval)
-    reason = np.where(is_image, NO_IMAGE_BUCKET, TOO_SHORT)
+            fits |= eligible & entry.fits(num_frames, frame_interval)
+    reason = np.where(num_frames == 1, NO_IMAGE_BUCKET, TOO_SHORT)
     return np.where(fits, LOST_DRAW, np.where(large_enough, reason, TOO_SMALL)).astype(np.int8)
 
 
@@ -100,12 +99,6 @@ def _check_columns(*columns: np.ndarray) -> tuple[np.ndarray, ...]:
         if array.dtype.kind not in "iu" or array.ndim != 1 or len(array) != len(arrays[0]):
             raise ValueError(f"{name} must be a row of {len(arrays[0])} integers, got {array.dtype} {array.shape}")
     return arrays
-
-
-def _fits(entry: FrameEntry, num_frames: np.ndarray, is_image: np.ndarray, frame_interval: int) -> np.ndarray:
-    if entry.frames == 1:
-        return is_image
-    return num_frames > entry.frames * frame_interval
 
 
 def _assign_block(
@@ -134,8 +127,7 @@ def _split_by_frames(
 ) -> Iterator[tuple[FrameEntry, np.ndarray]]:
     """Each frame count of the resolution with the rows for which it is the longest that fits."""
     for entry in resolution.frames:
-        frames = num_frames[rows]
-        fitting = _fits(entry, frames, frames == 1, frame_interval)
+        fitting = entry.fits(num_frames[rows], frame_interval)
         yield entry, rows[fitting]
         rows = rows[~fitting]
 

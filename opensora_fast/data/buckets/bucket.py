@@ -35,6 +35,11 @@ class FrameEntry:
     first_bucket: int
     """Index of this pair's first aspect ratio in `Bucket.ids`."""
 
+    def fits(self, num_frames: int | np.ndarray, frame_interval: int) -> bool | np.ndarray:
+        """Whether clips of so many frames may take part: an image where there is 1 frame, else videos that are longer
+        than the stretch which the frames are taken from."""
+        return num_frames == 1 if self.frames == 1 else num_frames > self.frames * frame_interval
+
 
 @dataclass(frozen=True)
 class ResolutionEntry:
@@ -48,18 +53,9 @@ class ResolutionEntry:
     def name(self) -> str:
         return self.table.resolution
 
-    @property
-    def image(self) -> FrameEntry | None:
-        return next((entry for entry in self.frames if entry.frames == 1), None)
-
     def longest_fitting(self, num_frames: int, frame_interval: int) -> FrameEntry | None:
         """The entry a clip of `num_frames` frames takes part in, or None."""
-        if num_frames == 1:
-            return self.image
-        for entry in self.frames:
-            if entry.frames != 1 and num_frames > entry.frames * frame_interval:
-                return entry
-        return None
+        return next((entry for entry in self.frames if entry.fits(num_frames, frame_interval)), None)
 
 
 class Bucket:
