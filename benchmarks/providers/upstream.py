@@ -167,7 +167,7 @@ class UpstreamSTDiT2(nn.Module):
         noised, given, space, time = own._modulation(conditions, has_given)
         y = y.squeeze(1).to(weight.dtype)
         if self.training and self.y_embedder.dropout_probability > 0:
-            y = self.y_embedder.drop(y)
+            y = self.y_embedder.drop(y, self.y_embedder.draw_dropped(videos))
         y = self.y_embedder.y_proj(y)
         if mask is None:
             lengths, text = [y.shape[1]] * videos, y.flatten(0, 1)

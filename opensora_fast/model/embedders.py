@@ -66,11 +66,11 @@ class CaptionEmbedder(nn.Module):
         """
         return torch.rand(count) < self.dropout_probability
 
-    def drop(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
+    def drop(self, y: Tensor, dropped: Tensor) -> Tensor:
         """Replaces captions y [B, L, channels] by the unconditional one.
 
         Args:
-            dropped: bool [B], which ones; None draws it.
+            dropped: bool [B], which ones.
 
         Raises:
             ValueError: y is not padded to the model's text length, or `dropped` is not of B captions.
@@ -80,9 +80,7 @@ class CaptionEmbedder(nn.Module):
                 f"y: text of shape {tuple(y.shape[1:])} in training, expected {tuple(self.y_embedding.shape)}; "
                 "pad captions to model_max_length"
             )
-        if dropped is None:
-            dropped = self.draw_dropped(y.shape[0])
-        elif dropped.shape != y.shape[:1] or dropped.dtype != torch.bool:
+        if dropped.shape != y.shape[:1] or dropped.dtype != torch.bool:
             raise ValueError(
                 f"dropped: {dropped.dtype} of shape {tuple(dropped.shape)} for {y.shape[0]} captions; give each a bool"
             )

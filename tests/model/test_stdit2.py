@@ -192,12 +192,9 @@ def test_training_replaces_captions_by_the_stored_one_with_the_configured_probab
     model = random_model(class_dropout_prob=0.3)
     y = torch.zeros(2000, 8, 32)
     torch.manual_seed(1)
-    dropped = (model.y_embedder.drop(y) != 0).any(dim=(1, 2)).float().mean()
-    assert 0.25 < dropped < 0.35
-    torch.manual_seed(1)
-    decided = model.y_embedder.draw_dropped(2000)
-    assert torch.equal((model.y_embedder.drop(y, decided) != 0).any(dim=(1, 2)), decided)
-    assert decided.float().mean() == dropped
+    dropped = model.y_embedder.draw_dropped(2000)
+    assert 0.25 < dropped.float().mean() < 0.35
+    assert torch.equal((model.y_embedder.drop(y, dropped) != 0).any(dim=(1, 2)), dropped)
     videos, conditions, _ = random_pack([(1, 2, 2)] * 2, masked=False)
     model.train()
     with pytest.raises(ValueError, match="model_max_length"):

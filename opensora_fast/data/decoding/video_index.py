@@ -14,6 +14,7 @@ keyframe at which one begins, and that nothing after it depends on anything befo
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -169,12 +170,7 @@ def packets_from(container: InputContainer, stream: VideoStream, keyframe: Keyfr
     first = next(packets, None)
     if first is None or not _is_at(first, keyframe) or not _resets_decoder(first, stream):
         return None
-    return _chain(first, packets)
-
-
-def _chain(first: Packet, rest: Iterator[Packet]) -> Iterator[Packet]:
-    yield first
-    yield from rest
+    return itertools.chain((first,), packets)
 
 
 def _is_at(packet: Packet, keyframe: Keyframe) -> bool:
