@@ -153,7 +153,10 @@ def write_table(table: pd.DataFrame, path: str | Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".csv":
-            table.to_csv(part, index=False)
+            # A carriage return ends a line for readers, but is nothing that the writer quotes by itself.
+            texts = table.select_dtypes(exclude="number")
+            returns = any(texts[name].astype(str).str.contains("\r", regex=False).any() for name in texts)
+            table.to_csv(part, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
         else:
             table.to_parquet(part, index=False)
         os.replace(part, path)

@@ -177,6 +177,15 @@ def test_a_folder_is_no_manifest(tmp_path):
         read_table(tmp_path)
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_any_caption_is_read_as_it_was_written(tmp_path, ending):
+    texts = ["a\rb", "a\r\nb", "a\nb", "a\0b", ' "x", <b>&amp;</b> ', "NA", "😀\u2028", "\ufeff", "x" * 200_000]
+    numbers = {"num_frames": 1, "height": 480, "width": 640, "fps": 24.0}
+    write_table(pd.DataFrame({"path": "a.png", "text": texts, **numbers}), tmp_path / f"meta.{ending}")
+    manifest = Manifest.read(tmp_path / f"meta.{ending}")
+    assert [manifest.clip(row).text for row in range(len(manifest))] == texts
+
+
 @pytest.mark.parametrize("name", ["path", "text"])
 @pytest.mark.parametrize("values", [[b"a.mp4", b"b.mp4"], [["a", "b"], ["c"]]])
 def test_cells_that_hold_no_text_are_named(tmp_path, name, values):
