@@ -42,8 +42,11 @@ class LinearAutoencoder:
     out_channels = CHANNELS
 
     def __init__(self, mean: Tensor, components: Tensor, std: Tensor, explained_variance: float):
-        shapes = {"mean": (mean, (PATCH_VALUES,)), "components": (components, (CHANNELS, PATCH_VALUES))}
-        for name, (tensor, shape) in (shapes | {"std": (std, (CHANNELS,))}).items():
+        for name, tensor, shape in (
+            ("mean", mean, (PATCH_VALUES,)),
+            ("components", components, (CHANNELS, PATCH_VALUES)),
+            ("std", std, (CHANNELS,)),
+        ):
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"linear autoencoder: {name} must be {list(shape)}, got {list(tensor.shape)}")
         self.mean, self.components, self.std = mean.float(), components.float(), std.float()

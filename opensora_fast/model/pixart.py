@@ -209,7 +209,7 @@ def _load_file(path: Path) -> object:
 
 
 def _load_folder(folder: Path) -> dict[str, Tensor]:
-    """Weights of a folder: `model.safetensors`, else shards by their index, its only file of weights, or `model/`."""
+    """Weights of a folder: `model.safetensors`, else shards by their index, those in `model/`, or its only file."""
     if (folder / WEIGHTS_NAME).is_file():
         return _unwrap(_load_file(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
     indices = sorted(folder.glob("*.index.json"))
@@ -220,14 +220,14 @@ def _load_folder(folder: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{folder / name}: missing; the folder is incomplete, copy it again")
             state.update(_unwrap(_load_file(folder / name), folder / name))
         return state
-    for pattern in ("*.safetensors", "*.pth", "*.pt", "*.bin"):
-        files = sorted(folder.glob(pattern))
-        if len(files) > 1 and not (folder / "model").is_dir():
-            raise ValueError(f"{folder}: holds {', '.join(file.name for file in files[:4])}; name the one to load")
-        if len(files) == 1 and not (folder / "model").is_dir():
-            return _unwrap(_load_file(files[0]), files[0])
     if (folder / "model").is_dir():
         return _load_folder(folder / "model")
+    for pattern in ("*.safetensors", "*.pth", "*.pt", "*.bin"):
+        files = sorted(folder.glob(pattern))
+        if len(files) > 1:
+            raise ValueError(f"{folder}: holds {', '.join(file.name for file in files[:4])}; name the one to load")
+        if files:
+            return _unwrap(_load_file(files[0]), files[0])
     raise ValueError(f"{folder}: holds no weights (.safetensors, .pth, .pt or .bin)")
 
 

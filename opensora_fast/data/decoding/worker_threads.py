@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-class Overdue(Exception):
-    """A job did not end within its time limit."""
+class Overdue:
+    """Stands for the result of a job that did not end within its time limit."""
 
 
 @dataclass
