@@ -123,11 +123,10 @@ class STDiT2Config(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> STDiT2Config:
-        for name in ("input_sq_size", "in_channels", "hidden_size", "depth", "num_heads", "caption_channels"):
+        sizes = ("input_sq_size", "in_channels", "hidden_size", "depth", "num_heads", "caption_channels")
+        for name in (*sizes, "model_max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.model_max_length < 1:
-            raise ValueError(f"model_max_length must be at least 1, got {self.model_max_length}")
         if self.hidden_size % 12:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be divisible by 3 (size embedding) and by 4 (position)"
