@@ -169,6 +169,7 @@ def refuse_shares() -> list[str]:
         lambda: get_loss(part, 0),
         lambda: whole.forward_packed(list(x[1]), **dict(batch)),
         lambda: gelu_tanh(torch.zeros(3, 8), bias, backend="reference"),
+        lambda: whole.save_pretrained("/dev/null/model"),
     ):
         try:
             call()

@@ -32,10 +32,11 @@ def test_processes_that_share_out_batches_or_parameters_have_the_gradients_of_on
     found = json.loads(first["out"])
     assert len(found["errors"]) == 10
     assert max(found["errors"].values()) < ROUNDING, found["errors"]
-    block, packed, op = found["refusals"]
+    block, packed, op, save = found["refusals"]
     assert block.startswith("STDiT2Block: attn has a forward hook") and "shard (fully_shard) whole blocks" in block
     assert packed.startswith("FSDPSTDiT2: its parameters are DTensors here; call the model itself")
     assert op.startswith("gelu_tanh: bias is a DTensor; call the op inside the forward")
+    assert save.startswith("save_pretrained: ") and "is a DTensor" in save and "full_state_dict=True" in save
 
 
 @both

@@ -367,7 +367,11 @@ class STDiT2(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`, which `from_pretrained` and upstream read."""
+        """Writes `config.json` and `model.safetensors`, which `from_pretrained` and upstream read.
+
+        Raises:
+            ValueError: the parameters are shared out among processes; see `weights.save_pretrained`.
+        """
         weights.save_pretrained(self.config, self.state_dict(), folder)
 
 

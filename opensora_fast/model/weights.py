@@ -114,7 +114,19 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str | Path
 
 
 def save_pretrained(config: STDiT2Config, state: Mapping[str, Tensor], folder: str | Path) -> None:
-    """Writes `config.json` and `model.safetensors` into `folder`, creating it."""
+    """Writes `config.json` and `model.safetensors` into `folder`, creating it.
+
+    Raises:
+        ValueError: this process holds only its share of a tensor.
+    """
+    for key, value in state.items():
+        if hasattr(value, "full_tensor"):
+            raise ValueError(
+                f"save_pretrained: {key} is a DTensor, of which this process holds a share. Gather the state dict in "
+                "all processes, torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+                "StateDictOptions(full_state_dict=True, cpu_offload=True)), and give it to "
+                "opensora_fast.model.weights.save_pretrained(model.config, state, folder) in one"
+            )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     keys = {"architectures": ["STDiT2"], "model_type": "STDiT2"} | config.model_dump()
