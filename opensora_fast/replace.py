@@ -70,9 +70,11 @@ def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None
         raise ValueError(f"use_kernels: give the model itself, a torch.nn.Module, not {type(model).__name__}")
     if backend not in BACKENDS:
         raise ValueError(f"use_kernels: backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    for name in flags:
+    for name, flag in flags.items():
         if name not in OPS:
             raise ValueError(f"use_kernels: unknown op {name!r}; known: {', '.join(OPS)}")
+        if not isinstance(flag, bool):
+            raise ValueError(f"use_kernels: {name} must be True or False, got {flag!r}; give the backend as backend=")
     chosen = {name: backend for name in OPS if flags.get(name, not flags)}
     if linear is not None:
         if linear not in LINEAR_BACKENDS:

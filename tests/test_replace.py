@@ -192,6 +192,8 @@ def test_mistakes_are_named():
         use_kernels({"model": build(STDiT2)})
     with pytest.raises(ValueError, match="unknown op 'spatial'"):
         use_kernels(build(STDiT2), spatial=True)
+    with pytest.raises(ValueError, match="gelu_tanh must be True or False, got 'reference'; give the backend as"):
+        use_kernels(build(STDiT2), gelu_tanh="reference")
     with pytest.raises(ValueError, match="backend 'cuda'"):
         use_kernels(build(STDiT2), backend="cuda")
     with pytest.raises(ValueError, match="linear 'cutlass' is unknown; choose one of torch, quack"):
