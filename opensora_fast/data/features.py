@@ -8,8 +8,9 @@ and later epochs see the same clips again in other micro-batches and another ord
 cannot be decoded is missing here, where training from videos would replace it.) The latents are what the video
 encoder returned: for the SD VAE one sample of its posterior per draw.
 
-Batch sizes are free: they may differ between writing and training. Resolutions, frames, keep probabilities and the seed
-may not; the folder knows them.
+Batch sizes are free: they may differ between writing and training. Resolutions, frames and keep probabilities may not;
+the folder knows them. The draws and their order are those of the seed that they were made with, whatever that of the
+training is.
 """
 
 from __future__ import annotations

@@ -141,6 +141,11 @@ def open_features(
     for key, value in (("frame_interval", config.dataset.frame_interval), ("draws", config.feature_draws)):
         if index.settings[key] != value:
             raise ValueError(f"features={folder} were made with {key}={index.settings[key]}, not {value}")
+    if (seed := index.settings["seed"]) != config.seed:
+        report(
+            f"note: features={folder} were made with seed={seed}, which decides which clips come when; "
+            f"seed={config.seed} decides the rest: weights, times and noise"
+        )
     reader = FeatureReader(index)
     sampler = FeatureSampler(
         data.manifest,

@@ -57,6 +57,24 @@ def test_resume_from_features_is_exact(train, tmp_path):
     assert code == 1 and "was written with features, not clips" in error
 
 
+def test_another_seed_draws_the_same_clips_and_says_so(train, tmp_path):
+    """Several trainings may differ by their seed and share what was encoded once."""
+    first, out, whole = tmp_path / "first", tmp_path / "run", tmp_path / "whole"
+    more = [f"features={tmp_path / 'features'}"]
+    assert train(first, "--steps", 4, *more)[0] == 0
+    code, text, error = train(whole, "--steps", 4, *more, "seed=7")
+    assert code == 0, error
+    assert "were made with seed=42, which decides which clips come when; seed=7 decides the rest" in " ".join(
+        text.split()
+    )
+    pairs = list(zip(read_losses(whole), read_losses(first), strict=True))
+    assert all(one[5:] == other[5:] and one[1] != other[1] for one, other in pairs)
+    for steps in (2, 4):
+        code, _, error = train(out, "--steps", steps, "--resume", "auto", *more, "seed=7")
+        assert code == 0, error
+    assert read_losses(out) == read_losses(whole)
+
+
 def test_features_in_the_folder_of_the_run_leave_it_held(train, tmp_path, monkeypatch):
     out = tmp_path / "run"
     lock = f"import fcntl; fcntl.lockf(open({str(out / '.lock')!r}, 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
