@@ -29,7 +29,7 @@ from .cross_short_backward import launch_short_backward, select_short
 from .cross_tiles import load_rows_and_text
 from .loops import NO_NORM, key_gradient, query_gradient
 from .tables import row_tiles, tile_ranges
-from .tiles import load_head, row_products, store_column_sums, store_head
+from .tiles import LOG2_E, load_head, row_products, store_column_sums, store_head
 
 CONFIGURATIONS = {
     "cross_attention_queries_backward": {
@@ -103,7 +103,7 @@ def _queries(
         STEP=STEP,
         REMAINDER=REMAINDER,
         NORM=NO_NORM,
-        SCALE=SCALE * 1.4426950408889634,
+        SCALE=SCALE * LOG2_E,
         KEY_STRIDE=TEXT_STRIDE,
         VALUE_STRIDE=TEXT_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
@@ -167,7 +167,7 @@ def _text(
         STEP=STEP,
         REMAINDER=REMAINDER,
         NORM=NO_NORM,
-        SCALE=SCALE * 1.4426950408889634,
+        SCALE=SCALE * LOG2_E,
         QUERY_STRIDE=TOKEN_STRIDE,
         GRADIENT_STRIDE=TOKEN_STRIDE,
         HEAD_SIZE=HEAD_SIZE,

@@ -20,7 +20,7 @@ from .cross_short_forward import class_of_text, launch_short_forward, short_comp
 from .cross_tiles import load_rows_and_text
 from .loops import NO_NORM, attend
 from .tables import row_tiles
-from .tiles import load_head, store_head
+from .tiles import LOG2_E, load_head, store_head
 
 # Of texts of any length; 128 registers a thread: sixteen warps fit on a multiprocessor.
 LOOPS = (
@@ -93,7 +93,7 @@ def _forward(
         STEP=STEP,
         REMAINDER=REMAINDER,
         NORM=NO_NORM,
-        SCALE=1.4426950408889634 / HEAD_SIZE**0.5,
+        SCALE=LOG2_E / HEAD_SIZE**0.5,
         BOUNDED=False,
         KEY_STRIDE=TEXT_STRIDE,
         VALUE_STRIDE=TEXT_STRIDE,

@@ -28,6 +28,7 @@ from ..launch import launch
 from .cross_short_forward import class_of_text
 from .cross_tiles import load_rows_and_text
 from .tiles import (
+    LOG2_E,
     add_product,
     dot_rows,
     load_head,
@@ -124,7 +125,7 @@ def _backward(
         g = load_head(output_gradient + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
         delta = row_products(load_head(output + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE), g)
         log_sum = load_numbers(statistics, rows, inside, 0.0)
-        scores = dot_rows(k, queries) * (SCALE * 1.4426950408889634) - log_sum[None, :]  # [KEYS, ROWS]
+        scores = dot_rows(k, queries) * (SCALE * LOG2_E) - log_sum[None, :]  # [KEYS, ROWS]
         probabilities = tl.exp2(tl.where(real[:, None], scores, float("-inf")))
         score_gradient = (dot_rows(v, g) - delta[None, :]) * probabilities
         score_gradient = score_gradient.to(k[0].dtype)

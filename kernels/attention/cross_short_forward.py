@@ -21,7 +21,7 @@ from ..configurations import CompileCase, Configuration
 from ..launch import launch
 from .cross_tiles import load_rows_and_text
 from .tables import row_tiles
-from .tiles import add_product, dot_rows, has_padding, load_head, split_head, store_head, tail_of, zero_head
+from .tiles import LOG2_E, add_product, dot_rows, has_padding, load_head, split_head, store_head, tail_of, zero_head
 
 TILE, LONGEST_TEXT = 128, 256  # text tokens: of one tile, and of two, which is what a program's registers hold
 
@@ -79,7 +79,7 @@ def _forward(
 ):
     TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     TEXT_STRIDE: tl.constexpr = 2 * HEADS * HEAD_SIZE
-    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_SIZE**0.5
+    SCALE: tl.constexpr = LOG2_E / HEAD_SIZE**0.5
     head, first_token, rest, keys, text_length = load_rows_and_text(
         chunks, kv, text_starts, text_lengths, HEADS, HEAD_SIZE
     )

@@ -30,6 +30,7 @@ from .loops import NO_NORM, NORM_COMPUTED, NORM_DONE, attend
 from .spatial_preparation import launch_preparation, place_of_keys_and_values
 from .tables import row_tiles
 from .tiles import (
+    LOG2_E,
     fold_query,
     load_head,
     load_tile,
@@ -134,7 +135,7 @@ def _forward(
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     KEY_STRIDE: tl.constexpr = OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE
-    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_SIZE**0.5
+    SCALE: tl.constexpr = LOG2_E / HEAD_SIZE**0.5
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < length

@@ -12,6 +12,7 @@ from ..configurations import Configuration
 from .loops import NO_NORM, NORM_DONE, NORM_LOADED, is_folded, key_gradient
 from .spatial_preparation import padded_values
 from .tiles import (
+    LOG2_E,
     load_head,
     load_tile,
     padded_rows,
@@ -79,7 +80,6 @@ def spatial_keys_backward(
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     QUERY_STRIDE: tl.constexpr = TOKEN_STRIDE if NORM == NO_NORM else OUTPUT_STRIDE
-    LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
     rows = first_row + tl.arange(0, ROWS)

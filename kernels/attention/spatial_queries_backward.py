@@ -12,6 +12,7 @@ from ..configurations import Configuration
 from .loops import NO_NORM, NORM_DONE, is_folded, query_gradient
 from .spatial_preparation import place_of_keys_and_values
 from .tiles import (
+    LOG2_E,
     append_number,
     fold_query,
     load_head,
@@ -91,7 +92,6 @@ def spatial_queries_backward(
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     CENTERED: tl.constexpr = NORM != NO_NORM and qkv.dtype.element_ty != tl.float32  # which hardly rounds the output
-    LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
     rows = first_row + tl.arange(0, ROWS)

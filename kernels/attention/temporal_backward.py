@@ -47,6 +47,7 @@ from .temporal_tiles import (
     zero_sums,
 )
 from .tiles import (
+    LOG2_E,
     add_product,
     dot_rows,
     load_head,
@@ -106,7 +107,6 @@ def _backward_tile(
 ):
     """Writes the gradients of one tile; returns `sums` with what it adds to them."""
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
-    LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     NORM: tl.constexpr = q_weight is not None
     # What is made for the sums is kept to the end in small tiles, and added up at once in those short of registers.

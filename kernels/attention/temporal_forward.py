@@ -21,6 +21,7 @@ from ..launch import launch
 from .rotary_tiles import load_angles, round_joined
 from .temporal_tiles import builds_of_tiles, normed_rows, place_rows, query_factors
 from .tiles import (
+    LOG2_E,
     add_product,
     dot_rows,
     load_head,
@@ -71,7 +72,7 @@ def _forward(
     ROWS: tl.constexpr,
 ):
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
-    LOG2_SCALE: tl.constexpr = 1.4426950408889634 / HEAD_SIZE**0.5
+    LOG2_SCALE: tl.constexpr = LOG2_E / HEAD_SIZE**0.5
     NORM: tl.constexpr = q_weight is not None
     program = tl.program_id(0).to(tl.int64)
     tile = tiles + program // HEADS * 4

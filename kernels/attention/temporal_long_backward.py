@@ -33,6 +33,7 @@ from .temporal_tiles import (
     query_factors,
 )
 from .tiles import (
+    LOG2_E,
     add_product,
     dot_rows,
     load_head,
@@ -94,7 +95,6 @@ def _queries(
     STEP: tl.constexpr,
 ):
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
-    LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     NORM: tl.constexpr = q_weight is not None
     dtype: tl.constexpr = qkv.dtype.element_ty
@@ -159,7 +159,6 @@ def _keys(
     STEP: tl.constexpr,
 ):
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
-    LOG2_E: tl.constexpr = 1.4426950408889634
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
     NORM: tl.constexpr = q_weight is not None
     dtype: tl.constexpr = qkv.dtype.element_ty

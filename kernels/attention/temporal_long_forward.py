@@ -19,7 +19,7 @@ from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import launch
 from ..layout import PLACE_BLOCK_ROWS
 from .temporal_tiles import COMPILED_DTYPES, block_class, block_rows, load_block, load_normed, query_factors
-from .tiles import add_product, dot_rows, load_head, multiply, scale_rows, store_head, to_dtype, zero_head
+from .tiles import LOG2_E, add_product, dot_rows, load_head, multiply, scale_rows, store_head, to_dtype, zero_head
 
 CONFIGURATIONS = {
     "temporal_attention_long_forward": {
@@ -97,7 +97,7 @@ def _forward(
     BOUNDED_LIMIT: tl.constexpr,
 ):
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
-    LOG2_SCALE: tl.constexpr = 1.4426950408889634 / HEAD_SIZE**0.5
+    LOG2_SCALE: tl.constexpr = LOG2_E / HEAD_SIZE**0.5
     NORM: tl.constexpr = q_weight is not None
     program, head, first_token, frames, frame_tokens, start = load_block(blocks, HEADS)
     queries = qkv + head * HEAD_SIZE

@@ -19,6 +19,8 @@ SMALLEST_TILE = 16  # the matrix units take nothing narrower
 PART_FACTORS = (2.0**15, 2.0**5, 1.0)
 ONES_PART = 2  # of the factors
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.constexpr_function
 def split_head(head_size: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention.tiles import LOG2_E
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import ceil_divide, launch
 from .tile_sums import launch_sum_tiles
@@ -47,13 +48,12 @@ CONFIGURATIONS = {
 
 _SLOPE = tl.constexpr(1.5957691216057308)  # 2 · sqrt(2/π)
 _CUBIC = tl.constexpr(0.044715)
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _sigmoid_of_2u(z):
     """Returns s and 1 - s, the latter as exp(-2u) · s, without the cancellation near s = 1."""
-    exponent = z * (-_LOG2E * _SLOPE - _LOG2E * _SLOPE * _CUBIC * z * z)
+    exponent = z * (-LOG2_E * _SLOPE - LOG2_E * _SLOPE * _CUBIC * z * z)
     power = tl.exp2(tl.minimum(exponent, 126.0))  # beyond it s is zero in any dtype, and the power would be infinite
     sigmoid = 1.0 / (1.0 + power)
     return sigmoid, power * sigmoid
