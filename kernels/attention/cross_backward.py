@@ -29,7 +29,7 @@ from .cross_short_backward import launch_short_backward, select_short
 from .cross_tiles import load_rows_and_text
 from .loops import NO_NORM, key_gradient, query_gradient
 from .tables import row_tiles, tile_ranges
-from .tiles import LOG2_E, load_head, row_products, store_column_sums, store_head
+from .tiles import LOG2_E, load_head, row_products, scale_head, store_column_sums, store_head
 
 CONFIGURATIONS = {
     "cross_attention_queries_backward": {
@@ -99,7 +99,6 @@ def _queries(
         keys + HEADS * HEAD_SIZE,
         None,
         text_length,
-        ROWS=ROWS,
         STEP=STEP,
         REMAINDER=REMAINDER,
         NORM=NO_NORM,
@@ -109,7 +108,7 @@ def _queries(
         HEAD_SIZE=HEAD_SIZE,
     )
     scale = tl.where(text_length > 1, SCALE, 0.0)  # a lone key has probability one: nothing moves it
-    sums = sums[0] * scale, sums[1] * scale
+    sums = scale_head(sums, scale)
     store_head(q_gradient + in_tokens, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
     if bias_partials is not None:
         store_column_sums(bias_partials, sums, inside, HEAD_SIZE)
@@ -163,7 +162,6 @@ def _text(
         log_sums + in_statistics,
         deltas + in_statistics,
         length,
-        ROWS=ROWS,
         STEP=STEP,
         REMAINDER=REMAINDER,
         NORM=NO_NORM,
@@ -173,7 +171,7 @@ def _text(
         HEAD_SIZE=HEAD_SIZE,
     )
     scale = tl.where(text_length > 1, SCALE, 0.0)
-    key_sums = key_sums[0] * scale, key_sums[1] * scale
+    key_sums = scale_head(key_sums, scale)
     partial = partials + tl.program_id(0).to(tl.int64) // HEADS * max_length * TEXT_STRIDE + head * HEAD_SIZE
     store_head(partial, key_sums, rows, inside, TEXT_STRIDE, HEAD_SIZE)
     store_head(partial + HEADS * HEAD_SIZE, value_sums, rows, inside, TEXT_STRIDE, HEAD_SIZE)

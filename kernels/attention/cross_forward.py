@@ -89,7 +89,6 @@ def _forward(
         False,
         text_length,
         0.0,
-        ROWS=ROWS,
         STEP=STEP,
         REMAINDER=REMAINDER,
         NORM=NO_NORM,

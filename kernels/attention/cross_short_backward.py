@@ -30,11 +30,15 @@ from .cross_tiles import load_rows_and_text
 from .tiles import (
     LOG2_E,
     add_product,
+    column_sums,
     dot_rows,
+    get_column,
     load_head,
     load_numbers,
     load_weight,
     row_products,
+    scale_head,
+    set_column,
     store_head,
     store_vector,
     tail_of,
@@ -110,7 +114,7 @@ def _backward(
     real = text < text_length
     k = load_head(keys, text, real, TEXT_STRIDE, HEAD_SIZE)  # [KEYS, D]
     v = load_head(keys + HEADS * HEAD_SIZE, text, real, TEXT_STRIDE, HEAD_SIZE)
-    ones_column = (tl.arange(0, tail_of(HEAD_SIZE)) == tail_of(HEAD_SIZE) - 1)[None, :]
+    in_ones = (tl.arange(0, tail_of(HEAD_SIZE)) == tail_of(HEAD_SIZE) - 1)[None, :]
     # Offsets within a video may pass 2^31 elements, those within a chunk do not.
     in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
     statistics = log_sums + head * num_tokens + first_token
@@ -121,7 +125,7 @@ def _backward(
         rows = start + tl.arange(0, ROWS)
         inside = rows < length
         queries = load_head(q + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
-        queries = queries[0], tl.where(ones_column, 1.0, queries[1]).to(queries[1].dtype)
+        queries = set_column(queries, in_ones, 1.0)
         g = load_head(output_gradient + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
         delta = row_products(load_head(output + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE), g)
         log_sum = load_numbers(statistics, rows, inside, 0.0)
@@ -133,7 +137,7 @@ def _backward(
         key_sums = add_product(key_sums, score_gradient, queries)
         value_sums = add_product(value_sums, probabilities.to(g[0].dtype), g)
         sums = add_product(zero_head(ROWS, HEAD_SIZE), tl.trans(score_gradient), k)  # [ROWS, D]
-        sums = sums[0] * scale, sums[1] * scale
+        sums = scale_head(sums, scale)
         if ADD:
             before = to_float32(load_head(q_gradient + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE))
             sums = sums[0] + before[0], sums[1] + before[1]
@@ -141,19 +145,17 @@ def _backward(
 
     program = tl.program_id(0).to(tl.int64)
     partial = partials + program // HEADS * max_length * TEXT_STRIDE + head * HEAD_SIZE
-    scaled = key_sums[0] * scale, key_sums[1] * scale
-    store_head(partial, scaled, text, real, TEXT_STRIDE, HEAD_SIZE)
+    store_head(partial, scale_head(key_sums, scale), text, real, TEXT_STRIDE, HEAD_SIZE)
     store_head(partial + HEADS * HEAD_SIZE, value_sums, text, real, TEXT_STRIDE, HEAD_SIZE)
     if bias_partials is not None:
-        along = tl.sum(tl.where(ones_column, key_sums[1], 0.0), axis=1) * scale  # [KEYS]
+        along = get_column(key_sums, in_ones) * scale  # [KEYS]
         k = to_float32(load_head(keys, text, real, TEXT_STRIDE, HEAD_SIZE))
-        wide, tail = tl.sum(k[0] * along[:, None], axis=0), tl.sum(k[1] * along[:, None], axis=0)
+        sums = tl.sum(k[0] * along[:, None], axis=0), tl.sum(k[1] * along[:, None], axis=0)
         bias = bias_partials + program * HEAD_SIZE
         if ADD:
-            before = load_weight(bias, HEAD_SIZE)
-            wide += tl.sum(before[0], axis=0)
-            tail += tl.sum(before[1], axis=0)
-        store_vector(bias, (wide, tail), HEAD_SIZE)
+            before = column_sums(load_weight(bias, HEAD_SIZE))
+            sums = sums[0] + before[0], sums[1] + before[1]
+        store_vector(bias, sums, HEAD_SIZE)
 
 
 def launch_short_backward(

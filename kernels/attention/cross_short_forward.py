@@ -21,7 +21,21 @@ from ..configurations import CompileCase, Configuration
 from ..launch import launch
 from .cross_tiles import load_rows_and_text
 from .tables import row_tiles
-from .tiles import LOG2_E, add_product, dot_rows, has_padding, load_head, split_head, store_head, tail_of, zero_head
+from .tiles import (
+    LOG2_E,
+    add_product,
+    dot_rows,
+    get_column,
+    has_padding,
+    load_head,
+    mark_column,
+    row_width,
+    scale_rows,
+    set_column,
+    split_head,
+    store_head,
+    zero_head,
+)
 
 TILE, LONGEST_TEXT = 128, 256  # text tokens: of one tile, and of two, which is what a program's registers hold
 
@@ -56,8 +70,7 @@ def _load_text(keys, text, real, TEXT_STRIDE: tl.constexpr, HEAD_SIZE: tl.conste
     values = keys + TEXT_STRIDE // 2
     k = load_head(keys, text, real, TEXT_STRIDE, HEAD_SIZE)
     v = load_head(values, text, real, TEXT_STRIDE, HEAD_SIZE)
-    ones_column = (tl.arange(0, tail_of(HEAD_SIZE)) == tail_of(HEAD_SIZE) - 1)[None, :]
-    return k, (v[0], tl.where(ones_column, 1.0, v[1]).to(v[1].dtype))
+    return k, set_column(v, mark_column(row_width(HEAD_SIZE) - 1, HEAD_SIZE), 1.0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunk_tokens"])
@@ -91,7 +104,7 @@ def _forward(
     if TILES == 2:
         more_real = text + KEYS < text_length
         more_k, more_v = _load_text(keys, text + KEYS, more_real, TEXT_STRIDE, HEAD_SIZE)
-    ones_column = (tl.arange(0, tail_of(HEAD_SIZE)) == tail_of(HEAD_SIZE) - 1)[None, :]
+    in_ones = mark_column(row_width(HEAD_SIZE) - 1, HEAD_SIZE)
     # Offsets within a video may pass 2^31 elements, those within a chunk do not.
     in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
     statistics = log_sums + head * num_tokens + first_token
@@ -109,15 +122,13 @@ def _forward(
                 new_max = tl.maximum(row_max, tl.max(scores, axis=1) * SCALE)
                 rescale = tl.exp2(row_max - new_max)
                 probabilities = tl.exp2(scores * SCALE - new_max[:, None])
-                sums = sums[0] * rescale[:, None], sums[1] * rescale[:, None]
-                sums = add_product(sums, probabilities.to(more_v[0].dtype), more_v)
+                sums = add_product(scale_rows(sums, rescale), probabilities.to(more_v[0].dtype), more_v)
                 row_max = new_max
-        row_sum = tl.sum(tl.where(ones_column, sums[1], 0.0), axis=1)
+        row_sum = get_column(sums, in_ones)
         row_sum = tl.where(text_length > 0, row_sum, 1.0)  # without text the sums are zero, and so is the output
         log_sum = tl.where(text_length > 0, row_max, 0.0) + tl.log2(row_sum)
         tl.store(statistics + rows, log_sum, mask=inside)
-        factor = 1.0 / row_sum[:, None]
-        store_head(output + in_tokens, (sums[0] * factor, sums[1] * factor), rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+        store_head(output + in_tokens, scale_rows(sums, 1.0 / row_sum), rows, inside, TOKEN_STRIDE, HEAD_SIZE)
 
 
 def launch_short_forward(

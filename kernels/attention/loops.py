@@ -21,18 +21,20 @@ from .tiles import (
     add_product,
     carries_number,
     dot_rows,
+    get_column,
     has_padding,
     load_head,
     load_numbers,
+    mark_column,
     number_column,
     ones_column,
     reciprocal_rms,
     row_width,
+    scale_head,
     scale_rows,
+    set_column,
     settle,
-    tail_of,
     to_float32,
-    wide_of,
     zero_head,
 )
 
@@ -62,7 +64,6 @@ def attend(
     keep_factors,
     length,
     eps,
-    ROWS: tl.constexpr,
     STEP: tl.constexpr,
     REMAINDER: tl.constexpr,
     NORM: tl.constexpr,
@@ -72,7 +73,7 @@ def attend(
     VALUE_STRIDE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
-    """softmax of SCALE · q · (normed) kᵀ in base 2, times v, for ROWS queries over `length` keys.
+    """softmax of SCALE · q · (normed) kᵀ in base 2, times v, for the queries q [m, D] over `length` keys.
 
     BOUNDED promises that exp2(score) neither overflows nor vanishes, so that no maximum is subtracted. Where
     `is_folded`, keys and values are padded rows with factors, and q has zeros in its padding.
@@ -81,12 +82,13 @@ def attend(
         (output float32 head tile [m, D], log2 of the sum of exp2(scores) [m]); zeros where length is 0.
     """
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
+    ROWS: tl.constexpr = q[0].shape[0]
     sums = zero_head(ROWS, HEAD_SIZE)
     row_sum = tl.zeros([ROWS], tl.float32)
     row_max = tl.full([ROWS], 0.0 if BOUNDED else -1e30, tl.float32)  # finite: exp2(-inf - row_max) is then zero
     # A column of ones in the padding of V: the matrix units sum the probabilities, rounded as the output sees them.
     ONES: tl.constexpr = number_column(HEAD_SIZE) + ones_column() if FOLDED else row_width(HEAD_SIZE) - 1
-    in_ones = (wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE)) == ONES)[None, :]
+    in_ones = mark_column(ONES, HEAD_SIZE)
     whole = length // STEP * STEP
     for masked in tl.static_range(1, -1, -1):
         begin = whole if masked else 0
@@ -116,16 +118,15 @@ def attend(
             # Rows beyond the end have zeros in the column of ones as well, so bounded scores need no mask.
             if has_padding(HEAD_SIZE) and not FOLDED:
                 ones = in_ones & inside[:, None] if masked else in_ones
-                v = v[0], tl.where(ones, 1.0, v[1]).to(v[1].dtype)
+                v = set_column(v, ones, 1.0)
             if not has_padding(HEAD_SIZE):
                 row_sum += tl.sum(probabilities, axis=1)
             sums = add_product(sums, probabilities.to(v[0].dtype), v)
     if has_padding(HEAD_SIZE):
-        row_sum = tl.sum(tl.where(in_ones, sums[1], 0.0), axis=1)
+        row_sum = get_column(sums, in_ones)
     some = row_sum != 0  # true of NaN, too
     row_sum = tl.where(some, row_sum, 1.0)  # without keys the sums are zero, and so is the output
-    factor = 1.0 / row_sum[:, None]
-    return (sums[0] * factor, sums[1] * factor), tl.where(some, row_max, 0.0) + tl.log2(row_sum)
+    return scale_head(sums, 1.0 / row_sum[:, None]), tl.where(some, row_max, 0.0) + tl.log2(row_sum)
 
 
 @triton.jit
@@ -138,7 +139,6 @@ def query_gradient(
     values,
     key_factors,
     length,
-    ROWS: tl.constexpr,
     STEP: tl.constexpr,
     REMAINDER: tl.constexpr,
     NORM: tl.constexpr,
@@ -148,7 +148,7 @@ def query_gradient(
     HEAD_SIZE: tl.constexpr,
     CENTERED: tl.constexpr = False,
 ):
-    """Σ over `length` keys of logit gradient · (normed) key: float32 head tile [m, D] for ROWS queries.
+    """Σ over `length` keys of logit gradient · (normed) key: float32 head tile [m, D] for the queries q [m, D].
 
     `gradient` is that of the output, `delta` [m] its product with the output. `log_sum` [m] must be +inf for rows
     outside the sequence: their probabilities are then zero. Where `is_folded`, q carries minus it, `gradient` minus
@@ -163,6 +163,7 @@ def query_gradient(
         (the gradient, the sum of the gradients of each query's logits [m], zero if it is not CENTERED).
     """
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
+    ROWS: tl.constexpr = q[0].shape[0]
     sums = zero_head(ROWS, HEAD_SIZE)
     row_sums = tl.zeros([ROWS], tl.float32)
     whole = length // STEP * STEP
@@ -193,9 +194,7 @@ def query_gradient(
             sums = settle(add_product(sums, score_gradient.to(k[0].dtype), k))
     if CENTERED:
         if FOLDED:  # beside each key is a one
-            ones = number_column(HEAD_SIZE) + ones_column()
-            in_ones = (wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE)) == ones)[None, :]
-            row_sums = tl.sum(tl.where(in_ones, sums[1], 0.0), axis=1)
+            row_sums = get_column(sums, mark_column(number_column(HEAD_SIZE) + ones_column(), HEAD_SIZE))
         rows = tl.arange(0, REMAINDER)
         k = to_float32(load_head(keys, rows, rows < length, KEY_STRIDE, HEAD_SIZE, FOLDED))
         if NORM == NORM_LOADED:
@@ -218,7 +217,6 @@ def key_gradient(
     log_sums,
     deltas,
     length,
-    ROWS: tl.constexpr,
     STEP: tl.constexpr,
     REMAINDER: tl.constexpr,
     NORM: tl.constexpr,
@@ -227,7 +225,7 @@ def key_gradient(
     GRADIENT_STRIDE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
-    """Sums over `length` queries for ROWS keys; under NORM_LOADED their reciprocal RMS is `key_factors` [m].
+    """Sums over `length` queries for the keys k [m, D]; under NORM_LOADED their reciprocal RMS is `key_factors` [m].
 
     Where `is_folded`, queries and gradients carry minus log-sum and minus delta, k and v carry the factors.
 
@@ -235,8 +233,8 @@ def key_gradient(
         (Σ logit gradient · query, Σ probability · output gradient), float32 head tiles [m, D]; the queries as given.
     """
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
-    key_sums = zero_head(ROWS, HEAD_SIZE)
-    value_sums = zero_head(ROWS, HEAD_SIZE)
+    key_sums = zero_head(k[0].shape[0], HEAD_SIZE)
+    value_sums = zero_head(k[0].shape[0], HEAD_SIZE)
     whole = length // STEP * STEP
     for masked in tl.static_range(1, -1, -1):
         begin = whole if masked else 0

@@ -163,7 +163,6 @@ def _forward(
             keep_factors,
             length,
             eps,
-            ROWS=ROWS,
             STEP=STEP,
             REMAINDER=REMAINDER,
             NORM=NORM,
@@ -182,7 +181,6 @@ def _forward(
             keep_factors,
             length,
             eps,
-            ROWS=ROWS,
             STEP=STEP if NORM == NO_NORM or STEP < 32 else STEP // 2,  # seldom taken, it must not decide over registers
             REMAINDER=REMAINDER,
             NORM=NORM,

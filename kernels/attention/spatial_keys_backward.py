@@ -17,6 +17,7 @@ from .tiles import (
     load_tile,
     padded_rows,
     rms_norm_gradient,
+    scale_head,
     scale_rows,
     store_column_sums,
     store_head,
@@ -115,7 +116,6 @@ def spatial_keys_backward(
         statistics + in_statistics,
         deltas + in_statistics,
         length,
-        ROWS=ROWS,
         STEP=STEP,
         REMAINDER=REMAINDER,
         NORM=NORM,
@@ -132,7 +132,7 @@ def spatial_keys_backward(
     if value_bias_partials is not None:
         store_column_sums(value_bias_partials, value_sums, inside, HEAD_SIZE)
     scale = tl.where(length > 1, SCALE if NORM == NO_NORM else 1.0 / LOG2_E, 0.0)
-    sums = key_sums[0] * scale, key_sums[1] * scale
+    sums = scale_head(key_sums, scale)
     if NORM != NO_NORM:
         keys = qkv + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
         key_factors = statistics + (2 * HEADS + head) * num_tokens + first_token + rows

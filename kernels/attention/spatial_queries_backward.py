@@ -22,10 +22,10 @@ from .tiles import (
     padded_rows,
     rms_norm_gradient,
     row_products,
+    scale_head,
     scale_rows,
     store_column_sums,
     store_head,
-    store_vector,
     to_float32,
 )
 
@@ -132,7 +132,6 @@ def spatial_queries_backward(
         values,
         statistics + 2 * HEADS * num_tokens + in_statistics,
         length,
-        ROWS=ROWS,
         STEP=STEP,
         REMAINDER=REMAINDER,
         NORM=NORM,
@@ -157,15 +156,13 @@ def spatial_queries_backward(
         else:
             tl.store(deltas + head * num_tokens + first_token + rows, delta, mask=inside)
     scale = tl.where(length > 1, SCALE, 0.0)  # a lone key has probability one: nothing moves it
-    sums = sums[0] * scale, sums[1] * scale  # dS · k̂ / sqrt(D)
+    sums = scale_head(sums, scale)  # dS · k̂ / sqrt(D)
     if NORM != NO_NORM:
         query_factors = statistics + (HEADS + head) * num_tokens + first_token + rows
         factors = tl.load(query_factors, mask=inside, other=0.0, cache_modifier=".ca")
         frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
         normed = scale_rows(to_float32(load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), factors)  # q̂
-        partial = multiply(sums, normed)  # rows outside the frame are zero
-        partial = tl.sum(partial[0], axis=0), tl.sum(partial[1], axis=0)
-        store_vector(weight_partials + tl.program_id(0).to(tl.int64) * HEAD_SIZE, partial, HEAD_SIZE)
+        store_column_sums(weight_partials, multiply(sums, normed), None, HEAD_SIZE)  # rows outside are zero
         sums = multiply(sums, load_weight_product(q_weight, k_weight, HEAD_SIZE, AGAIN=True))
         sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
     # Before the gradient is stored: the other way round Triton 3.6 spills 24 bytes on sm_90.

@@ -52,6 +52,7 @@ from .tiles import (
     dot_rows,
     load_head,
     multiply,
+    scale_head,
     store_head,
     to_float32,
     zero_head,
@@ -129,7 +130,7 @@ def _backward_tile(
         g = load_head(output_gradient + in_token, token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)
         v = load_head(keys + HEADS * HEAD_SIZE, source, None, TOKEN_STRIDE, HEAD_SIZE)
     q, query_reciprocal = normed_rows(q, cosines, sines, eps, NORM, HEAD_SIZE)
-    q = round_joined(multiply(q, (factors[0] * SCALE, factors[1] * SCALE)), dtype)
+    q = round_joined(multiply(q, scale_head(factors, SCALE)), dtype)
     scores = dot_rows(q, k)  # [ROWS, ROWS]
     logits = tl.where(place[:, None] == place[None, :], scores, float("-inf"))
     row_max = tl.max(logits, axis=1)

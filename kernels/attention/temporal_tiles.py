@@ -18,7 +18,7 @@ from .rotary_tiles import (
     scale_rows_apart,
     split_columns,
 )
-from .tiles import load_head, load_weight_product, tail_of, to_float32, wide_of
+from .tiles import load_head, load_weight_product, scale_head, tail_of, to_float32, wide_of
 
 
 def builds_of_tiles(arch: str) -> list[tuple[int, str, bool]]:
@@ -121,8 +121,7 @@ def load_normed(
 def query_factors(q_weight, k_weight, SCALE: tl.constexpr, NORM: tl.constexpr, HEAD_SIZE: tl.constexpr):
     """What a normed query is multiplied with: SCALE · q_weight · k_weight, or SCALE alone; a pair that broadcasts."""
     if NORM:
-        weight = load_weight_product(q_weight, k_weight, HEAD_SIZE)
-        return weight[0] * SCALE, weight[1] * SCALE
+        return scale_head(load_weight_product(q_weight, k_weight, HEAD_SIZE), SCALE)
     else:
         return tl.full([1, 1], SCALE, tl.float32), tl.full([1, 1], SCALE, tl.float32)
 

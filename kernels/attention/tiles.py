@@ -172,13 +172,29 @@ def store_head(
 
 
 @triton.jit
+def mark_column(COLUMN: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """True in one column of the tail, counted from the start of the head: [1, tail]."""
+    return (wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE)) == COLUMN)[None, :]
+
+
+@triton.jit
+def set_column(head, marked, values):
+    """A head tile with `values` where its tail is `marked`."""
+    return head[0], tl.where(marked, values, head[1]).to(head[1].dtype)
+
+
+@triton.jit
+def get_column(head, marked):
+    """The column of a head tile [m, D] whose place in the tail is `marked`: [m]."""
+    return tl.sum(tl.where(marked, head[1], 0.0), axis=1)
+
+
+@triton.jit
 def append_factors(head, HEAD_SIZE: tl.constexpr):
     """A head tile with `PART_FACTORS` in the columns behind it, which take what `append_number` puts there."""
-    columns = (wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE)))[None, :]
-    tail = head[1]
     for part in tl.static_range(number_of_parts()):
-        tail = tl.where(columns == number_column(HEAD_SIZE) + part, factor_of(part), tail).to(tail.dtype)
-    return head[0], tail
+        head = set_column(head, mark_column(number_column(HEAD_SIZE) + part, HEAD_SIZE), factor_of(part))
+    return head
 
 
 @triton.jit
@@ -187,13 +203,11 @@ def append_number(head, numbers, HEAD_SIZE: tl.constexpr):
 
     Each part counts its factor times. The numbers must be less than 2^31 in rows of float16.
     """
-    columns = (wide_of(HEAD_SIZE) + tl.arange(0, tail_of(HEAD_SIZE)))[None, :]
-    tail = head[1]
     for part in tl.static_range(number_of_parts()):
-        rounded = (numbers * (1.0 / factor_of(part))).to(tail.dtype)
-        tail = tl.where(columns == number_column(HEAD_SIZE) + part, rounded[:, None], tail)
+        rounded = (numbers * (1.0 / factor_of(part))).to(head[1].dtype)
+        head = set_column(head, mark_column(number_column(HEAD_SIZE) + part, HEAD_SIZE), rounded[:, None])
         numbers -= rounded.to(tl.float32) * factor_of(part)
-    return head[0], tail
+    return head
 
 
 @triton.jit
@@ -252,11 +266,23 @@ def store_vector(pointer, vector, HEAD_SIZE: tl.constexpr):
 
 
 @triton.jit
+def column_sums(head, inside=None):
+    """The sum of a head tile's rows [m, D], of those `inside` where that is given: a pair of vectors [wide], [tail]."""
+    if inside is None:
+        sums = tl.sum(head[0], axis=0), tl.sum(head[1], axis=0)
+    else:
+        wide = tl.sum(tl.where(inside[:, None], head[0], 0.0), axis=0)
+        sums = wide, tl.sum(tl.where(inside[:, None], head[1], 0.0), axis=0)
+    return sums
+
+
+@triton.jit
 def store_column_sums(partials, head, inside, HEAD_SIZE: tl.constexpr):
-    """Writes the sum of the rows of a head tile [m, D] that are `inside` to this program's row of `partials` [m, D]."""
-    wide = tl.sum(tl.where(inside[:, None], head[0], 0.0), axis=0)
-    tail = tl.sum(tl.where(inside[:, None], head[1], 0.0), axis=0)
-    store_vector(partials + tl.program_id(0).to(tl.int64) * HEAD_SIZE, (wide, tail), HEAD_SIZE)
+    """Writes the sum of the rows of a head tile that are `inside` (None = all are) to this program's row of `partials`,
+    [programs, D].
+    """
+    sums = column_sums(head, inside)
+    store_vector(partials + tl.program_id(0).to(tl.int64) * HEAD_SIZE, sums, HEAD_SIZE)
 
 
 @triton.jit
@@ -289,6 +315,12 @@ def row_products(left, right):
     """Σ left · right over the columns of each row of two head tiles [m, D] of any dtypes: float32 [m]."""
     products = multiply(to_float32(left), to_float32(right))
     return tl.sum(products[0], axis=1) + tl.sum(products[1], axis=1)
+
+
+@triton.jit
+def scale_head(head, factor):
+    """A head tile times a number, or [m, 1]."""
+    return head[0] * factor, head[1] * factor
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from ..attention.rotary_tiles import (
     subtract_along,
 )
 from ..attention.tiles import (
+    column_sums,
     load_head,
     load_weight,
     multiply,
@@ -140,7 +141,7 @@ def _backward(
                     products = rotate(z, cosines, sines)
                 products = multiply(products, g)
                 part = partials + (keys * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * HEAD_SIZE
-                store_vector(part, (tl.sum(products[0], axis=0), tl.sum(products[1], axis=0)), HEAD_SIZE)
+                store_vector(part, column_sums(products), HEAD_SIZE)
             g = multiply(g, load_weight(k_weight if keys else q_weight, HEAD_SIZE))
         if cos is not None:
             g = rotate_back(g, cosines, sines)
