@@ -136,7 +136,7 @@ def _forward(
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     KEY_STRIDE: tl.constexpr = OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE
     SCALE: tl.constexpr = LOG2_E / HEAD_SIZE**0.5
-    head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
+    head, first_token, length, first_row = load_tile(tiles, HEADS)
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
     frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
@@ -190,7 +190,7 @@ def _forward(
             VALUE_STRIDE=TOKEN_STRIDE,
             HEAD_SIZE=HEAD_SIZE,
         )
-    head, first_token, length, first_row, _ = load_tile(tiles, HEADS, AGAIN=True)
+    head, first_token, length, first_row = load_tile(tiles, HEADS, AGAIN=True)
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
     tl.store(statistics + head * num_tokens + first_token + rows, log_sum, mask=inside)

@@ -82,7 +82,7 @@ def spatial_keys_backward(
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     QUERY_STRIDE: tl.constexpr = TOKEN_STRIDE if NORM == NO_NORM else OUTPUT_STRIDE
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
-    head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
+    head, first_token, length, first_row = load_tile(tiles, HEADS)
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
 
@@ -124,7 +124,7 @@ def spatial_keys_backward(
         GRADIENT_STRIDE=OUTPUT_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
     )
-    head, first_token, length, first_row, _ = load_tile(tiles, HEADS, AGAIN=True)
+    head, first_token, length, first_row = load_tile(tiles, HEADS, AGAIN=True)
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
     gradient = qkv_gradient + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE

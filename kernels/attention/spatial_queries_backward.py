@@ -93,7 +93,7 @@ def spatial_queries_backward(
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     CENTERED: tl.constexpr = NORM != NO_NORM and qkv.dtype.element_ty != tl.float32  # which hardly rounds the output
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
-    head, first_token, length, first_row, _ = load_tile(tiles, HEADS)
+    head, first_token, length, first_row = load_tile(tiles, HEADS)
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
 
@@ -142,7 +142,7 @@ def spatial_queries_backward(
         CENTERED=CENTERED,
     )
     # Read again what the loop did not need, so that it does not occupy registers there.
-    head, first_token, length, first_row, _ = load_tile(tiles, HEADS, AGAIN=True)
+    head, first_token, length, first_row = load_tile(tiles, HEADS, AGAIN=True)
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < length
     if CENTERED:

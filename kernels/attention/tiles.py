@@ -217,7 +217,7 @@ def load_tile(tiles, HEADS: tl.constexpr, AGAIN: tl.constexpr = False):
     AGAIN is as in `load_weight_product`.
 
     Returns:
-        (head, first token of the sequence (int64), its length, the tile's first row in it, its number in the pack).
+        (head, first token of the sequence (int64), its length, the tile's first row in it).
     """
     HINT: tl.constexpr = ".ca" if AGAIN else ""
     program = tl.program_id(0).to(tl.int64)
@@ -225,7 +225,7 @@ def load_tile(tiles, HEADS: tl.constexpr, AGAIN: tl.constexpr = False):
     first_token = tl.load(tile, cache_modifier=HINT).to(tl.int64)
     length = tl.load(tile + 1, cache_modifier=HINT)
     first_row = tl.load(tile + 2, cache_modifier=HINT)
-    return program % HEADS, first_token, length, first_row, tl.load(tile + 3, cache_modifier=HINT)
+    return program % HEADS, first_token, length, first_row
 
 
 @triton.jit
