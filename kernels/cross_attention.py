@@ -19,7 +19,7 @@ from torch import Tensor
 from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_head_size, check_reach, check_table, check_tensor, check_tokens
 from .layout import PackLayout, TextLayout
-from .registration import choose_backend, empty_as, kernel_op
+from .registration import choose_backend, contiguous, empty_as, kernel_op
 
 
 def cross_attention_reference(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout) -> Tensor:
@@ -104,7 +104,7 @@ def _cross_attention(
     from .attention.cross_forward import launch_forward
 
     output, log_sums = _allocate_outputs(q)
-    launch_forward(q.contiguous(), kv.contiguous(), output, log_sums, text_starts, text_lengths, max_length, runs)
+    launch_forward(*contiguous(q, kv), output, log_sums, text_starts, text_lengths, max_length, runs)
     return output, log_sums
 
 
@@ -134,7 +134,7 @@ def _cross_attention_backward(
     """Returns the gradients of q, kv and q_bias; the last is empty where it is None."""
     from .attention.cross_backward import launch_backward
 
-    tensors = [tensor.contiguous() for tensor in (output_gradient, q, kv, output)]
+    tensors = contiguous(output_gradient, q, kv, output)
     q_gradient, kv_gradient, bias_gradient = gradients = _allocate_gradients(q, kv, q_bias)
     kv_gradient.zero_()
     launch_backward(

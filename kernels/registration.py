@@ -125,6 +125,11 @@ def output_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each tensor as kernels read it; None stays None."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
 def empty_as(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialized contiguous tensor like `like`; `torch.empty` with shape and device takes four times as long."""
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)

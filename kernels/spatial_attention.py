@@ -20,7 +20,7 @@ from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_head_size, check_reach, check_self_attention
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference
-from .registration import choose_backend, empty_as, kernel_op
+from .registration import choose_backend, contiguous, empty_as, kernel_op
 from .sequence_attention import attend_sequences
 
 
@@ -95,17 +95,13 @@ def _spatial_attention(
     from .attention.spatial_forward import launch_forward
 
     output, statistics = _allocate_outputs(qkv, q_weight)
-    launch_forward(*_contiguous(qkv, q_weight, k_weight), output, statistics, runs, eps)
+    launch_forward(*contiguous(qkv, q_weight, k_weight), output, statistics, runs, eps)
     return output, statistics
 
 
 @_spatial_attention.register_fake
 def _(qkv, q_weight, k_weight, qkv_bias, runs, eps):
     return _allocate_outputs(qkv, q_weight)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _allocate_outputs(qkv: Tensor, q_weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -134,7 +130,7 @@ def _spatial_attention_backward(
 
     gradients = _allocate_gradients(qkv, q_weight, k_weight, qkv_bias)
     qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient = gradients
-    tensors = _contiguous(output_gradient, qkv, q_weight, k_weight)
+    tensors = contiguous(output_gradient, qkv, q_weight, k_weight)
     wanted_bias = None if qkv_bias is None else bias_gradient
     sums = launch_backward(*tensors, output, statistics, qkv_gradient, wanted_bias, runs, eps)
     if q_weight is not None:

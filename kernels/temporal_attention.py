@@ -24,9 +24,10 @@ from torch import Tensor
 
 from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_angles, check_head_size, check_self_attention
+from .launch import ceil_divide
 from .layout import PLACE_BLOCK_ROWS, PLACE_TILE_ROWS, PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
-from .registration import choose_backend, empty_as, kernel_op
+from .registration import choose_backend, contiguous, empty_as, kernel_op
 from .rows.tile_sums import launch_sum_tiles
 from .sequence_attention import attend_sequences
 
@@ -140,7 +141,7 @@ def _temporal_attention(
     from .attention.temporal_long_forward import launch_long_forward
 
     output, log_sums = _allocate_outputs(qkv, blocks)
-    inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
+    inputs = contiguous(qkv, q_weight, k_weight, cos, sin)
     for table, rows in zip((tiles_16, tiles_32, tiles_64, tiles_128), PLACE_TILE_ROWS, strict=True):
         launch_forward(*inputs, table, rows, output, eps)
     launch_long_forward(*inputs, blocks, block_rows, output, log_sums, eps)
@@ -202,7 +203,8 @@ def _temporal_attention_backward(
     qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient = gradients
     tables = (tiles_16, tiles_32, tiles_64, tiles_128)
     groups = [
-        -(-table.shape[0] // tiles_of_a_program(rows)) for table, rows in zip(tables, PLACE_TILE_ROWS, strict=True)
+        ceil_divide(table.shape[0], tiles_of_a_program(rows))
+        for table, rows in zip(tables, PLACE_TILE_ROWS, strict=True)
     ]
     groups.append(blocks.shape[0])
     wants_bias = qkv_bias is not None
@@ -216,7 +218,7 @@ def _temporal_attention_backward(
         # The programs' parts of the gradients of the biases of q, k and v, and of G, see temporal_backward.
         sums = qkv.new_empty(4, sum(groups), *qkv.shape[2:], dtype=torch.float32)
         parts = sums.split(groups, dim=1)
-    inputs = [tensor.contiguous() if tensor is not None else None for tensor in (qkv, q_weight, k_weight, cos, sin)]
+    inputs = contiguous(qkv, q_weight, k_weight, cos, sin)
     output_gradient = output_gradient.contiguous()
     for table, rows, part in zip(tables, PLACE_TILE_ROWS, parts[:-1], strict=True):
         launch_backward(output_gradient, *inputs, table, rows, qkv_gradient, part, wants_bias, wants_weights, eps)

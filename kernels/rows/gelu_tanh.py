@@ -24,6 +24,7 @@ from torch import Tensor
 from ..attention.tiles import LOG2_E
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import ceil_divide, launch
+from ..registration import contiguous
 from .tile_sums import launch_sum_tiles
 
 CONFIGURATIONS = {
@@ -131,8 +132,7 @@ def launch_forward(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         (ceil_divide(tokens, configuration["BLOCK_TOKENS"]) * blocks,),
         x,
         (
-            x.contiguous(),
-            bias if bias is None else bias.contiguous(),
+            *contiguous(x, bias),
             y,
             tokens,
         ),
@@ -155,9 +155,7 @@ def launch_backward(d_y: Tensor, x: Tensor, bias: Tensor | None, d_x: Tensor | N
         (tiles * blocks,),
         x,
         (
-            d_y.contiguous(),
-            x.contiguous(),
-            bias if bias is None else bias.contiguous(),
+            *contiguous(d_y, x, bias),
             d_x,
             partials,
             tokens,

@@ -37,6 +37,7 @@ from ..attention.tiles import (
 )
 from ..configurations import CompileCase, Configuration, select
 from ..launch import ceil_divide, launch
+from ..registration import contiguous
 
 CONFIGURATIONS = {
     name: {
@@ -194,7 +195,7 @@ def launch_forward(
         (
             q,
             k,
-            *(None if tensor is None else tensor.contiguous() for tensor in (q_weight, k_weight, cos, sin)),
+            *contiguous(q_weight, k_weight, cos, sin),
             tiles,
             position,
             q_output,
@@ -241,7 +242,7 @@ def launch_backward(
             k_output_gradient.contiguous(),
             q,
             k,
-            *(None if tensor is None else tensor.contiguous() for tensor in (q_weight, k_weight, cos, sin)),
+            *contiguous(q_weight, k_weight, cos, sin),
             tiles,
             position,
             q_gradient,

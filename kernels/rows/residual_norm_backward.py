@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..configurations import CompileCase, Configuration
 from ..launch import launch
+from ..registration import contiguous
 from .residual_norm_forward import dense_rows, load_row, row_stride, sum_row
 from .tile_sums import launch_sum_tiles
 from .tiles import (
@@ -166,9 +167,7 @@ def launch_backward(
     sums = len(by_row) + (d_bias is not None)
     partials = gradient.new_empty(sums, tiles.shape[0], channels, dtype=torch.float32) if sums else None
     configuration = select_row_configuration(f"{op}_backward", num_tokens, gradient.device)
-    d_residual, d_normed, residual, branch, bias = (
-        tensor if tensor is None else tensor.contiguous() for tensor in (d_residual, d_normed, residual, branch, bias)
-    )
+    d_residual, d_normed, residual, branch, bias = contiguous(d_residual, d_normed, residual, branch, bias)
     launch(
         residual_norm_backward,
         (tiles.shape[0],),

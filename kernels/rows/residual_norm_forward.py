@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..configurations import CompileCase, Configuration
 from ..launch import launch
+from ..registration import contiguous
 from .tiles import (
     COMPILED,
     compiled_configurations,
@@ -134,6 +135,7 @@ def launch_forward(
     eps: float,
 ) -> None:
     """Runs the forward of `op` into its outputs; tokens are made contiguous, tables may be strided by rows."""
+    x, branch, bias = contiguous(x, branch, bias)
     gate, shift, scale = (dense_rows(table) for table in (gate, shift, scale))
     configuration = select_row_configuration(f"{op}_forward", x.shape[0], x.device)
     launch(
@@ -141,10 +143,10 @@ def launch_forward(
         (tiles.shape[0],),
         x,
         (
-            x.contiguous(),
-            branch if branch is None else branch.contiguous(),
+            x,
+            branch,
             gate,
-            bias if bias is None else bias.contiguous(),
+            bias,
             shift,
             scale,
             residual,
