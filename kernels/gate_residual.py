@@ -79,8 +79,7 @@ def gate_residual(
     check_branch("gate_residual", x, branch, frame_rows, layout, bias, gate=gate)
     if choose_backend("gate_residual", backend, x, branch, gate, bias) == "reference":
         return gate_residual_reference(x, branch, gate, frame_rows, layout, bias)
-    tile, backward_tile = choose_tiles("gate_residual", layout)
-    tables = layout.frame_tiles(tile), layout.frame_tiles(backward_tile), layout.video_tiles(backward_tile)
+    tables = choose_tiles("gate_residual", layout)
     return _gate_residual(x, branch, gate, bias, frame_rows, *tables)
 
 
@@ -107,12 +106,7 @@ def _gate_residual(
         branch=branch,
         gate=gate,
         bias=bias,
-        shift=None,
-        scale=None,
         residual=residual,
-        normed=None,
-        mean=None,
-        rstd=None,
         frame_rows=frame_rows,
         tiles=tiles,
         eps=0.0,
@@ -145,18 +139,10 @@ def _gate_residual_backward(
     launch_backward(
         "gate_residual",
         d_residual=d_residual,
-        d_normed=None,
-        residual=None,
-        mean=None,
-        rstd=None,
-        scale=None,
         branch=branch,
         gate=gate,
         bias=bias,
-        d_x=None,
         d_branch=outputs[0] if wants_branch else None,
-        d_shift=None,
-        d_scale=None,
         d_gate=outputs[1] if wants_gate else None,
         d_bias=outputs[2] if wants_bias else None,
         frame_rows=frame_rows,

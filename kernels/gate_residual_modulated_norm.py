@@ -75,8 +75,7 @@ def gate_residual_modulated_norm(
             x, branch, gate, shift, scale, frame_rows, layout, bias, eps
         )
         return residual, normed.to(dtype)
-    tile, backward_tile = choose_tiles(op, layout)
-    tables = layout.frame_tiles(tile), layout.frame_tiles(backward_tile), layout.video_tiles(backward_tile)
+    tables = choose_tiles(op, layout)
     residual, normed, _, _ = _gate_residual_modulated_norm(
         x, branch, gate, bias, shift, scale, frame_rows, *tables, eps, residual_dtype, dtype
     )

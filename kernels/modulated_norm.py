@@ -59,8 +59,7 @@ def modulated_norm(
     dtype = output_dtype(x, shift, scale)
     if choose_backend("modulated_norm", backend, x, shift, scale) == "reference":
         return modulated_norm_reference(x, shift, scale, frame_rows, layout, eps).to(dtype)
-    tile, backward_tile = choose_tiles("modulated_norm", layout)
-    tables = layout.frame_tiles(tile), layout.frame_tiles(backward_tile), layout.video_tiles(backward_tile)
+    tables = choose_tiles("modulated_norm", layout)
     return _modulated_norm(x, shift, scale, frame_rows, *tables, eps, dtype)[0]
 
 
@@ -86,12 +85,8 @@ def _modulated_norm(
     launch_forward(
         "modulated_norm",
         x=x,
-        branch=None,
-        gate=None,
-        bias=None,
         shift=shift,
         scale=scale,
-        residual=None,
         normed=normed,
         mean=mean,
         rstd=rstd,
@@ -132,21 +127,14 @@ def _modulated_norm_backward(
     outputs = _allocate_gradients(x, scale, wants_x, wants_tables)
     launch_backward(
         "modulated_norm",
-        d_residual=None,
         d_normed=d_normed,
         residual=x,
         mean=mean,
         rstd=rstd,
         scale=scale,
-        branch=None,
-        gate=None,
-        bias=None,
         d_x=outputs[0] if wants_x else None,
-        d_branch=None,
         d_shift=outputs[1] if wants_tables else None,
         d_scale=outputs[2] if wants_tables else None,
-        d_gate=None,
-        d_bias=None,
         frame_rows=frame_rows,
         tiles=tiles,
         video_tiles=video_tiles,

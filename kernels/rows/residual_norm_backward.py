@@ -140,26 +140,30 @@ def residual_norm_backward(
 
 def launch_backward(
     op: str,
-    d_residual: Tensor | None,
-    d_normed: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    scale: Tensor | None,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    bias: Tensor | None,
-    d_x: Tensor | None,
-    d_branch: Tensor | None,
-    d_shift: Tensor | None,
-    d_scale: Tensor | None,
-    d_gate: Tensor | None,
-    d_bias: Tensor | None,
+    *,
+    d_residual: Tensor | None = None,
+    d_normed: Tensor | None = None,
+    residual: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    scale: Tensor | None = None,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+    d_x: Tensor | None = None,
+    d_branch: Tensor | None = None,
+    d_shift: Tensor | None = None,
+    d_scale: Tensor | None = None,
+    d_gate: Tensor | None = None,
+    d_bias: Tensor | None = None,
     frame_rows: Tensor,
     tiles: Tensor,
     video_tiles: Tensor,
 ) -> None:
-    """Runs the backward of `op` into those outputs that are not None; d_shift and d_scale go together."""
+    """Runs the backward of `op` into those outputs that are given; d_shift and d_scale go together.
+
+    What is not given leaves its part out, as in the kernel.
+    """
     gradient = d_normed if d_residual is None else d_residual
     num_tokens, channels = gradient.shape
     scale, gate = dense_rows(scale), dense_rows(gate)

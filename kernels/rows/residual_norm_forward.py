@@ -120,21 +120,25 @@ def residual_norm_forward(
 
 def launch_forward(
     op: str,
+    *,
     x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    residual: Tensor | None,
-    normed: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    normed: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
     frame_rows: Tensor,
     tiles: Tensor,
     eps: float,
 ) -> None:
-    """Runs the forward of `op` into its outputs; tokens are made contiguous, tables may be strided by rows."""
+    """Runs the forward of `op` into its outputs; tokens are made contiguous, tables may be strided by rows.
+
+    What is not given leaves its part out, as in the kernel.
+    """
     x, branch, bias = contiguous(x, branch, bias)
     gate, shift, scale = (dense_rows(table) for table in (gate, shift, scale))
     configuration = select_row_configuration(f"{op}_forward", x.shape[0], x.device)

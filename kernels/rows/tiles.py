@@ -30,6 +30,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from ..configurations import Configuration, candidates_of, select
 from ..layout import FRAME_TILE_SIZES, PackLayout
@@ -100,12 +101,14 @@ def select_row_configuration(kernel: str, num_tokens: int, device: torch.device)
     return select(CONFIGURATIONS, kernel, shape_class, device)
 
 
-def choose_tiles(op: str, layout: PackLayout) -> tuple[int, int]:
-    """Returns the sizes of the op's tiles, forward and backward; the layout's tables of these sizes go to the op."""
-    return _choose_tiles(op, layout.num_tokens, layout.tile_counts, layout.device.type, layout.device.index)
+def choose_tiles(op: str, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """The layout's tables for an op: `frame_tiles` for its forward, `frame_tiles` and `video_tiles` for backward."""
+    device = layout.device
+    forward, backward = _choose_sizes(op, layout.num_tokens, layout.tile_counts, device.type, device.index)
+    return layout.frame_tiles(forward), layout.frame_tiles(backward), layout.video_tiles(backward)
 
 
-def _choose_tiles(
+def _choose_sizes(
     op: str, num_tokens: int, programs: tuple[int, ...], device_type: str, device_index: int | None
 ) -> tuple[int, int]:
     device = torch.device(device_type, device_index)
@@ -117,7 +120,7 @@ def _choose_tiles(
 
 # The choice reads a file and asks for the GPU's name, which a compiler cannot trace: it is a constant to it. This mark
 # is all that torch.compiler.assume_constant_result sets, but calling that imports the compiler, seconds at every start.
-_choose_tiles._dynamo_marked_constant = True
+_choose_sizes._dynamo_marked_constant = True
 
 
 @lru_cache(maxsize=64)
