@@ -115,55 +115,40 @@ def make_workload(
 
     if op == "modulated_norm":
         inputs = stream(), table(), table()
-        return Workload(
-            op, pack, inputs, lambda x, shift, scale: modulated_norm(x, shift, scale, rows, layout, backend="triton")
-        )
-    if op == "gate_residual":
+        call = partial(modulated_norm, frame_rows=rows, layout=layout, backend="triton")
+    elif op == "gate_residual":
         inputs = stream(), stream(), table(), draw(CHANNELS)
-        return Workload(
-            op,
-            pack,
-            inputs,
-            lambda x, branch, gate, bias: gate_residual(x, branch, gate, rows, layout, bias=bias, backend="triton"),
-        )
-    if op == "gate_residual_modulated_norm":
+
+        def call(x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
+            return gate_residual(x, branch, gate, rows, layout, bias=bias, backend="triton")
+
+    elif op == "gate_residual_modulated_norm":
         inputs = stream(), stream(), table(), table(), table(), draw(CHANNELS)
-        return Workload(
-            op,
-            pack,
-            inputs,
-            lambda x, branch, gate, shift, scale, bias: gate_residual_modulated_norm(
+
+        def call(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor) -> tuple:
+            return gate_residual_modulated_norm(
                 x, branch, gate, shift, scale, rows, layout, bias=bias, backend="triton"
-            ),
-        )
-    if op == "gelu_tanh":
-        return Workload(
-            op, pack, (draw(tokens, 4 * CHANNELS), draw(4 * CHANNELS)), partial(gelu_tanh, backend="triton")
-        )
-    if op == "spatial_attention":
-        return Workload(
-            op,
-            pack,
-            qkv(),
-            lambda x, q_weight, k_weight: spatial_attention(x, q_weight, k_weight, layout, backend="triton"),
-        )
-    if op == "temporal_attention":
+            )
+
+    elif op == "gelu_tanh":
+        inputs = draw(tokens, 4 * CHANNELS), draw(4 * CHANNELS)
+        call = partial(gelu_tanh, backend="triton")
+    elif op == "spatial_attention":
+        inputs, call = qkv(), partial(spatial_attention, layout=layout, backend="triton")
+    elif op == "temporal_attention":
         angles = torch.outer(
             torch.arange(layout.max_frames, device=device, dtype=torch.float32),
             1e4 ** (-torch.arange(0, HEAD_SIZE, 2, device=device) / HEAD_SIZE),
         )
-        cos, sin = angles.cos(), angles.sin()
-        return Workload(
-            op,
-            pack,
-            qkv(),
-            lambda x, q_weight, k_weight: temporal_attention(x, q_weight, k_weight, cos, sin, layout, backend="triton"),
-        )
-    if op == "cross_attention":
+        inputs = qkv()
+        call = partial(temporal_attention, cos=angles.cos(), sin=angles.sin(), layout=layout, backend="triton")
+    elif op == "cross_attention":
         text, _ = TextLayout.from_mask(None, layout.num_videos, TEXT_TOKENS, device)
         inputs = draw(tokens, HEADS, HEAD_SIZE), draw(text.num_tokens, 2, HEADS, HEAD_SIZE)
-        return Workload(op, pack, inputs, lambda q, kv: cross_attention(q, kv, layout, text, backend="triton"))
-    raise ValueError(f"no workload for op {op!r}; choose one of {', '.join(TUNED_OPS)}")
+        call = partial(cross_attention, layout=layout, text=text, backend="triton")
+    else:
+        raise ValueError(f"no workload for op {op!r}; choose one of {', '.join(TUNED_OPS)}")
+    return Workload(op, pack, inputs, call)
 
 
 # Those with the most at stake first.
