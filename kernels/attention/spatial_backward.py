@@ -31,8 +31,8 @@ from torch import Tensor
 from ..bias_gradient import BiasPartials
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import launch
-from .loops import NO_NORM, NORM_DONE, NORM_LOADED, is_folded
-from .spatial_forward import COMPILED, is_prepared, shape_classes
+from .loops import NORM_DONE, NORM_LOADED, is_folded
+from .spatial_forward import COMPILED, is_prepared, norm_of, shape_classes
 from .spatial_keys_backward import CONFIGURATIONS as KEYS_CONFIGURATIONS
 from .spatial_keys_backward import spatial_keys_backward
 from .spatial_preparation import launch_preparation
@@ -71,9 +71,7 @@ def launch_backward(
     if q_weight is not None and any(is_prepared(name) for name, _ in classes):
         prepared = launch_preparation(qkv, None, eps)
 
-    def norm_of(shape_class: str) -> int:
-        norm = NO_NORM if q_weight is None else NORM_DONE if is_prepared(shape_class) else NORM_LOADED
-        return norm.value
+    norms = {name: norm_of(q_weight is not None, name, NORM_LOADED) for name, _ in classes}
 
     def plan(kernel: str) -> list[tuple[str, Configuration, Tensor]]:
         chosen = [(name, select(_TABLE, kernel, name, device), bounds) for name, bounds in classes]
@@ -86,7 +84,7 @@ def launch_backward(
         """(queries, output gradient) as the first kernel leaves them for the second."""
         if q_weight is None:
             return qkv, output_gradient
-        if not is_folded(norm_of(shape_class), head_size):
+        if not is_folded(norms[shape_class], head_size):
             return torch.empty_like(output), output_gradient
         rows = output.new_empty(2, num_tokens * heads * row_width(head_size))
         return rows[0], rows[1]
@@ -120,7 +118,7 @@ def launch_backward(
             {
                 "HEADS": heads,
                 "HEAD_SIZE": head_size,
-                "NORM": norm_of(shape_class),
+                "NORM": norms[shape_class],
                 **configuration.launch,
             },
         )
@@ -147,7 +145,7 @@ def launch_backward(
             {
                 "HEADS": heads,
                 "HEAD_SIZE": head_size,
-                "NORM": norm_of(shape_class),
+                "NORM": norms[shape_class],
                 **configuration.launch,
             },
         )
@@ -178,9 +176,9 @@ def compile_cases(arch: str) -> list[CompileCase]:
     ):
         for dtype, with_norm, shape_class in COMPILED:
             signature = {argument: f"*{dtype}" for argument in types} | tables
-            norm = NO_NORM if not with_norm else NORM_DONE if is_prepared(shape_class) else NORM_LOADED
+            norm = norm_of(with_norm, shape_class, NORM_LOADED)
             configuration = candidates_of(_TABLE, name, shape_class, arch)[0]
-            absent = [] if norm == NORM_DONE else ["prepared"]
+            absent = [] if norm == NORM_DONE.value else ["prepared"]
             if kernel is spatial_queries_backward and not with_norm:
                 absent += ["q_weight", "k_weight"]
             cases.append(
@@ -188,7 +186,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
                     name=name,
                     kernel=kernel,
                     signature={key: value for key, value in signature.items() if key in kernel.arg_names},
-                    constants=dict.fromkeys(absent) | {"HEADS": 16, "HEAD_SIZE": 72, "NORM": norm.value},
+                    constants=dict.fromkeys(absent) | {"HEADS": 16, "HEAD_SIZE": 72, "NORM": norm},
                     configuration=configuration,
                     dtype=dtype,
                     attention=dtype != "fp32",

@@ -113,6 +113,12 @@ def is_prepared(shape_class: str) -> bool:
     return shape_class in ("medium", "large")
 
 
+def norm_of(with_norm: bool, shape_class: str, unprepared: tl.constexpr) -> int:
+    """How a kernel finds the keys of a class normed, as `loops` says; `unprepared`: where no kernel prepares them."""
+    norm = NO_NORM if not with_norm else NORM_DONE if is_prepared(shape_class) else unprepared
+    return norm.value
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _forward(
     qkv,  # [N, 3, H, D]
@@ -220,7 +226,6 @@ def launch_forward(
     for shape_class, bounds in classes:
         configuration = select(CONFIGURATIONS, "spatial_attention_forward", shape_class, qkv.device)
         tiles = row_tiles(tuple(runs), configuration["ROWS"], qkv.device, *bounds)
-        norm = NO_NORM if q_weight is None else NORM_DONE if is_prepared(shape_class) else NORM_COMPUTED
         launch(
             _forward,
             (tiles.shape[0] * heads,),
@@ -239,7 +244,7 @@ def launch_forward(
             {
                 "HEADS": heads,
                 "HEAD_SIZE": head_size,
-                "NORM": norm.value,
+                "NORM": norm_of(q_weight is not None, shape_class, NORM_COMPUTED),
                 "BOUNDED_LIMIT": BOUNDED_UP_TO[qkv.dtype],
                 **configuration.launch,
             },
@@ -260,8 +265,8 @@ def compile_cases(arch: str) -> list[CompileCase]:
     cases = []
     for dtype, with_norm, shape_class in COMPILED:
         configuration = candidates_of(CONFIGURATIONS, "spatial_attention_forward", shape_class, arch)[0]
-        norm = NO_NORM if not with_norm else NORM_DONE if is_prepared(shape_class) else NORM_COMPUTED
-        absent = (() if norm == NORM_DONE else ("prepared",)) + (() if with_norm else ("q_weight", "k_weight"))
+        norm = norm_of(with_norm, shape_class, NORM_COMPUTED)
+        absent = (() if norm == NORM_DONE.value else ("prepared",)) + (() if with_norm else ("q_weight", "k_weight"))
         activations = ("qkv", "prepared", "q_weight", "k_weight", "output")
         cases.append(
             CompileCase(
@@ -270,8 +275,8 @@ def compile_cases(arch: str) -> list[CompileCase]:
                 signature={name: f"*{dtype}" for name in activations}
                 | {"statistics": "*fp32", "tiles": "*i32", "num_tokens": "i32", "eps": "fp32"},
                 constants=dict.fromkeys(absent)
-                | {"HEADS": 16, "HEAD_SIZE": 72, "NORM": norm.value}
-                | {"BOUNDED_LIMIT": 14.0 if dtype == "fp16" else 60.0},
+                | {"HEADS": 16, "HEAD_SIZE": 72, "NORM": norm}
+                | {"BOUNDED_LIMIT": BOUNDED_UP_TO[torch.float16 if dtype == "fp16" else torch.float32]},
                 configuration=configuration,
                 dtype=dtype,
                 attention=dtype != "fp32",
