@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -242,10 +242,7 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
     tokens_of_frame = frame_tokens[frame_video]
     token_frame = torch.repeat_interleave(torch.arange(len(frame_video), device="cpu"), tokens_of_frame)
 
-    def place(tensor: Tensor) -> Tensor:
-        tensor = tensor.to(torch.int32)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
+    place = partial(place_table, device=device)
     layout = PackLayout(
         shapes=shapes,
         device=device,
@@ -265,6 +262,12 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
         if isinstance(member, cached_property):
             getattr(layout, name)
     return layout
+
+
+def place_table(table: Tensor, device: torch.device) -> Tensor:
+    """A table of the host as int32 on `device`, without waiting for a GPU."""
+    table = table.to(torch.int32)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 def _tile_frames(tokens_of_frame: Tensor, frames: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..layout import place_table
+
 NO_LIMIT = 2**31
 
 _keepers: list[list[Tensor]] = []
@@ -63,7 +65,7 @@ def _row_tiles(runs: tuple[int, ...], rows: int, device: torch.device, shortest:
     lengths, first_tokens, chosen, tiles = _count_tiles(runs, rows, shortest, longest)
     sequence = chosen.repeat_interleave(tiles)
     first_row = (torch.arange(len(sequence), device="cpu") - (tiles.cumsum(0) - tiles).repeat_interleave(tiles)) * rows
-    return _place(torch.stack([first_tokens[sequence], lengths[sequence], first_row, sequence], dim=1), device)
+    return place_table(torch.stack([first_tokens[sequence], lengths[sequence], first_row, sequence], dim=1), device)
 
 
 @lru_cache(maxsize=1024)
@@ -71,7 +73,7 @@ def _tile_ranges(runs: tuple[int, ...], rows: int, device: torch.device) -> Tens
     lengths, _, chosen, tiles = _count_tiles(runs, rows, 0, NO_LIMIT)
     ranges = torch.empty(len(lengths), 2, dtype=torch.int64, device="cpu")
     ranges[chosen] = torch.stack([tiles.cumsum(0) - tiles, tiles], dim=1)
-    return _place(ranges, device)
+    return place_table(ranges, device)
 
 
 def _count_tiles(
@@ -84,8 +86,3 @@ def _count_tiles(
     chosen = ((lengths >= shortest) & (lengths <= longest)).nonzero().squeeze(1)
     chosen = chosen[torch.argsort(lengths[chosen], descending=True, stable=True)]
     return lengths, first_tokens, chosen, (lengths[chosen] + rows - 1) // rows
-
-
-def _place(table: Tensor, device: torch.device) -> Tensor:
-    table = table.to(torch.int32)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
