@@ -30,6 +30,7 @@ from .loops import NO_NORM, NORM_COMPUTED, NORM_DONE, attend
 from .spatial_preparation import launch_preparation, place_of_keys_and_values
 from .tables import row_tiles
 from .tiles import (
+    BOUNDED_UP_TO,
     LOG2_E,
     fold_query,
     load_head,
@@ -43,11 +44,6 @@ from .tiles import (
 # keys on their way. For longer ones, which pass over keys and values more often, these are prepared once: that was 16 %
 # slower at 144 tokens and 7 % faster at 405 [measured on an H200; not between]. Medium ones take tiles of fewer rows.
 LONGEST_SMALL_FRAME, LONGEST_MEDIUM_FRAME = 256, 1024
-
-# Bounded softmax is used up to this |score|. Its largest probability 2^limit must fit the dtype (float16 ends at 2^16),
-# its smallest keep full precision (float16: 2^-14), and probability · V summed over a frame must fit float32: with 60,
-# |V| up to 2^50 in frames of 2^17 tokens.
-BOUNDED_UP_TO = {torch.float32: 60.0, torch.bfloat16: 60.0, torch.float16: 14.0}
 
 CONFIGURATIONS = {
     "spatial_attention_forward": {

@@ -19,7 +19,18 @@ from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import launch
 from ..layout import PLACE_BLOCK_ROWS
 from .temporal_tiles import COMPILED_DTYPES, block_class, block_rows, load_block, load_normed, query_factors
-from .tiles import LOG2_E, add_product, dot_rows, load_head, multiply, scale_rows, store_head, to_dtype, zero_head
+from .tiles import (
+    BOUNDED_UP_TO,
+    LOG2_E,
+    add_product,
+    dot_rows,
+    load_head,
+    multiply,
+    scale_rows,
+    store_head,
+    to_dtype,
+    zero_head,
+)
 
 CONFIGURATIONS = {
     "temporal_attention_long_forward": {
@@ -31,10 +42,6 @@ CONFIGURATIONS = {
         "float32": (Configuration(STEP=16, num_warps=8, num_stages=1),),
     },
 }
-
-# Bounded softmax is used up to this |logit| in base 2. Its largest probability 2^limit must fit the dtype (float16 ends
-# at 2^16) and its smallest keep full precision (float16: 2^-14).
-BOUNDED_UP_TO = {torch.float32: 60.0, torch.bfloat16: 60.0, torch.float16: 14.0}
 
 
 @triton.jit

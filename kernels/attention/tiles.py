@@ -10,6 +10,7 @@ Letters: D head size, m n rows of tiles. "A head tile [m, D]" below is such a pa
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -20,6 +21,10 @@ PART_FACTORS = (2.0**15, 2.0**5, 1.0)
 ONES_PART = 2  # of the factors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Softmax goes without a running maximum up to this |score| in base 2. Its largest probability 2^limit must fit the
+# dtype (float16 ends at 2^16), its smallest keep full precision (float16: 2^-14), and probability · V summed over a
+# sequence must fit float32: with 60, |V| up to 2^50 in sequences of 2^17 tokens.
+BOUNDED_UP_TO = {torch.float32: 60.0, torch.bfloat16: 60.0, torch.float16: 14.0}
 
 
 @triton.constexpr_function

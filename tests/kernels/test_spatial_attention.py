@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora_fast.kernels import PackLayout, spatial_attention
-from opensora_fast.kernels.attention.spatial_forward import BOUNDED_UP_TO, shape_classes
+from opensora_fast.kernels.attention.spatial_forward import shape_classes
 from opensora_fast.kernels.attention.tables import row_tiles
-from opensora_fast.kernels.attention.tiles import PART_FACTORS
+from opensora_fast.kernels.attention.tiles import BOUNDED_UP_TO, PART_FACTORS
 
 ours, reference = partial(spatial_attention, backend="triton"), partial(spatial_attention, backend="reference")
 

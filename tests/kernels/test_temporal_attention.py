@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opensora_fast.kernels import PackLayout, temporal_attention
-from opensora_fast.kernels.attention.temporal_long_forward import BOUNDED_UP_TO
+from opensora_fast.kernels.attention.tiles import BOUNDED_UP_TO
 from opensora_fast.kernels.layout import PLACE_BLOCK_ROWS, PLACE_TILE_ROWS
 from opensora_fast.kernels.temporal_attention import longest_tile
 
