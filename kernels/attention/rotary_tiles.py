@@ -16,7 +16,7 @@ from .tiles import tail_of, to_float32, wide_of
 
 
 @triton.jit
-def _load_angles(table, frames, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr):
+def _load_angles_part(table, frames, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_SIZE: tl.constexpr):
     PAIRS: tl.constexpr = HEAD_SIZE // 2
     pairs = FIRST // 2 + tl.arange(0, WIDTH // 2)
     pointers = table + frames[:, None] * PAIRS + pairs[None, :]
@@ -26,12 +26,20 @@ def _load_angles(table, frames, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_S
 
 
 @triton.jit
-def load_angles(table, frames, HEAD_SIZE: tl.constexpr):
-    """Rows `frames` [m] of a float32 table [T, D/2]: a pair [m, wide/2], [m, tail/2]; padding is zero."""
+def _load_angles(table, frames, HEAD_SIZE: tl.constexpr):
     return (
-        _load_angles(table, frames, 0, wide_of(HEAD_SIZE), HEAD_SIZE),
-        _load_angles(table, frames, wide_of(HEAD_SIZE), tail_of(HEAD_SIZE), HEAD_SIZE),
+        _load_angles_part(table, frames, 0, wide_of(HEAD_SIZE), HEAD_SIZE),
+        _load_angles_part(table, frames, wide_of(HEAD_SIZE), tail_of(HEAD_SIZE), HEAD_SIZE),
     )
+
+
+@triton.jit
+def load_angles(cos, sin, frames, HEAD_SIZE: tl.constexpr):
+    """Rows `frames` [m] of two float32 tables [T, D/2]: (cosines, sines), each a pair [m, wide/2], [m, tail/2].
+
+    Padding is zero.
+    """
+    return _load_angles(cos, frames, HEAD_SIZE), _load_angles(sin, frames, HEAD_SIZE)
 
 
 @triton.jit
@@ -69,8 +77,9 @@ def _rotate(tile, cos, sin):
 
 
 @triton.jit
-def rotate(head, cos, sin):
+def rotate(head, angles):
     """Rotary embedding of a float32 head tile [m, D] by the angles of `load_angles`."""
+    cos, sin = angles
     return _rotate(head[0], cos[0], sin[0]), _rotate(head[1], cos[1], sin[1])
 
 
@@ -81,8 +90,9 @@ def _rotate_back(tile, cos, sin):
 
 
 @triton.jit
-def rotate_back(head, cos, sin):
+def rotate_back(head, angles):
     """The inverse of `rotate`, which is also its gradient."""
+    cos, sin = angles
     return _rotate_back(head[0], cos[0], sin[0]), _rotate_back(head[1], cos[1], sin[1])
 
 

@@ -120,16 +120,15 @@ def _backward_tile(
     dtype: tl.constexpr = qkv.dtype.element_ty
     factors = query_factors(q_weight, k_weight, 1.0, NORM, HEAD_SIZE)  # W
 
-    cosines = load_angles(cos, frame, HEAD_SIZE)
-    sines = load_angles(sin, frame, HEAD_SIZE)
+    angles = load_angles(cos, sin, frame, HEAD_SIZE)
     k = load_head(keys, source, None, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
-    k, key_reciprocal = normed_rows(k, cosines, sines, eps, NORM, HEAD_SIZE)
+    k, key_reciprocal = normed_rows(k, angles, eps, NORM, HEAD_SIZE)
     k = round_joined(k, dtype)
     q = load_head(queries, source, None, TOKEN_STRIDE, HEAD_SIZE)
     if EARLY:
         g = load_head(output_gradient + in_token, token, inside, HEADS * HEAD_SIZE, HEAD_SIZE)
         v = load_head(keys + HEADS * HEAD_SIZE, source, None, TOKEN_STRIDE, HEAD_SIZE)
-    q, query_reciprocal = normed_rows(q, cosines, sines, eps, NORM, HEAD_SIZE)
+    q, query_reciprocal = normed_rows(q, angles, eps, NORM, HEAD_SIZE)
     q = round_joined(multiply(q, scale_head(factors, SCALE)), dtype)
     scores = dot_rows(q, k)  # [ROWS, ROWS]
     logits = tl.where(place[:, None] == place[None, :], scores, float("-inf"))
@@ -159,10 +158,9 @@ def _backward_tile(
     # Rows and angles are read again, now from the cache, rather than kept in registers. Being read after the products
     # also lets them decide where tiles lie from here on: a thread holds sixteen bytes of a row.
     k_gradient = add_product(zero_head(ROWS, HEAD_SIZE), tl.trans(logit_gradient), q)
-    cosines = load_angles(cos, frame, HEAD_SIZE)
-    sines = load_angles(sin, frame, HEAD_SIZE)
+    angles = load_angles(cos, sin, frame, HEAD_SIZE)
     raw = load_head(keys, source, None, TOKEN_STRIDE, HEAD_SIZE)
-    k_gradient = rotate_back(scale_rows_apart(k_gradient, key_reciprocal), cosines, sines)
+    k_gradient = rotate_back(scale_rows_apart(k_gradient, key_reciprocal), angles)
     if NORM and SMALL:
         k_gradient = subtract_rows(k_gradient, raw, along_keys)
     elif NORM:
@@ -174,7 +172,7 @@ def _backward_tile(
     q_gradient = add_product(zero_head(ROWS, HEAD_SIZE), logit_gradient, k)
     raw = load_head(queries, source, None, TOKEN_STRIDE, HEAD_SIZE)
     q_gradient = scale_rows_apart(q_gradient, query_reciprocal * SCALE)
-    products, q_gradient = finish_queries(q_gradient, to_float32(raw), cosines, sines, factors)
+    products, q_gradient = finish_queries(q_gradient, to_float32(raw), angles, factors)
     if WITH_WEIGHTS:
         sums = add_column_sums(sums, round_joined(products, dtype), 3)
     if NORM and SMALL:

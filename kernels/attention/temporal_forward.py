@@ -79,15 +79,14 @@ def _forward(
     queries = qkv + program % HEADS * HEAD_SIZE
     token, frame, place, inside, source = place_rows(tile, ROWS)
     dtype: tl.constexpr = qkv.dtype.element_ty
-    cosines = load_angles(cos, frame, HEAD_SIZE)
-    sines = load_angles(sin, frame, HEAD_SIZE)
+    angles = load_angles(cos, sin, frame, HEAD_SIZE)
 
     # One after the other, so that no two float32 tiles occupy registers at a time.
     k = load_head(queries + HEADS * HEAD_SIZE, source, None, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
-    k, _ = normed_rows(k, cosines, sines, eps, NORM, HEAD_SIZE)
+    k, _ = normed_rows(k, angles, eps, NORM, HEAD_SIZE)
     k = round_joined(k, dtype)
     q = load_head(queries, source, None, TOKEN_STRIDE, HEAD_SIZE)
-    q, _ = normed_rows(q, cosines, sines, eps, NORM, HEAD_SIZE)
+    q, _ = normed_rows(q, angles, eps, NORM, HEAD_SIZE)
     q = round_joined(multiply(q, query_factors(q_weight, k_weight, LOG2_SCALE, NORM, HEAD_SIZE)), dtype)
     # Rows beyond the last place meet only their own kind, so that every row has a finite softmax.
     scores = tl.where(place[:, None] == place[None, :], dot_rows(q, k), float("-inf"))  # [ROWS, ROWS]

@@ -123,11 +123,10 @@ def _queries(
     tl.store(deltas + token * HEADS + head, delta, mask=inside)
     q = to_float32(load_head(queries, token, inside, TOKEN_STRIDE, HEAD_SIZE))
     factors = query_factors(q_weight, k_weight, SCALE, NORM, HEAD_SIZE)
-    cosines = load_angles(cos, frame, HEAD_SIZE)
-    sines = load_angles(sin, frame, HEAD_SIZE)
+    angles = load_angles(cos, sin, frame, HEAD_SIZE)
     if NORM:
         sums = scale_rows_apart(sums, reciprocal)
-    products, gradient = finish_queries(sums, q, cosines, sines, factors)
+    products, gradient = finish_queries(sums, q, angles, factors)
     if NORM:
         gradient = subtract_along(gradient, q, reciprocal, HEAD_SIZE)
     if partials is not None:
@@ -192,11 +191,10 @@ def _keys(
         store_column_sums(value_bias_partials, value_sums, inside, HEAD_SIZE)
     key_sums = key_sums[0] / LOG2_E, key_sums[1] / LOG2_E
     k = to_float32(load_head(keys, token, inside, TOKEN_STRIDE, HEAD_SIZE))
-    cosines = load_angles(cos, frame, HEAD_SIZE)
-    sines = load_angles(sin, frame, HEAD_SIZE)
+    angles = load_angles(cos, sin, frame, HEAD_SIZE)
     if NORM:
         key_sums = scale_rows_apart(key_sums, reciprocal)
-    gradient = rotate_back(key_sums, cosines, sines)
+    gradient = rotate_back(key_sums, angles)
     if NORM:
         gradient = subtract_along(gradient, k, reciprocal, HEAD_SIZE)
     store_head(gradients, gradient, token, inside, TOKEN_STRIDE, HEAD_SIZE)

@@ -84,17 +84,17 @@ def block_rows(first_token, frames, frame_tokens, start, ROWS: tl.constexpr):
 
 
 @triton.jit
-def normed_rows(head, cos, sin, eps, NORM: tl.constexpr, HEAD_SIZE: tl.constexpr):
+def normed_rows(head, angles, eps, NORM: tl.constexpr, HEAD_SIZE: tl.constexpr):
     """Rotated and, with NORM, RMS-normed rows: float32 head tile [m, D], and the reciprocal RMS [m] (ones without)."""
     head = to_float32(head)
     if NORM:
         reciprocal = reciprocal_rms_apart(head, eps, HEAD_SIZE)  # rotation keeps lengths
-        return rotate(scale_rows_apart(head, reciprocal), cos, sin), reciprocal
+        return rotate(scale_rows_apart(head, reciprocal), angles), reciprocal
     else:
         # Times one, for the seam of `scale_rows_apart`: without it the compiler rotates rows where the matrix product
         # wants them, and spills up to 888 bytes on sm_80.
         ones = tl.full([head[0].shape[0]], 1.0, tl.float32)
-        return rotate(scale_rows_apart(head, ones), cos, sin), ones
+        return rotate(scale_rows_apart(head, ones), angles), ones
 
 
 @triton.jit
@@ -112,9 +112,8 @@ def load_normed(
 ):
     """`normed_rows` of the given tokens; `pointer` points to the head's first column in token 0."""
     head = load_head(pointer, token, inside, TOKEN_STRIDE, HEAD_SIZE)
-    cosines = load_angles(cos, frame, HEAD_SIZE)
-    sines = load_angles(sin, frame, HEAD_SIZE)
-    return normed_rows(head, cosines, sines, eps, NORM, HEAD_SIZE)
+    angles = load_angles(cos, sin, frame, HEAD_SIZE)
+    return normed_rows(head, angles, eps, NORM, HEAD_SIZE)
 
 
 @triton.jit
@@ -139,7 +138,7 @@ def _finish_part(gradient, raw, cos, sin, factors):
 
 
 @triton.jit
-def finish_queries(gradient, raw, cos, sin, factors):
+def finish_queries(gradient, raw, angles, factors):
     """From g = r · dS · k̂ to the gradient of the raw queries, but for the part along them (`subtract_along`).
 
     Args:
@@ -150,6 +149,7 @@ def finish_queries(gradient, raw, cos, sin, factors):
     Returns:
         (dS · k̂) · q̂ and dq, times those numbers of which each is made, float32 head tiles [m, D].
     """
+    cos, sin = angles
     wide_products, wide = _finish_part(gradient[0], raw[0], cos[0], sin[0], factors[0])
     tail_products, tail = _finish_part(gradient[1], raw[1], cos[1], sin[1], factors[1])
     return (wide_products, tail_products), (wide, tail)

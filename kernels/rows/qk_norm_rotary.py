@@ -87,13 +87,12 @@ def _forward(
     source = token * TOKEN_STRIDE + head * HEAD_STRIDE
     target = token * HEADS + head
     if cos is not None:
-        cosines = load_angles(cos, frame, HEAD_SIZE)  # [1, D/2]
-        sines = load_angles(sin, frame, HEAD_SIZE)
+        angles = load_angles(cos, sin, frame, HEAD_SIZE)  # [1, D/2]
     for keys in tl.static_range(2):
         z = to_float32(load_head(k if keys else q, source, inside, 1, HEAD_SIZE))  # [ROWS, D]
         y = z
         if cos is not None:
-            y = rotate(z, cosines, sines)
+            y = rotate(z, angles)
         if q_weight is not None:
             y = scale_rows_apart(y, reciprocal_rms_apart(z, eps, HEAD_SIZE))
             y = multiply(y, load_weight(k_weight if keys else q_weight, HEAD_SIZE))
@@ -127,8 +126,7 @@ def _backward(
     source = token * TOKEN_STRIDE + head * HEAD_STRIDE
     target = token * HEADS + head
     if cos is not None:
-        cosines = load_angles(cos, frame, HEAD_SIZE)  # [1, D/2]
-        sines = load_angles(sin, frame, HEAD_SIZE)
+        angles = load_angles(cos, sin, frame, HEAD_SIZE)  # [1, D/2]
     for keys in tl.static_range(2):
         g = load_head(k_output_gradient if keys else q_output_gradient, target, inside, HEAD_SIZE, HEAD_SIZE)
         g = to_float32(g)  # [ROWS, D]
@@ -139,13 +137,13 @@ def _backward(
             if partials is not None:
                 products = z
                 if cos is not None:
-                    products = rotate(z, cosines, sines)
+                    products = rotate(z, angles)
                 products = multiply(products, g)
                 part = partials + (keys * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * HEAD_SIZE
                 store_vector(part, column_sums(products), HEAD_SIZE)
             g = multiply(g, load_weight(k_weight if keys else q_weight, HEAD_SIZE))
         if cos is not None:
-            g = rotate_back(g, cosines, sines)
+            g = rotate_back(g, angles)
         if q_weight is not None:
             g = subtract_along(g, z, reciprocal, HEAD_SIZE)
         store_head(k_gradient if keys else q_gradient, g, target, inside, HEAD_SIZE, HEAD_SIZE)
