@@ -23,6 +23,7 @@ from torch import Tensor
 from ..bias_gradient import BiasPartials
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import ceil_divide, launch
+from .builds import attention_case
 from .cross_chunks_backward import chunk_length, launch_chunks
 from .cross_forward import shape_class
 from .cross_short_backward import launch_short_backward, select_short
@@ -292,25 +293,9 @@ def _launch_queries_and_text(
 
 def compile_cases(arch: str) -> list[CompileCase]:
     cases = []
-    float32 = dict.fromkeys(("log_sums", "deltas", "partials", "bias_partials"), "*fp32")
-    int32 = dict.fromkeys(("tiles", "chunks", "text_starts", "text_lengths"), "*i32")
-    numbers = dict.fromkeys(("num_tokens", "chunk_tokens", "max_length"), "i32")
     for name, kernel in (("cross_attention_queries_backward", _queries), ("cross_attention_text_backward", _text)):
         for dtype, size in (("bf16", "any"), ("fp16", "any"), ("fp32", "float32")):
-            activations = ("q", "kv", "output", "output_gradient", "q_gradient")
-            signature = {argument: f"*{dtype}" for argument in activations} | float32 | int32 | numbers
             configuration = candidates_of(CONFIGURATIONS, name, size, arch)[0]
-            cases.append(
-                CompileCase(
-                    name=name,
-                    kernel=kernel,
-                    signature={key: value for key, value in signature.items() if key in kernel.arg_names},
-                    constants={"HEADS": 16, "HEAD_SIZE": 72},
-                    configuration=configuration,
-                    dtype=dtype,
-                    attention=dtype != "fp32",
-                    unit="score",
-                    work=configuration["ROWS"] * configuration["STEP"],
-                )
-            )
+            work = configuration["ROWS"] * configuration["STEP"]
+            cases.append(attention_case(name, kernel, configuration, dtype, {}, work=work))
     return cases

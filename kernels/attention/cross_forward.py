@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import launch
+from .builds import attention_case
 from .cross_short_forward import class_of_text, launch_short_forward, short_compile_cases
 from .cross_tiles import load_rows_and_text
 from .loops import NO_NORM, attend
@@ -156,19 +157,6 @@ def compile_cases(arch: str) -> list[CompileCase]:
     cases = short_compile_cases(defaults) if arch == "sm_90" else []
     for dtype, size in (("bf16", "any"), ("fp16", "any"), ("fp32", "float32")):
         configuration = candidates_of(CONFIGURATIONS, "cross_attention_forward", size, arch)[0]
-        cases.append(
-            CompileCase(
-                name="cross_attention_forward",
-                kernel=_forward,
-                signature={name: f"*{dtype}" for name in ("q", "kv", "output")}
-                | {"log_sums": "*fp32", "num_tokens": "i32"}
-                | dict.fromkeys(("tiles", "text_starts", "text_lengths"), "*i32"),
-                constants={"HEADS": 16, "HEAD_SIZE": 72},
-                configuration=configuration,
-                dtype=dtype,
-                attention=dtype != "fp32",
-                unit="score",
-                work=configuration["ROWS"] * configuration["STEP"],
-            )
-        )
+        work = configuration["ROWS"] * configuration["STEP"]
+        cases.append(attention_case("cross_attention_forward", _forward, configuration, dtype, {}, work=work))
     return cases

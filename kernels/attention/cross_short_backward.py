@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..configurations import CompileCase, Configuration, select
 from ..launch import launch
+from .builds import attention_case
 from .cross_short_forward import class_of_text
 from .cross_tiles import load_rows_and_text
 from .tiles import (
@@ -212,25 +213,18 @@ def compile_cases(arch: str) -> list[CompileCase]:
     if arch != "sm_90":
         return []
     configuration = ONE_PASS[0]
-    activations = ("q", "kv", "output", "output_gradient", "q_gradient")
     cases = []
     for dtype, add in (("bf16", False), ("bf16", True), ("fp16", False), ("fp16", True)):
         choices = configuration.choices | ({"KEYS": configuration["more_keys"]} if add else {})
         cases.append(
-            CompileCase(
-                name="cross_attention_short_backward",
-                kernel=_backward,
-                signature={name: f"*{dtype}" for name in activations}
-                | dict.fromkeys(("log_sums", "partials", "bias_partials"), "*fp32")
-                | dict.fromkeys(("chunks", "text_starts", "text_lengths"), "*i32")
-                | dict.fromkeys(("num_tokens", "chunk_tokens", "max_length", "first_text"), "i32"),
-                constants={"HEADS": 16, "HEAD_SIZE": 72, "ADD": add},
-                configuration=Configuration(**choices),
-                dtype=dtype,
-                attention=True,
-                note="further text" if add else "first tile of text",
-                unit="score",
+            attention_case(
+                "cross_attention_short_backward",
+                _backward,
+                Configuration(**choices),
+                dtype,
+                {"ADD": add},
                 work=choices["ROWS"] * choices["KEYS"],
+                note="further text" if add else "first tile of text",
             )
         )
     return cases

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..configurations import CompileCase, Configuration
 from ..launch import launch
+from .builds import attention_case
 from .cross_tiles import load_rows_and_text
 from .tables import row_tiles
 from .tiles import (
@@ -173,19 +174,14 @@ def launch_short_forward(
 def short_compile_cases(configurations: dict[int, Configuration]) -> list[CompileCase]:
     """Builds for texts of so many tiles."""
     return [
-        CompileCase(
-            name="cross_attention_forward",
-            kernel=_forward,
-            signature={name: f"*{dtype}" for name in ("q", "kv", "output")}
-            | {"log_sums": "*fp32", "num_tokens": "i32", "chunk_tokens": "i32"}
-            | dict.fromkeys(("chunks", "text_starts", "text_lengths"), "*i32"),
-            constants={"HEADS": 16, "HEAD_SIZE": 72, "KEYS": TILE, "TILES": tiles},
-            configuration=configuration,
-            dtype=dtype,
-            attention=True,
-            note=f"text of {tiles} tile{'s' if tiles > 1 else ''}",
-            unit="score",
+        attention_case(
+            "cross_attention_forward",
+            _forward,
+            configuration,
+            dtype,
+            {"KEYS": TILE, "TILES": tiles},
             work=configuration["ROWS"] * TILE * tiles,
+            note=f"text of {tiles} tile{'s' if tiles > 1 else ''}",
         )
         for tiles, configuration in configurations.items()
         for dtype in ("bf16", "fp16")

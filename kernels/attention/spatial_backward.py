@@ -31,6 +31,7 @@ from torch import Tensor
 from ..bias_gradient import BiasPartials
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import launch
+from .builds import attention_case
 from .loops import NORM_DONE, NORM_LOADED, is_folded
 from .spatial_forward import COMPILED, is_prepared, norm_of, shape_classes
 from .spatial_keys_backward import CONFIGURATIONS as KEYS_CONFIGURATIONS
@@ -158,39 +159,23 @@ def launch_backward(
 
 def compile_cases(arch: str) -> list[CompileCase]:
     cases = []
-    types = ("qkv", "prepared", "q_weight", "k_weight", "output", "output_gradient", "scaled_queries", "queries")
-    types += ("padded_gradient", "qkv_gradient")
-    tables = {
-        "statistics": "*fp32",
-        "deltas": "*fp32",
-        "weight_partials": "*fp32",
-        "bias_partials": "*fp32",
-        "key_bias_partials": "*fp32",
-        "value_bias_partials": "*fp32",
-        "tiles": "*i32",
-        "num_tokens": "i32",
-    }
     for name, kernel in (
         ("spatial_attention_queries_backward", spatial_queries_backward),
         ("spatial_attention_keys_backward", spatial_keys_backward),
     ):
         for dtype, with_norm, shape_class in COMPILED:
-            signature = {argument: f"*{dtype}" for argument in types} | tables
             norm = norm_of(with_norm, shape_class, NORM_LOADED)
             configuration = candidates_of(_TABLE, name, shape_class, arch)[0]
             absent = [] if norm == NORM_DONE.value else ["prepared"]
             if kernel is spatial_queries_backward and not with_norm:
                 absent += ["q_weight", "k_weight"]
             cases.append(
-                CompileCase(
-                    name=name,
-                    kernel=kernel,
-                    signature={key: value for key, value in signature.items() if key in kernel.arg_names},
-                    constants=dict.fromkeys(absent) | {"HEADS": 16, "HEAD_SIZE": 72, "NORM": norm},
-                    configuration=configuration,
-                    dtype=dtype,
-                    attention=dtype != "fp32",
-                    unit="score",
+                attention_case(
+                    name,
+                    kernel,
+                    configuration,
+                    dtype,
+                    dict.fromkeys(absent) | {"NORM": norm},
                     work=configuration["ROWS"] * configuration["STEP"],
                     note=f"{'QK-norm' if with_norm else 'no norm'}; {shape_class} frames",
                 )

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import launch
+from .builds import attention_case
 from .loops import NO_NORM, NORM_COMPUTED, NORM_DONE, attend
 from .spatial_preparation import launch_preparation, place_of_keys_and_values
 from .tables import row_tiles
@@ -263,20 +264,14 @@ def compile_cases(arch: str) -> list[CompileCase]:
         configuration = candidates_of(CONFIGURATIONS, "spatial_attention_forward", shape_class, arch)[0]
         norm = norm_of(with_norm, shape_class, NORM_COMPUTED)
         absent = (() if norm == NORM_DONE.value else ("prepared",)) + (() if with_norm else ("q_weight", "k_weight"))
-        activations = ("qkv", "prepared", "q_weight", "k_weight", "output")
         cases.append(
-            CompileCase(
-                name="spatial_attention_forward",
-                kernel=_forward,
-                signature={name: f"*{dtype}" for name in activations}
-                | {"statistics": "*fp32", "tiles": "*i32", "num_tokens": "i32", "eps": "fp32"},
-                constants=dict.fromkeys(absent)
-                | {"HEADS": 16, "HEAD_SIZE": 72, "NORM": norm}
-                | {"BOUNDED_LIMIT": BOUNDED_UP_TO[torch.float16 if dtype == "fp16" else torch.float32]},
-                configuration=configuration,
-                dtype=dtype,
-                attention=dtype != "fp32",
-                unit="score",
+            attention_case(
+                "spatial_attention_forward",
+                _forward,
+                configuration,
+                dtype,
+                dict.fromkeys(absent)
+                | {"NORM": norm, "BOUNDED_LIMIT": BOUNDED_UP_TO[torch.float16 if dtype == "fp16" else torch.float32]},
                 work=configuration["ROWS"] * configuration["STEP"],
                 note=f"{'QK-norm' if with_norm else 'no norm'}; {shape_class} frames",
             )

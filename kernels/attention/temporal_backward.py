@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import ceil_divide, launch
+from .builds import attention_case
 from .rotary_tiles import (
     hand_over,
     load_angles,
@@ -298,20 +299,14 @@ def compile_cases(arch: str) -> list[CompileCase]:
 
 def _compile_case(arch: str, rows: int, dtype: str, with_norm: bool) -> CompileCase:
     absent = () if with_norm else ("q_weight", "k_weight")
-    pointers = ("qkv", "q_weight", "k_weight", "output_gradient", "qkv_gradient")
-    return CompileCase(
-        name="temporal_attention_backward",
-        kernel=_backward,
-        signature={name: f"*{dtype}" for name in pointers}
-        | {"cos": "*fp32", "sin": "*fp32", "tiles": "*i32", "num_tiles": "i32", "partials": "*fp32", "eps": "fp32"}
-        | {"partials_stride": "i32"},
-        constants=dict.fromkeys(absent)
-        | {"WITH_WEIGHTS": with_norm, "WITH_BIAS": True, "HEADS": 16, "HEAD_SIZE": 72}
-        | {"ROWS": rows, "TILES": tiles_of_a_program(rows)},
-        configuration=candidates_of(CONFIGURATIONS, "temporal_attention_backward", f"{rows} rows", arch)[0],
-        dtype=dtype,
+    return attention_case(
+        "temporal_attention_backward",
+        _backward,
+        candidates_of(CONFIGURATIONS, "temporal_attention_backward", f"{rows} rows", arch)[0],
+        dtype,
+        dict.fromkeys(absent)
+        | {"WITH_WEIGHTS": with_norm, "WITH_BIAS": True, "ROWS": rows, "TILES": tiles_of_a_program(rows)},
         divisible_by_16=("partials_stride",),
-        attention=True,
         note=f"{rows} rows" if with_norm else f"{rows} rows; no norm",
         unit="element",
         work=rows * 72,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import launch
+from .builds import attention_case
 from .rotary_tiles import load_angles, round_joined
 from .temporal_tiles import builds_of_tiles, normed_rows, place_rows, query_factors
 from .tiles import (
@@ -144,15 +145,12 @@ def compile_cases(arch: str) -> list[CompileCase]:
 
 def _compile_case(arch: str, rows: int, dtype: str, with_norm: bool) -> CompileCase:
     absent = () if with_norm else ("q_weight", "k_weight")
-    return CompileCase(
-        name="temporal_attention_forward",
-        kernel=_forward,
-        signature={name: f"*{dtype}" for name in ("qkv", "q_weight", "k_weight", "output")}
-        | {"cos": "*fp32", "sin": "*fp32", "tiles": "*i32", "eps": "fp32"},
-        constants=dict.fromkeys(absent) | {"HEADS": 16, "HEAD_SIZE": 72, "ROWS": rows},
-        configuration=candidates_of(CONFIGURATIONS, "temporal_attention_forward", f"{rows} rows", arch)[0],
-        dtype=dtype,
-        attention=True,
+    return attention_case(
+        "temporal_attention_forward",
+        _forward,
+        candidates_of(CONFIGURATIONS, "temporal_attention_forward", f"{rows} rows", arch)[0],
+        dtype,
+        dict.fromkeys(absent) | {"ROWS": rows},
         note=f"{rows} rows" if with_norm else f"{rows} rows; no norm",
         unit="element",
         work=rows * 72,

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import launch
 from ..layout import PLACE_BLOCK_ROWS
+from .builds import attention_case
 from .rotary_tiles import load_angles, rotate_back, scale_rows_apart, subtract_along
 from .temporal_tiles import (
     COMPILED_DTYPES,
@@ -285,29 +286,11 @@ def launch_long_backward(
 
 def compile_cases(arch: str) -> list[CompileCase]:
     cases = []
-    for dtype in COMPILED_DTYPES:
-        tensors, sums = "output output_gradient qkv_gradient", "deltas partials query_bias_partials"
-        cases.append(_compile_case(arch, dtype, "queries", _queries, tensors, sums))
-        tensors, sums = "output_gradient qkv_gradient", "deltas key_bias_partials value_bias_partials"
-        cases.append(_compile_case(arch, dtype, "keys", _keys, tensors, sums))
+    for name, dtype in COMPILED_DTYPES.items():
+        rows = PLACE_BLOCK_ROWS[0 if dtype == torch.float32 else 64]
+        for part, kernel in (("queries", _queries), ("keys", _keys)):
+            full_name = f"temporal_attention_long_{part}_backward"
+            configuration = candidates_of(CONFIGURATIONS, full_name, block_class(dtype), arch)[0]
+            work = rows * configuration["STEP"]
+            cases.append(attention_case(full_name, kernel, configuration, name, {"ROWS": rows}, work=work))
     return cases
-
-
-def _compile_case(arch: str, dtype: str, part: str, kernel: object, tensors: str, sums: str) -> CompileCase:
-    name = f"temporal_attention_long_{part}_backward"
-    is_float32 = COMPILED_DTYPES[dtype] == torch.float32
-    rows = PLACE_BLOCK_ROWS[0 if is_float32 else 64]
-    types = dict.fromkeys(("qkv", "q_weight", "k_weight", *tensors.split()), f"*{dtype}")
-    types |= dict.fromkeys(("cos", "sin", "log_sums", *sums.split()), "*fp32") | {"blocks": "*i32", "eps": "fp32"}
-    configuration = candidates_of(CONFIGURATIONS, name, block_class(COMPILED_DTYPES[dtype]), arch)[0]
-    return CompileCase(
-        name=name,
-        kernel=kernel,
-        signature=types,
-        constants={"HEADS": 16, "HEAD_SIZE": 72, "ROWS": rows},
-        configuration=configuration,
-        dtype=dtype,
-        attention=not is_float32,
-        unit="score",
-        work=rows * configuration["STEP"],
-    )

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import launch
 from ..layout import PLACE_BLOCK_ROWS
+from .builds import attention_case
 from .temporal_tiles import COMPILED_DTYPES, block_class, block_rows, load_block, load_normed, query_factors
 from .tiles import (
     BOUNDED_UP_TO,
@@ -170,25 +171,12 @@ def launch_long_forward(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
+    kernel = "temporal_attention_long_forward"
     cases = []
     for name, dtype in COMPILED_DTYPES.items():
         rows = PLACE_BLOCK_ROWS[0 if dtype == torch.float32 else 64]
-        types = dict.fromkeys(("qkv", "q_weight", "k_weight", "output"), f"*{name}")
-        types |= dict.fromkeys(("cos", "sin", "log_sums"), "*fp32") | {"blocks": "*i32", "eps": "fp32"}
-        sizes = {"HEADS": 16, "HEAD_SIZE": 72, "ROWS": rows, "BOUNDED_LIMIT": BOUNDED_UP_TO[dtype]}
-        kernel = "temporal_attention_long_forward"
         configuration = candidates_of(CONFIGURATIONS, kernel, block_class(dtype), arch)[0]
-        cases.append(
-            CompileCase(
-                name=kernel,
-                kernel=_forward,
-                signature=types,
-                constants=sizes,
-                configuration=configuration,
-                dtype=name,
-                attention=dtype != torch.float32,
-                unit="score",
-                work=rows * configuration["STEP"],
-            )
-        )
+        constants = {"ROWS": rows, "BOUNDED_LIMIT": BOUNDED_UP_TO[dtype]}
+        work = rows * configuration["STEP"]
+        cases.append(attention_case(kernel, _forward, configuration, name, constants, work=work))
     return cases
