@@ -266,9 +266,10 @@ def describe_run(trainer: Trainer, steps_per_epoch: int, start: Start) -> str:
 
 
 def report_kernels(called: Counter[tuple[str, str]], out: Path, report: Callable[[str], None]) -> None:
-    """List the ops that ran and how often, for a person and in `DIR/kernels.json`."""
+    """List the ops that ran and how often, for a person and, where a step was taken, in `DIR/kernels.json`."""
     rows = [{"op": op, "backend": backend, "calls": count} for (op, backend), count in sorted(called.items())]
-    write_whole(out / "kernels.json", json.dumps(rows, indent=1) + "\n")
+    if rows:
+        write_whole(out / "kernels.json", json.dumps(rows, indent=1) + "\n")
     report(
         "ops called: " + (", ".join(f"{row['op']} ({row['backend']}, {row['calls']} times)" for row in rows) or "none")
     )

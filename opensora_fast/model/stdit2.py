@@ -157,6 +157,7 @@ class STDiT2(nn.Module):
         """
         self._check_latents("x", x, batched=True)
         if x_mask is not None:
+            _check_tensor("x_mask", x_mask)
             x_mask = _repeat_rows("x_mask", x_mask, x.shape[0])
         outputs = self._forward_batches(
             [x], timestep, y, mask, x_mask, num_frames, height, width, ar, fps, dropped, position_of_first=True
@@ -204,6 +205,7 @@ class STDiT2(nn.Module):
         return PackLayout.of(shapes, self.device)
 
     def _check_latents(self, name: str, latents: Tensor, *, batched: bool) -> None:
+        _check_tensor(name, latents)
         if latents.ndim != (5 if batched else 4):
             expected = "[B, channels, T, H, W]" if batched else "[channels, T, H, W]"
             raise ValueError(f"{name}: shape {tuple(latents.shape)}, expected {expected}")
@@ -312,11 +314,13 @@ class STDiT2(nn.Module):
         self, y: Tensor, mask: Tensor | None, dropped: Tensor | None, videos: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Checks the text; returns y, the mask [B, L] and which captions are dropped [B], None where none are."""
+        _check_tensor("y", y)
         if y.ndim != 4 or y.shape[0] != videos or y.shape[1] != 1 or y.shape[3] != self.config.caption_channels:
             raise ValueError(
                 f"y: shape {tuple(y.shape)}, expected ({videos}, 1, text tokens, {self.config.caption_channels})"
             )
         if mask is not None:
+            _check_tensor("mask", mask)
             mask = _repeat_rows("mask", mask.reshape(mask.shape[0], -1), videos)
         if dropped is None and self.training and self.y_embedder.dropout_probability > 0:
             dropped = self.y_embedder.draw_dropped(videos)
@@ -384,6 +388,12 @@ def _stack_equal(videos: Sequence[Tensor]) -> list[Tensor]:
         else:
             batches.append([video])
     return [torch.stack(batch) for batch in batches]
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        found = "a single number" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected a tensor with several elements, got {found}")
 
 
 def _repeat_rows(name: str, value: Tensor, videos: int) -> Tensor:

@@ -126,6 +126,14 @@ def test_a_run_that_has_its_steps_says_that_none_is_left(train, tmp_path, whole)
     assert not read_losses(tmp_path / "run")
 
 
+def test_a_run_without_a_step_left_keeps_the_list_of_the_ops_that_ran(train, tmp_path):
+    out = tmp_path / "run"
+    assert train(out, "--steps", 2)[0] == 0
+    before = (out / "kernels.json").read_text()
+    assert train(out, "--steps", 2, "--resume", "auto")[0] == 0
+    assert (out / "kernels.json").read_text() == before != "[]\n"
+
+
 def test_another_order_of_batches_is_refused_before_anything_is_made(train, tmp_path, whole):
     out = tmp_path / "run"
     for override, message in (
