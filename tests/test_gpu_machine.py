@@ -35,6 +35,13 @@ def test_the_gpu_tests_of_the_benchmarks_page_are_collected(run_there):
     assert "error" not in output.splitlines()[-1]
 
 
+def test_attention_is_profiled_without_a_plot(run_there, tmp_path):
+    words = ["profile", "attention", "--seqlens", "16", "--providers", "eager", "--device", "cpu", "--budget", "1s"]
+    output = run_there(f"from opensora_fast.cli import run; sys.exit(run({[*words, '--out', str(tmp_path)]!r}))")
+    assert "plot: none, as matplotlib is not installed" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["attention_spatial.csv"]
+
+
 def test_the_plan_of_the_first_runs_is_printed(run_there):
     words = ["bench", "--list", "--suite", "push", "--device", "cuda"]
     output = run_there(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -72,7 +73,7 @@ def profile_attention(
 
 
 def profile_paths(kind: str, out: Path) -> tuple[Path, Path]:
-    """(rows as CSV, plot as SVG)."""
+    """(rows as CSV, plot as SVG, which takes matplotlib)."""
     return out / f"attention_{kind}.csv", out / f"attention_{kind}.svg"
 
 
@@ -151,6 +152,8 @@ def format_rows(rows: Sequence[Row]) -> str:
 
 def _write_profile(rows: Sequence[Row], kind: str, out: Path) -> None:
     csv_path, plot_path = profile_paths(kind, out)
-    csv_path.unlink(missing_ok=True)
+    for path in (csv_path, plot_path):
+        path.unlink(missing_ok=True)
     append_rows(csv_path, rows)
-    plot_attention(rows, kind).savefig(plot_path)
+    if importlib.util.find_spec("matplotlib") is not None:  # rows are worth more than their plot
+        plot_attention(rows, kind).savefig(plot_path)

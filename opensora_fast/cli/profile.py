@@ -51,7 +51,7 @@ def attention(
     for item in report.refused:
         typer.echo(f"wrong, so no time: {item}")
     csv_path, plot_path = profile_paths(kind, out)
-    typer.echo(f"rows: {csv_path}\nplot: {plot_path}")
+    typer.echo(f"rows: {csv_path}\nplot: {plot_path if plot_path.exists() else 'none, as matplotlib is not installed'}")
     if not any(row.status == "ok" for row in report.rows):
         raise ValueError("no provider could be measured; the table says why for each")
     if trace:
