@@ -17,7 +17,7 @@ from .jobs.convergence import AGAINST_ROUNDING
 from .providers.variants import VARIANT_OF
 from .report.results import Results, Work, is_ours
 from .report.training_figure import NOT_MEASURED, build_figure, thousands
-from .report.training_lines import AS_SHIPPED, FRAMES, PUBLISHED_ON, Line, training_lines
+from .report.training_lines import AS_SHIPPED, FRAMES, PEERS, PUBLISHED_ON, Line, training_lines
 from .rows import Row, read_folder
 
 BEGIN = "<!-- measured: begin; `python -m opensora_fast.benchmarks.readme` writes what follows -->"
@@ -84,12 +84,11 @@ def _training_text(lines: Sequence[Line]) -> str:
         table += [
             [f"limit of one {gpu}, counted", *(thousands(on.floor) for on in measured)],
             [f"**ours on one {gpu}**", *ours],
-            *_peer_line(f"torch.compile, same {gpu} and run", [on.compiled for on in measured]),
-            *_peer_line(
-                f"Open-Sora's model with flash attention, same {gpu} and run", [on.with_flash for on in measured]
-            ),
-            *_peer_line(f"Open-Sora's model as shipped, same {gpu} and run", [on.as_shipped for on in measured]),
         ]
+        for attribute, name in PEERS:
+            rows = [getattr(on, attribute) for on in measured]
+            if any(rows):
+                table.append([f"{name}, same {gpu} and run", *(thousands(row and row.tokens_per_s) for row in rows)])
     table += [
         [f"limit of one {PUBLISHED_ON}, counted", *(thousands(line.published_floor) for line in lines)],
         [f"Open-Sora on {PUBLISHED_ON}, published", *(thousands(line.published) for line in lines)],
@@ -137,10 +136,6 @@ def _recomputed(*rows: Row | None) -> str:
     """Whose blocks recompute, and how many of them: "ours half, compile three quarters"."""
     known = [(row.provider.partition("-")[0], VARIANT_OF.get(row.provider)) for row in rows if row]
     return ", ".join(f"{name} {SHARES[variant.recompute]}" for name, variant in known if variant and variant.recompute)
-
-
-def _peer_line(name: str, rows: Sequence[Row | None]) -> list[list[str]]:
-    return [[name, *(thousands(row and row.tokens_per_s) for row in rows)]] if any(rows) else []
 
 
 def _cpu_text(results: Results) -> str:

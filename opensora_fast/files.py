@@ -1,5 +1,6 @@
-"""Writing files where the disk may be full."""
+"""Files: written whole where the disk may be full, and their checksums."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,14 +16,26 @@ def naming_file(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, or leave what was there before it. OSError names it."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of a file behind the block; an OSError leaves what was there before it."""
     part = path.with_name(f".{path.name}.part")
     try:
-        with naming_file(path):
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
+        yield part
+        os.replace(part, path)
     except OSError:
         with suppress(OSError):
             part.unlink()
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file as `whole_file` does. OSError names it."""
+    with naming_file(path), whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

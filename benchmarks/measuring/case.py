@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ..refused import Refused
 from ..rows import Key, Row
+from .refused import Refused
 from .session import Session
 
 Outcome = tuple[list[Row], list[Refused]]

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from opensora_fast.costs.operations import Count
 
-from ..refused import Refused
 from ..rows import CALLED, REPLAYED, Row
 from .accuracy import OUTPUT, Judgement, Named, Yardstick, norm, weights_like
 from .case import Outcome
 from .clocks import watch_clocks
 from .provider import Bound, Outputs, Provider
+from .refused import Refused
 from .replay import Recorder, make_replay, own_stream
 from .session import CaseStopped, DeviceLostError, Session
 from .timing import Call, Sampling, SamplingStopped, peak_memory, release_memory, time_interleaved

@@ -9,11 +9,11 @@ import torch
 
 from opensora_fast.costs.operations import Count
 
-from ..refused import Refused
 from ..rows import Row
 from .case import Outcome
 from .clocks import watch_clocks
 from .contest import describe, release_or_lose
+from .refused import Refused
 from .session import CaseStopped, Session
 from .timing import Call, Sampling, SamplingStopped, peak_memory, time_interleaved
 

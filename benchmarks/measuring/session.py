@@ -17,9 +17,9 @@ from opensora_fast.cpu_threads import cpu_threads
 
 from ..environment import describe_environment
 from ..processes import RUNNING_FILE
-from ..refused import Refused, append_refused
 from ..roofline import floor_seconds
 from ..rows import Key, Row, append_rows, level_path
+from .refused import Refused, append_refused
 from .timing import Times
 
 SECONDS_BETWEEN_BEATS = 1.0

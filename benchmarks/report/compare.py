@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..refused import read_refused
+from ..measuring.refused import read_refused
 from ..rows import Key, Row, read_folder, read_rows
 
 RELATIVE, ABSOLUTE_MS = 0.05, 0.01

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from opensora_fast.costs.hardware import Gpu, recognize_gpu
 
-from ..refused import read_refused
+from ..measuring.refused import read_refused
 from ..roofline import floor_seconds, project_ms
 from ..rows import Key, Row, read_folder
 from ..shapes import SIZES

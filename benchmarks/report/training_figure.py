@@ -8,16 +8,10 @@ from collections.abc import Container, Sequence
 from opensora_fast.costs.hardware import DATASHEETS
 
 from ..rows import Row
-from .training_lines import FRAMES, PUBLISHED_ON, Line
+from .training_lines import FRAMES, PEERS, PUBLISHED_ON, Line
 
 NOT_MEASURED = "not measured yet"
 WIDTH, BAR, GAP, LEFT, RIGHT, TOP = 860, 17, 3, 70, 200, 62
-# What stands beside ours where it was measured in the same run: an attribute of `OnGpu`, and its name.
-PEERS = (
-    ("compiled", "torch.compile"),
-    ("with_flash", "Open-Sora's model with flash attention"),
-    ("as_shipped", "Open-Sora's model as shipped"),
-)
 BETWEEN = 12  # resolutions
 STYLE = """
 text { font: 13px system-ui, "Segoe UI", sans-serif; fill: #1d2733; } .soft { fill: #5b6b7c; }

@@ -26,6 +26,12 @@ GOALS_FOR, PUBLISHED_ON = "H200", "H800"
 # Of each the fastest that is right: Open-Sora's own code and this project's writing of it, ways to compile.
 AS_SHIPPED, WITH_FLASH = ("open-sora", "upstream"), ("open-sora-flash", "upstream-flash")
 COMPILED = ("compile", "compile-flash", *(f"compile{name}" for name in RECOMPUTING))
+# What stands beside ours where it was measured in the same run: an attribute of `OnGpu`, and its name.
+PEERS = (
+    ("compiled", "torch.compile"),
+    ("with_flash", "Open-Sora's model with flash attention"),
+    ("as_shipped", "Open-Sora's model as shipped"),
+)
 
 
 @dataclass(frozen=True)

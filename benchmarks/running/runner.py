@@ -10,9 +10,9 @@ from opensora_fast.progress import Progress
 from ..measuring.case import Case, Outcome
 from ..measuring.contest import describe
 from ..measuring.provider import forget_compiled
+from ..measuring.refused import Refused
 from ..measuring.session import CaseStopped, DeviceLostError, Session
 from ..measuring.timing import release_memory
-from ..refused import Refused
 from ..rows import Key, Row
 
 SHORTEST_CASE_S = 2.0  # no case is begun with less of the budget left, nor with less than its estimate

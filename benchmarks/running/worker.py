@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 from ..environment import Environment
 from ..measuring.case import Case
+from ..measuring.refused import read_refused
 from ..measuring.session import DeviceLostError, Session, threads_of
 from ..processes import DONE, ERROR, INTERRUPTED, RESTART, RUNNING_FILE, WRONG, Death, Plan, end_with_parent
-from ..refused import read_refused
 from ..report.mixed import compare_mixed
 from ..report.summary import format_reasons, format_table
 from ..rows import Key, Row, check_folder, read_folder
@@ -52,8 +52,8 @@ def _run(plan: Plan) -> int:
     cases = list_cases(plan.suite, plan.device, plan.providers, plan.words)
     session = Session(plan.device, folder, plan.commit, plan.deadline)
     check_folder(folder, session.environment)
-    record_deaths(plan.deaths, cases, session, kept_rows(plan, read_folder(folder), session.environment))
     kept = kept_rows(plan, read_folder(folder), session.environment)
+    kept += record_deaths(plan.deaths, cases, session, kept)
     refused = kept_refusals(plan, read_refused(folder), session.environment)
     report = Report()
     code = DONE
@@ -101,16 +101,20 @@ def kept_refusals(plan: Plan, items: Sequence[Mapping[str, Any]], own: Environme
     )
 
 
-def record_deaths(deaths: Sequence[Death], cases: Sequence[Case], session: Session, kept: Sequence[Row] = ()) -> None:
-    """Writes failed rows for what took a process down before this one, where none of the kept rows is there."""
+def record_deaths(
+    deaths: Sequence[Death], cases: Sequence[Case], session: Session, kept: Sequence[Row] = ()
+) -> list[Row]:
+    """Writes and returns failed rows for what took a process down before this one, where no kept row is there."""
+    found: dict[Key, Row] = {}
     present = {row.key for row in kept}
     for death in deaths:
         planned = next((case.planned_rows() for case in cases if case.identity == death.case), {})
         for key in map(tuple, death.keys or list(planned)):
-            if key in planned and key not in present:
+            if key in planned and key not in present | found.keys():
                 row = dataclasses.replace(planned[key], environment=session.environment)
-                session.record([row.without_time("failed", death.reason)])
-                present.add(key)
+                found[key] = row.without_time("failed", death.reason)
+    session.record(found.values())
+    return list(found.values())
 
 
 def print_report(report: Report, cases: list[Case], plan: Plan, session: Session, folder: Path) -> int:

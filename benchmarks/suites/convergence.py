@@ -29,9 +29,9 @@ from ..jobs.convergence import (
 )
 from ..measuring.case import Case, Outcome, make_template
 from ..measuring.provider import own_version
+from ..measuring.refused import Refused
 from ..measuring.session import Session
 from ..measuring.timing import Times
-from ..refused import Refused
 from ..rows import Row
 from .scale import Scale
 

@@ -34,7 +34,7 @@ def attention_case(
     return CompileCase(
         name=name,
         kernel=kernel,
-        signature={name: _TYPES.get(name, f"*{dtype}") for name in kernel.arg_names if not name.isupper()},
+        signature={key: _TYPES.get(key, f"*{dtype}") for key in kernel.arg_names if not key.isupper()},
         constants={"HEADS": 16, "HEAD_SIZE": 72, **constants},
         configuration=configuration,
         dtype=dtype,

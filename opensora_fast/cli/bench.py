@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ._budget import parse_budget
-from ._names import parse_names
+from ._options import parse_budget, parse_names
 
 MULTIPLE_VALUES = ("--only", "--report")
 

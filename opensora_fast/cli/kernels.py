@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ._budget import parse_budget
+from ._options import parse_budget
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ._budget import parse_budget
-from ._names import parse_names
+from ._options import parse_budget, parse_names
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 

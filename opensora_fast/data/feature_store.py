@@ -14,12 +14,13 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from opensora_fast.files import hash_file, whole_file
 
 VERSION = 1
 INDEX_NAME = "index.json"
@@ -247,12 +248,6 @@ class FeatureReader:
         )
 
 
-def hash_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _is_intact(path: Path, shard: Shard) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes and hash_file(path) == shard.sha256
 
@@ -265,16 +260,12 @@ def _check_settings(folder: Path, written: dict[str, Any], wanted: dict[str, Any
 
 
 def _write_safely(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
     try:
-        with open(part, "wb") as file:
+        with whole_file(path) as part, open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except OSError as error:  # that of a full disk has no name of a file
-        with suppress(OSError):
-            part.unlink()
         raise FeatureError(
             f"the features {path} could not be written: {error}. Once they can be, the same command goes on with them"
         ) from error

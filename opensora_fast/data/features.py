@@ -27,7 +27,7 @@ import torch
 
 from opensora_fast.data.batch import Batch, make_conditions
 from opensora_fast.data.buckets.bucket import Bucket
-from opensora_fast.data.buckets.plan import ClipSizes, EpochPlan, balance_plan, plan_epoch
+from opensora_fast.data.buckets.plan import ClipSizes, EpochPlan, balance_plan
 from opensora_fast.data.buckets.sampler import BucketSampler, MicroBatch
 from opensora_fast.data.epoch_loader import EpochLoader
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, FeatureWriter
@@ -203,15 +203,7 @@ class FeatureSampler(BucketSampler):
     def _make_plan(self, epoch: int) -> EpochPlan:
         """The micro-batches of the epoch's draw, in the first `draws` epochs in the draw's own order."""
         draw = epoch % self.draws
-        plan = plan_epoch(
-            self._find_stored(draw),
-            self.bucket,
-            frame_interval=self.frame_interval,
-            seed=self.seed,
-            epoch=draw,
-            shuffle=self.shuffle,
-            drop_last=self.drop_last,
-        )
+        plan = self._plan_clips(self._find_stored(draw), draw)
         if epoch != draw and self.shuffle:
             plan = _shuffle_again(plan, self.seed, epoch)
         plan = dataclasses.replace(plan, epoch=epoch)

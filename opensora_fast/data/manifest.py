@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from opensora_fast.files import whole_file
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -149,20 +151,17 @@ def write_table(table: pd.DataFrame, path: str | Path) -> None:
     """
     path = Path(path)
     check_target(path)
-    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix.lower() == ".csv":
-            # A carriage return ends a line for readers, but is nothing that the writer quotes by itself.
-            texts = table.select_dtypes(exclude="number")
-            returns = any(texts[name].astype(str).str.contains("\r", regex=False).any() for name in texts)
-            table.to_csv(part, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
-        else:
-            table.to_parquet(part, index=False)
-        os.replace(part, path)
+        with whole_file(path) as part:
+            if path.suffix.lower() == ".csv":
+                # A carriage return ends a line for readers, but is nothing that the writer quotes by itself.
+                texts = table.select_dtypes(exclude="number")
+                returns = any(texts[name].astype(str).str.contains("\r", regex=False).any() for name in texts)
+                table.to_csv(part, index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+            else:
+                table.to_parquet(part, index=False)
     except OSError as error:  # that of a full disk has no name of a file
-        with contextlib.suppress(OSError):
-            part.unlink()
         raise ValueError(f"manifest {path} could not be written: {error}") from error
 
 

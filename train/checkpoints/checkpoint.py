@@ -6,7 +6,6 @@ kill leaves behind is never mistaken for one. Older checkpoints are removed afte
 safetensors and JSON are written and read: loading executes nothing.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -16,10 +15,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from opensora_fast.files import hash_file
+
 COMPLETE = "complete.json"
 FOLDER_NAME = re.compile(r"step-(\d{8,})")
 UNFINISHED_PREFIX = ".unfinished-"
-READ_SIZE = 1 << 22
 
 
 def write_checkpoint(parent: Path, step: int, fill: Callable[[Path], None], keep: int) -> Path:
@@ -73,7 +73,7 @@ def _fill_and_seal(folder: Path, step: int, fill: Callable[[Path], None]) -> Non
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _flush(path)
         name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
     marker = folder / COMPLETE
     marker.write_text(json.dumps({"step": step, "files": files}, indent=1))
     for path in (marker, *(path for path in folder.rglob("*") if path.is_dir()), folder):
@@ -106,7 +106,7 @@ def verify_checkpoint(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        if path.stat().st_size != expected["bytes"] or _hash(path) != expected["sha256"]:
+        if path.stat().st_size != expected["bytes"] or hash_file(path) != expected["sha256"]:
             raise ValueError(f"{path} is damaged: it is not what was written")
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if extra := sorted(present - set(files) - {COMPLETE}):
@@ -167,14 +167,6 @@ def get_step(folder: Path) -> int:
 def read_step(checkpoint: Path) -> int:
     """The step of a whole checkpoint, whatever a person has called its folder."""
     return json.loads((checkpoint / COMPLETE).read_text())["step"]
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_SIZE):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -163,4 +163,4 @@ def check_changes(
     if (config.features is None) != (before.features is None):
         raise other_order(checkpoint, "clips, not features" if before.features is None else "features, not clips")
     if config.features is None:
-        refuse_other_data(checkpoint, data.get_fingerprint())
+        refuse_other_data(checkpoint, position, data.get_fingerprint())

@@ -136,18 +136,18 @@ def other_order(checkpoint: Path, written_with: str) -> ValueError:
     )
 
 
-def refuse_other_data(checkpoint: Path, data_fingerprint: str) -> None:
-    """ValueError if a checkpoint was written with other data."""
-    if read_position(checkpoint)["data"] != data_fingerprint:
+def refuse_other_data(checkpoint: Path, position: dict[str, Any], data_fingerprint: str) -> None:
+    """ValueError if a checkpoint, of this `read_position`, was written with other data."""
+    if position["data"] != data_fingerprint:
         raise other_order(checkpoint, "another table of clips, bucket_config, frame_interval, drop_last or balance")
 
 
 def resume(trainer: "Trainer", checkpoint: Path) -> None:
     """Go on from a verified checkpoint, of a run with this seed. ValueError if it was written with other data."""
-    refuse_other_data(checkpoint, trainer.data_fingerprint)
+    position = read_position(checkpoint)
+    refuse_other_data(checkpoint, position, trainer.data_fingerprint)
     load_weights(trainer, checkpoint)
-    state = read_position(checkpoint)
-    sampler = state["sampler"]
-    trainer.position = Position(state["step"], sampler["epoch"], sampler["consumed"])
-    own = locate_step(trainer.folder / "checkpoints", state["step"])
+    sampler = position["sampler"]
+    trainer.position = Position(position["step"], sampler["epoch"], sampler["consumed"])
+    own = locate_step(trainer.folder / "checkpoints", position["step"])
     trainer.last_checkpoint = own if checkpoint.resolve() == own.resolve() else None

@@ -200,15 +200,18 @@ class BucketSampler:
         return self._plans[epoch]
 
     def _make_plan(self, epoch: int) -> EpochPlan:
+        return self._plan_clips(self.clips, epoch, self.costs)
+
+    def _plan_clips(self, clips: ClipSizes, epoch: int, costs: np.ndarray | None = None) -> EpochPlan:
         return plan_epoch(
-            self.clips,
+            clips,
             self.bucket,
             frame_interval=self.frame_interval,
             seed=self.seed,
             epoch=epoch,
             shuffle=self.shuffle,
             drop_last=self.drop_last,
-            costs=self.costs,
+            costs=costs,
         )
 
     def _count_steps(self, plan: EpochPlan, consumed: int) -> int:

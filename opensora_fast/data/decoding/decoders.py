@@ -37,8 +37,8 @@ def build_decoder(
     | "dali" | DALI on the GPU; other codecs are bad clips          | DALI for VP8, VP9, MJPEG; others are bad clips |
     | "pyav" | PyAV                                                 | PyAV                             |
 
-    Of its own codecs DALI does not support files that hide frames or have 2 GiB. On the CPU, "auto" leaves DALI out: it
-    gives the same frames more slowly (`benchmarks/test_decode.py`).
+    Of its own codecs DALI does not support files that hide frames, are turned when they are shown, or have 2 GiB. On
+    the CPU, "auto" leaves DALI out: it gives the same frames more slowly (`benchmarks/test_decode.py`).
 
     Args:
         name: see above.

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from bench_toys import make_row
 
+from opensora_fast.benchmarks.measuring.refused import Refused
 from opensora_fast.benchmarks.measuring.session import Session
-from opensora_fast.benchmarks.refused import Refused
 from opensora_fast.benchmarks.report.compare import Thresholds, compare
 from opensora_fast.benchmarks.rows import append_rows, level_path
 from opensora_fast.cli import run

@@ -13,8 +13,8 @@ from gpu_like_rows import gpu_like_rows
 
 from opensora_fast.benchmarks.jobs.convergence import EAGER, PERTURBED, SEEDS, Curve, write_curve
 from opensora_fast.benchmarks.measuring.accuracy import Part
+from opensora_fast.benchmarks.measuring.refused import Refused
 from opensora_fast.benchmarks.measuring.session import Session
-from opensora_fast.benchmarks.refused import Refused
 from opensora_fast.benchmarks.report.page import CPU_NOTE, SECTIONS, write_report
 from opensora_fast.benchmarks.report.predictions import judge_prediction
 from opensora_fast.benchmarks.report.results import Results, group, published_for, rate, time_text

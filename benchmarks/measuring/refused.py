@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .measuring.accuracy import Part
-from .rows import Row
+from ..rows import Row
+from .accuracy import Part
 
 REFUSED_FILE = "refused.jsonl"
 

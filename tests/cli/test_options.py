@@ -1,6 +1,6 @@
 import pytest
 
-from opensora_fast.cli._budget import parse_budget
+from opensora_fast.cli._options import parse_budget
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("9m", 540), ("90s", 90), ("1h", 3600), ("540", 540), ("1.5m", 90)])
