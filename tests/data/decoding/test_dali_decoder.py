@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 
 import av
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from coded_clips import CODINGS, Coding, draw_frames, read_all, write_clip
-from failing_decoders import CarelessDaliDecoder
+from failing_decoders import CrashingDaliDecoder
 from PIL import Image
 from test_pyav_decoder import join, move_index_to_the_front
 
@@ -241,9 +242,9 @@ def test_index_that_points_far_outside(tmp_path, dali, files):
 
 
 def test_a_crash_of_dali_costs_one_clip(tmp_path, files):
-    """The same file past the check: the process of the decoder is lost, and nothing else."""
-    path = point_far_outside(write_clip(tmp_path, "mjpeg", 12))
-    decoder = IsolatedDecoder(CarelessDaliDecoder, time_limit=60)
+    """The process of the decoder is lost with its pipeline, and nothing else."""
+    path = shutil.copy(files[1], tmp_path / "crash.webm")
+    decoder = IsolatedDecoder(CrashingDaliDecoder, time_limit=60)
     requests = [ClipRequest(row, str(path if row == 1 else files[0]), (0, 5), (72, 128), False) for row in range(4)]
     results = decoder.decode(requests)
     decoder.close()
