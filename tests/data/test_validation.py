@@ -1,6 +1,7 @@
 """Validation of manifests and the `data` and `buckets` commands."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -56,7 +57,7 @@ def test_every_bad_row_is_listed_with_line_and_reason(meta):
 
 def test_a_path_that_no_file_can_have_is_one_bad_row(meta):
     meta.write_bytes(meta.read_bytes().replace(b"missing.mp4", b"miss\0ing.mp4"))
-    assert validate_manifest(meta).bad_rows[0].reason == "is no path of a file: embedded null byte"
+    assert re.fullmatch("is no path of a file: .*embedded null .*", validate_manifest(meta).bad_rows[0].reason)
 
 
 def test_deep_finds_what_headers_hide(meta):
