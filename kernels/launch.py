@@ -20,6 +20,10 @@ from .registration import on_device
 
 Argument = Tensor | int | float | None
 
+# Of all builds. By itself Triton asks the environment (TRITON_DEFAULT_FP_FUSION), and from 3.10 on would take False:
+# products and sums rounded apart, in twice the instructions.
+BUILD_OPTIONS = {"enable_fp_fusion": True}
+
 # What Triton's own cache holds, by the signature of `launch`: the compiled kernel and the values of its constexprs.
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
@@ -27,7 +31,7 @@ _compiled: dict[tuple, tuple[Any, tuple]] = {}
 def launch(
     kernel: Any, grid: tuple[int, ...], on: Tensor, arguments: tuple[Argument, ...], constants: dict[str, Any]
 ) -> None:
-    """Runs `kernel[grid](*arguments, **constants)` on the device of a tensor.
+    """Runs `kernel[grid](*arguments, **constants, **BUILD_OPTIONS)` on the device of a tensor.
 
     Args:
         kernel: a `@triton.jit` function whose constexprs come last.
@@ -51,7 +55,7 @@ def launch(
             compiled, values = found
             compiled[(*grid, 1, 1)[:3]](*arguments, *values)
             return
-        compiled = kernel[grid](*arguments, **constants)
+        compiled = kernel[grid](*arguments, **constants, **BUILD_OPTIONS)
     if compiled is not None:  # as it is under the interpreter
         _compiled[signature] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..configurations import CompileCase
 from ..dispatch import interpreting
+from ..launch import BUILD_OPTIONS
 from . import sass, sass_descriptors
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -134,7 +135,7 @@ def compile_case(case: CompileCase, arch: str) -> dict[str, Any]:
     compiled = triton.compile(
         ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
-        options=case.configuration.options,
+        options=case.configuration.options | BUILD_OPTIONS,
     )
     cache = get_cache_manager(compiled.hash)
     reader = b"".join(Path(file).read_bytes() for file in (__file__, sass.__file__, sass_descriptors.__file__))

@@ -17,9 +17,10 @@ import triton
 from opensora_fast.kernels.compilation import BUDGET_PATH, check_budget, compile_kernels, find_faults
 
 
-def run_python(*arguments: str) -> list[dict]:
-    """What Python prints with these arguments; in a process of its own, for this one interprets the kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def run_python(*arguments: str, **variables: str) -> list[dict]:
+    """What Python prints with these arguments and variables of the environment; in a process of its own, for this one
+    interprets the kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     process = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
@@ -61,6 +62,16 @@ def test_builds_for_sm_90() -> None:
 
 
 @pytest.mark.timeout(600)
+def test_the_environment_changes_no_build() -> None:
+    """Triton asks it whether products and sums may be fused, where it is not told."""
+    script = "import json; from opensora_fast.kernels.compilation import compile_case\n"
+    script += "from opensora_fast.kernels.rows.gelu_tanh import compile_cases\n"
+    script += "print(json.dumps([compile_case(case, 'sm_90') for case in compile_cases('sm_90')[:1]]))"
+    plain = run_python("-c", script)
+    assert plain[0]["registers"] > 0
+    assert run_python("-c", script, TRITON_DEFAULT_FP_FUSION="0") == plain
+
+
 def test_what_was_chosen_by_measurement_is_built_rightly_for_sm_90() -> None:
     """It runs on those GPUs in the place of the default. A choice may spill, if it was faster still."""
     builds = run_python(str(Path(__file__).parent / "measured_builds.py"))

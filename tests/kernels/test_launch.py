@@ -14,7 +14,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from opensora_fast.kernels.compilation import modules_with
-from opensora_fast.kernels.launch import ceil_divide, launch
+from opensora_fast.kernels.launch import BUILD_OPTIONS, ceil_divide, launch
 
 calls: list[tuple] = []
 
@@ -91,7 +91,7 @@ def test_launch_runs_what_triton_would(first, second, count, free, eps, constant
         # A tensor of that GPU, which is the current one: `on_device` makes it so.
         current.device, on = device, SimpleNamespace(is_cuda=False, get_device=lambda: current.device)
         calls.clear()
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, **constants, **BUILD_OPTIONS)
         launch(kernel, grid, on, arguments, constants)
         launch(kernel, grid, on, arguments, constants)
         compiled, sizes, given_arguments = calls[0]
