@@ -35,7 +35,8 @@ def test_bfloat16_on_the_emulator(file) -> None:
     process = subprocess.run([*command, str(FOLDER / file)], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
     # No test is skipped, and what ran is what was built.
-    assert re.search(r"^\d+ passed, \d+ deselected(, \d+ warnings?)? in ", process.stdout, flags=re.MULTILINE), process.stdout[-2000:]
+    summary = r"^\d+ passed, \d+ deselected(, \d+ warnings?)? in "
+    assert re.search(summary, process.stdout, flags=re.MULTILINE), process.stdout[-2000:]
     assert re.search(r"^emulated launches: \{'.+': \d+.*\}$", process.stdout, flags=re.MULTILINE)
 
 
