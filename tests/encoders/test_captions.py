@@ -1,10 +1,19 @@
 """Caption cleaning. Every expected text is what Open-Sora 1.1's own cleaning returns for it."""
 
 import random
+import re
+import time
 
 import pytest
 
-from opensora_fast.encoders.captions import AFTER_MARKUP, AFTER_REPAIR, BEFORE_MARKUP, clean_caption
+from opensora_fast.encoders.captions import (
+    AFTER_MARKUP,
+    AFTER_REPAIR,
+    BEFORE_MARKUP,
+    DOMAINS,
+    FILE_ENDINGS,
+    clean_caption,
+)
 
 # caption -> cleaned twice
 CASES = {
@@ -85,7 +94,7 @@ def test_every_edit_is_reached():
             "at 9:30 ",
             "a\\nb",
         ]
-        if any(edit.pattern.search(text) for text in texts):
+        if any(edit.pattern.sub(edit.replacement, text) != text for text in texts):
             reached.add(edit.what)
     assert {edit.what for edit in (*BEFORE_MARKUP, *AFTER_MARKUP, *AFTER_REPAIR)} == reached
 
@@ -105,3 +114,56 @@ def test_no_warning_for_captions_that_look_like_files(recwarn: pytest.WarningsRe
     clean_caption("https://x.y/z & w")
     clean_caption("a&b.html")
     assert not list(recwarn)
+
+
+HOST = rf"[a-zA-Z0-9.\-]+\.(?:{DOMAINS})[\w/-]*\b/?(?!@)"
+# Edit -> its pattern as one would write it at first, and what texts may consist of that it almost matches.
+PLAIN_PATTERNS = {
+    "scheme of a URL, or a bare host and its path": (
+        rf"\b(?:https?:(?:/{{1,3}}|[a-zA-Z0-9%])|{HOST})",
+        ["https", "http", ":", "/", "a", "b1", "-", ".", ".com", ".co", "@", " ", "é", "_", "%", "٣", "com"],
+    ),
+    "the same after `www:`": (
+        rf"\b(?:www:(?:/{{1,3}}|[a-zA-Z0-9%])|{HOST})",
+        ["www", ":", "/", "a", "b1", "-", ".", ".com", ".co", "@", " ", "é", "_", "%", "٣", "com"],
+    ),
+    "file name": (rf"\S+\.(?:{FILE_ENDINGS})", [".png", ".jpg", ".jpeg", "png", ".", "a", "/", " ", "\n", "\xa0"]),
+    "lone dot": (r"\s+\.\s+", [" ", "\n", "\xa0", ".", "a"]),
+    "mixed code such as j2d1a2a": (
+        r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b",
+        ["a", "b", "1", "2", "٣", "é", "_", ".", " "],
+    ),
+    "size such as 30x40 (Latin x, Cyrillic х or ×)": (
+        r"\b\d+\.?\d*[xх×]\d+\.?\d*\b",
+        ["1", "2", "٣", "x", "х", "×", ".", "-", "a", "_", " "],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PLAIN_PATTERNS)
+def test_patterns_that_look_at_a_run_once_replace_what_the_plain_ones_do(what: str):
+    pattern, parts = PLAIN_PATTERNS[what]
+    (edit,) = (edit for edit in (*BEFORE_MARKUP, *AFTER_MARKUP, *AFTER_REPAIR) if edit.what == what)
+    replacement = "" if r"\1" in edit.replacement else edit.replacement
+    generator = random.Random(0)
+    for _ in range(20_000):
+        text = "".join(generator.choice(parts) for _ in range(generator.randint(1, 14)))
+        assert edit.pattern.sub(edit.replacement, text) == re.sub(pattern, replacement, text)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        pytest.param("a." * 25_000, id="dots"),
+        pytest.param("a" + " " * 200_000 + "b", id="spaces"),
+        pytest.param("a" * 200_000, id="letters"),
+        pytest.param("1" * 50_000 + "_", id="digits"),
+        pytest.param("a1a" + "1" * 50_000 + "_", id="mixed code"),
+    ],
+)
+def test_time_grows_with_the_length_of_a_run_and_not_with_its_square(caption: str):
+    """A damaged table may have such captions; with patterns that begin anew at each letter they take ten seconds and
+    more each."""
+    began = time.perf_counter()
+    clean_caption(caption)
+    assert time.perf_counter() - began < 5
