@@ -64,12 +64,14 @@ def locate_pretrained(
 
 
 def load_completely(owner: str, model_class: Any, folder: Path, **options: Any) -> Any:
-    """`model_class.from_pretrained(folder, **options)` of diffusers or transformers, which has to fill every weight.
+    """`model_class.from_pretrained(folder, **options)` of diffusers or transformers, which has to fill every weight
+    and to use every one of the parts that the model has. A file may hold other parts, as T5's does its decoder.
 
-    Both libraries leave a weight that is not in the file at its random start, with no more than a warning.
+    Both libraries leave a weight that is not in the file at its random start, and one without a place unused, with no
+    more than a warning.
 
     Raises:
-        ValueError: the files do not load, or weights are missing in them.
+        ValueError: the files do not load, or their weights are not those that config.json describes.
     """
     from safetensors import SafetensorError
 
@@ -89,6 +91,13 @@ def load_completely(owner: str, model_class: Any, folder: Path, **options: Any) 
         raise ValueError(
             f"{owner}.from_pretrained: the weights in {folder} lack {len(missing)} of {model_class.__name__}'s, among "
             f"them {', '.join(missing[:3])}; these are the weights of another model"
+        )
+    parts = tuple(f"{name}." for name, _ in model.named_children())
+    unused = sorted(key for key in info["unexpected_keys"] if key.startswith(parts))
+    if unused:
+        raise ValueError(
+            f"{owner}.from_pretrained: config.json in {folder} describes a smaller model than its weights are of: it "
+            f"has no place for {len(unused)} of them, among them {', '.join(unused[:3])}; take both from one model"
         )
     return model
 

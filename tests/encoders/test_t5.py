@@ -136,6 +136,25 @@ def test_missing_weights_are_an_error(t5_folder: Path, tmp_path: Path):
         build(tmp_path)
 
 
+def test_weights_that_the_configuration_has_no_place_for_are_an_error(t5_folder: Path, tmp_path: Path):
+    """transformers itself leaves them out: the encoder would be cut short."""
+    shutil.copytree(t5_folder, tmp_path, dirs_exist_ok=True)
+    keys = json.loads((t5_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(keys | {"num_layers": 1}))
+    with pytest.raises(ValueError, match=r"no place for 9 of them, among them encoder\.block\.1\.layer\.0\."):
+        build(tmp_path)
+
+
+def test_the_decoder_and_second_names_beside_the_encoder_are_left_out(t5_folder: Path, tmp_path: Path):
+    shutil.copytree(t5_folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(t5_folder / "model.safetensors")
+    for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights["shared.weight"].clone()
+    weights["decoder.block.0.layer.0.SelfAttention.q.weight"] = torch.ones(32, 32)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(build(tmp_path).encode(CAPTIONS)["y"], build(t5_folder).encode(CAPTIONS)["y"])
+
+
 @pytest.mark.parametrize("content", [b"\x00garbage", b"", b"[]"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "spiece.model", "tokenizer.json"])
 def test_broken_files_are_named(t5_folder: Path, tmp_path: Path, name: str, content: bytes):

@@ -135,6 +135,32 @@ def test_missing_weights_are_an_error(vae_folder: Path, tmp_path: Path):
         build(tmp_path)
 
 
+def test_weights_that_the_configuration_has_no_place_for_are_an_error(vae_folder: Path, tmp_path: Path):
+    """diffusers itself leaves them out: the autoencoder would be cut short."""
+    shutil.copytree(vae_folder, tmp_path, dirs_exist_ok=True)
+    keys = json.loads((vae_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(keys | {"mid_block_add_attention": False}))
+    with pytest.raises(ValueError, match="describes a smaller model than its weights are of"):
+        build(tmp_path)
+
+
+def test_names_of_attention_in_older_files_are_known(vae_folder: Path, tmp_path: Path):
+    """As in the files of sd-vae-ft-ema."""
+    shutil.copy(vae_folder / "config.json", tmp_path)
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(vae_folder / "diffusion_pytorch_model.safetensors")
+    for name in [name for name in weights if "attentions" in name]:
+        older = name
+        for new, old in names.items():
+            older = older.replace(f".{new}.", f".{old}.")
+        weights[older] = weights.pop(name)
+    assert "encoder.mid_block.attentions.0.query.weight" in weights
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    video = torch.rand(1, 3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    older, newer = (build(folder, latents="mode").encode(video) for folder in (tmp_path, vae_folder))
+    assert torch.equal(older, newer)
+
+
 @pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors"])
 def test_broken_files_are_named(vae_folder: Path, tmp_path: Path, name: str):
     shutil.copytree(vae_folder, tmp_path, dirs_exist_ok=True)
