@@ -27,7 +27,7 @@ def demo(
 @app.command()
 def probe(
     folder: Annotated[Path, typer.Argument(help="Folder with videos and images; folders in it are searched, too.")],
-    out: Annotated[Path, typer.Option("--out", help="Manifest to write, .csv or .parquet.")],
+    out: Annotated[Path, typer.Option("--out", help="Manifest to write, .csv or .parquet; a new one.")],
     workers: Annotated[int | None, typer.Option(min=1, help="Files probed side by side; one per core.")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Believe the files' headers; decode and count nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -54,7 +54,7 @@ def validate(
     meta: Annotated[Path, typer.Argument(help="Manifest, .csv or .parquet.")],
     deep: Annotated[bool, typer.Option("--deep", help="Decode every file and count its frames.")] = False,
     table_only: Annotated[bool, typer.Option("--table-only", help="Check the cells; open no file.")] = False,
-    keep: Annotated[Path | None, typer.Option(help="Write the good rows to this manifest.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Write the good rows to this manifest, a new one.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Files opened side by side; one per core.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

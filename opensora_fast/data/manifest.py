@@ -150,7 +150,7 @@ def write_table(table: pd.DataFrame, path: str | Path) -> None:
         ValueError: it is no name for a manifest, or the file cannot be written.
     """
     path = Path(path)
-    check_target(path)
+    check_ending(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part:
@@ -166,10 +166,13 @@ def write_table(table: pd.DataFrame, path: str | Path) -> None:
 
 
 def check_target(path: Path) -> None:
-    """ValueError unless a manifest may be written to this path, by its ending and what is there."""
+    """ValueError unless a manifest may be written to this path, by its ending and what is there: a table may hold work
+    of hours, such as captions."""
     check_ending(path)
     if path.is_dir():
         raise ValueError(f"manifest {path} is a folder; give the name of a file")
+    if path.exists():
+        raise ValueError(f"manifest {path} exists already, and is not overwritten: give another name, or remove it")
 
 
 def check_ending(path: Path) -> None:

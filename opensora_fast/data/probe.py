@@ -175,7 +175,8 @@ def probe_folder(
         workers: files probed side by side; one per core by default.
 
     Raises:
-        ValueError: no folder, no media in it, or no readable file; then nothing is written.
+        ValueError: no folder, no media in it, no readable file, or a manifest that exists already; then nothing is
+            written.
     """
     import pandas as pd
 

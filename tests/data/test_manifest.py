@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opensora_fast.data.manifest import Clip, Manifest, check_table, read_table, write_table
+from opensora_fast.data.manifest import Clip, Manifest, check_table, check_target, read_table, write_table
 
 HEADER = "path,text,num_frames,height,width,fps\n"
 
@@ -222,6 +222,8 @@ def test_a_manifest_that_cannot_be_written_is_named_and_leaves_no_part(tmp_path)
 def test_a_folder_is_not_written_to(tmp_path):
     (tmp_path / "meta.csv").mkdir()
     with pytest.raises(ValueError, match="meta.csv is a folder; give the name of a file"):
+        check_target(tmp_path / "meta.csv")
+    with pytest.raises(ValueError, match="meta.csv could not be written: .*Is a directory"):
         write_table(make_table(), tmp_path / "meta.csv")
     assert os.listdir(tmp_path) == ["meta.csv"]
 

@@ -8,7 +8,7 @@ import pytest
 from sample_media import write_image, write_video
 
 from opensora_fast.cli import run
-from opensora_fast.data import validation
+from opensora_fast.data import probe, validation
 from opensora_fast.data.manifest import Manifest
 from opensora_fast.data.validation import validate_manifest
 
@@ -121,11 +121,23 @@ def test_probe_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"left out: {tmp_path / 'b.mp4'}: cannot be read as a video" in printed
     assert f"{out}: 1 rows, 1 left out" in printed
-    assert run(["data", "probe", str(tmp_path), "--out", str(out), "--fast", "--json"]) == 0
+    other = tmp_path / "other.csv"
+    assert run(["data", "probe", str(tmp_path), "--out", str(other), "--fast", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 1
-    assert len(pd.read_csv(out)) == 1
-    assert run(["data", "probe", str(tmp_path / "nowhere"), "--out", str(out)]) == 1
+    assert len(pd.read_csv(other)) == 1
+    assert run(["data", "probe", str(tmp_path / "nowhere"), "--out", str(tmp_path / "third.csv")]) == 1
     assert "is not a folder" in capsys.readouterr().err
+
+
+def test_a_table_that_is_there_is_not_overwritten(meta, capsys, monkeypatch):
+    """Its captions may be written by hand; told before hours of probing or checking, not after."""
+    content = meta.read_text()
+    monkeypatch.setattr(probe, "probe_media", lambda *_: pytest.fail("probed"))
+    monkeypatch.setattr(validation, "validate_manifest", lambda *_, **__: pytest.fail("checked"))
+    for command in (["probe", str(meta.parent), "--out", str(meta)], ["validate", str(meta), "--keep", str(meta)]):
+        assert run(["data", *command]) == 1
+        assert f"manifest {meta} exists already, and is not overwritten: give another name" in capsys.readouterr().err
+    assert meta.read_text() == content
 
 
 CONFIG = """
