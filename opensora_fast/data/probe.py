@@ -158,6 +158,8 @@ def read_caption(path: Path) -> str:
             return " ".join(sidecar.read_text(encoding="utf-8-sig").split())
         except UnicodeDecodeError:
             raise ClipError(f"its caption {sidecar.name} is not UTF-8 text") from None
+        except OSError as error:
+            raise ClipError(f"its caption {sidecar.name} cannot be read: {error.strerror}") from None
     return " ".join(path.stem.replace("_", " ").replace("-", " ").split())
 
 

@@ -1,6 +1,7 @@
 """Probing of files and folders: counts, sizes and rates as written; damaged files are listed and nothing stops."""
 
 import os
+from pathlib import Path
 
 import av
 import numpy as np
@@ -151,7 +152,7 @@ def test_folders_that_are_not_searched_are_named(tmp_path, monkeypatch):
     ]
     (tmp_path / "media" / "open" / "a.png").unlink()
     with pytest.raises(ValueError, match="no video or image below(.|\n)*closed: cannot be searched"):
-        probe_folder(tmp_path / "media", tmp_path / "meta.csv")
+        probe_folder(tmp_path / "media", tmp_path / "other.csv")
 
 
 def test_a_name_that_is_not_text_is_left_out_and_named(tmp_path, capsys):
@@ -168,6 +169,23 @@ def test_a_caption_that_is_not_text_is_told(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ClipError, match="a.txt is not UTF-8"):
         read_caption(path)
+
+
+def test_a_caption_that_may_not_be_read_costs_its_clip(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_image(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"caption {name}")
+    read = Path.read_text
+
+    def refuse(path, **options):
+        if path.name == "a.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    result = probe_folder(tmp_path, tmp_path / "meta.csv")
+    assert result.table["text"].tolist() == ["caption b"]
+    assert result.unreadable == [(str(tmp_path / "a.png"), "its caption a.txt cannot be read: Permission denied")]
 
 
 def test_nothing_is_written_when_nothing_can_be_read(tmp_path):
