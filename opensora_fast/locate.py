@@ -5,12 +5,15 @@ network themselves.
 """
 
 import fnmatch
+import hashlib
 import pickle
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 LFS_POINTER = b"version https://git-lfs"
+# So many bytes at so many places stand for a file: training changes nearly every byte of its weights.
+SAMPLES, SAMPLE_BYTES = 256, 4096
 
 
 class Need(NamedTuple):
@@ -61,6 +64,29 @@ def locate_pretrained(
             f"folder or a hub id"
         )
     return _from_hub(owner, str(source), needs, cache_dir, local_files_only)
+
+
+def find_local(source: str | Path, needs: tuple[Need, ...], cache_dir: str | Path | None = None) -> Path | None:
+    """The folder that `locate_pretrained` would take if nothing may be downloaded; None if there is none."""
+    path = Path(source).expanduser()
+    folder = path if path.is_dir() else _find_cached(str(source), _get_cache(cache_dir))
+    return None if folder is None or _missing(folder, needs) else folder
+
+
+def fingerprint_files(folder: Path, needs: tuple[Need, ...]) -> str:
+    """Of the files of a folder that are needed: differs where other weights have taken their place. Seconds for 20 GB,
+    as large files are read in places only."""
+    names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    digest = hashlib.sha256()
+    for name in sorted(name for need in needs for name in need.match(names)):
+        with open(folder / name, "rb") as file:
+            size = file.seek(0, 2)
+            digest.update(f"{name} {size}\n".encode())
+            step = max(SAMPLE_BYTES, size // SAMPLES)
+            for place in range(0, size, step):
+                file.seek(place)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def load_completely(owner: str, model_class: Any, folder: Path, **options: Any) -> Any:
@@ -133,21 +159,32 @@ def _why_hollow(path: Path) -> str:
     return "is a pointer of Git LFS: `git lfs pull` fetches it" if start == LFS_POINTER else ""
 
 
+def _get_cache(cache_dir: str | Path | None) -> Path:
+    from huggingface_hub import constants
+
+    return Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+
+
+def _find_cached(hub_id: str, cache: Path) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, cache_dir=cache, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
 def _from_hub(
     owner: str, hub_id: str, needs: tuple[Need, ...], cache_dir: str | Path | None, local_files_only: bool
 ) -> Path:
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    cache = _get_cache(cache_dir)
     by_hand = f"`hf download {hub_id}` where there is network, then give that folder as {owner}.from_pretrained"
-    try:
-        cached = Path(snapshot_download(hub_id, cache_dir=cache, local_files_only=True))
-    except (OSError, ValueError):
-        missing = ["every file"]
-    else:
-        missing = _missing(cached, needs)
-        if not missing:
-            return cached
+    cached = _find_cached(hub_id, cache)
+    missing = ["every file"] if cached is None else _missing(cached, needs)
+    if not missing:
+        return cached
     if local_files_only:
         raise ValueError(
             f"{owner}.from_pretrained: {hub_id!r} is no folder here, and the Hugging Face cache {cache} lacks "

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ class FeatureWriter:
         settings = json.loads(json.dumps(settings))
         if (self.folder / INDEX_NAME).exists():
             self.index = FeatureIndex.read(folder)
-            _check_settings(self.folder, self.index.settings, settings)
+            if different := describe_differences(self.index.settings, settings):
+                raise FeatureError(f"{folder} holds features made in another way ({different}): use another folder")
             self.index.shards = [shard for shard in self.index.shards if _is_intact(self.folder / shard.file, shard)]
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -252,11 +254,19 @@ def _is_intact(path: Path, shard: Shard) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes and hash_file(path) == shard.sha256
 
 
-def _check_settings(folder: Path, written: dict[str, Any], wanted: dict[str, Any]) -> None:
-    different = [name for name in sorted(written | wanted) if written.get(name) != wanted.get(name)]
-    if different:
-        described = "; ".join(f"{name}: {written.get(name)!r} there, {wanted.get(name)!r} here" for name in different)
-        raise FeatureError(f"{folder} holds features made in another way ({described[:600]}): use another folder")
+def describe_differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The settings that differ, by their dotted names, with their values there and here; empty if none does."""
+    there, here = dict(_flatten(there)), dict(_flatten(here))
+    names = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
+    return "; ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names)[:600]
+
+
+def _flatten(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", inner) for key, inner in _flatten(value))
+        else:
+            yield name, value
 
 
 def _write_safely(path: Path, content: bytes) -> None:

@@ -16,6 +16,8 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor
 
+from opensora_fast.locate import find_local, fingerprint_files
+
 __all__ = [
     "TextEncoder",
     "TextEncoding",
@@ -23,6 +25,7 @@ __all__ = [
     "build_text_encoder",
     "build_video_encoder",
     "choose_text_dtype",
+    "fingerprint_weights",
 ]
 
 
@@ -111,6 +114,18 @@ def build_text_encoder(
         ValueError: unknown type or key, or weights that are not there.
     """
     return _build("text_encoder", config, TEXT_ENCODERS, device, dtype)
+
+
+def fingerprint_weights(config: dict[str, Any]) -> str | None:
+    """Of the files that the encoder of a configuration (as the builders take it) is read from; None if it is read from
+    none, or they are not on this machine."""
+    source = config.get("from_pretrained")
+    if source is None:
+        return None
+    module_name, _ = (VIDEO_ENCODERS | TEXT_ENCODERS)[config["type"]]
+    needs = importlib.import_module(f"{__name__}.{module_name}").NEEDS
+    folder = find_local(source, needs, config.get("cache_dir"))
+    return None if folder is None else fingerprint_files(folder, needs)
 
 
 def _build(

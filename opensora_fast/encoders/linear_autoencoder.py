@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from opensora_fast.locate import Need
+
 from .vae import check_video, latent_size
 
 PATCH = 8
@@ -20,6 +22,7 @@ CHANNELS = 4
 PATCH_VALUES = 3 * PATCH * PATCH
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "linear_autoencoder.safetensors"
+NEEDS = (Need("its configuration", (CONFIG_NAME,)), Need("its weights", (WEIGHTS_NAME,)))
 
 # Variance below which a component is rounding noise of 8-bit video: dividing by it would only blow that up.
 MIN_VARIANCE = 1e-6

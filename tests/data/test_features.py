@@ -261,7 +261,7 @@ def test_bad_clips_are_left_out(tmp_path):
     ("change", "message"),
     [
         ({"draws": 2}, "draws: 1 there, 2 here"),
-        ({"encoders": {"vae": "other"}}, "encoders: "),
+        ({"encoders": {"vae": {"type": "other"}}}, "encoders.vae.type: None there, 'other' here"),
         ({"loader": lambda: make_loader(bucket=Bucket({"144p": {1: (1.0, 2)}}))}, "buckets: "),
         ({"loader": lambda: make_loader(manifest=make_manifest(videos=11))}, "manifest: "),
     ],

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opensora_fast.encoders import build_text_encoder, build_video_encoder, choose_text_dtype
+from opensora_fast.encoders import build_text_encoder, build_video_encoder, choose_text_dtype, fingerprint_weights
 from opensora_fast.encoders.vae import NEEDS
 from opensora_fast.locate import locate_pretrained
 
@@ -114,6 +114,35 @@ def test_cached_files_are_used_without_network(tmp_path: Path):
     snapshot = fake_cache(tmp_path, "some/vae", FILES)
     for local_files_only in (True, False):
         assert locate("some/vae", cache_dir=tmp_path, local_files_only=local_files_only) == snapshot
+
+
+def test_weights_have_a_fingerprint_wherever_they_lie(tmp_path: Path):
+    """A few places of a large file tell two trainings apart; what an encoder does not read does not count."""
+    generator = torch.Generator().manual_seed(0)
+    contents = [torch.randn(1_000_000, generator=generator).numpy().tobytes() for _ in range(2)]
+    folder, snapshot = tmp_path / "vae", fake_cache(tmp_path / "cache", "some/vae", [])
+    for place in (folder, snapshot):
+        place.mkdir(exist_ok=True)
+        (place / "config.json").write_text("{}")
+        (place / "diffusion_pytorch_model.safetensors").write_bytes(contents[0])
+    config = {"type": "VideoAutoencoderKL", "from_pretrained": str(folder)}
+    first = fingerprint_weights(config)
+    cached = {"from_pretrained": "some/vae", "cache_dir": tmp_path / "cache"}
+    assert first and first == fingerprint_weights(config | cached)
+    (folder / "README.md").write_text("read me")
+    assert fingerprint_weights(config) == first
+    for name, other in (("config.json", b"{ }"), ("diffusion_pytorch_model.safetensors", contents[1])):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(other)
+        assert fingerprint_weights(config) not in (first, None)
+        (folder / name).write_bytes(kept)
+    assert fingerprint_weights(config) == first
+
+
+def test_what_is_not_here_or_has_no_weights_has_no_fingerprint(tmp_path: Path):
+    for source in ("nobody/nothing", str(tmp_path / "nowhere"), str(tmp_path), None):
+        assert fingerprint_weights({"type": "t5", "from_pretrained": source, "cache_dir": str(tmp_path)}) is None
+    assert fingerprint_weights({"type": "bytes"}) is None
 
 
 @pytest.mark.parametrize("cached, lacking", [([], "every file|its configuration"), (FILES[:1], "its weights")])

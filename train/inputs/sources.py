@@ -12,9 +12,10 @@ from opensora_fast.config import TrainConfig
 from opensora_fast.data.batch import Batch
 from opensora_fast.data.buckets.sampler import BucketSampler
 from opensora_fast.data.decoding.decoders import build_decoder
-from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader
+from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, describe_differences
 from opensora_fast.data.features import FeatureLoader, FeatureSampler, write_features
 from opensora_fast.data.loader import ClipLoader
+from opensora_fast.encoders import fingerprint_weights
 from opensora_fast.folder_lock import hold_folder
 from opensora_fast.train.inputs.data import TrainingData
 from opensora_fast.train.inputs.encoders import FITTED, adopt_fitted, build_encoders, holds_other_fitted, needs_fit
@@ -124,19 +125,18 @@ def open_features(
             "folder that is not there yet, and they are made with this one"
         )
     try:
-        complete = FeatureIndex.read(folder).complete
+        index = FeatureIndex.read(folder)
     except FeatureError:
         if folder.exists() and any(folder.glob("*.safetensors")):
             raise
-        complete = False
-    if not complete:
-        _write(config, data, out, folder, device, dtype, report)
-    index = FeatureIndex.read(folder)
+        index = None
+    if index is None or not index.complete:
+        _write(config, data, out, folder, index, device, dtype, report)
+        index = FeatureIndex.read(folder)
     made_with = index.settings["encoders"]
-    if made_with != describe_encoders(config):
+    if different := describe_differences(made_with, _describe_as_known(config, folder, made_with, report)):
         raise ValueError(
-            f"features={folder} were made with {made_with}, the configuration has {describe_encoders(config)}: use the "
-            "same encoders, or another folder"
+            f"features={folder} were made with other encoders ({different}): use the same encoders, or another folder"
         )
     for key, value in (("frame_interval", config.dataset.frame_interval), ("draws", config.feature_draws)):
         if index.settings[key] != value:
@@ -174,11 +174,33 @@ def open_features(
     )
 
 
+def _describe_as_known(config: TrainConfig, folder: Path, made_with: dict[str, Any], report: Report) -> dict[str, Any]:
+    """The encoders of the configuration, to be compared with those that features were made with. Of weights from the
+    same place of which only one of them says what is in the files, both say the same; `report` is told."""
+    here = describe_encoders(config)
+    for name in ("vae", "text_encoder"):
+        written = made_with.get(name, {})
+        there, source = written.get("weights"), here[name].get("from_pretrained")
+        if (there is None) != ("weights" not in here[name]) and written.get("from_pretrained") == source:
+            reason = (
+                "they come from a version that did not write down what was in those files"
+                if there is None
+                else "those are not on this machine"
+            )
+            report(f"note: features={folder} cannot be compared with the weights of {name} in {source}: {reason}")
+            here[name]["weights"] = there
+    return here
+
+
 def describe_encoders(config: TrainConfig) -> dict[str, Any]:
-    """What features depend on in the encoders: their types and weights, not how they are run."""
+    """What features depend on in the encoders: their types and weights, not how they are run. What is in the files of
+    the weights is among it where they are on this machine."""
     vae = {key: value for key, value in config.vae.get_keys().items() if key in ("type", "from_pretrained", "latents")}
     ignored = ("cache_dir", "local_files_only")
     text = {key: value for key, value in config.text_encoder.get_keys().items() if key not in ignored}
+    for described, section in ((vae, config.vae), (text, config.text_encoder)):
+        if weights := fingerprint_weights(section.get_keys()):
+            described["weights"] = weights
     return {"vae": vae, "text_encoder": text, "dtype": config.dtype}
 
 
@@ -187,10 +209,12 @@ def _write(
     data: TrainingData,
     out: Path,
     folder: Path,
+    index: FeatureIndex | None,
     device: torch.device,
     dtype: torch.dtype,
     report: Report,
 ) -> None:
+    """Make what is not in the index yet, or all where there is none."""
     report(f"features: encoding {len(data.manifest)} clips into {folder}, {config.feature_draws} times each")
     sampler = BucketSampler(
         data.manifest, data.bucket, frame_interval=config.dataset.frame_interval, seed=config.seed, drop_last=False
@@ -202,13 +226,14 @@ def _write(
         try:
             # Before any feature: another run may go on with those that are there, and needs this autoencoder for them.
             adopt_fitted(out, folder)
+            made_with = {} if index is None else index.settings["encoders"]
             write_features(
                 clips.loader,
                 clips.inputs.video_encoder,
                 clips.inputs.text_encoder,
                 folder,
                 draws=config.feature_draws,
-                encoders=describe_encoders(config),
+                encoders=_describe_as_known(config, folder, made_with, report),
                 device=device,
             )
         finally:

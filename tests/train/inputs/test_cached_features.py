@@ -1,5 +1,6 @@
 """Training from cached features: the numbers of training from clips, without decoder and encoders."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,73 @@ def test_features_of_another_autoencoder_are_refused(train, tmp_path):
     code, _, error = train(tmp_path / "third", *arguments, f"features={new}")
     assert code == 0, error
     assert (new / FITTED).read_bytes() == (other / FITTED).read_bytes()
+
+
+@pytest.fixture
+def autoencoders(train, tmp_path):
+    """Folders of two linear autoencoders."""
+    folders = []
+    for name, buckets in (("one", []), ("two", ["bucket_config={'144p': {1: (1.0, 2)}}"])):
+        assert train(tmp_path / name, "--steps", 0, *buckets)[0] == 0
+        folders.append((tmp_path / name / FITTED).parent)
+    return folders
+
+
+def test_features_are_refused_where_other_weights_lie_in_the_folder_of_an_encoder(train, tmp_path, autoencoders):
+    vae, other = autoencoders
+    more = [f"features={tmp_path / 'features'}", f"vae.from_pretrained={vae}"]
+    assert train(tmp_path / "first", "--steps", 2, *more)[0] == 0
+    shutil.copytree(vae, tmp_path / "kept")
+    shutil.copytree(other, vae, dirs_exist_ok=True)
+    code, _, error = train(tmp_path / "second", "--steps", 2, *more)
+    assert code == 1 and "were made with other encoders (vae.weights: '" in error and "or another folder" in error
+    (tmp_path / "features" / "index.json").write_text(
+        (tmp_path / "features" / "index.json").read_text().replace('"complete": true', '"complete": false')
+    )
+    code, _, error = train(tmp_path / "second", "--steps", 2, *more)
+    assert code == 1 and "holds features made in another way (encoders.vae.weights: '" in error
+    shutil.copytree(tmp_path / "kept", vae, dirs_exist_ok=True)
+    code, _, error = train(tmp_path / "third", "--steps", 2, *more)
+    assert code == 0, error
+    assert read_losses(tmp_path / "third") == read_losses(tmp_path / "first")
+
+
+@pytest.mark.parametrize("missing", ["there", "here"])
+def test_where_weights_cannot_be_compared_features_are_used_and_a_note_says_so(train, tmp_path, autoencoders, missing):
+    """They are not on this machine, or the features come from a version that did not write down what is in them."""
+    vae, _ = autoencoders
+    folder = tmp_path / "features"
+    more = [f"features={folder}", f"vae.from_pretrained={vae}"]
+    assert train(tmp_path / "first", "--steps", 2, *more)[0] == 0
+    if missing == "here":
+        shutil.rmtree(vae)
+    else:
+        index = json.loads((folder / "index.json").read_text())
+        del index["settings"]["encoders"]["vae"]["weights"]
+        (folder / "index.json").write_text(json.dumps(index))
+    code, text, error = train(tmp_path / "second", "--steps", 2, *more)
+    assert code == 0, error
+    reason = {"here": "those are not on this machine", "there": "a version that did not write down what was in those"}
+    assert f"cannot be compared with the weights of vae in {vae}: " in text and reason[missing] in text
+    assert read_losses(tmp_path / "second") == read_losses(tmp_path / "first")
+    if missing == "there":  # a shard of such features can be made anew, too
+        next(folder.glob("latents-*")).unlink()
+        code, _, error = train(tmp_path / "again", "--steps", 2, *more)
+        assert code == 0, error
+        assert read_losses(tmp_path / "again") == read_losses(tmp_path / "first")
+    code, _, error = train(tmp_path / "third", "--steps", 2, *more, "vae.from_pretrained=elsewhere")
+    assert code == 1 and f"vae.from_pretrained: '{vae}' there, 'elsewhere' here" in error
+
+
+def test_features_that_do_not_say_what_made_them_are_refused(train, tmp_path):
+    """As `write_features` may be called by a program."""
+    folder = tmp_path / "features"
+    assert train(tmp_path / "first", "--steps", 0, f"features={folder}")[0] == 0
+    index = json.loads((folder / "index.json").read_text())
+    index["settings"]["encoders"] = {}
+    (folder / "index.json").write_text(json.dumps(index))
+    code, _, error = train(tmp_path / "second", "--steps", 0, f"features={folder}")
+    assert code == 1 and "made with other encoders (dtype: None there, 'fp32' here; " in error
 
 
 def test_features_that_are_not_complete_go_on_with_their_autoencoder(train, tmp_path, monkeypatch):
