@@ -154,7 +154,6 @@ def _examine_apex(report: Report) -> None:
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     if any((Path(folder) / "normalization").is_dir() for folder in folders):
         report.packages.append(Package("apex", version, "ok", purpose))
-        report.notes.append("apex is here: transformers uses its norm in T5, so text embeddings may differ slightly")
         return
     fix = "pip uninstall apex; NVIDIA's is built from source, https://github.com/NVIDIA/apex"
     report.packages.append(Package("apex", version, "wrong", "a web toolkit of 2013, not NVIDIA's apex", fix))
