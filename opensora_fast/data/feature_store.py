@@ -5,7 +5,8 @@
     DIR/text-00000.safetensors       "text.<i>" [tokens, C], only real tokens; "rows" int64 [n]
 
 A shard is written beside its name, forced to the disk, renamed, and only then listed, so a process that is killed
-leaves no half of one behind. Every shard is compared with its checksum when it is first read.
+leaves no half of one behind. Every shard is compared with its checksum when a feature of it is first read: to do so at
+the start of a run would take ten minutes and more for each terabyte.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class FeatureWriter:
         self._latents: dict[tuple[int, int], torch.Tensor] = {}
         self._text: dict[int, torch.Tensor] = {}
         self._kept_bytes = 0
-        written = FeatureReader(self.index, verify=False)
+        written = FeatureReader(self.index)
         self._have_latents = set(written.latent_places)
         self._have_text = set(written.text_places)
 
@@ -181,16 +182,14 @@ class FeatureReader:
 
     Args:
         index: of the folder.
-        verify: compare every shard with its checksum when it is first opened.
 
     Attributes:
         latent_places: (draw, row) -> (shard, place in it).
         text_places: row -> (shard, place in it).
     """
 
-    def __init__(self, index: FeatureIndex, verify: bool = True) -> None:
+    def __init__(self, index: FeatureIndex) -> None:
         self.index = index
-        self.verify = verify
         self.latent_places: dict[tuple[int, int], tuple[int, int]] = {}
         self.text_places: dict[int, tuple[int, int]] = {}
         self._verified: set[int] = set()
@@ -207,12 +206,31 @@ class FeatureReader:
     def get_latents(self, draw: int, row: int) -> torch.Tensor:
         """[C, T, h, w]. KeyError if they were not written."""
         number, place = self.latent_places[draw, row]
+        self._verify(number)
         return self._get(number, f"latents.{place}")
 
     def get_text(self, row: int) -> torch.Tensor:
         """[tokens, C]. KeyError if they were not written."""
         number, place = self.text_places[row]
+        self._verify(number)
         return self._get(number, f"text.{place}")
+
+    def verify_all(self) -> None:
+        """Read all shards. FeatureError that names the first one that is not as it was written."""
+        for number in range(len(self.index.shards)):
+            self._verify(number)
+
+    def _verify(self, number: int) -> None:
+        if number in self._verified:
+            return
+        shard = self.index.shards[number]
+        try:
+            found = hash_file(self.index.folder / shard.file)
+        except OSError as error:
+            raise self._unusable(number, str(error)) from None
+        if found != shard.sha256:
+            raise self._unusable(number, "its content has changed since it was written")
+        self._verified.add(number)
 
     def _get(self, number: int, name: str) -> torch.Tensor:
         from safetensors import SafetensorError
@@ -233,10 +251,6 @@ class FeatureReader:
         path = self.index.folder / shard.file
         if path.stat().st_size != shard.bytes:
             raise self._unusable(number, f"it has {path.stat().st_size} bytes, {shard.bytes} were written")
-        if self.verify and number not in self._verified:
-            if hash_file(path) != shard.sha256:
-                raise self._unusable(number, "its content has changed since it was written")
-            self._verified.add(number)
         self._open[number] = safe_open(path, framework="pt")
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)

@@ -214,7 +214,10 @@ class FeatureSampler(BucketSampler):
     def _find_stored(self, draw: int) -> ClipSizes:
         """The table in which clips without features in this draw have no frames, so that no bucket takes them."""
         stored = np.zeros(len(self.clips.num_frames), bool)
-        stored[[row for written_draw, row in self.reader.latent_places if written_draw == draw]] = True
+        rows = [row for written_draw, row in self.reader.latent_places if written_draw == draw]
+        if not all(0 <= row < len(stored) for row in rows):
+            self.reader.verify_all()  # one of the shards is damaged: this says which
+        stored[rows] = True
         return _Sizes(np.where(stored, self.clips.num_frames, 0), self.clips.height, self.clips.width)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fake_clips import FakeDecoder, make_manifest
 
+from opensora_fast.data import feature_store
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.data.buckets.sampler import BucketSampler
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, FeatureWriter
@@ -75,9 +76,9 @@ def write(folder, encoder=None, text=None, loader=None, **options):
         loader.close()
 
 
-def open_loader(folder, manifest=None, bucket=BUCKETS, verify=True, **options):
+def open_loader(folder, manifest=None, bucket=BUCKETS, **options):
     manifest = manifest or make_manifest()
-    reader = FeatureReader(FeatureIndex.read(folder), verify=verify)
+    reader = FeatureReader(FeatureIndex.read(folder))
     return FeatureLoader(manifest, FeatureSampler(manifest, bucket, reader, **options))
 
 
@@ -240,9 +241,34 @@ def test_damaged_shards_are_named(tmp_path, damage):
         list(open_loader(tmp_path))
 
 
+def test_any_bit_that_flips_in_a_shard_is_told_before_its_features_are_used(tmp_path):
+    write(tmp_path)
+    shard = tmp_path / next(shard.file for shard in FeatureIndex.read(tmp_path).shards if shard.kind == "latents")
+    whole = shard.read_bytes()
+    rows_begin = 8 + int.from_bytes(whole[:8], "little")
+    for place in [*range(0, rows_begin, 40), *range(rows_begin, rows_begin + 600, 7), len(whole) // 2]:
+        flip_byte(shard, place)
+        with pytest.raises(FeatureError, match=f"{shard.name} cannot be used"):
+            list(open_loader(tmp_path))
+        shard.write_bytes(whole)
+
+
+def test_shards_are_not_read_before_their_features_are(tmp_path, monkeypatch):
+    """To read a terabyte takes minutes, in every process."""
+    write(tmp_path, shard_bytes=20_000)
+    read = []
+    hash_file = feature_store.hash_file
+    monkeypatch.setattr(feature_store, "hash_file", lambda path: (read.append(path.name), hash_file(path))[1])
+    loader = open_loader(tmp_path)
+    assert read == []
+    batches = list(loader)
+    shards = {shard.file for shard in FeatureIndex.read(tmp_path).shards}
+    assert len(batches) > 3 and len(shards) > 4 and sorted(read) == sorted(shards)
+
+
 def flip_byte(path, place):
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[place] ^= 64
     path.write_bytes(content)
 
 
