@@ -51,7 +51,11 @@ class ClipLoader(EpochLoader):
 
     Attributes:
         data_wait: seconds that the consumer has waited for batches, over all epochs.
-        bad_clips: how many clips were bad so far.
+
+    Raises:
+        ValueError: an argument is out of range.
+        RuntimeError (of iterations): a place in a micro-batch could not be filled; something is wrong with more than
+            single clips.
     """
 
     def __init__(
@@ -84,23 +88,10 @@ class ClipLoader(EpochLoader):
         self._report = report
         self._log = BadClipLog(bad_clips_path)
 
-    @property
-    def bad_clips(self) -> int:
-        return self._log.count
-
     def close(self) -> None:
         """End the thread of the loader and the decoder."""
         super().close()
         self.decoder.close()
-
-    def load(self, micro_batch: MicroBatch) -> Batch:
-        """Decode one micro-batch in the calling thread.
-
-        Raises:
-            RuntimeError: a place could not be filled; something is wrong with more than single clips.
-        """
-        (batch,) = self._load_together([micro_batch])
-        return batch
 
     def _make_batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Batch]:
         for group in self._group(micro_batches):

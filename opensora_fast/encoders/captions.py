@@ -102,17 +102,14 @@ AFTER_REPAIR = _edits(
 SEPARATOR = re.compile("[-_]")
 
 
-def clean_caption(caption: str, passes: int = 2) -> str:
-    """Returns the caption in lower case, without URLs, markup, CJK ideographs, codes, advertising and clutter.
-
-    `passes` is how often the edits are applied; the released model uses 2. An empty string is a possible result.
-    """
-    for _ in range(passes):
-        caption = _clean_once(caption)
-    return caption
+def clean_caption(caption: str) -> str:
+    """Returns the caption in lower case, without URLs, markup, CJK ideographs, codes, advertising and clutter. An empty
+    string is a possible result."""
+    return clean_once(clean_once(caption))
 
 
-def _clean_once(caption: str) -> str:
+def clean_once(caption: str) -> str:
+    """What `clean_caption` does twice."""
     import ftfy
 
     caption = unquote_plus(caption).strip().lower()

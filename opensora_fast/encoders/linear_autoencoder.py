@@ -61,7 +61,7 @@ class LinearAutoencoder:
         """Fits the components on clips, reading each once.
 
         Args:
-            clips: [3, T, H, W] or [B, 3, T, H, W] floating in [-1, 1] (as decoders give them), or [T, H, W, 3] uint8.
+            clips: [3, T, H, W] or [B, 3, T, H, W] floating in [-1, 1], as decoders give them.
 
         Raises:
             ValueError: no clip, a wrong shape, values that are not finite, or clips of one color only.
@@ -70,7 +70,9 @@ class LinearAutoencoder:
         total = torch.zeros(PATCH_VALUES, dtype=torch.float64)
         products = torch.zeros(PATCH_VALUES, PATCH_VALUES, dtype=torch.float64)
         for clip in clips:
-            patches = _to_patches(_as_batch(clip)).flatten(0, 3).double().cpu()
+            batch = clip[None] if clip.ndim == 4 else clip
+            check_video(batch, cls.patch_size)
+            patches = _to_patches(batch).flatten(0, 3).double().cpu()
             count += len(patches)
             total += patches.sum(0)
             products += patches.T @ patches
@@ -178,16 +180,6 @@ class LinearAutoencoder:
         patches = latents @ (self.components * self.std[:, None]) + self.mean  # [B, T, h, w, 192]
         patches = patches.unflatten(-1, (3, PATCH, PATCH)).permute(0, 4, 1, 2, 5, 3, 6)  # [B, 3, T, h, 8, w, 8]
         return patches.flatten(5, 6).flatten(3, 4).contiguous().to(self.dtype)
-
-
-def _as_batch(clip: Tensor) -> Tensor:
-    if clip.ndim == 4 and clip.dtype == torch.uint8 and clip.shape[-1] == 3:
-        clip = clip.permute(3, 0, 1, 2).float() / 127.5 - 1
-    elif clip.dtype == torch.uint8:
-        raise ValueError(f"linear autoencoder: a uint8 clip to fit must be [T, H, W, 3], got {list(clip.shape)}")
-    clip = clip[None] if clip.ndim == 4 else clip
-    check_video(clip, LinearAutoencoder.patch_size)
-    return clip
 
 
 def _to_patches(video: Tensor) -> Tensor:

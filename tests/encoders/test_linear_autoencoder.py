@@ -85,17 +85,11 @@ def test_sizes_are_rounded_down(fitted: LinearAutoencoder):
     assert fitted.decode(latents).shape == (1, 3, 3, 40, 64)
 
 
-def test_fit_takes_bytes_and_floats_in_any_pieces():
-    """Clips as one batch, one by one, or as 8-bit frames give the same components."""
-    bytes_ = [((natural_clip(seed) + 1) * 127.5).round().byte() for seed in range(4)]
-    floats = [clip.float() / 127.5 - 1 for clip in bytes_]
-    one_by_one, batch, frames = (
-        LinearAutoencoder.fit(clips)
-        for clips in (floats, [torch.stack(floats)], [clip.permute(1, 2, 3, 0) for clip in bytes_])
-    )
-    for other in (batch, frames):
-        torch.testing.assert_close(other.components, one_by_one.components, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(other.std, one_by_one.std)
+def test_clips_may_come_one_by_one_or_as_a_batch():
+    clips = [natural_clip(seed) for seed in range(4)]
+    one_by_one, batch = LinearAutoencoder.fit(clips), LinearAutoencoder.fit([torch.stack(clips)])
+    torch.testing.assert_close(batch.components, one_by_one.components, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(batch.std, one_by_one.std)
 
 
 def test_saved_and_loaded(fitted: LinearAutoencoder, tmp_path: Path):
@@ -130,7 +124,7 @@ def test_clips_of_one_color_do_not_blow_up_noise():
         ([], "no clip"),
         ([torch.zeros(3, 2, 16, 16)], "nothing to encode"),
         ([torch.full((3, 2, 16, 16), float("nan"))], "not finite"),
-        ([torch.zeros(3, 2, 16, 16, dtype=torch.uint8)], r"\[T, H, W, 3\]"),
+        ([torch.zeros(3, 2, 16, 16, dtype=torch.uint8)], "floating point"),
         ([torch.zeros(2, 16, 16)], r"\[B, 3, T, H, W\]"),
     ],
 )

@@ -31,12 +31,11 @@ def assign_buckets(
     frame_interval: int = 1,
     seed: int = 0,
     epoch: int = 0,
-    first_row: int = 0,
 ) -> np.ndarray:
     """The bucket of every clip.
 
-    Row i gets what `bucket.get_bucket_id(T, H, W, frame_interval, seed + epoch + (first_row + i) * bucket.num_bucket)`
-    returns, which are the seeds that Open-Sora's sampler uses.
+    Row i gets what `bucket.get_bucket_id(T, H, W, frame_interval, seed + epoch + i * bucket.num_bucket)` returns, which
+    are the seeds that Open-Sora's sampler uses.
 
     Args:
         num_frames: integers [n], 1 for an image.
@@ -46,20 +45,19 @@ def assign_buckets(
         frame_interval: source frames for each frame that is kept.
         seed: of the run, 0 or more.
         epoch: added to the seed.
-        first_row: row number of the first clip, for a table that is worked on in parts.
 
     Returns:
         int32 [n]: index into `bucket.ids`, or -1 (`DROPPED`).
 
     Raises:
-        ValueError: a column is not a row of integers, or seed, epoch, first_row or frame_interval is out of range.
+        ValueError: a column is not a row of integers, or seed, epoch or frame_interval is out of range.
     """
     num_frames, height, width = _check_columns(num_frames, height, width)
     if frame_interval < 1:
         raise ValueError(f"frame_interval must be 1 or more, got {frame_interval}")
-    if seed < 0 or epoch < 0 or first_row < 0:
-        raise ValueError(f"seed, epoch and first_row must not be negative, got {seed}, {epoch} and {first_row}")
-    last_seed = seed + epoch + (first_row + len(num_frames)) * bucket.num_bucket
+    if seed < 0 or epoch < 0:
+        raise ValueError(f"seed and epoch must not be negative, got {seed} and {epoch}")
+    last_seed = seed + epoch + len(num_frames) * bucket.num_bucket
     if last_seed >= 2**64:
         raise ValueError(f"seed {seed} is too large: the seeds of the rows must stay below 2**64")
     assigned = np.empty(len(num_frames), np.int32)
@@ -71,7 +69,7 @@ def assign_buckets(
             width[block].astype(np.int64, copy=False),
             bucket,
             frame_interval,
-            first_seed=seed + epoch + (first_row + start) * bucket.num_bucket,
+            first_seed=seed + epoch + start * bucket.num_bucket,
         )
     return assigned
 

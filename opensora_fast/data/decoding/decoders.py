@@ -26,7 +26,6 @@ def build_decoder(
     device: str = "cpu",
     threads: int | None = None,
     time_limit: float = TIME_LIMIT,
-    isolate: bool | None = None,
     report: Callable[[str], None] = print_line,
 ) -> Decoder:
     """Make a decoder.
@@ -38,15 +37,14 @@ def build_decoder(
     | "pyav" | PyAV                                                 | PyAV                             |
 
     Of its own codecs DALI does not support files that hide frames, are turned when they are shown, or have 2 GiB. On
-    the CPU, "auto" leaves DALI out: it gives the same frames more slowly (`benchmarks/test_decode.py`).
+    the CPU it runs in a process of its own, so that a crash costs one clip; "auto" leaves it out there, as it gives the
+    same frames more slowly (`benchmarks/test_decode.py`).
 
     Args:
         name: see above.
         device: "cpu" or "cuda", where DALI decodes and, for DALI on the GPU, where clips are.
         threads: of the CPU; by default one for each processor that may be used.
         time_limit: seconds for one clip.
-        isolate: decode in a process of its own, so that a crash of a library costs one clip. By default only DALI on
-            the CPU does. Not possible on the GPU, whose clips stay there.
         report: told in a sentence who decodes what.
 
     Raises:
@@ -57,26 +55,21 @@ def build_decoder(
     if device not in ("cpu", "cuda"):
         raise ValueError(f'device must be "cpu" or "cuda", got {device!r}')
     on_gpu = device == "cuda" and name != "pyav"
-    if isolate and on_gpu:
-        raise ValueError("isolate=True is not possible with DALI on the GPU: the clips cannot leave its process there")
     threads = count_processors() if threads is None else threads
     make_pyav = functools.partial(PyAVDecoder, threads=threads, time_limit=time_limit)
-    limit = ISOLATION_FACTOR * time_limit
     if name == "dali":
         dali_device = "gpu" if on_gpu else "cpu"
         report(f"decoder: DALI on the {dali_device.upper()} for {', '.join(CODECS[dali_device])}; others are bad clips")
         make_dali = functools.partial(DaliDecoder, dali_device, threads=threads, time_limit=time_limit)
-        if not on_gpu and isolate is not False:
-            if find_obstacle("cpu"):
-                make_dali()  # raises
-            return IsolatedDecoder(make_dali, limit, threads)
-        return make_dali()
+        if on_gpu or find_obstacle("cpu"):
+            return make_dali()  # raises if there is an obstacle
+        return IsolatedDecoder(make_dali, ISOLATION_FACTOR * time_limit, threads)
     obstacle = find_obstacle("gpu") if on_gpu else ""
     if on_gpu and not obstacle:
         report(f"decoder: DALI on the GPU for {', '.join(CODECS['gpu'])}; PyAV for what it does not support")
         return RoutedDecoder(DaliDecoder("gpu", threads=threads, time_limit=time_limit), make_pyav(), report)
     report(f"decoder: PyAV for all codecs{f' ({obstacle})' if obstacle else ''}")
-    return IsolatedDecoder(make_pyav, limit, threads) if isolate else make_pyav()
+    return make_pyav()
 
 
 class RoutedDecoder:
@@ -86,17 +79,14 @@ class RoutedDecoder:
         dali: for the codecs in its `codecs`.
         pyav: for everything else, files that cannot be opened included.
         report: told, once for each codec that occurs, who decodes it, and why where it is PyAV for one of DALI's.
-
-    Attributes:
-        served: clips by (codec, decoder), counted.
     """
 
     def __init__(self, dali: DaliDecoder, pyav: PyAVDecoder, report: Callable[[str], None] = print_line) -> None:
         self.threads = max(dali.threads, pyav.threads)
         self.dali = dali
         self.pyav = pyav
-        self.served: dict[tuple[str, str], int] = {}
         self._report = report
+        self._told: set[tuple[str, str]] = set()
         self._find_codec = functools.lru_cache(maxsize=1 << 20)(find_codec)
 
     def decode(self, requests: Sequence[ClipRequest]) -> list[torch.Tensor | BadClip]:
@@ -109,12 +99,12 @@ class RoutedDecoder:
         left = [place for place, result in enumerate(results) if result is None or isinstance(result, UnsupportedClip)]
         for place, (codec, result) in enumerate(zip(codecs, results, strict=True)):
             pair = codec, "PyAV" if place in left else "DALI"
-            if pair not in self.served:
+            if pair not in self._told:
                 why = (
                     f" where DALI cannot: {result.path} {result.reason}" if isinstance(result, UnsupportedClip) else ""
                 )
                 self._report(f"decoder: {pair[1]} decodes {codec}{why}")
-            self.served[pair] = self.served.get(pair, 0) + 1
+            self._told.add(pair)
         for place, result in zip(left, self.pyav.decode([requests[place] for place in left]), strict=True):
             results[place] = result if isinstance(result, BadClip) else self.dali.place(result)
         return results

@@ -269,16 +269,13 @@ def to_rgb(frame: VideoFrame, reformatter: VideoReformatter | None = None) -> np
     return converted.to_ndarray()
 
 
-def iterate_frames(path: str, threads: int = 0) -> Iterator[np.ndarray]:
-    """All frames of a video file, upright, uint8 [H, W, 3] each. ClipError or av.FFmpegError if it is damaged.
-
-    `threads` is the number that the codec may use, 0 for its own choice.
-    """
+def iterate_frames(path: str) -> Iterator[np.ndarray]:
+    """All frames of a video file, upright, uint8 [H, W, 3] each. ClipError or av.FFmpegError if it is damaged."""
     from av.video.reformatter import VideoReformatter
 
     reformatter = VideoReformatter()
     turn = read_turn(path)
-    with open_video(path, threads) as (container, stream):
+    with open_video(path, 0) as (container, stream):  # as many as the codec likes
         for packet in read_packets(container, stream):
             for frame in packet.decode():
                 yield turn.apply(to_rgb(frame, reformatter))
