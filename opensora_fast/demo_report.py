@@ -66,7 +66,7 @@ def write_demo_report(
     report.section("Samples beside real clips", "Real clips first, then what the model made of a text and of an image.")
     shown = [(file, f"real: {file.name}") for file in real_clips] + list(samples)
     sheet = make_contact_sheet(
-        [read_reference(file, SHOWN_SIZE)[:, :SHOWN_FRAMES] for file, _ in shown], labels=[text for _, text in shown]
+        [read_reference(file, SHOWN_SIZE)[:, :SHOWN_FRAMES] for file, _ in shown], [text for _, text in shown]
     )
     report.pictures([(sheet, "Frames over time, from left to right.")])
     report.clips([(file, caption) for file, caption in samples if file.suffix == ".mp4"])

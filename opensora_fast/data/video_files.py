@@ -23,6 +23,8 @@ PathLike = str | os.PathLike[str]
 
 VIDEO_QUALITY = 17
 """Constant rate factor of x264: visually without loss."""
+SHEET_COLUMNS, SHEET_HEIGHT, SHEET_MARGIN, LABEL_HEIGHT = 8, 96, 4, 14
+"""Of a contact sheet: frames of a clip at most, and in pixels their height, the white between them, and a label."""
 
 
 def read_reference(path: PathLike, size: tuple[int, int]) -> torch.Tensor:
@@ -102,53 +104,35 @@ def save_image(path: PathLike, image: torch.Tensor) -> None:
     _to_pillow(image).save(os.fspath(path), format="PNG")
 
 
-def make_contact_sheet(
-    clips: Sequence[torch.Tensor],
-    *,
-    labels: Sequence[str] | None = None,
-    columns: int = 8,
-    frame_height: int = 96,
-    margin: int = 4,
-) -> bytes:
-    """Some frames of each clip, one clip a row, for a report.
+def make_contact_sheet(clips: Sequence[torch.Tensor], labels: Sequence[str]) -> bytes:
+    """Some frames of each clip, from its first to its last, one clip a row, for a report.
 
     Args:
         clips: float [3, T, H, W] in [-1, 1]; shapes may differ.
         labels: a line of text over each row.
-        columns: most frames shown of a clip, spread evenly from its first to its last.
-        frame_height: pixels; widths follow from each clip's shape.
-        margin: white pixels around each frame.
 
     Returns:
         A PNG file.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    if not clips:
-        raise ValueError("a contact sheet needs at least one clip")
-    if labels is not None and len(labels) != len(clips):
-        raise ValueError(f"{len(clips)} clips but {len(labels)} labels")
     rows = []
     for clip in clips:
-        shown = min(columns, clip.shape[1])
-        width = max(1, round(clip.shape[3] * frame_height / clip.shape[2]))
-        numbers = np.linspace(0, clip.shape[1] - 1, shown).round().astype(int).tolist()
-        rows.append([_to_pillow(clip[:, number]).resize((width, frame_height)) for number in numbers])
+        width = max(1, round(clip.shape[3] * SHEET_HEIGHT / clip.shape[2]))
+        numbers = np.linspace(0, clip.shape[1] - 1, min(SHEET_COLUMNS, clip.shape[1])).round().astype(int).tolist()
+        rows.append([_to_pillow(clip[:, number]).resize((width, SHEET_HEIGHT)) for number in numbers])
     font = ImageFont.load_default()
-    label_height = 0 if labels is None else 14
-    row_height = frame_height + margin + label_height
-    widths = [sum(frame.width + margin for frame in row) for row in rows]
-    widths += [math.ceil(font.getlength(label)) + margin for label in labels or ()]
-    sheet_width = max(widths) + margin
-    sheet = Image.new("RGB", (sheet_width, row_height * len(rows) + margin), "white")
+    row_height = SHEET_HEIGHT + SHEET_MARGIN + LABEL_HEIGHT
+    widths = [sum(frame.width + SHEET_MARGIN for frame in row) for row in rows]
+    widths += [math.ceil(font.getlength(label)) + SHEET_MARGIN for label in labels]
+    sheet = Image.new("RGB", (max(widths) + SHEET_MARGIN, row_height * len(rows) + SHEET_MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, row in enumerate(rows):
-        left, top = margin, margin + index * row_height
-        if labels is not None:
-            draw.text((left, top), labels[index], fill="black", font=font)
+    for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        left, top = SHEET_MARGIN, SHEET_MARGIN + index * row_height
+        draw.text((left, top), label, fill="black", font=font)
         for frame in row:
-            sheet.paste(frame, (left, top + label_height))
-            left += frame.width + margin
+            sheet.paste(frame, (left, top + LABEL_HEIGHT))
+            left += frame.width + SHEET_MARGIN
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
