@@ -166,13 +166,16 @@ def write_table(table: pd.DataFrame, path: str | Path) -> None:
 
 
 def check_target(path: Path) -> None:
-    """ValueError unless a manifest may be written to this path, by its ending and what is there: a table may hold work
-    of hours, such as captions."""
+    """ValueError unless a manifest may be written to this path; to be asked before hours of work for it. One that is
+    there may hold such work, captions for example, and is never overwritten."""
     check_ending(path)
     if path.is_dir():
         raise ValueError(f"manifest {path} is a folder; give the name of a file")
     if path.exists():
         raise ValueError(f"manifest {path} exists already, and is not overwritten: give another name, or remove it")
+    home = next(parent for parent in path.absolute().parents if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise ValueError(f"manifest {path} cannot be written: {home} is no folder that this user may write into")
 
 
 def check_ending(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Validation of manifests and the `data` and `buckets` commands."""
 
 import json
+import os
 import re
 
 import pandas as pd
@@ -129,14 +130,27 @@ def test_probe_command(tmp_path, capsys):
     assert "is not a folder" in capsys.readouterr().err
 
 
-def test_a_table_that_is_there_is_not_overwritten(meta, capsys, monkeypatch):
+def test_a_table_that_cannot_be_written_or_is_there_is_refused_at_once(meta, capsys, monkeypatch):
     """Its captions may be written by hand; told before hours of probing or checking, not after."""
     content = meta.read_text()
     monkeypatch.setattr(probe, "probe_media", lambda *_: pytest.fail("probed"))
     monkeypatch.setattr(validation, "validate_manifest", lambda *_, **__: pytest.fail("checked"))
-    for command in (["probe", str(meta.parent), "--out", str(meta)], ["validate", str(meta), "--keep", str(meta)]):
-        assert run(["data", *command]) == 1
-        assert f"manifest {meta} exists already, and is not overwritten: give another name" in capsys.readouterr().err
+    inside = meta.parent / "good.mp4" / "new" / "meta.csv"
+    closed = meta.parent / "closed" / "meta.csv"
+    closed.parent.mkdir()
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed.parent and may(path, mode))
+    for out, message in (
+        (meta, f"manifest {meta} exists already, and is not overwritten: give another name"),
+        (
+            inside,
+            f"manifest {inside} cannot be written: {inside.parents[1]} is no folder that this user may write into",
+        ),
+        (closed, f"manifest {closed} cannot be written: {closed.parent} is no folder that this user may write"),
+    ):
+        for command in (["probe", str(meta.parent), "--out", str(out)], ["validate", str(meta), "--keep", str(out)]):
+            assert run(["data", *command]) == 1
+            assert message in capsys.readouterr().err
     assert meta.read_text() == content
 
 
