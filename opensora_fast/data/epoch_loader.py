@@ -25,22 +25,17 @@ class EpochLoader(ABC):
         self.sampler = sampler
         self._epochs: EpochPrefetcher[Batch] = EpochPrefetcher(prefetch)
 
-    def __iter__(self) -> Iterator[Batch]:
-        """One epoch, from the position of the sampler. Starting another iteration ends the one before."""
-        return self._epochs.run(lambda: self._make_batches(self.sampler))
+    def load(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Batch]:
+        """The batches of these micro-batches. Starting any other ends this one."""
+        return self._epochs.run(lambda: self._make_batches(micro_batches))
 
     def iterate(self, epoch: int, consumed: int) -> Iterator[Batch]:
-        """An epoch, from where so many of its micro-batches are used up (all processes counted). The position of the
-        sampler is neither used nor moved.
+        """The batches of an epoch, from where so many of its micro-batches are used up (all processes counted).
 
         While the last batches are used the first ones of the next epoch are made, with which its iteration begins if
         it comes next. Starting any other ends this one.
         """
         return self._epochs.run_on(lambda *place: self._make_batches(self.sampler.iterate(*place)), epoch, consumed)
-
-    def __len__(self) -> int:
-        """Batches of the next iteration from the position of the sampler."""
-        return len(self.sampler)
 
     @property
     def data_wait(self) -> float:

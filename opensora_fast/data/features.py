@@ -81,43 +81,24 @@ def write_features(
         "encoders": encoders or {},
     }
     writer = FeatureWriter(folder, settings, shard_bytes)
-    first_epoch = sampler.epoch
-    loader.sampler = _Unwritten(sampler, writer)
+
+    def is_missing(micro_batch: MicroBatch) -> bool:
+        draw, rows = micro_batch.epoch, micro_batch.rows
+        return not all(writer.has_latents(draw, row) and writer.has_text(row) for row in rows)
+
     try:
         for draw in range(draws):
-            sampler.set_epoch(draw)
-            with Progress(
-                f"encode clips, draw {draw + 1}/{draws}", total=len(sampler), unit="micro-batches"
-            ) as progress:
-                done = 0
-                for batch in loader:
+            total, done = len(sampler.get_plan(draw)), 0
+            with Progress(f"encode clips, draw {draw + 1}/{draws}", total=total, unit="micro-batches") as progress:
+                for batch in loader.load(filter(is_missing, sampler.iterate(draw, 0))):
                     _encode(batch, video_encoder, text_encoder, writer, loader.seed, device)
                     progress.advance(batch.index + 1 - done)
                     done = batch.index + 1
-                progress.advance(len(sampler) - done)
+                progress.advance(total - done)
     finally:
-        loader.sampler = sampler
-        sampler.set_epoch(first_epoch)
         writer.flush()
     writer.flush(complete=True)
     return writer.index
-
-
-class _Unwritten:
-    """A sampler without the micro-batches of which all features are there."""
-
-    def __init__(self, sampler: BucketSampler, writer: FeatureWriter) -> None:
-        self.bucket = sampler.bucket
-        self.replacement = sampler.replacement
-        self.substitutes = sampler.substitutes
-        self._sampler = sampler
-        self._writer = writer
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for micro_batch in self._sampler:
-            rows = micro_batch.rows
-            if not all(self._writer.has_latents(micro_batch.epoch, row) and self._writer.has_text(row) for row in rows):
-                yield micro_batch
 
 
 def _encode(
@@ -173,7 +154,7 @@ class FeatureSampler(BucketSampler):
         manifest: the table of clips that the features were made from.
         bucket: resolutions, frames and keep probabilities as when they were made; batch sizes are free.
         reader: of the features.
-        rank, world_size, shuffle, drop_last, costs: as for `BucketSampler`.
+        rank, world_size, drop_last, costs: as for `BucketSampler`.
 
     Raises:
         FeatureError: the features belong to other clips or buckets, or are not complete.
@@ -204,10 +185,10 @@ class FeatureSampler(BucketSampler):
         """The micro-batches of the epoch's draw, in the first `draws` epochs in the draw's own order."""
         draw = epoch % self.draws
         plan = self._plan_clips(self._find_stored(draw), draw)
-        if epoch != draw and self.shuffle:
+        if epoch != draw:
             plan = _shuffle_again(plan, self.seed, epoch)
         plan = dataclasses.replace(plan, epoch=epoch)
-        if self.costs is not None and self.shuffle:
+        if self.costs is not None:
             plan = balance_plan(plan, self.costs, self.seed)
         return plan
 
@@ -239,7 +220,7 @@ def _shuffle_again(plan: EpochPlan, seed: int, epoch: int) -> EpochPlan:
 
 
 class FeatureLoader(EpochLoader):
-    """Yields the batches of one epoch from cached features; used like a `ClipLoader`, without a decoder or encoders.
+    """Makes batches from cached features; used like a `ClipLoader`, without a decoder or encoders.
 
     `Batch.video` is None; `latents`, `text_embeddings` [B, 1, L, C] and `text_mask` [B, L] are set.
 
@@ -267,8 +248,13 @@ class FeatureLoader(EpochLoader):
         self.pin_memory = pin_memory
         self._fps_divisor = sampler.frame_interval if fps_after_interval else 1
 
-    def load(self, micro_batch: MicroBatch) -> Batch:
-        """Read one micro-batch in the calling thread. FeatureError if a shard cannot be used."""
+    def _make_batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Batch]:
+        for micro_batch in micro_batches:
+            batch = self._read(micro_batch)
+            yield batch.pin_memory() if self.pin_memory else batch
+
+    def _read(self, micro_batch: MicroBatch) -> Batch:
+        """One micro-batch. FeatureError if a shard cannot be used."""
         settings, reader = self.sampler.reader.index.settings, self.sampler.reader
         rows = micro_batch.rows
         latents = torch.stack([reader.get_latents(micro_batch.epoch % self.sampler.draws, row) for row in rows])
@@ -291,8 +277,3 @@ class FeatureLoader(EpochLoader):
             text_embeddings=embeddings,
             text_mask=mask,
         )
-
-    def _make_batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Batch]:
-        for micro_batch in micro_batches:
-            batch = self.load(micro_batch)
-            yield batch.pin_memory() if self.pin_memory else batch

@@ -28,13 +28,13 @@ class _NoUsableClip(Exception):
 
 
 class ClipLoader(EpochLoader):
-    """Yields the batches of one epoch, decoded ahead in a thread; `sampler.set_epoch`, or `iterate`, chooses the epoch.
+    """Makes batches of clips, decoded ahead in a thread.
 
     A clip that cannot be decoded is replaced by another of its bucket (`sampler.replacement`) and listed. A bucket may
     hold no other, as those of rare shapes do: then a micro-batch of another bucket takes the place. Nothing here has a
     state: which frames of a clip are taken depends on (seed, epoch, row) alone, so batches are the same whatever the
     number of threads or processes, the decoder, and where a run was resumed. (A time limit that strikes is the
-    exception: it depends on the machine.) To save the position of a run: `sampler.state_dict(after=batch)`.
+    exception: it depends on the machine.)
 
     Args:
         manifest: the table of clips.

@@ -112,10 +112,10 @@ class EpochPrefetcher(Generic[Item]):
         return self._waited_before + (0.0 if self._running is None else self._running.waited)
 
     def run(self, make_items: Callable[[], Iterator[Item]]) -> Iterator[Item]:
-        """The items of an epoch. The thread ends with the iterator, or when another epoch or `close` is called for.
+        """The items of an iterator. The thread ends with the iterator, or when another epoch or `close` is called for.
 
         Args:
-            make_items: gives the iterator of the epoch.
+            make_items: gives the iterator.
         """
         self.close()
         running = self._running = Prefetcher(make_items, self.depth)

@@ -61,8 +61,7 @@ def make_loader(decoder, manifest=None, *, sampler_options=None, **options):
 
 
 def take_epoch(loader, epoch=0):
-    loader.sampler.set_epoch(epoch)
-    return list(loader)
+    return list(loader.load(loader.sampler.iterate(epoch, 0)))
 
 
 def summarize(batches):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fake_clips import FakeDecoder, make_manifest
+from fake_clips import FakeDecoder, make_manifest, take_epoch
 
 from opensora_fast.data import feature_store
 from opensora_fast.data.buckets.bucket import Bucket
@@ -82,11 +82,6 @@ def open_loader(folder, manifest=None, bucket=BUCKETS, **options):
     return FeatureLoader(manifest, FeatureSampler(manifest, bucket, reader, **options))
 
 
-def take_epoch(loader, epoch):
-    loader.sampler.set_epoch(epoch)
-    return list(loader)
-
-
 def contents(folder):
     reader = FeatureReader(FeatureIndex.read(folder))
     return (
@@ -133,9 +128,9 @@ def test_a_balanced_order_is_that_of_training_from_clips_too(tmp_path):
     features = open_loader(tmp_path, costs=costs)
     clips = BucketSampler(make_manifest(), BUCKETS, frame_interval=INTERVAL, seed=SEED, costs=costs)
     for epoch in range(2):
-        clips.set_epoch(epoch)
         found = take_epoch(features, epoch)
-        assert [(batch.bucket, batch.rows) for batch in found] == [(batch.bucket, batch.rows) for batch in clips]
+        expected = list(clips.iterate(epoch, 0))
+        assert [(batch.bucket, batch.rows) for batch in found] == [(batch.bucket, batch.rows) for batch in expected]
     plan = features.sampler.get_plan(2)
     small = [costs[plan.bucket_of[first : first + 8]].tolist() for first in range(0, len(plan), 8)]
     assert all(group == sorted(group) for group in small) and plan.epoch == 2
@@ -166,8 +161,7 @@ def test_captions_are_encoded_once_and_clips_once_in_a_draw(tmp_path):
     latents, texts = contents(tmp_path)
     for draw in range(3):
         sampler = BucketSampler(make_manifest(), BUCKETS, frame_interval=INTERVAL, seed=SEED)
-        sampler.set_epoch(draw)
-        expected = {row for micro_batch in sampler for row in micro_batch.rows}
+        expected = {row for micro_batch in sampler.iterate(draw, 0) for row in micro_batch.rows}
         assert {row for written, row in latents if written == draw} == expected
     assert set(texts) == {row for _, row in latents} and len(texts) == len(text.texts)
     assert index.complete and sum(shard.count for shard in index.shards) == len(latents) + len(texts)
@@ -177,13 +171,13 @@ def test_other_batch_sizes(tmp_path):
     write(tmp_path)
     larger = Bucket({"144p": {frames: (keep, 5) for frames, (keep, _) in CONFIG["144p"].items()}})
     loader = open_loader(tmp_path, bucket=larger)
-    assert {len(batch) for batch in loader} == {5}
+    assert {len(batch) for batch in take_epoch(loader)} == {5}
 
 
 def test_processes_share_the_batches(tmp_path):
     write(tmp_path)
-    whole = [batch.rows for batch in open_loader(tmp_path)]
-    parts = [[batch.rows for batch in open_loader(tmp_path, rank=rank, world_size=2)] for rank in range(2)]
+    whole = [batch.rows for batch in take_epoch(open_loader(tmp_path))]
+    parts = [[batch.rows for batch in take_epoch(open_loader(tmp_path, rank=rank, world_size=2))] for rank in range(2)]
     merged = [rows for pair in zip(*parts, strict=True) for rows in pair]
     assert merged[: len(whole)] == whole
 
@@ -192,9 +186,8 @@ def test_resume_of_a_run(tmp_path):
     write(tmp_path)
     loader = open_loader(tmp_path)
     rows = [batch.rows for batch in take_epoch(loader, 1)]
-    loader.sampler.set_epoch(1)
-    loader.sampler.load_state_dict({"seed": SEED, "epoch": 1, "consumed": 2})
-    assert [batch.rows for batch in loader] == rows[2:]
+    assert [batch.rows for batch in loader.iterate(1, 2)] == rows[2:]
+    loader.close()
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4, 7])
@@ -238,7 +231,7 @@ def test_damaged_shards_are_named(tmp_path, damage):
     else:
         shard.unlink()
     with pytest.raises(FeatureError, match=f"{shard.name} cannot be used.*Delete it and write the features again"):
-        list(open_loader(tmp_path))
+        take_epoch(open_loader(tmp_path))
 
 
 def test_any_bit_that_flips_in_a_shard_is_told_before_its_features_are_used(tmp_path):
@@ -249,7 +242,7 @@ def test_any_bit_that_flips_in_a_shard_is_told_before_its_features_are_used(tmp_
     for place in [*range(0, rows_begin, 40), *range(rows_begin, rows_begin + 600, 7), len(whole) // 2]:
         flip_byte(shard, place)
         with pytest.raises(FeatureError, match=f"{shard.name} cannot be used"):
-            list(open_loader(tmp_path))
+            take_epoch(open_loader(tmp_path))
         shard.write_bytes(whole)
 
 
@@ -261,7 +254,7 @@ def test_shards_are_not_read_before_their_features_are(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_store, "hash_file", lambda path: (read.append(path.name), hash_file(path))[1])
     loader = open_loader(tmp_path)
     assert read == []
-    batches = list(loader)
+    batches = take_epoch(loader)
     shards = {shard.file for shard in FeatureIndex.read(tmp_path).shards}
     assert len(batches) > 3 and len(shards) > 4 and sorted(read) == sorted(shards)
 
@@ -274,7 +267,7 @@ def flip_byte(path, place):
 
 def test_bad_clips_are_left_out(tmp_path):
     sampler = BucketSampler(make_manifest(), BUCKETS, frame_interval=INTERVAL, seed=SEED)
-    bad = {row for row in next(iter(sampler)).rows}
+    bad = {row for row in next(sampler.iterate(0, 0)).rows}
     loader = make_loader(FakeDecoder(bad), bad_clips_path=tmp_path / "bad.jsonl")
     write(tmp_path / "features", loader=loader, draws=2)
     assert {json.loads(line)["row"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()} == bad
@@ -360,7 +353,7 @@ def test_a_full_disk_is_told_and_leaves_no_part_of_a_file(tmp_path, monkeypatch)
 def test_no_thread_is_left_and_waiting_is_counted(tmp_path, count_begun_threads):
     write(tmp_path)
     loader = open_loader(tmp_path)
-    for _ in loader:
+    for _ in loader.iterate(0, 0):
         break
     assert loader.data_wait > 0
     loader.close()

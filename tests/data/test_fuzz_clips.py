@@ -87,7 +87,7 @@ def test_training_goes_on_with_a_third_of_the_clips_damaged(tmp_path, sources):
     loader = ClipLoader(
         manifest, sampler, decoder, frame_interval=2, seed=0, bad_clips_path=tmp_path / "bad.jsonl", report=str
     )
-    batches = list(loader)
+    batches = list(loader.load(sampler.iterate(0, 0)))
     loader.close()
     assert [batch.video.shape for batch in batches] == [(4, 3, 8, 144, 256)] * 9
     listed = {json.loads(line)["row"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()}

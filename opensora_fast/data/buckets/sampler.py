@@ -1,11 +1,10 @@
-"""The order in which a run sees its clips: deterministic, a state of three numbers, any number of processes."""
+"""The order in which a run sees its clips: deterministic, entered anywhere, for any number of processes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -15,13 +14,6 @@ from opensora_fast.data.buckets.plan import ClipSizes, EpochPlan, count_steps, p
 
 # Plans kept: a loader that reads ahead may be in the next epoch while a clip of this one still needs a replacement.
 KEPT_PLANS = 2
-
-
-class Position(Protocol):
-    """Where in a run a batch stands; a `MicroBatch` and what a loader makes of it have both numbers."""
-
-    index: int
-    epoch: int
 
 
 @dataclass(frozen=True)
@@ -38,14 +30,13 @@ class MicroBatch:
 
 
 class BucketSampler:
-    """Yields the micro-batches of one process.
+    """Gives the micro-batches of one process.
 
     The micro-batches of an epoch form one shuffled list that depends on table, buckets, costs, seed and epoch only. In
     each step the processes take consecutive ones. So a run that stops and goes on with another number of processes
     keeps the order of the list, and loses or repeats nothing.
 
-    One iteration is one epoch, from the place that `load_state_dict` set; `set_epoch` moves on. An epoch in which
-    every clip lost the draw of its keep probability (it takes a very small table) yields nothing.
+    An epoch in which every clip lost the draw of its keep probability (it takes a very small table) has none.
 
     Args:
         clips: the table, a `Manifest`.
@@ -54,7 +45,6 @@ class BucketSampler:
         seed: of the run; decides draws and order.
         rank: number of this process.
         world_size: number of processes.
-        shuffle: False keeps the order of the table within a bucket, and takes the buckets one after the other.
         drop_last: True leaves out clips that do not fill a micro-batch, and micro-batches that do not fill a step.
             False fills up with other clips of the bucket and with the first micro-batches of the epoch.
         costs: [buckets] of a micro-batch of each bucket: the processes of a step are to have about the same to do, see
@@ -73,7 +63,6 @@ class BucketSampler:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        shuffle: bool = True,
         drop_last: bool = False,
         costs: np.ndarray | None = None,
     ) -> None:
@@ -85,59 +74,20 @@ class BucketSampler:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.shuffle = shuffle
         self.drop_last = drop_last
         self.costs = costs
-        self.epoch = 0
-        self._start = 0
-        self._handed_out = 0
         self._plans: dict[int, EpochPlan] = {}
-        if len(self) == 0:
+        if self._count_steps(self.get_plan(0), 0) == 0:
             raise ValueError(describe_no_batches(self.explain()))
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        self._handed_out = self._start
-        for micro_batch in self.iterate(self.epoch, self._start):
-            self._handed_out = micro_batch.index - self.rank + self.world_size
-            yield micro_batch
-
-    def __len__(self) -> int:
-        """Micro-batches of this process from the start of the next iteration to the end of the epoch."""
-        return self._count_steps(self.get_plan(self.epoch), self._start)
-
     def iterate(self, epoch: int, consumed: int) -> Iterator[MicroBatch]:
-        """The micro-batches of this process in an epoch of which so many of all processes are used up. The position of
-        the sampler is neither used nor moved."""
+        """The micro-batches of this process in an epoch, from where so many of all processes are used up.
+
+        Behind the one of number `index`, those are index - rank + world_size.
+        """
         plan = self.get_plan(epoch)
         for step in range(self._count_steps(plan, consumed)):
             yield self._get_micro_batch(plan, consumed + step * self.world_size + self.rank)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration be this epoch, from its start unless it is the current one."""
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self._start = self._handed_out = 0
-
-    def state_dict(self, after: Position | None = None) -> dict[str, int]:
-        """Where the run is: seed, epoch and the micro-batches of the epoch that are used up, all processes counted.
-
-        Args:
-            after: the last batch that was trained on. Needed when a loader reads ahead; without it, the state is that
-                after the last micro-batch that was handed out.
-        """
-        if after is None:
-            return {"seed": self.seed, "epoch": self.epoch, "consumed": self._handed_out}
-        return {"seed": self.seed, "epoch": after.epoch, "consumed": after.index - self.rank + self.world_size}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue from a state, made with any number of processes. ValueError if it belongs to another seed."""
-        if state["seed"] != self.seed:
-            raise ValueError(
-                f"the saved position belongs to seed {state['seed']}, this run has seed {self.seed}: the order of the "
-                "clips would differ; use the saved seed"
-            )
-        self.epoch = int(state["epoch"])
-        self._start = self._handed_out = int(state["consumed"])
 
     def replacement(self, micro_batch: MicroBatch, row: int, attempt: int) -> int:
         """Another row of the same bucket for one that cannot be used.
@@ -182,9 +132,9 @@ class BucketSampler:
                 yield dataclasses.replace(other, index=micro_batch.index)
 
     def explain(self) -> Explanation:
-        """The current epoch: batches, tokens, what is left out."""
+        """The first epoch: batches, tokens, what is left out."""
         return explain_plan(
-            self.get_plan(self.epoch),
+            self.get_plan(0),
             self.clips,
             frame_interval=self.frame_interval,
             world_size=self.world_size,
@@ -209,7 +159,6 @@ class BucketSampler:
             frame_interval=self.frame_interval,
             seed=self.seed,
             epoch=epoch,
-            shuffle=self.shuffle,
             drop_last=self.drop_last,
             costs=costs,
         )

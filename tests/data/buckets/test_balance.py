@@ -152,13 +152,12 @@ def test_another_number_of_processes_goes_on_in_the_same_order(given_, before, a
     (alone,), first, second = make(1) or (None,), make(before), make(after)
     if alone is None or first is None or second is None:
         return
-    whole = [(batch.bucket, batch.rows) for batch in alone]
+    whole = [(batch.bucket, batch.rows) for batch in alone.iterate(0, 0)]
     steps = data.draw(st.integers(0, len(whole) // before))
-    iterators = [iter(sampler) for sampler in first]
+    iterators = [sampler.iterate(0, 0) for sampler in first]
     taken = [next(iterator) for _ in range(steps) for iterator in iterators]
-    for sampler in second:
-        sampler.load_state_dict(first[0].state_dict() if steps else {"seed": 0, "epoch": 0, "consumed": 0})
-    rest = [batch for step in zip(*second, strict=True) for batch in step]
+    iterators = [sampler.iterate(0, steps * before) for sampler in second]
+    rest = [batch for step in zip(*iterators, strict=True) for batch in step]
     seen = [(batch.bucket, batch.rows) for batch in taken + rest]
     if drop_last:
         assert seen == whole[: len(seen)] and len(whole) - len(seen) < after
