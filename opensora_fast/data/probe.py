@@ -31,6 +31,7 @@ them, and the first is decoded. frames: all are decoded. Images are opened (head
 
 TIME_LIMIT = 120.0
 """Seconds for one file."""
+LESS = ": cut long videos into clips, or have less of them read (`data probe --fast`, `data validate` without `--deep`)"
 QUEUED_PER_WORKER = 16
 
 
@@ -238,7 +239,7 @@ def map_files(
         step = threads.count * QUEUED_PER_WORKER
         for start in range(0, len(items), step):
             for result in threads.map(call, items[start : start + step], time_limit):
-                yield ClipError(f"took longer than {time_limit:g} s") if isinstance(result, Overdue) else result
+                yield ClipError(f"took longer than {time_limit:g} s{LESS}") if isinstance(result, Overdue) else result
     finally:
         threads.close()
 
