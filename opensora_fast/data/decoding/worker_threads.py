@@ -10,8 +10,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+SECONDS_TO_END = 5.0
 
 
 class Overdue:
@@ -74,12 +77,17 @@ class WorkerThreads:
         return results
 
     def close(self) -> None:
-        """Let the threads end and wait for those that can."""
+        """Let the threads end, without what is left in the queue where `map` was interrupted, and wait for those that
+        do so within `SECONDS_TO_END`."""
         threads, self._threads = self._threads, []
+        with suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
         for _ in threads:
             self._jobs.put(None)
+        deadline = time.monotonic() + SECONDS_TO_END
         for thread in threads:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _add_thread(self) -> None:
         thread = threading.Thread(target=self._work, name=self._name, daemon=True)

@@ -1,10 +1,13 @@
 """Worker threads: order, limits, errors, and nothing left behind but what hangs."""
 
+import os
+import signal
 import threading
 import time
 
 import pytest
 
+from opensora_fast.data.decoding import worker_threads
 from opensora_fast.data.decoding.worker_threads import Overdue, WorkerThreads
 
 
@@ -59,6 +62,21 @@ def test_start_runs_once_in_every_thread_and_close_ends_them(count_begun_threads
     assert count_begun_threads() == 0
     with pytest.raises(RuntimeError, match="closed"):
         workers.map(str, [1], 10)
+
+
+def test_after_ctrl_c_neither_the_queue_nor_what_hangs_is_waited_for(monkeypatch, count_begun_threads):
+    monkeypatch.setattr(worker_threads, "SECONDS_TO_END", 0.5)
+    begun, release = [], threading.Event()
+    workers = WorkerThreads(1, "test")
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        workers.map(lambda item: (begun.append(item), release.wait(20)), range(16), 20)
+    workers.close()
+    assert count_begun_threads() == 1
+    release.set()
+    while count_begun_threads() > 0:
+        time.sleep(0.01)
+    assert begun == [0]
 
 
 def test_count():
