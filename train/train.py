@@ -101,13 +101,16 @@ def train(
         data = read_data(config, processes.replica, processes.replicas)
         for warning in data.explanation.warnings:
             report(f"warning: {warning}")
+        # Before its checkpoints are looked at: another run that writes there would change them meanwhile.
+        if held_before := processes.rank == 0 and out.is_dir():
+            held.enter_context(hold_folder(out, report))
         start = agree_on_start(processes, config, out, resume, init_from, report)
         if start.resume is not None:
             check_changes(start.resume, config, data, processes, report)
 
         with processes.first():
             out.mkdir(parents=True, exist_ok=True)
-            if processes.rank == 0:
+            if processes.rank == 0 and not held_before:
                 held.enter_context(hold_folder(out, report))
             if start.origin is not None:
                 adopt_fitted(start.origin, out)

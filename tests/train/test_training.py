@@ -212,18 +212,22 @@ def test_weights_are_not_trained_with_another_autoencoder_than_theirs(train, tmp
     assert train(second, "--steps", 2, "--resume", first)[0] == 0
 
 
-def test_a_folder_that_another_run_writes_into_is_refused(train, tmp_path):
+def test_a_folder_that_another_run_writes_into_is_refused_and_left_as_it_is(train, tmp_path):
+    """What the other run writes meanwhile may look like a damaged checkpoint, which a resumed run would set aside."""
     out = tmp_path / "run"
-    out.mkdir()
+    assert train(out, "--steps", 0)[0] == 0
+    (out / "checkpoints" / "step-00000001").mkdir()
+    before = sorted(out.rglob("*"))
     code = "import sys, pathlib; from opensora_fast.folder_lock import hold_folder\n"
     code += f"with hold_folder(pathlib.Path({str(out)!r}), print): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        status, _, error = train(out, "--steps", 0)
+        status, _, error = train(out, "--steps", 0, "--resume", "auto")
         assert status == 1 and f"another run is writing into {out} (process {other.pid} on " in error
-        assert not (out / "checkpoints").exists()
+        assert sorted(out.rglob("*")) == before
         other.kill()
-    assert train(out, "--steps", 0)[0] == 0
+    assert train(out, "--steps", 0, "--resume", "auto")[0] == 0
+    assert (out / "checkpoints" / "damaged-step-00000001").is_dir()
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "kernels.json"])
