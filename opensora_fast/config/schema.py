@@ -24,6 +24,9 @@ from opensora_fast.config.sections import (
 # Keys known under another name: Open-Sora's training files say `enable_flashattn`, which its model silently ignores.
 ALIASES = {"model.enable_flashattn": "model.enable_flash_attn"}
 
+# Of more than the system allows, a process ends without a word.
+MOST_THREADS = 1024
+
 
 class TrainConfig(Section):
     """Configuration of a training run."""
@@ -36,7 +39,7 @@ class TrainConfig(Section):
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
 
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**64)
     dtype: Dtype = "bf16"
     lr: float = Field(2e-5, gt=0)
     grad_clip: float | None = Field(1.0, ge=0)
@@ -47,7 +50,7 @@ class TrainConfig(Section):
     # Steps between checkpoints; 0: only at the end.
     ckpt_every: int = Field(1000, ge=0)
     # Clips decoded at a time; 0: one for each processor.
-    num_workers: int = Field(4, ge=0)
+    num_workers: int = Field(4, ge=0, le=MOST_THREADS)
     # Checkpoint to continue; with start_from_scratch its weights, average and optimizer state, at step 0.
     load: str | None = None
     start_from_scratch: bool = False
@@ -71,7 +74,7 @@ class TrainConfig(Section):
     features: str | None = None
     feature_draws: int = Field(1, ge=1)
     # Threads of one operation on the CPU; None: torch's choice, or this process's share of the processors.
-    cpu_threads: int | None = Field(None, ge=1)
+    cpu_threads: int | None = Field(None, ge=1, le=MOST_THREADS)
     decoder: Literal["auto", "pyav", "dali"] = "auto"
     # Batches made ahead; 0 makes each when it is needed.
     prefetch: int = Field(2, ge=0)
@@ -144,7 +147,7 @@ class SampleConfig(Section):
     save_dir: str | None = None
 
     # This project's own.
-    cpu_threads: int | None = Field(None, ge=1)
+    cpu_threads: int | None = Field(None, ge=1, le=MOST_THREADS)
     # Calls of the model on at most so many video tokens replay a CUDA graph; 0: none do.
     cuda_graph_tokens: int = Field(0, ge=0)
 

@@ -7,6 +7,7 @@ safetensors and JSON are written and read: loading executes nothing.
 """
 
 import json
+import operator
 import os
 import re
 import shutil
@@ -95,22 +96,29 @@ def list_checkpoints(parent: Path) -> list[Path]:
 
 def verify_checkpoint(folder: Path) -> None:
     """Compare every file with its checksum. ValueError names the first that is missing, changed or not listed."""
-    marker = folder / COMPLETE
-    if not marker.is_file():
-        raise ValueError(f"{folder} is not a complete checkpoint: {COMPLETE} is missing")
-    try:
-        files = json.loads(marker.read_text())["files"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{marker} is damaged: {error}") from None
-    for name, expected in files.items():
+    _, files = _read_marker(folder)
+    for name, (size, checksum) in files.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        if path.stat().st_size != expected["bytes"] or hash_file(path) != expected["sha256"]:
+        if path.stat().st_size != size or hash_file(path) != checksum:
             raise ValueError(f"{path} is damaged: it is not what was written")
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if extra := sorted(present - set(files) - {COMPLETE}):
         raise ValueError(f"{folder / extra[0]} does not belong to the checkpoint: remove it")
+
+
+def _read_marker(folder: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """What `complete.json` says: the step, and bytes and SHA-256 of every file. ValueError if it cannot be read."""
+    marker = folder / COMPLETE
+    if not marker.is_file():
+        raise ValueError(f"{folder} is not a complete checkpoint: {COMPLETE} is missing")
+    try:
+        content = json.loads(marker.read_text())
+        files = {name: (written["bytes"], written["sha256"]) for name, written in content["files"].items()}
+        return operator.index(content["step"]), files
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{marker} is damaged: {error!r}") from None
 
 
 def find_newest(parent: Path, warn: Callable[[str], None]) -> Path | None:
@@ -166,7 +174,8 @@ def get_step(folder: Path) -> int:
 
 def read_step(checkpoint: Path) -> int:
     """The step of a whole checkpoint, whatever a person has called its folder."""
-    return json.loads((checkpoint / COMPLETE).read_text())["step"]
+    step, _ = _read_marker(checkpoint)
+    return step
 
 
 def _flush(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -49,13 +50,15 @@ class MetricsWriter:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file; a last line that a kill has cut off is left out. ValueError names a damaged line."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not valid JSON: {error}; remove that line") from None
+            row = json.loads(line)
+            operator.index(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is no row of a step: {error!r}; remove that line") from None
+        rows.append(row)
     return rows
 
 

@@ -40,7 +40,11 @@ def test_write_verify_and_keep_the_newest(tmp_path):
     assert find_newest(tmp_path, print).name == "step-100000000"
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "add", "marker", "no marker"])
+MARKERS = ("{", "[]", '{"step": 2}', '{"files": {}}', '{"step": "2", "files": {}}', '{"step": 2, "files": []}')
+MARKERS += ('{"step": 2, "files": {"state.json": 1}}', '{"step": 2, "files": {"state.json": {}}}')
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "add", "no marker", *MARKERS])
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage):
     good = write_checkpoint(tmp_path, 1, fill("a"), keep=2)
     bad = write_checkpoint(tmp_path, 2, fill("b"), keep=2)
@@ -55,10 +59,10 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage):
         weights.unlink()
     elif damage == "add":
         (bad / "model" / "extra").write_text("x")
-    elif damage == "marker":
-        (bad / "complete.json").write_text("{")
-    else:
+    elif damage == "no marker":
         (bad / "complete.json").unlink()
+    else:
+        (bad / "complete.json").write_text(damage)
     told = []
     assert find_newest(tmp_path, told.append) == good
     assert len(told) == 1 and str(bad) in told[0] and "going back" in told[0]

@@ -38,9 +38,10 @@ def test_a_new_run_starts_empty(tmp_path):
     assert read_metrics(path) == []
 
 
-def test_a_damaged_line_is_named(tmp_path):
+@pytest.mark.parametrize("damaged", [b"\0\0\0", b"\xff", b"[2]", b"null", b"{}", b'{"step": "2"}'])
+def test_a_damaged_line_is_named(tmp_path, damaged):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n\0\0\0\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not valid JSON"):
+    path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no row of a step: .*; remove that line"):
         MetricsWriter(path, last_step=3)
-    assert path.read_text().endswith('{"step": 3}\n')
+    assert path.read_text(errors="replace").endswith('{"step": 3}\n')
