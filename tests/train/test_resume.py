@@ -71,11 +71,29 @@ def test_a_checkpoint_may_have_any_name(train, tmp_path, whole):
     assert code == 0, error
     assert_same_weights(last(out), last(whole))
     other = tmp_path / "other"
-    assert train(other, "--steps", 2)[0] == 0
     code, _, error = train(other, "--steps", STEPS, "--resume", best)
     assert code == 0, error
     code, _, error = train(other, "--steps", STEPS, "--resume", best)
     assert code == 1 and f"{other} holds later checkpoints than {best} (step-{STEPS:08d})" in error
+
+
+def test_rows_of_two_runs_are_not_joined(train, tmp_path, whole):
+    out = tmp_path / "run"
+    assert train(out, "--steps", 2)[0] == 0
+    own = out / "checkpoints" / "step-00000002"
+    rows = (out / "metrics.jsonl").read_bytes()
+    other = ["--steps", STEPS, "--resume", whole], ["--steps", STEPS, "--resume", "auto", f"load={whole}"]
+    code, _, error = train(out, *other[0])
+    assert code == 1 and f"{out} holds a run of its own" in error and "give another --out" in error
+    moved = own.rename(tmp_path / "moved")
+    for more in (*other, ["--resume", moved]):
+        assert train(out, *more)[0] == 1
+    assert (out / "metrics.jsonl").read_bytes() == rows and not list((out / "checkpoints").iterdir())
+    # As it is told: into the folder of the run's checkpoints, under any name.
+    best = moved.rename(out / "checkpoints" / "best")
+    code, _, error = train(out, "--steps", 3, "--resume", best)
+    assert code == 0, error
+    assert read_losses(out) == read_losses(whole)[:3]
 
 
 def test_resume_from_the_configuration_that_the_run_wrote(train, tmp_path, whole):

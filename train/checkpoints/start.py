@@ -22,7 +22,7 @@ from opensora_fast.train.checkpoints.checkpoint import (
 )
 from opensora_fast.train.checkpoints.state import other_order, read_position, refuse_other_data
 from opensora_fast.train.inputs.data import TrainingData
-from opensora_fast.train.monitoring.metrics import METRICS
+from opensora_fast.train.monitoring.metrics import METRICS, read_metrics
 
 CHECKPOINT_CONFIG = "train_config.json"
 
@@ -82,6 +82,7 @@ def choose_start(
             raise ValueError(
                 f"{out} holds later checkpoints than {checkpoint} ({later[0].name}); remove them, or give another --out"
             )
+        refuse_rows_of_another(out, checkpoint)
         return Start(resume=checkpoint)
     if resume == "auto":
         newest = find_newest(checkpoints, report)
@@ -95,13 +96,29 @@ def choose_start(
         raise ValueError(f"{out} holds a run already: add --resume auto to continue it, or give another --out")
     if config.load is not None and init_from is None:
         checkpoint = locate_checkpoint(Path(config.load), report)
-        return Start(state=checkpoint) if config.start_from_scratch else Start(resume=checkpoint)
+        if config.start_from_scratch:
+            return Start(state=checkpoint)
+        refuse_rows_of_another(out, checkpoint)
+        return Start(resume=checkpoint)
     source = config.model.from_pretrained if init_from is None else init_from
     if (checkpoint := find_checkpoint(source, report)) is not None:
         return Start(weights=str(checkpoint))
     if source is not None:
         locate_checkpoint_file(source)
     return Start(weights=source)
+
+
+def refuse_rows_of_another(out: Path, checkpoint: Path) -> None:
+    """ValueError where a checkpoint from elsewhere would be continued behind rows of the run that is in `out`: rows up
+    to its step stay (see `MetricsWriter`)."""
+    if checkpoint.resolve().parent == (out / "checkpoints").resolve() or not (out / METRICS).exists():
+        return
+    step = read_step(checkpoint)
+    if any(row["step"] <= step for row in read_metrics(out / METRICS)):
+        raise ValueError(
+            f"{out} holds a run of its own, and {out / METRICS} would join its rows up to step {step} to those behind "
+            f"{checkpoint}: give another --out, or move a checkpoint of that run into {out / 'checkpoints'}"
+        )
 
 
 def find_checkpoint(source: str | None, report: Callable[[str], None]) -> Path | None:
