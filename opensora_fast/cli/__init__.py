@@ -26,6 +26,7 @@ import re
 import sys
 import traceback
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +37,8 @@ SEVERAL_PROCESSES = ("train", "sample")
 # Folders beside `opensora_fast/` in a checkout, which only an installation makes its packages.
 PARTS_ELSEWHERE = ("kernels", "train", "benchmarks")
 INSTALL_CHECKOUT = "`pip install --no-deps --no-build-isolation -e .`"
+# Options that say where a command writes.
+TARGETS = ("--out", "--save-dir")
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
 
@@ -49,6 +52,7 @@ def run(arguments: list[str]) -> int:
     arguments, debug = _take_debug_flag(list(arguments))
     try:
         _refuse_several_processes(_find_subcommand(arguments))
+        _refuse_empty_targets(arguments)
         command = typer.main.get_command(_build_app(arguments))
         code = command(_repeat_options(arguments), prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -133,6 +137,13 @@ def _refuse_several_processes(name: str | None) -> None:
             f"`{PROGRAM} {name} ...` without torchrun, which is for {' and '.join(SEVERAL_PROCESSES)}, or unset "
             "WORLD_SIZE"
         )
+
+
+def _refuse_empty_targets(arguments: list[str]) -> None:
+    """An empty name would be the current folder, and is more likely a shell variable that is not set."""
+    for option in TARGETS:
+        if f"{option}=" in arguments or (option, "") in pairwise(arguments):
+            raise ValueError(f'{option} "": name the place, or write . for the current folder')
 
 
 def _import_subcommand(name: str) -> ModuleType:

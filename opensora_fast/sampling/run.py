@@ -33,7 +33,7 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
             the folder and the device show is found before any weights are loaded. Also where the memory of a GPU runs
             out.
     """
-    if config.save_dir is None:
+    if not config.save_dir:
         raise ValueError("there is no folder for the samples; give --save-dir or save_dir")
     folder = Path(config.save_dir)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())

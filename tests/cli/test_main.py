@@ -84,6 +84,27 @@ def test_under_torchrun_only_what_shares_the_work_is_started(monkeypatch, capsys
     assert "train" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "demo", "--out", ""],
+        ["train", "demo", "--out="],
+        ["sample", "demo_sample", "--prompt", "a", "b", "--save-dir", ""],
+        ["bench", "--out", ""],
+        ["profile", "attention", "--out", ""],
+        ["demo", "--out", ""],
+        ["data", "demo", "--out", ""],
+        ["data", "probe", ".", "--out", ""],
+    ],
+)
+def test_no_command_writes_into_the_current_folder_for_a_name_that_is_empty(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(arguments) == 1
+    option = "--save-dir" if arguments[0] == "sample" else "--out"
+    assert f'error: {option} "": name the place, or write . for the current folder' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_near_names_are_suggested(capsys):
     assert cli.run(["docter"]) == 2
     assert "doctor" in capsys.readouterr().err

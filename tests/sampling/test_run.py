@@ -169,6 +169,7 @@ def test_the_configuration_is_one_call_from_python(folder):
     ("arguments", "named"),
     [
         (("--prompt", "a"), "--save-dir"),
+        (("--prompt", "a", "save_dir=''"), "--save-dir"),
         (("--save-dir", "out"), "--prompt TEXT"),
         (("--save-dir", "out", "--prompt", "a", "--mask-strategy", "0,x"), "reference must be a whole number"),
         (("--save-dir", "out", "--prompt", "a", "b", "--reference-path", "x"), "1 entries for 2 prompts"),
