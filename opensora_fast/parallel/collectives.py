@@ -31,12 +31,14 @@ def all_gather(
 
 @contextmanager
 def naming_the_loss() -> Iterator[None]:
-    """ProcessLostError in place of what torch raises where another process cannot be reached."""
+    """ProcessLostError in place of what torch raises where another process cannot be reached. It may be this one that
+    cannot reach any, as where NCCL finds no network, and then only torch says why."""
     try:
         yield
     except RuntimeError as error:
         raise ProcessLostError(
-            "another process of this run has ended or cannot be reached; its own message, or torchrun's, says why"
+            "another process of this run has ended or cannot be reached; its own message, or torchrun's, says why; "
+            f"torch says here: {error}"
         ) from error
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401
 
 from opensora_fast.device import choose_device
+from opensora_fast.parallel.collectives import naming_the_loss
 from opensora_fast.parallel.processes import JoinedProcesses, Processes
 from opensora_fast.parallel.sequence import SequenceGroup
 
@@ -81,7 +82,7 @@ def join_processes(device_name: str | None, sequence_size: int = 1) -> Iterator[
 
     Raises:
         ValueError: torchrun's variables are incomplete, the device is not here, there are more processes than GPUs, or
-            they do not form groups of `sequence_size`.
+            they do not form groups of `sequence_size`; ProcessLostError where they do not find each other.
     """
     place = read_place(os.environ)
     count_replicas(place.world_size, sequence_size)
@@ -91,14 +92,16 @@ def join_processes(device_name: str | None, sequence_size: int = 1) -> Iterator[
         return
     if device.type == "cuda":
         device = take_gpu(place)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
-    )
+    with naming_the_loss():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+        )
     processes: JoinedProcesses | None = None
     try:
-        host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
-        state_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
-        sequence = join_sequence(sequence_size) if sequence_size > 1 else None
+        with naming_the_loss():
+            host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+            state_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+            sequence = join_sequence(sequence_size) if sequence_size > 1 else None
         processes = JoinedProcesses(device, place.local_world_size, host_group, state_group, sequence)
         del host_group, state_group, sequence
         yield processes

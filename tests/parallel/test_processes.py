@@ -4,12 +4,15 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import opensora_fast.parallel.processes as processes_module
+from opensora_fast.parallel.collectives import ProcessLostError, naming_the_loss
 from opensora_fast.parallel.join import Place, join_processes, read_place, take_gpu
 from opensora_fast.parallel.processes import Processes
 
@@ -73,9 +76,32 @@ def test_a_process_alone_copies_and_communicates_nothing(monkeypatch):
             pass
 
 
+def test_what_torch_knows_of_a_lost_process_is_told(monkeypatch):
+    """Where this machine finds no network no other process has anything to say."""
+    with pytest.raises(ProcessLostError, match="cannot be reached; .* NCCL error: unhandled system error"):
+        with naming_the_loss():
+            raise RuntimeError("NCCL error: unhandled system error")
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for key, value in (place | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(find_free_port())}).items():
+        monkeypatch.setenv(key, value)
+    soon = partial(dist.init_process_group, timeout=timedelta(seconds=1))
+    monkeypatch.setattr(dist, "init_process_group", soon)
+    with pytest.raises(ProcessLostError, match="cannot be reached; .* 1/2 clients joined"):
+        with join_processes("cpu"):
+            pass
+    assert not dist.is_initialized()
+
+
+def find_free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 LEAVE = """
 import gc, os
 import torch
+from opensora_fast.parallel.collectives import ProcessLostError, naming_the_loss
 from opensora_fast.parallel.join import join_processes
 
 gc.disable()
@@ -95,9 +121,7 @@ print([name for name in threads if "gloo" in name])
 @pytest.mark.skipif(sys.platform != "linux", reason="lists the threads of a process in /proc")
 def test_no_thread_of_the_groups_outlives_them():
     """One that frees a tensor while Python ends takes the process down, after all its work is done."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
