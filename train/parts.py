@@ -3,7 +3,7 @@
 import torch
 
 from opensora_fast.config import TrainConfig
-from opensora_fast.diffusion import IDDPM, SpeeDiffusion
+from opensora_fast.diffusion import IDDPM, build_scheduler
 from opensora_fast.model import STDiT2, STDiT2Config
 
 
@@ -39,13 +39,11 @@ def build_model(config: STDiT2Config, seed: int, grad_checkpoint: bool | int) ->
     return model.train()
 
 
-def build_diffusion(config: TrainConfig) -> IDDPM | SpeeDiffusion:
+def build_diffusion(config: TrainConfig) -> IDDPM:
     """The diffusion that `scheduler` of a configuration names."""
     if config.scheduler.learn_sigma != config.model.pred_sigma:
         raise ValueError(
             f"scheduler.learn_sigma={config.scheduler.learn_sigma} and model.pred_sigma={config.model.pred_sigma} "
             "must be equal: the model gives the variance that the loss learns"
         )
-    keys = config.scheduler.get_keys()
-    kind = {"iddpm": IDDPM, "iddpm-speed": SpeeDiffusion}[keys.pop("type")]
-    return kind(**keys)
+    return build_scheduler(config.scheduler.get_keys())

@@ -111,7 +111,6 @@ class Schedule:
 
     Attributes:
         num_timesteps: number of steps kept, n.
-        original_num_steps: number of steps before respacing.
         timestep_map: for each step the original timestep, which is what the model is told.
         betas: float32 [n] on the CPU; likewise every name in `TABLES`.
     """
@@ -133,7 +132,6 @@ class Schedule:
 
     def __init__(self, original_betas: Tensor, timesteps: Sequence[int]) -> None:
         """Keep `timesteps` (ascending) of the process with `original_betas` (float64 [original steps])."""
-        self.original_num_steps = len(original_betas)
         self.timestep_map = list(timesteps)
         self.num_timesteps = len(self.timestep_map)
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}

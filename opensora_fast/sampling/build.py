@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import BaseModel
 
 from opensora_fast.config import SampleConfig
 from opensora_fast.cuda_graphs import refuse_without_gpu
@@ -21,9 +19,6 @@ from opensora_fast.model.weights import CONFIG_NAME, load_pretrained, load_stric
 from opensora_fast.parallel.join import read_place
 from opensora_fast.sampling.generate import SampleSettings, VideoGenerator
 from opensora_fast.sampling.replayed_model import ReplayedModel
-
-# Keys of the model section that do not describe the model.
-NO_MODEL_KEYS = {"type", "from_pretrained", "enable_flash_attn", "enable_layernorm_kernel"}
 
 
 def build_generator(config: SampleConfig, device: torch.device | str | None = None) -> VideoGenerator:
@@ -48,17 +43,13 @@ def build_generator(config: SampleConfig, device: torch.device | str | None = No
     device = choose_device(None) if device is None else torch.device(device)
     refuse_without_gpu(config.cuda_graph_tokens, device.type)
     dtype = DTYPES[config.dtype]
-    scheduler = build_scheduler(_given(config.scheduler))
-    video_encoder = build_video_encoder(_given(config.vae), device, dtype)
+    scheduler = build_scheduler(config.scheduler.get_keys())
+    video_encoder = build_video_encoder(config.vae.get_keys(), device, dtype)
     text_dtype = choose_text_dtype(config.text_encoder.shardformer, dtype)
-    text_encoder = build_text_encoder(_given(config.text_encoder), device, text_dtype)
+    text_encoder = build_text_encoder(config.text_encoder.get_keys(), device, text_dtype)
     model = load_model(config, video_encoder, text_encoder).to(device, dtype).eval()
     replayed = ReplayedModel(model, config.cuda_graph_tokens) if config.cuda_graph_tokens else None
     return VideoGenerator(model, video_encoder, text_encoder, scheduler, make_settings(config), replayed)
-
-
-def _given(section: BaseModel) -> dict[str, Any]:
-    return {"type": section.type} | section.model_dump(exclude_unset=True)  # type: ignore[attr-defined]
 
 
 def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: TextEncoder) -> STDiT2:
@@ -70,7 +61,7 @@ def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: 
     if path.is_file() or (path.is_dir() and not (path / CONFIG_NAME).is_file()):
         return load_model_file(config, video_encoder, text_encoder)
     saved, state = load_pretrained(source)
-    given = config.model.model_dump(include=config.model.model_fields_set - NO_MODEL_KEYS)
+    given = {key: value for key, value in config.model.get_shape_keys().items() if key in config.model.model_fields_set}
     for key, value in given.items():
         if value != getattr(saved, key) and read_place(os.environ).rank == 0:
             print_line(f"note: model.{key}={value!r} replaces {getattr(saved, key)!r}, with which {source} was trained")
