@@ -249,14 +249,14 @@ def kill_while_writing(step: int) -> None:
 
 def lose_memory_while_the_disk_is_full(step: int) -> None:
     """Rank 0 cannot write the average into the checkpoint of the step before; then the others have no memory left."""
-    real = state.save_file
+    real = state.save_pretrained
 
-    def save_file(tensors, path, *more):
-        if path.parent.name == "ema" and path.parent.parent.name.endswith(f"step-{step - 1:08d}"):
+    def save_pretrained(config, tensors, folder):
+        if folder.name == "ema" and folder.parent.name.endswith(f"step-{step - 1:08d}"):
             raise OSError("no space left on device")
-        real(tensors, path, *more)
+        real(config, tensors, folder)
 
-    state.save_file = save_file
+    state.save_pretrained = save_pretrained
     if os.environ["RANK"] != "0":
         at_step(out_of_memory)(step)
 

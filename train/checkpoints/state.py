@@ -11,15 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opensora_fast.model.weights import WEIGHTS_NAME, save_pretrained
 from opensora_fast.train.checkpoints.checkpoint import locate_step
 from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 
 if TYPE_CHECKING:
     from opensora_fast.train.loop import Trainer
 
-WEIGHTS = "model.safetensors"
 FORMAT = 2
-FOR_TORCH = {"format": "pt"}
 State = tuple[str, dict[str, Tensor]]
 
 
@@ -101,21 +100,18 @@ def write_state(trainer: "Trainer", snapshot: Snapshot, collected: Iterable[Call
     """
     for collect in collected:
         name, state = collect()
-        state = {key: value.contiguous() for key, value in state.items()}
         if name == "optimizer":
             save_file(state, folder / "optimizer.safetensors")
         else:
-            (folder / name).mkdir()
-            save_file(state, folder / name / WEIGHTS, FOR_TORCH)
-            (folder / name / "config.json").write_text(trainer.model.config.model_dump_json(indent=2) + "\n")
+            save_pretrained(trainer.model.config, state, folder / name)
         del state  # on the host of rank 0, beside what is collected next
     (folder / "state.json").write_text(json.dumps(snapshot.position, indent=2) + "\n")
 
 
 def load_weights(trainer: "Trainer", checkpoint: Path) -> None:
     """Take weights, average and optimizer state of a verified checkpoint, but not its position."""
-    trainer.optimizer.load_weights(load_file(checkpoint / "model" / WEIGHTS))
-    trainer.ema.load(load_file(checkpoint / "ema" / WEIGHTS))
+    trainer.optimizer.load_weights(load_file(checkpoint / "model" / WEIGHTS_NAME))
+    trainer.ema.load(load_file(checkpoint / "ema" / WEIGHTS_NAME))
     trainer.optimizer.load_state_dict(load_file(checkpoint / "optimizer.safetensors"))
 
 
