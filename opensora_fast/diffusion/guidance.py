@@ -21,7 +21,11 @@ class GuidedModel:
     Args:
         model: called as model(x [2n, C, T, H, W], timestep [2n], **model_kwargs).
         cfg_scale: 1 is no guidance.
-        cfg_channel: number of guided channels; None guides the first half of the output, all predicted noise.
+        cfg_channel: number of guided channels; None guides all C, the predicted noise. (Open-Sora takes half of the
+            output for it, which it is not where no variance is predicted.)
+
+    Raises:
+        ValueError (of calls): `cfg_channel` is more than C.
     """
 
     def __init__(self, model: Callable[..., Tensor], cfg_scale: float, cfg_channel: int | None = None) -> None:
@@ -33,8 +37,10 @@ class GuidedModel:
         """Guided output [n, C or 2C, T, H, W] for x [n, C, T, H, W]; an `x_mask` has n rows, `y` 2n."""
         if model_kwargs.get("x_mask") is not None:
             model_kwargs["x_mask"] = torch.cat([model_kwargs["x_mask"]] * 2)
+        guided_channels = x.shape[1] if self.cfg_channel is None else self.cfg_channel
+        if guided_channels > x.shape[1]:
+            raise ValueError(f"cfg_channel={guided_channels}: {x.shape[1]} channels can be guided; give fewer, or None")
         output = self.model(torch.cat([x, x]), torch.cat([timestep, timestep]), **model_kwargs)
-        guided_channels = output.shape[1] // 2 if self.cfg_channel is None else self.cfg_channel
         conditional, unconditional = output.chunk(2)
         guided = unconditional[:, :guided_channels] + self.cfg_scale * (
             conditional[:, :guided_channels] - unconditional[:, :guided_channels]

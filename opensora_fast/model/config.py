@@ -133,7 +133,7 @@ class STDiT2Config(BaseModel):
             )
         if self.hidden_size % self.num_heads or self.head_size % 2:
             raise ValueError(f"hidden_size {self.hidden_size} / num_heads {self.num_heads} must be an even head size")
-        if not (math.isfinite(self.mlp_ratio) and int(self.hidden_size * self.mlp_ratio) >= 1):
+        if not 1 <= self.hidden_size * self.mlp_ratio < math.inf:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} must give the MLP at least one hidden channel")
         if not 0 <= self.class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob must lie in 0 … 1, got {self.class_dropout_prob}")

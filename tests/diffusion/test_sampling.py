@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from opensora_fast.diffusion import IDDPM
+from opensora_fast.diffusion.guidance import GuidedModel
 from opensora_fast.progress import Progress
 
 from .conftest import GOLDEN
@@ -94,6 +95,24 @@ def test_the_chain_is_that_of_the_formulas(no_noise, steps, cfg_channel):
     expected = reference_chain(ToyModel(), text_encoder, z, mask, steps, 4.0, cfg_channel)
     # 5e-4: in float32 the coefficients of the least noisy steps have few digits.
     assert ((out - expected).norm() / expected.norm()).item() < 5e-4
+
+
+@pytest.mark.parametrize("variance", [True, False])
+def test_all_noise_is_guided_and_no_variance(variance):
+    z = torch.zeros(1, 4, 2, 2, 3)
+
+    def predict(x, timestep):
+        """2 with the text, 1 without."""
+        channels = 8 if variance else 4
+        return torch.tensor([2.0, 1.0]).view(2, 1, 1, 1, 1).expand(2, channels, *x.shape[2:])
+
+    def guide(cfg_channel):
+        return GuidedModel(predict, 3.0, cfg_channel)(z, torch.zeros(1)).mean((0, 2, 3, 4)).tolist()
+
+    assert guide(None) == guide(4) == [4.0] * 4 + [2.0] * 4 * variance
+    assert guide(3) == [4.0] * 3 + [2.0] + [2.0] * 4 * variance
+    with pytest.raises(ValueError, match="cfg_channel=5: 4 channels can be guided"):
+        guide(5)
 
 
 def test_a_kept_frame_stays_clean_and_marked_as_given_until_its_step(toy_model):

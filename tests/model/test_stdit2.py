@@ -276,6 +276,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         ("config.json", '{"depth": 2\n"qk_norm": true}', "config.json:2: not valid JSON"),
         ("config.json", "[" * 100_000, "config.json: not valid JSON"),
         ("config.json", '{"mlp_ratio": Infinity}', "mlp_ratio inf"),
+        ("config.json", '{"mlp_ratio": 1e308}', "mlp_ratio 1e\\+308"),
         ("config.json", '{"mlp_ratio": -1}', "mlp_ratio -1"),
         ("model.safetensors.index.json", "[]", "index.json: not an index of shards"),
         ("model.safetensors.index.json", "{}", "index.json: not an index of shards"),
