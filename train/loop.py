@@ -215,6 +215,8 @@ class Trainer:
         with named_range("inputs", self.model.device):
             if self.inputs is not None:
                 inputs = draw_inputs(self.model, self.diffusion, self.masks, *self.inputs.prepare(batch))
+                # Decoded clips may lie on the GPU, and a batch is kept until the step behind its own is computed.
+                batch.drop_content()
             if self.processes.sequence is not None:
                 inputs = self.processes.sequence.share(inputs, self.model.device)
         with named_range("forward", self.model.device):

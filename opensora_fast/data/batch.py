@@ -54,6 +54,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def drop_content(self) -> None:
+        """Forget clips or features, of which the model's inputs have been made. What is known of them stays."""
+        self.video = self.latents = self.text_embeddings = None
+
     def pin_memory(self) -> Batch:
         """The same with its large CPU tensors in page-locked memory, from which copies to the GPU can overlap."""
         names = ("video", "latents", "text_embeddings")

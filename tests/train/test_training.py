@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from losses import read_losses
 from safetensors.torch import load_file
 
 from opensora_fast.model import STDiT2
+from opensora_fast.train import loop
+from opensora_fast.train.inputs.model_inputs import ModelInputs
 from opensora_fast.train.monitoring.metrics import read_metrics
 
 
@@ -44,6 +47,25 @@ def test_a_run_writes_what_it_promises(train, tmp_path):
     assert ops["spatial_attention"] == "reference" and "spatial_attention (reference" in text
     assert "train" in error and "loss" in error  # progress
     assert not (out / "bad_clips.jsonl").exists() or (out / "bad_clips.jsonl").read_text() == ""
+
+
+def test_no_clip_is_held_beside_the_activations(train, tmp_path, monkeypatch):
+    decoded = []
+    prepare, compute = ModelInputs.prepare, loop.compute_losses
+
+    def encode(self, batch):
+        decoded.append(weakref.ref(batch.video))
+        return prepare(self, batch)
+
+    def compute_forward(*arguments):
+        assert not any(clips() is not None for clips in decoded)
+        return compute(*arguments)
+
+    monkeypatch.setattr(ModelInputs, "prepare", encode)
+    monkeypatch.setattr(loop, "compute_losses", compute_forward)
+    code, _, error = train(tmp_path / "run", "--steps", 3)
+    assert code == 0, error
+    assert len(decoded) == 3
 
 
 def test_average_follows_the_weights(train, tmp_path):
