@@ -335,7 +335,7 @@ def test_mistakes_are_one_message_and_leave_no_folder(train, tmp_path, more, mes
         (["scheduler.learn_sigma=False"], "learn_sigma"),
         (["scheduler.noise_schedule=cosin"], "cosin"),
         (["--kernels", "cuda"], "--kernels cuda: unknown; choose one of auto"),
-        (["--linear", "cutlass"], "--linear cutlass: unknown"),
+        (["--linear", "cutlass"], "--linear cutlass: unknown; choose one of torch, quack"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
