@@ -312,6 +312,7 @@ def test_dry_run_without_a_table_shows_the_configured_buckets(capsys):
         (["load=/nowhere/run"], "/nowhere/run: no such folder"),
         (["--device", "tpu"], "tpu"),
         (["--resume", "/nowhere", "--init-from", "/nowhere"], "give one of them"),
+        (["load=/nowhere", "--init-from", "/nowhere"], "--init-from and `load` .* both name weights .*: give one"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

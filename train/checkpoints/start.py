@@ -94,7 +94,9 @@ def choose_start(
             raise ValueError(f"{checkpoints} holds no checkpoint that is whole; remove them to start anew")
     elif (out / METRICS).exists() or list_checkpoints(checkpoints):
         raise ValueError(f"{out} holds a run already: add --resume auto to continue it, or give another --out")
-    if config.load is not None and init_from is None:
+    if config.load is not None:
+        if init_from is not None:
+            raise ValueError("--init-from and `load` of the configuration both name weights to start from: give one")
         checkpoint = locate_checkpoint(Path(config.load), report)
         if config.start_from_scratch:
             return Start(state=checkpoint)
