@@ -9,6 +9,7 @@ from .layout import PackLayout
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SMALLEST_EPSILON = 1e-30  # of the RMS norm: kernels compute its reciprocal, in float32, which ends at 1e38
 
 
 def check_tensor(
@@ -128,6 +129,14 @@ def check_head_size(op: str, head_size: int) -> None:
     if head_size % 8 or not 8 <= head_size <= 128:
         raise ValueError(
             f"{op}: head size {head_size} has no Triton kernel, a multiple of 8 up to 128 has; use backend='reference'"
+        )
+
+
+def check_epsilon(op: str, q_weight: Tensor | None, eps: float) -> None:
+    """The Triton kernels norm rows of zeros beyond the end of a sequence, too; without weights they norm nothing."""
+    if q_weight is not None and not eps >= SMALLEST_EPSILON:
+        raise ValueError(
+            f"{op}: eps {eps:g} has no Triton kernel, {SMALLEST_EPSILON:g} or more has; use backend='reference'"
         )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_angles, check_head_size, check_qk_weights, check_tensor, check_tokens
+from .checks import check_angles, check_epsilon, check_head_size, check_qk_weights, check_tensor, check_tokens
 from .layout import PackLayout
 from .registration import choose_backend, kernel_op
 
@@ -85,7 +85,7 @@ def qk_norm_rotary(
         cos, sin: float32 [at least the longest T, D/2], cosine and sine of frame index · frequency; both None for no
             rotation. No gradient.
         layout: the pack's layout.
-        eps: of the RMS norm.
+        eps: of the RMS norm; Triton takes 1e-30 and more.
         backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.
 
     Returns:
@@ -109,6 +109,7 @@ def qk_norm_rotary(
     if choose_backend(op, backend, q, k, q_weight, k_weight, cos, sin) == "reference":
         return qk_norm_rotary_reference(q, k, q_weight, k_weight, cos, sin, layout, eps)
     check_head_size(op, q.shape[2])
+    check_epsilon(op, q_weight, eps)
     if cos is not None and sin is not None:
         cos, sin = cos.detach().float(), sin.detach().float()
     tiles = layout.frame_tiles(TILE_TOKENS)

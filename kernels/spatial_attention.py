@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .bias_gradient import collect_bias_gradient_reference
-from .checks import check_head_size, check_reach, check_self_attention
+from .checks import check_epsilon, check_head_size, check_reach, check_self_attention
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference
 from .registration import choose_backend, contiguous, empty_as, kernel_op
@@ -57,7 +57,7 @@ def spatial_attention(
         layout: the pack's layout.
         qkv_bias: [3, H, D] bias of that Linear, which qkv holds already. It receives its gradient here, so the Linear
             is to be given `bias.detach()`; see `bias_gradient`.
-        eps: of the RMS norm.
+        eps: of the RMS norm; Triton takes 1e-30 and more.
         backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.
 
     Returns:
@@ -73,6 +73,7 @@ def spatial_attention(
         return spatial_attention_reference(qkv, q_weight, k_weight, layout, eps)
     _, _, heads, head_size = qkv.shape
     check_head_size(op, head_size)
+    check_epsilon(op, q_weight, eps)
     check_reach(op, "a frame", layout.max_frame_tokens, 3 * heads * head_size)
     check_reach(op, "a pack", layout.num_tokens, 2 * heads)
     runs = [number for run in layout.runs for number in (run.videos * run.frames, run.frame_tokens)]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .bias_gradient import collect_bias_gradient_reference
-from .checks import check_angles, check_head_size, check_self_attention
+from .checks import check_angles, check_epsilon, check_head_size, check_self_attention
 from .launch import ceil_divide
 from .layout import PLACE_BLOCK_ROWS, PLACE_TILE_ROWS, PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
@@ -77,7 +77,7 @@ def temporal_attention(
         layout: the pack's layout.
         qkv_bias: [3, H, D] bias of that Linear, which qkv holds already. It receives its gradient here, so the Linear
             is to be given `bias.detach()`; see `bias_gradient`.
-        eps: of the RMS norm.
+        eps: of the RMS norm; Triton takes 1e-30 and more.
         backend: "auto", "reference" or "triton"; "auto" is Triton on CUDA, but the reference for float64.
 
     Returns:
@@ -93,6 +93,7 @@ def temporal_attention(
         qkv = collect_bias_gradient_reference(qkv, qkv_bias)
         return temporal_attention_reference(qkv, q_weight, k_weight, cos, sin, layout, eps)
     check_head_size(op, qkv.shape[3])
+    check_epsilon(op, q_weight, eps)
     cos, sin = cos.detach().float(), sin.detach().float()
     longest = longest_tile(qkv.device, qkv.dtype)
     tables = layout.place_tiles(longest)

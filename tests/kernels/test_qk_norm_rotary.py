@@ -143,6 +143,7 @@ def test_wrong_arguments_are_named(device) -> None:
         ("cos has 2 rows, but a video has 3 frames", {"cos": good["cos"][:2]}),
         ("nothing to do", dict.fromkeys(("q_weight", "k_weight", "cos", "sin"))),
         ("takes float32, float16 and bfloat16, got torch.float64", {"q_weight": good["q_weight"].double()}),
+        ("eps 0 has no Triton kernel, 1e-30 or more has", {"eps": 0.0}),
     ]
     for message, change in wrong:
         with pytest.raises(ValueError, match=f"qk_norm_rotary: .*{message}"):

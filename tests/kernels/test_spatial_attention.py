@@ -11,6 +11,7 @@ from opensora_fast.kernels import PackLayout, spatial_attention
 from opensora_fast.kernels.attention.spatial_forward import shape_classes
 from opensora_fast.kernels.attention.tables import row_tiles
 from opensora_fast.kernels.attention.tiles import BOUNDED_UP_TO, PART_FACTORS
+from opensora_fast.kernels.checks import SMALLEST_EPSILON
 
 ours, reference = partial(spatial_attention, backend="triton"), partial(spatial_attention, backend="reference")
 
@@ -226,6 +227,11 @@ def test_a_frame_long_enough_for_large_tiles(device, compare) -> None:
     compare(make_inputs([(1, 18, 23), (2, 2, 2)], torch.float32, device, heads=1, head_size=24))
 
 
+def test_the_smallest_epsilon(frame_class, dtype, device, compare) -> None:
+    """Rows beyond the end of a frame are normed as well, though they are zero."""
+    compare(make_inputs([(1, 9, 15)], dtype, device) | {"eps": SMALLEST_EPSILON})
+
+
 def test_strided_and_expanded_inputs(dtype, device, compare) -> None:
     inputs = make_inputs([(2, 3, 5)], dtype, device, heads=2)
     qkv = inputs["qkv"].detach()
@@ -334,3 +340,6 @@ def test_wrong_arguments_are_named(device) -> None:
         ours(**{name: tensor.double() if isinstance(tensor, Tensor) else tensor for name, tensor in inputs.items()})
     with pytest.raises(ValueError, match="head size 12 has no Triton kernel"):
         ours(torch.zeros(15, 3, 1, 12, device=device), None, None, inputs["layout"])
+    for eps in (0.0, -1e-6, float("nan")):
+        with pytest.raises(ValueError, match="spatial_attention: eps .* has no Triton kernel, 1e-30 or more has"):
+            ours(**inputs, eps=eps)

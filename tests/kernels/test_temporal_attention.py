@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opensora_fast.kernels import PackLayout, temporal_attention
 from opensora_fast.kernels.attention.tiles import BOUNDED_UP_TO
+from opensora_fast.kernels.checks import SMALLEST_EPSILON
 from opensora_fast.kernels.layout import PLACE_BLOCK_ROWS, PLACE_TILE_ROWS
 from opensora_fast.kernels.temporal_attention import longest_tile
 
@@ -81,6 +82,11 @@ def test_every_number_of_frames(frames, dtype, device, compare) -> None:
 
 def test_without_norm(longest, dtype, device, compare) -> None:
     compare(make_inputs([(5, 1, 2), (66, 1, 1)], dtype, device, head_size=40, weight=None))
+
+
+def test_the_smallest_epsilon(longest, dtype, device, compare) -> None:
+    """Rows beyond the last frame are normed as well, though they are zero."""
+    compare(make_inputs([(5, 1, 2), (66, 1, 1)], dtype, device, head_size=40) | {"eps": SMALLEST_EPSILON})
 
 
 def test_several_heads_and_places(longest, dtype, device, compare) -> None:
@@ -212,6 +218,7 @@ def test_wrong_arguments_are_named(device) -> None:
         ("sin is on meta", {"sin": good["sin"].to("meta")}),
         ("cos has 2 rows, but a video has 3 frames", {"cos": good["cos"][:2]}),
         ("takes float32, float16 and bfloat16, got torch.float64", {"qkv": good["qkv"].double()}),
+        ("eps 0 has no Triton kernel, 1e-30 or more has", {"eps": 0.0}),
     ]
     for message, change in wrong:
         with pytest.raises(ValueError, match=f"temporal_attention: .*{message}"):
