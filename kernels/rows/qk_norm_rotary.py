@@ -60,7 +60,7 @@ def _rows(tiles, position, HEADS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.c
     row = (program % BLOCKS).to(tl.int32) * ROWS + tl.arange(0, ROWS)
     inside = row < tl.load(tile + 1) * HEADS
     frame = tl.load(position + tl.load(tile + 2))
-    return tl.load(tile).to(tl.int64) + row // HEADS, row % HEADS, inside, frame + tl.arange(0, 1)
+    return tl.load(tile).to(tl.int64) + row // HEADS, (row % HEADS).to(tl.int64), inside, frame + tl.arange(0, 1)
 
 
 @triton.jit

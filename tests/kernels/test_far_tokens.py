@@ -232,6 +232,20 @@ def test_qk_norm_rotary(last) -> None:
     compare(*results, slice(-2, None))
 
 
+def test_qk_norm_rotary_of_heads_that_lie_far_apart(last) -> None:
+    last |= dict.fromkeys(("_forward", "_backward"), 4)  # of 64 (token, head) pairs each, for a tile of 16 tokens
+    heads, weight, results = draw(HEADS, 2, HEAD_SIZE), draw(HEAD_SIZE), []
+    gradient = draw(2, HEADS, HEAD_SIZE)
+    for shapes in ([(1, 1, 2)], [(1, 1, LIMIT // ((HEADS - 1) * HEAD_SIZE)), (1, 1, 2)]):
+        layout = PackLayout.of(shapes, "cpu")
+        stream = reserve(HEADS, layout.num_tokens, HEAD_SIZE, dtype=torch.float16)
+        stream[:, -2:] = heads
+        q = stream.transpose(0, 1)
+        inputs = {"q": q, "k": q, "q_weight": weight, "k_weight": weight, "cos": None, "sin": None, "layout": layout}
+        results.append(run(qk_norm_rotary, inputs, [far(gradient, layout.num_tokens)] * 2)[:4])
+    compare(*results, slice(-2, None))
+
+
 def test_adamw(last) -> None:
     names = ("gradient", "master", "first_moment", "second_moment", "working", "average")
     norm, results = torch.ones(()), []
