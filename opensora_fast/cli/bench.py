@@ -50,6 +50,23 @@ def command(
     """
     if compare and report:
         raise ValueError("--compare and --report each do one thing and measure nothing; give one of them")
+    if compare or report:
+        of_runs = {
+            "--out": out,
+            "--device": device,
+            "--budget": budget,
+            "--providers": providers,
+            "--only": only,
+            "--list": show,
+            "--gpu": gpu,
+            "--refresh": refresh,
+            "--commit": commit,
+        }
+        given = ", ".join(name for name, value in of_runs.items() if value)
+        if given:
+            raise ValueError(
+                f"--compare and --report measure nothing and name their folders themselves; leave out {given}"
+            )
     if compare is not None:
         _compare(*compare, relative, absolute_ms)
         return

@@ -19,6 +19,8 @@ from opensora_fast.cli import run
     ("arguments", "message"),
     [
         (["--compare", "a", "b", "--report", "c"], "--compare and --report each do one thing"),
+        (["--report", "a", "--out", "x"], "name their folders themselves; leave out --out, --device"),
+        (["--compare", "a", "b", "--only", "spatial"], "measure nothing and name their folders themselves; leave out"),
         (["--out", "x", "--suite", "everything"], "suite 'everything' is unknown; choose one of all, push, kernels"),
         (["--out", "x", "--providers", "flash-attn-9"], "provider 'flash-attn-9' is unknown in this suite"),
         (["--out", "x", "--providers", ""], "--providers '': write names with commas between them, or leave"),
