@@ -213,7 +213,8 @@ def predict_all(rows: list[dict[str, Any]], machine: Machine = H200) -> list[dic
     Raises:
         ValueError: `rows` lacks a build that the model needs.
     """
-    builds = {(row["kernel"], row["note"]): row for row in rows if row["arch"] == "sm_90" and row["dtype"] == "bf16"}
+    wanted = (row for row in rows if (row.get("arch"), row.get("dtype")) == ("sm_90", "bf16"))
+    builds = {(row["kernel"], row["note"]): row for row in wanted}
     predictions = []
     for resolution in VIDEO_SIZES:
         workload = fill(resolution, FRAMES, TOKENS)
@@ -251,18 +252,21 @@ def write_predictions(predictions: list[dict[str, Any]], path: Path) -> None:
         writer.writerows(predictions)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Predict the time of every kernel on a GPU from its machine code.")
     parser.add_argument("--gpu", choices=list(MACHINES), default=H200.name, help="whose rates; default: %(default)s")
     parser.add_argument("--builds", type=Path, help="rows of `kernels compile --json`; default: build for sm_90")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     machine = MACHINES[arguments.gpu]
     path = path_of(machine)
-    if arguments.builds:
-        rows = json.loads(arguments.builds.read_text(encoding="utf-8"))
-    else:
-        rows = list(compile_kernels(["sm_90"])[1])
-    predictions = predict_all(rows, machine)
+    try:
+        if arguments.builds:
+            rows = json.loads(arguments.builds.read_text(encoding="utf-8"))
+        else:
+            rows = list(compile_kernels(["sm_90"])[1])
+        predictions = predict_all(rows, machine)
+    except (OSError, ValueError) as error:
+        parser.error(f"{error}; --builds takes a file of what `kernels compile --arch sm_90 --json` prints")
     write_predictions(predictions, path)
     print(f"Predictions for {machine.name}, not measurements ({machine.sources}); ns for each token, limiter:")
     for workload in dict.fromkeys(row["workload"] for row in predictions):

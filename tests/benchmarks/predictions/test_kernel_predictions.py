@@ -1,6 +1,7 @@
 """Predicted times from counts: the arithmetic by hand, and what the committed file says of itself."""
 
 import csv
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from opensora_fast.benchmarks.predictions.kernels import (
     H200,
     MACHINES,
     Launch,
+    main,
     path_of,
     predict,
     predict_all,
@@ -56,6 +58,23 @@ def test_a_shorter_step_counts_as_its_share(length, iterations) -> None:
 def test_a_missing_build_is_named() -> None:
     with pytest.raises(ValueError, match="no bf16 build of .*spatial_attention_forward"):
         predict_all([])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory"),
+        ("no JSON", "Expecting value"),
+        ("[{}]", "no bf16 build of .*spatial_attention_forward"),
+    ],
+)
+def test_builds_that_cannot_be_used_are_one_message(tmp_path, capsys, content, message) -> None:
+    path = tmp_path / "builds.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--builds", str(path)])
+    assert re.search(f"error: .*{message}.*; --builds takes a file of what", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=lambda machine: machine.name)
