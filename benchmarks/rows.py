@@ -194,7 +194,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _find_whole_end(path: Path) -> int:
-    """Bytes of a file up to the end of its last whole row; a line without an end is whole if it has all cells.
+    """Bytes of a file up to the end of its last whole row; a line without an end is whole if its last cell is, a date.
 
     A file that is not of this version counts as whole.
     """
@@ -205,7 +205,8 @@ def _find_whole_end(path: Path) -> int:
         return 0 if header.startswith(content) else len(content)
     end = content.rfind(b"\n") + 1
     last = next(csv.reader([content[end:].decode(errors="replace")]), [])
-    return end if 0 < len(last) < len(COLUMNS) else len(content)
+    is_cut_off = bool(last) and (len(last) < len(COLUMNS) or not last[-1].endswith("Z"))
+    return end if is_cut_off else len(content)
 
 
 def _remove_cut_off_row(path: Path) -> None:

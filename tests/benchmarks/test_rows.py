@@ -92,13 +92,13 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
         append_rows(path, [make_row()])
 
 
-@pytest.mark.parametrize("kept", [0, 5, 100, "header", "no line end"])
+@pytest.mark.parametrize("kept", [0, 5, 100, "header", "last cell", "no line end"])
 def test_a_row_that_was_cut_off_is_neither_read_nor_continued(tmp_path, kept):
     path = tmp_path / "op.csv"
     append_rows(path, [make_row()])
     first = path.stat().st_size
     append_rows(path, [make_row()])
-    sizes = {"header": 20, "no line end": path.stat().st_size - 2}
+    sizes = {"header": 20, "last cell": path.stat().st_size - 6, "no line end": path.stat().st_size - 2}
     with path.open("r+b") as file:
         file.truncate(sizes.get(kept, first + kept if isinstance(kept, int) else 0))
     whole = {"header": 0, "no line end": 2}.get(kept, 1)
