@@ -85,7 +85,8 @@ def run_contest(contest: Contest, session: Session) -> Outcome:
     """Checks and times all providers.
 
     Raises:
-        DeviceLostError: a provider left the GPU in a state in which nothing else can run; its row is in the error.
+        DeviceLostError: a provider left the GPU in a state in which nothing else can run; its row is in the error, and
+            what is measured.
         CaseStopped: for a KeyboardInterrupt, with what is measured.
     """
     run = _Run(contest, session)
@@ -94,6 +95,9 @@ def run_contest(contest: Contest, session: Session) -> Outcome:
             return run.measure()
     except KeyboardInterrupt:
         raise CaseStopped(run.rows, run.refused) from None
+    except DeviceLostError as lost:
+        lost.rows_before, lost.refused = run.rows, run.refused
+        raise
 
 
 class _Run:

@@ -14,7 +14,7 @@ from .case import Outcome
 from .clocks import watch_clocks
 from .contest import describe, release_or_lose
 from .refused import Refused
-from .session import CaseStopped, Session
+from .session import CaseStopped, DeviceLostError, Session
 from .timing import Call, Sampling, SamplingStopped, peak_memory, time_interleaved
 
 
@@ -54,7 +54,8 @@ def run_race(
         clock: "cpu" for work that the host does, whatever the session's device is; None: the device's.
 
     Raises:
-        DeviceLostError: an entry left the GPU in a state in which nothing else can run; its row is in the error.
+        DeviceLostError: an entry left the GPU in a state in which nothing else can run; its row is in the error, and
+            what is measured.
         CaseStopped: for a KeyboardInterrupt, with what is measured.
     """
     rows: list[Row] = []
@@ -63,6 +64,9 @@ def run_race(
         _race(template, entries, sampling, session, clock or session.device, rows, refused)
     except KeyboardInterrupt:
         raise CaseStopped(rows, refused) from None
+    except DeviceLostError as lost:
+        lost.rows_before, lost.refused = rows, refused
+        raise
     return rows, refused
 
 

@@ -26,11 +26,16 @@ SECONDS_BETWEEN_BEATS = 1.0
 
 
 class DeviceLostError(Exception):
-    """A provider left the GPU in a state in which nothing else runs; `rows` are those it failed in."""
+    """A provider left the GPU in a state in which nothing else runs; `rows` are those it failed in.
+
+    `rows_before` and `refused` are what the case knew by then.
+    """
 
     def __init__(self, rows: Sequence[Row], reason: str):
         super().__init__(reason)
         self.rows = list(rows)
+        self.rows_before: list[Row] = []
+        self.refused: list[Refused] = []
 
 
 class CaseStopped(KeyboardInterrupt):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from opensora_fast.progress import Progress
 
-from ..measuring.case import Case, Outcome
+from ..measuring.case import Case
 from ..measuring.contest import describe
 from ..measuring.provider import forget_compiled
 from ..measuring.refused import Refused
@@ -53,7 +53,8 @@ def run_cases(
         report: filled while the run goes on, for whoever interrupts it.
 
     Raises:
-        DeviceLostError: nothing more can be measured in this process; the rows of the provider at fault are written.
+        DeviceLostError: nothing more can be measured in this process; what is known is written, the rows of the
+            provider at fault too.
     """
     report = report or Report()
     session.learn(existing)
@@ -71,40 +72,38 @@ def run_cases(
             session.case_name = case.identity
             names = case.unfinished(finished)
             for group in [[name] for name in names] if case.identity in careful else [names]:
-                rows, refused = _measure(case, session, group, finished, report)
-                session.record(rows, refused)
-                report.rows += rows
-                report.refused += refused
-                for item in refused:
-                    progress.note(f"refused: {item}")
+                _measure(case, session, group, report)
             progress.advance(1, case=case.name)
     return report
 
 
-def _measure(case: Case, session: Session, names: Sequence[str], finished: set[Key], report: Report) -> Outcome:
+def _measure(case: Case, session: Session, names: Sequence[str], report: Report) -> None:
+    """Measures these providers; whatever is known of them is written and reported, however it ends."""
+
+    def keep(rows: Sequence[Row], refused: Sequence[Refused]) -> None:
+        rows = [row for row in rows if row.key not in session.finished]
+        session.record(rows, refused)
+        report.rows += rows
+        report.refused += refused
+        for item in refused:
+            session.tell(f"refused: {item}")
+
     forget_compiled()
     try:
-        rows, refused = case.measure(session, names)
-    except DeviceLostError as error:
-        session.record(error.rows)
-        report.rows += error.rows
+        outcome = case.measure(session, names)
+    except DeviceLostError as lost:
+        keep([*lost.rows_before, *lost.rows], lost.refused)
         raise
     except CaseStopped as stop:
-        rows = [row for row in stop.rows if row.key not in finished]
-        session.record(rows, stop.refused)
-        report.rows += rows
-        report.refused += stop.refused
+        keep(stop.rows, stop.refused)
         raise
     except Exception as error:  # what all its providers share failed, the float64 reference for example
-        rows, refused = failed_rows(case, session, names, describe(error)), []
-    rows = [row for row in rows if row.key not in finished]
+        outcome = failed_rows(case, session, names, describe(error)), []
+    keep(*outcome)
     try:
         release_memory(session.device)
     except RuntimeError as error:  # nothing runs on the GPU any more, and nobody knows by whose fault
-        session.record(rows, refused)
-        report.rows += rows
         raise DeviceLostError([], describe(error)) from error
-    return rows, refused
 
 
 def failed_rows(case: Case, session: Session, names: Sequence[str], reason: str) -> list[Row]:

@@ -155,6 +155,27 @@ def test_a_lost_device_stops_the_contest_with_the_rows_of_who_lost_it(session, m
     assert [(row.provider, row.status) for row in caught.value.rows] == [("crash", "failed"), ("crash", "failed")]
 
 
+def test_a_device_that_is_lost_later_costs_no_row_of_before(session, monkeypatch):
+    """Who was wrong in the check, and the times of the direction that was over."""
+
+    def lost(device: str) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def lose(bound, work):
+        monkeypatch.setattr("opensora_fast.benchmarks.measuring.contest.release_memory", lost)
+        raise RuntimeError("boom")
+
+    contest = toy_contest(["eager", "slightly-wrong", "absent"])
+    contest = replace(contest, calls=dict(contest.calls) | {"forward+backward": lose})
+    with pytest.raises(DeviceLostError, match="boom") as caught:
+        run_contest(contest, session)
+    assert [(row.provider, row.direction) for row in caught.value.rows] == [("eager", "forward+backward")]
+    before = [(row.provider, row.direction, row.status) for row in caught.value.rows_before]
+    absent = [("absent", direction, "unavailable") for direction in contest.calls]
+    assert before == [*absent, ("eager", "forward", "ok")]
+    assert {item.row.provider for item in caught.value.refused} == {"slightly-wrong"}
+
+
 def test_unknown_providers_are_named():
     with pytest.raises(ValueError, match="provider 'flash-attn-9' is unknown; known: eager"):
         choose_providers(toy_contest(["eager"]).providers, ["flash-attn-9"])

@@ -9,6 +9,7 @@ import torch
 from bench_toys import make_row, toy_case
 
 from opensora_fast.benchmarks.measuring.race import Check, Entry, run_race
+from opensora_fast.benchmarks.measuring.refused import read_refused
 from opensora_fast.benchmarks.measuring.session import CaseStopped, DeviceLostError, Session, threads_of
 from opensora_fast.benchmarks.measuring.timing import FEWEST_ROUNDS, Sampling, time_interleaved
 from opensora_fast.benchmarks.processes import Death, Plan
@@ -110,6 +111,23 @@ def test_a_device_that_is_lost_behind_a_case_needs_another_process(tmp_path, mon
     with pytest.raises(DeviceLostError, match="illegal memory access"):
         run_cases([toy_case(["eager"])], session)
     assert {row.status for row in read_folder(tmp_path)} == {"ok"}  # what was measured is kept
+
+
+def test_what_a_case_knew_before_the_device_was_lost_is_kept(tmp_path):
+    plain = toy_case(["eager", "crash", "slightly-wrong"])
+
+    def measure(session, names):
+        rows, refused = plain.measure(session, names)
+        lost = DeviceLostError([row for row in rows if row.provider == "crash"], "CUDA error")
+        lost.rows_before, lost.refused = [row for row in rows if row.provider != "crash"], refused
+        raise lost
+
+    report = Report()
+    with pytest.raises(DeviceLostError):
+        run_cases([replace(plain, measure=measure)], Session("cpu", tmp_path), report=report)
+    rows = read_folder(tmp_path)
+    assert sorted((row.provider, row.status) for row in rows) == [("crash", "failed")] * 2 + [("eager", "ok")] * 2
+    assert len(report.rows) == 4 and len(report.refused) == len(read_refused(tmp_path)) == 2
 
 
 def test_an_interruption_keeps_what_was_recorded(tmp_path):
