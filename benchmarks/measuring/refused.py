@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ class Refused:
     parts: tuple[Part, ...] = ()
 
     def __str__(self) -> str:
-        text = f"{self.row.name}: the error of its {self.result} is {self.error:.3g}, over its limit {self.limit:.3g}"
-        return f"{text}; most of it: {', '.join(map(str, self.parts))}" if self.parts else text
+        return format_refused(_describe(self))
 
 
 def append_refused(folder: Path, items: Iterable[Refused]) -> None:
@@ -51,6 +50,13 @@ def read_refused(folder: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}:{number}: not a refused row: {error}; delete this line") from error
     return items
+
+
+def format_refused(item: Mapping[str, Any]) -> str:
+    """In one line what `read_refused` gives of a provider."""
+    error = f"{item['error']:.3g}, over its limit {item['error_limit']:.3g}"
+    parts = ", ".join(str(Part(**part)) for part in item.get("parts", ()))  # earlier lines have none
+    return f"{item['name']}: the error of its {item['result']} is {error}{f'; most of it: {parts}' if parts else ''}"
 
 
 def _describe(item: Refused) -> dict[str, Any]:

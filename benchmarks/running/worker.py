@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from ..environment import Environment
 from ..measuring.case import Case
-from ..measuring.refused import read_refused
+from ..measuring.refused import format_refused, read_refused
 from ..measuring.session import DeviceLostError, Session, threads_of
 from ..processes import DONE, ERROR, INTERRUPTED, RESTART, RUNNING_FILE, WRONG, Death, Plan, end_with_parent
 from ..report.mixed import compare_mixed
@@ -119,12 +119,18 @@ def record_deaths(
 
 def print_report(report: Report, cases: list[Case], plan: Plan, session: Session, folder: Path) -> int:
     """The final table; returns WRONG where this project's own result was wrong, else DONE."""
-    planned = {key for case in cases for key in case.planned_rows()}
+    planned = {key: row for case in cases for key, row in case.planned_rows().items()}
+    # Those of processes before this one belong to the run as well.
     rows = [
         row
-        for row in read_folder(folder)  # those of processes before this one belong to the run as well
+        for row in read_folder(folder)
         if row.key in planned and row.environment and row.environment.date >= plan.started
     ]
+    refused = {
+        key: item
+        for item in read_refused(folder)
+        if (key := tuple(item["key"])) in planned and item["date"] >= plan.started
+    }
     print(format_table(rows))
     reasons = format_reasons(rows)
     if reasons:
@@ -139,14 +145,14 @@ def print_report(report: Report, cases: list[Case], plan: Plan, session: Session
         print("a time again, and those of another state of the sources")
     if report.left:
         print(f"\nnot reached within the budget: {len(report.left)} cases; run again with the same --out to go on")
-    for item in report.refused:
-        print(f"wrong, so no time: {item}")
+    for item in refused.values():
+        print(f"wrong, so no time: {format_refused(item)}")
     environment = session.environment
     commit = environment.commit[:12] or "unknown"
     versions = f"torch {environment.torch}, triton {environment.triton}"
     print(f"\n{environment.device_name}, {versions}, commit {commit}{' with changes' if environment.dirty else ''}")
     print(f"rows: {folder}")
-    return WRONG if any(item.row.provider.startswith("ours") for item in report.refused) else DONE
+    return WRONG if any(planned[key].provider.startswith("ours") for key in refused) else DONE
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ import torch
 from bench_toys import make_row, toy_case
 
 from opensora_fast.benchmarks.measuring.race import Check, Entry, run_race
-from opensora_fast.benchmarks.measuring.refused import read_refused
+from opensora_fast.benchmarks.measuring.refused import Refused, read_refused
 from opensora_fast.benchmarks.measuring.session import CaseStopped, DeviceLostError, Session, threads_of
 from opensora_fast.benchmarks.measuring.timing import FEWEST_ROUNDS, Sampling, time_interleaved
-from opensora_fast.benchmarks.processes import Death, Plan
+from opensora_fast.benchmarks.processes import DONE, WRONG, Death, Plan
 from opensora_fast.benchmarks.rows import read_folder
 from opensora_fast.benchmarks.running.runner import Report, run_cases
-from opensora_fast.benchmarks.running.worker import kept_refusals, kept_rows, record_deaths
+from opensora_fast.benchmarks.running.worker import kept_refusals, kept_rows, print_report, record_deaths
 from opensora_fast.cpu_threads import cpu_threads
 
 
@@ -128,6 +128,20 @@ def test_what_a_case_knew_before_the_device_was_lost_is_kept(tmp_path):
     rows = read_folder(tmp_path)
     assert sorted((row.provider, row.status) for row in rows) == [("crash", "failed")] * 2 + [("eager", "ok")] * 2
     assert len(report.rows) == 4 and len(report.refused) == len(read_refused(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("provider", ["ours", "slightly-wrong"])
+def test_what_a_process_before_found_wrong_belongs_to_the_run(tmp_path, capsys, provider):
+    """One that was ended since: this one does not measure it again."""
+    case, session = replace(toy_case(["eager"]), providers=("eager", provider)), Session("cpu", tmp_path)
+    wrong = next(row for row in case.planned_rows().values() if row.provider == provider)
+    session.record([], [Refused(replace(wrong, environment=session.environment), "output", 0.5, 0.1)] * 2)
+    plan = Plan("all", "cpu", str(tmp_path), started="2000")
+    assert print_report(Report(), [case], plan, session, tmp_path) == (WRONG if provider == "ours" else DONE)
+    told = f"wrong, so no time: op toy forward size 64 {provider}: the error of its output is 0.5, over its limit 0.1"
+    assert capsys.readouterr().out.count(told) == 1
+    later = replace(plan, started="9999")
+    assert print_report(Report(), [case], later, session, tmp_path) == DONE
 
 
 def test_an_interruption_keeps_what_was_recorded(tmp_path):
