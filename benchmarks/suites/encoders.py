@@ -123,7 +123,7 @@ def step_case(scale: Scale, workload: Workload) -> Case:
             reason = f"{lacking[0]} is not installed"
             providers = [_without(provider, reason) for provider in contest.providers]
             return run_contest(replace(contest, providers=providers), session)
-        encode = make_encode(scale, workload, session.shared("encoders", lambda: build_encoders(scale)))
+        encode = make_encode(scale, workload, build_encoders(scale))
         with FlopCounterMode(display=False) as counter:
             encode()
         count = count_step(scale, Pack.of(workload), training) + Count(float(counter.get_total_flops()))
