@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -68,10 +69,21 @@ def installed_version(distribution: str) -> str:
         return ""
 
 
+def gpu_query(*fields: str) -> list[str]:
+    """The command that asks nvidia-smi for fields ("clocks.sm", …) of the first GPU that this process may use.
+
+    nvidia-smi counts all GPUs, whatever CUDA_VISIBLE_DEVICES leaves of them. For a part of one (MIG) it is the host's
+    first.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip()
+    number = "0" if not first or first.startswith("MIG-") else first
+    return ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", f"--id={number}"]
+
+
 def query_gpu(*fields: str) -> str:
-    """Fields of the first GPU from nvidia-smi ("clocks.sm", …) with commas between, "" where it does not answer."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
+    """The answer to `gpu_query` with commas between, "" where there is none."""
     try:
+        command = gpu_query(*fields)
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..environment import query_gpu
+from ..environment import gpu_query, query_gpu
 
 FIELDS = ("clocks.sm", "clocks.mem")
 INTERVAL_MS = 500  # between readings
@@ -46,10 +46,10 @@ def median_clocks(lines: list[str]) -> list[str]:
 def _readings() -> Iterator[list[str]]:
     """Lines of nvidia-smi, read every half second; none where it is not there."""
     lines: list[str] = []
-    command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits", "--id=0"]
+    command = [*gpu_query(*FIELDS), f"--loop-ms={INTERVAL_MS}"]
     with tempfile.TemporaryFile("w+") as output:
         try:
-            process = subprocess.Popen([*command, f"--loop-ms={INTERVAL_MS}"], stdout=output, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
         except OSError:
             yield lines
             return
