@@ -43,7 +43,7 @@ class Sampling:
     Attributes:
         budget_s: rounds stop when it is used up, but not before FEWEST_ROUNDS.
         min_samples: while the budget lasts, rounds go on at least to this many samples.
-        warm_up: calls of each implementation before its first sample.
+        warm_up: calls of each implementation before its first sample; fewer where they use up the budget.
         samples_per_turn: samples of one implementation before it is the next one's turn.
         large: implementations that each fill the GPU's memory: a turn begins by giving back what the one before held,
             and with one call that is not counted.
@@ -93,8 +93,11 @@ def time_interleaved(
         failed(name, error)
 
     def warm_up(name: str) -> None:
+        start = time.perf_counter()
         for _ in range(sampling.warm_up):
             calls[name]()
+            if time.perf_counter() - start > sampling.budget_s:
+                break
 
     def take_turn(name: str) -> None:
         if sampling.large:

@@ -43,7 +43,7 @@ def profile_attention(
         providers: names from `ATTENTION_PROVIDERS`; None: all.
         device: "cuda" (in bfloat16) or "cpu" (in float32).
         out: folder of the files, see `profile_paths`.
-        budget_s: time for all samples together.
+        budget_s: time for all samples together, but for the fewest of each provider; its check comes on top.
 
     Raises:
         ValueError: an unknown kind or provider, a length below 1, or a provider that left the GPU unusable.

@@ -24,7 +24,13 @@ def attention(
         str | None, typer.Option(help="Implementations to compare, for example upstream,ours.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
-    budget: Annotated[str, typer.Option(help="Time for all samples together, such as 60s or 2m.")] = "60s",
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Time for all samples together, such as 60s or 2m. Checks come on top, and three samples of each "
+            "implementation are taken however long they last."
+        ),
+    ] = "60s",
     trace: Annotated[
         bool, typer.Option(help="Also write a trace of each implementation at the longest length, for ui.perfetto.dev.")
     ] = False,

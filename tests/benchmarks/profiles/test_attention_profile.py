@@ -65,6 +65,12 @@ def test_a_length_that_fails_costs_its_own_rows(tmp_path, take_part, monkeypatch
     assert "eager: failed (2 rows): OutOfMemoryError: CUDA out of memory" in capsys.readouterr().out
 
 
+def test_a_sequence_that_is_longer_than_the_inputs_of_checks_is_checked_itself(tmp_path):
+    """Once: smaller inputs would be as large."""
+    assert profile(tmp_path, "600", "eager") == 0
+    assert {row.checked_on for row in read_rows(tmp_path / "attention_spatial.csv")} == {""}
+
+
 @pytest.mark.parametrize(
     ("stop", "code", "message"),
     [

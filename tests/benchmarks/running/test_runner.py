@@ -244,6 +244,17 @@ def test_times_are_taken_in_turn():
     assert time_interleaved({"a": lambda: None}, "cpu", Sampling(10.0, min_samples=30))["a"].milliseconds[0] >= 0
 
 
+def test_warming_up_ends_with_the_budget():
+    calls = []
+
+    def call():
+        calls.append(None)
+        time.sleep(0.02)
+
+    times = time_interleaved({"slow": call}, "cpu", Sampling(0.01, warm_up=50))
+    assert len(times["slow"].milliseconds) == FEWEST_ROUNDS and len(calls) == 1 + FEWEST_ROUNDS
+
+
 def test_a_race_refuses_what_its_check_finds_wrong():
     def entry(provider: str, error: float) -> Entry:
         return Entry(provider, "1", "copy", lambda: ((lambda: None), lambda: Check(error, 0.5)), calls_per_sample=10)
