@@ -92,7 +92,9 @@ def _as_list(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 def make_workload(
     op: str, pack: str, shapes: Sequence[tuple[int, int, int]], device: torch.device, dtype: torch.dtype
 ) -> Workload:
-    """Random inputs of the model's sizes for one op; each video has its own modulation row."""
+    """Random inputs of the model's sizes for one op, biases among them as in training; each video has its own row of
+    modulation.
+    """
     layout = PackLayout.of(shapes, device)
     tokens, rows = layout.num_tokens, layout.modulation_rows(None)
     generator = torch.Generator(device).manual_seed(0)
@@ -110,8 +112,8 @@ def make_workload(
         # About one, as trained ones are: far larger ones would take the path of the ordinary softmax.
         return (1 + draw(HEAD_SIZE).detach() / 20).requires_grad_()
 
-    def qkv() -> tuple[Tensor, Tensor, Tensor]:
-        return draw(tokens, 3, HEADS, HEAD_SIZE), norm_weight(), norm_weight()
+    def qkv() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return draw(tokens, 3, HEADS, HEAD_SIZE), norm_weight(), norm_weight(), draw(3, HEADS, HEAD_SIZE)
 
     if op == "modulated_norm":
         inputs = stream(), table(), table()
@@ -134,18 +136,29 @@ def make_workload(
         inputs = draw(tokens, 4 * CHANNELS), draw(4 * CHANNELS)
         call = partial(gelu_tanh, backend="triton")
     elif op == "spatial_attention":
-        inputs, call = qkv(), partial(spatial_attention, layout=layout, backend="triton")
+        inputs = qkv()
+
+        def call(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, bias: Tensor) -> Tensor:
+            return spatial_attention(qkv, q_weight, k_weight, layout, qkv_bias=bias, backend="triton")
+
     elif op == "temporal_attention":
         angles = torch.outer(
             torch.arange(layout.max_frames, device=device, dtype=torch.float32),
             1e4 ** (-torch.arange(0, HEAD_SIZE, 2, device=device) / HEAD_SIZE),
         )
+        cos, sin = angles.cos(), angles.sin()
         inputs = qkv()
-        call = partial(temporal_attention, cos=angles.cos(), sin=angles.sin(), layout=layout, backend="triton")
+
+        def call(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, bias: Tensor) -> Tensor:
+            return temporal_attention(qkv, q_weight, k_weight, cos, sin, layout, qkv_bias=bias, backend="triton")
+
     elif op == "cross_attention":
         text, _ = TextLayout.from_mask(None, layout.num_videos, TEXT_TOKENS, device)
-        inputs = draw(tokens, HEADS, HEAD_SIZE), draw(text.num_tokens, 2, HEADS, HEAD_SIZE)
-        call = partial(cross_attention, layout=layout, text=text, backend="triton")
+        inputs = draw(tokens, HEADS, HEAD_SIZE), draw(text.num_tokens, 2, HEADS, HEAD_SIZE), draw(HEADS, HEAD_SIZE)
+
+        def call(q: Tensor, kv: Tensor, bias: Tensor) -> Tensor:
+            return cross_attention(q, kv, layout, text, q_bias=bias, backend="triton")
+
     else:
         raise ValueError(f"no workload for op {op!r}; choose one of {', '.join(TUNED_OPS)}")
     return Workload(op, pack, inputs, call)

@@ -40,6 +40,17 @@ def test_every_candidate_of_every_kernel_runs_and_agrees(op, device) -> None:
         assert tried == list(table[kernel][shape_class])
 
 
+@pytest.mark.parametrize("op", ["spatial_attention", "temporal_attention", "cross_attention"])
+def test_attention_finds_the_gradient_of_a_bias_as_in_training(op, device, monkeypatch) -> None:
+    monkeypatch.setattr(autotune, "HEADS", 1)
+    monkeypatch.setattr(autotune, "HEAD_SIZE", 24)
+    workload = make_workload(op, "tiny", [(2, 1, 3), (1, 1, 2)], device, torch.float32)
+    *_, bias = workload.inputs
+    *_, gradient = workload.prepare_backward()()
+    assert gradient.shape == bias.shape == ((1, 24) if op == "cross_attention" else (3, 1, 24))
+    assert gradient.abs().max() > 0
+
+
 def timing(configuration: Configuration, microseconds: float | None, pack: str = "a") -> Timing:
     return Timing("op", pack, "op_forward", "any", configuration, microseconds)
 
