@@ -123,8 +123,8 @@ class Row:
         return (self.level, self.op, self.direction, self.workload, self.shape, self.dtype)
 
     def without_time(self, status: str, reason: str) -> Row:
-        """The row of a provider that gave none."""
-        return replace(self, status=status, reason=reason or "no reason given")
+        """The row of a provider that gave none; the reason, which may be a library's, becomes one line."""
+        return replace(self, status=status, reason=" ".join(reason.split()) or "no reason given")
 
     @property
     def is_replayed(self) -> bool:

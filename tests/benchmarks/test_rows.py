@@ -92,6 +92,16 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
         append_rows(path, [make_row()])
 
 
+def test_a_reason_of_many_lines_leaves_no_half_of_its_row_where_that_is_cut_off(tmp_path):
+    path, reason = tmp_path / "op.csv", "it cannot be imported:\nundefined symbol\n"
+    append_rows(path, [make_row()])
+    append_rows(path, [make_row().without_time("unavailable", reason)])
+    assert read_rows(path)[1].reason == "it cannot be imported: undefined symbol"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 100)
+    assert [row.status for row in read_rows(path)] == ["ok"]
+
+
 @pytest.mark.parametrize("kept", [0, 5, 100, "header", "last cell", "no line end"])
 def test_a_row_that_was_cut_off_is_neither_read_nor_continued(tmp_path, kept):
     path = tmp_path / "op.csv"
