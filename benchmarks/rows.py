@@ -224,7 +224,8 @@ def read_folder(folder: Path) -> list[Row]:
     Raises:
         ValueError: a file of another version, or one that is broken.
     """
-    return [row for name in dict.fromkeys(FILES.values()) for row in _read_if_there(folder / name)]
+    paths = (folder / name for name in dict.fromkeys(FILES.values()))
+    return [row for path in paths if path.exists() for row in read_rows(path)]
 
 
 def check_folder(folder: Path, environment: Environment) -> None:
@@ -251,10 +252,6 @@ def _check_columns(path: Path) -> None:
 def level_path(folder: Path, level: str) -> Path:
     """The file of a level's rows."""
     return folder / FILES[level]
-
-
-def _read_if_there(path: Path) -> list[Row]:
-    return read_rows(path) if path.exists() else []
 
 
 def _to_record(row: Row) -> dict[str, object]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checks import check_angles, check_epsilon, check_head_size, check_qk_weights, check_tensor, check_tokens
 from .layout import PackLayout
-from .registration import choose_backend, kernel_op
+from .registration import choose_backend, empty_as, empty_if, kernel_op
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -136,18 +136,14 @@ def _qk_norm_rotary(
     """`tiles` is `layout.frame_tiles(TILE_TOKENS)`, `frame_position` the layout's."""
     from .rows.qk_norm_rotary import launch_forward
 
-    outputs = _allocate_outputs(q, k)
+    outputs = empty_as(q), empty_as(k)
     launch_forward(q, k, q_weight, k_weight, cos, sin, tiles, TILE_TOKENS, frame_position, *outputs, eps)
     return outputs
 
 
 @_qk_norm_rotary.register_fake
 def _(q, k, q_weight, k_weight, cos, sin, tiles, frame_position, eps):
-    return _allocate_outputs(q, k)
-
-
-def _allocate_outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (q, k))
+    return empty_as(q), empty_as(k)
 
 
 @kernel_op("opensora_fast::qk_norm_rotary_backward")
@@ -200,8 +196,8 @@ def _(q_gradient, k_gradient, q, k, q_weight, k_weight, cos, sin, tiles, frame_p
 def _allocate_gradients(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, wants_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = (torch.empty_like(weight) if wants_weights else q.new_empty(0) for weight in (q_weight, k_weight))
-    return *_allocate_outputs(q, k), *weights
+    weights = (empty_if(wants_weights, q if weight is None else weight) for weight in (q_weight, k_weight))
+    return empty_as(q), empty_as(k), *weights
 
 
 def _setup_context(ctx, inputs, output) -> None:
