@@ -24,6 +24,10 @@ if __package__ != "opensora_fast.kernels":
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+# Of arguments that are what they look like; a subclass of Tensor may have its numbers elsewhere.
+_PLAIN_ARGUMENTS = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, list, torch.dtype))
+
+
 class KernelOp:
     """A registered op whose eager calls go around the dispatcher.
 
@@ -62,13 +66,11 @@ class KernelOp:
         # has asked already.
         self._direct = super(torch.autograd.Function, made).apply
 
-    def __call__(self, first: Tensor | None, *others: Any) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         seen_by_others = (
-            torch.compiler.is_compiling()
-            or is_intercepted()
-            or type(first) not in (Tensor, torch.nn.Parameter, type(None))
+            torch.compiler.is_compiling() or is_intercepted() or not _PLAIN_ARGUMENTS.issuperset(map(type, arguments))
         )
-        return (self.op if seen_by_others else self._direct)(first, *others)
+        return (self.op if seen_by_others else self._direct)(*arguments)
 
 
 def kernel_op(name: str) -> Callable[[Callable[..., Any]], KernelOp]:

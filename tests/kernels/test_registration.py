@@ -76,6 +76,36 @@ def test_a_compiler_sees_the_op_and_does_not_run_it_while_tracing() -> None:
     assert calls == ["double"]
 
 
+@kernel_op("opensora_fast_tests::add")
+def add(x: Tensor, y: Tensor) -> Tensor:
+    assert x.data_ptr() and y.data_ptr()  # as a kernel reads them
+    return x + y
+
+
+class Wrapped(Tensor):
+    """As what a collective of PyTorch's returns before it is over: the numbers are in another tensor."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapped":
+        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
+        return function(*[value.inner if type(value) is cls else value for value in arguments], **(keywords or {}))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_subclass_of_tensor_is_unwrapped_before_a_kernel_reads_it(place) -> None:
+    arguments = [torch.ones(3), torch.arange(3.0)]
+    expected = add(*arguments)
+    arguments[place] = Wrapped(arguments[place])
+    assert torch.equal(add(*arguments), expected)
+
+
 def test_a_second_derivative_is_refused() -> None:
     x = torch.ones(3, requires_grad=True)
     (gradient,) = torch.autograd.grad(double(x, 2.0).square().sum(), x, create_graph=True)
