@@ -233,11 +233,11 @@ def _layout_of(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Pac
     for index, shape in enumerate(shapes):
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"PackLayout: video {index} has shape {shape}; expected (T, H, W), each at least 1")
+    tokens = sum(frames * height * width for frames, height, width in shapes)
+    if tokens >= 2**31:
+        raise ValueError(f"PackLayout: {tokens} tokens; a pack holds fewer than 2**31")
     frames = torch.tensor([shape[0] for shape in shapes], device="cpu")
     frame_tokens = torch.tensor([shape[1] * shape[2] for shape in shapes], device="cpu")
-    tokens = frames * frame_tokens
-    if int(tokens.sum()) >= 2**31:
-        raise ValueError(f"PackLayout: {int(tokens.sum())} tokens; a pack holds fewer than 2**31")
     frame_video = torch.repeat_interleave(torch.arange(len(shapes), device="cpu"), frames)
     tokens_of_frame = frame_tokens[frame_video]
     token_frame = torch.repeat_interleave(torch.arange(len(frame_video), device="cpu"), tokens_of_frame)

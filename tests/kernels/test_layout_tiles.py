@@ -49,6 +49,14 @@ def test_an_unknown_tile_size_is_named() -> None:
         PackLayout.of([(1, 2, 2)], "cpu").frame_tiles(48)
 
 
+@pytest.mark.parametrize(
+    "shapes", [[(2**16, 2**15, 1)], [(1, 2**16, 2**14), (2, 2**14, 2**15)], [(2**32, 2**16, 2**16)]]
+)
+def test_more_tokens_than_tables_can_count_are_refused(shapes) -> None:
+    with pytest.raises(ValueError, match=r"PackLayout: \d+ tokens; a pack holds fewer than 2\*\*31"):
+        PackLayout.of(shapes, "cpu")
+
+
 @pytest.mark.parametrize("shapes", [[(2, 3.5, 4)], [(2, 3.0, 4)], [2, 3, 4], [("2", 3, 4)], [(None, 3, 4)]])
 def test_shapes_that_are_not_whole_numbers_are_named(shapes) -> None:
     with pytest.raises(ValueError, match="give whole numbers"):
