@@ -47,7 +47,7 @@ def test_the_projection_is_what_the_processes_of_a_run_do(table, clips, world_si
     mix = mix_of_table(config, world_size)
     for order in project_orders(costs, world_size, time, mix):
         ordered = config.model_copy(update={"balance": order.balanced})
-        ranks = [list(read_data(ordered, rank, world_size).sampler) for rank in range(world_size)]
+        ranks = [list(read_data(ordered, rank, world_size).sampler.iterate(0, 0)) for rank in range(world_size)]
         steps = [[costs.get_videos(batch.bucket) for batch in step] for step in zip(*ranks, strict=True)]
         seconds = np.array([[time.seconds(costs.count_step(videos, world_size)) for videos in step] for step in steps])
         epoch = seconds.max(axis=1).sum()
