@@ -30,7 +30,9 @@ def command(
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help=f"A100, H100, H800, H200 or B200; that of the rows, of this machine, or {ASSUMED_GPU}."),
+        typer.Option(
+            help=f"A100, H100, H800, H200, B200, H100 PCIe, …; that of the rows, of this machine, or {ASSUMED_GPU}."
+        ),
     ] = None,
     rows: Annotated[
         Path | None, typer.Option(help="Folder of benchmark rows to fit times to; committed ones of such a GPU if any.")

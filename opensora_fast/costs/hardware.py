@@ -30,35 +30,41 @@ class Gpu:
         return (self.matrix_flops, self.bandwidth) == (other.matrix_flops, other.bandwidth)
 
 
-# Dense bf16 rate and memory bandwidth of the SXM parts by their datasheets; memory as nvidia-smi shows it, which is
-# 7 % more than the 80, 141 and 180 GB of their names.
+# Dense bf16 rate and memory bandwidth by the datasheets, of the SXM part where a name says nothing else; memory as
+# nvidia-smi shows it, which is 7 % more than the 80, 141 and 180 GB of their names.
 DATASHEETS = {
     gpu.name: gpu
     for gpu in (
         Gpu("A100", 312e12, 2.039e12, "datasheet, 80 GB SXM", 81920 * MIB),
+        Gpu("A100 40GB", 312e12, 1.555e12, "datasheet", 40960 * MIB),
+        Gpu("A100 PCIe", 312e12, 1.935e12, "datasheet, 80 GB", 81920 * MIB),
         Gpu("H100", 989.4e12, 3.35e12, "datasheet, SXM", 81559 * MIB),
+        Gpu("H100 PCIe", 756e12, 2.0e12, "datasheet", 81559 * MIB),
+        Gpu("H100 NVL", 835.5e12, 3.9e12, "datasheet", 95830 * MIB),
         Gpu("H800", 989.4e12, 3.35e12, "datasheet, SXM", 81559 * MIB),
         Gpu("H200", 989.4e12, 4.8e12, "datasheet, SXM", 143771 * MIB),
+        Gpu("H200 NVL", 835.5e12, 4.8e12, "datasheet", 143771 * MIB),
         Gpu("B200", 2250e12, 8.0e12, "datasheet, SXM", 183359 * MIB),
     )
 }
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of a name such as "H200", in any case.
+    """The GPU of a name such as "H200" or "H100 PCIe", in any case.
 
     Raises:
         ValueError: none is known by that name.
     """
-    gpu = DATASHEETS.get(name.upper())
-    if gpu is None:
-        near = difflib.get_close_matches(name.upper(), DATASHEETS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
+    by_name = {gpu.name.upper(): gpu for gpu in DATASHEETS.values()}
+    if name.upper() not in by_name:
+        near = difflib.get_close_matches(name.upper(), by_name, n=1, cutoff=0.5)
+        hint = f"did you mean {by_name[near[0]].name}? " if near else ""
         raise ValueError(f"no GPU {name!r}: {hint}known are {', '.join(DATASHEETS)}")
-    return gpu
+    return by_name[name.upper()]
 
 
 def recognize_gpu(device_name: str) -> Gpu | None:
-    """The GPU behind a name as drivers and benchmark rows write it, such as "NVIDIA H200"; None for others."""
-    words = re.split(r"[^A-Z0-9]+", device_name.upper())  # a GH200 is no H200
-    return next((gpu for name, gpu in DATASHEETS.items() if name in words), None)
+    """The GPU behind a name as drivers and benchmark rows write it, such as "NVIDIA H100 PCIe"; None for others."""
+    words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))  # a GH200 is no H200
+    named = {gpu: set(gpu.name.upper().split()) for gpu in DATASHEETS.values()}
+    return max((gpu for gpu in named if named[gpu] <= words), key=lambda gpu: len(named[gpu]), default=None)

@@ -104,7 +104,7 @@ def test_this_machines_gpu_is_taken_with_the_memory_it_has(plan_json, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-40GB")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=40 * 2**30))
     gpu = plan_json("image", "--world-size", 64)["gpu"]
-    assert (gpu["name"], gpu["memory"], gpu["note"]) == ("A100", 40 * 2**30, "this machine's")
+    assert (gpu["name"], gpu["memory"], gpu["note"]) == ("A100 40GB", 40 * 2**30, "this machine's")
 
 
 def test_more_processes_hold_less_of_the_optimizer_each_and_wait_longer(plan_json):
