@@ -101,7 +101,6 @@ def find_free_port():
 LEAVE = """
 import gc, os
 import torch
-from opensora_fast.parallel.collectives import ProcessLostError, naming_the_loss
 from opensora_fast.parallel.join import join_processes
 
 gc.disable()
