@@ -61,7 +61,6 @@ def test_builds_for_sm_90() -> None:
     assert check_budget(builds, budget["rows"]) == []
 
 
-@pytest.mark.timeout(600)
 def test_the_environment_changes_no_build() -> None:
     """Triton asks it whether products and sums may be fused, where it is not told."""
     script = "import json; from opensora_fast.kernels.compilation import compile_case\n"
@@ -72,6 +71,7 @@ def test_the_environment_changes_no_build() -> None:
     assert run_python("-c", script, TRITON_DEFAULT_FP_FUSION="0") == plain
 
 
+@pytest.mark.timeout(600)
 def test_what_was_chosen_by_measurement_is_built_rightly_for_sm_90() -> None:
     """It runs on those GPUs in the place of the default. A choice may spill, if it was faster still."""
     builds = run_python(str(Path(__file__).parent / "measured_builds.py"))
