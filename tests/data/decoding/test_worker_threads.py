@@ -68,9 +68,15 @@ def test_after_ctrl_c_neither_the_queue_nor_what_hangs_is_waited_for(monkeypatch
     monkeypatch.setattr(worker_threads, "SECONDS_TO_END", 0.5)
     begun, release = [], threading.Event()
     workers = WorkerThreads(1, "test")
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def interrupt_and_hang(item):
+        begun.append(item)
+        time.sleep(0.3)  # until all items are in the queue
+        os.kill(os.getpid(), signal.SIGINT)
+        release.wait(20)
+
     with pytest.raises(KeyboardInterrupt):
-        workers.map(lambda item: (begun.append(item), release.wait(20)), range(16), 20)
+        workers.map(interrupt_and_hang, range(16), 20)
     workers.close()
     assert count_begun_threads() == 1
     release.set()
