@@ -69,7 +69,7 @@ def installed_version(distribution: str) -> str:
         return ""
 
 
-def gpu_query(*fields: str) -> list[str]:
+def query_command(*fields: str) -> list[str]:
     """The command that asks nvidia-smi for fields ("clocks.sm", …) of the first GPU that this process may use.
 
     nvidia-smi counts all GPUs, whatever CUDA_VISIBLE_DEVICES leaves of them. For a part of one (MIG) it is the host's
@@ -81,9 +81,9 @@ def gpu_query(*fields: str) -> list[str]:
 
 
 def query_gpu(*fields: str) -> str:
-    """The answer to `gpu_query` with commas between, "" where there is none."""
+    """The answer to `query_command` with commas between, "" where there is none."""
+    command = query_command(*fields)
     try:
-        command = gpu_query(*fields)
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

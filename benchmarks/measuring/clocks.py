@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..environment import gpu_query, query_gpu
+from ..environment import query_command, query_gpu
 
 FIELDS = ("clocks.sm", "clocks.mem")
 INTERVAL_MS = 500  # between readings
@@ -46,7 +46,7 @@ def median_clocks(lines: list[str]) -> list[str]:
 def _readings() -> Iterator[list[str]]:
     """Lines of nvidia-smi, read every half second; none where it is not there."""
     lines: list[str] = []
-    command = [*gpu_query(*FIELDS), f"--loop-ms={INTERVAL_MS}"]
+    command = [*query_command(*FIELDS), f"--loop-ms={INTERVAL_MS}"]
     with tempfile.TemporaryFile("w+") as output:
         try:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)

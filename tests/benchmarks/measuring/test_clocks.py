@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from opensora_fast.benchmarks.environment import gpu_query
+from opensora_fast.benchmarks.environment import query_command
 from opensora_fast.benchmarks.measuring import clocks
 from opensora_fast.benchmarks.measuring.clocks import median_clocks, watch_clocks
 
@@ -51,7 +51,7 @@ def test_the_clocks_are_those_of_the_gpu_that_is_used(nvidia_smi, monkeypatch, d
 @pytest.mark.parametrize("visible", ["", "0", "GPU-a", "MIG-a"])
 def test_names_of_gpus_are_passed_on_and_parts_of_one_are_not(visible, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpu_query("name")[-1] == ("--id=GPU-a" if visible == "GPU-a" else "--id=0")
+    assert query_command("name")[-1] == ("--id=GPU-a" if visible == "GPU-a" else "--id=0")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
