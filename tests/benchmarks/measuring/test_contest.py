@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_toys import make_toy_work, toy_contest
 
-from opensora_fast.benchmarks.measuring.contest import run_contest
+from opensora_fast.benchmarks.measuring.contest import make_yardstick, run_contest
 from opensora_fast.benchmarks.measuring.provider import Provider, choose_providers, of_function
 from opensora_fast.benchmarks.measuring.session import DeviceLostError, Session
 from opensora_fast.benchmarks.measuring.timing import Sampling
@@ -52,6 +52,33 @@ def test_a_wrong_result_gets_no_time(session, wrong):
     assert all(item.error > item.limit for item in refused)
     expected = "output" if wrong == "slightly-wrong" else "gradient of b"
     assert expected in str(refused[0]) and "over its limit" in str(refused[0])
+
+
+def test_a_row_tells_the_error_of_what_its_direction_computes(session):
+    """This provider's outputs are eager's, its gradients a little larger."""
+
+    def multiply(work):
+        product = work.leaves["a"] * work.leaves["b"]
+        return product + 3e-7 * (product - product.detach())
+
+    contest = toy_contest(["eager"])
+    rows, refused = run_contest(replace(contest, providers=[Provider("ours", of_function(multiply))]), session)
+    assert not refused
+    forward, backward = rows
+    assert (forward.direction, backward.direction) == ("forward", "forward+backward")
+    assert forward.error < 1e-7 < 2e-7 < backward.error < 4e-7
+
+
+def test_the_limits_are_those_of_the_references_that_can_run_here(session):
+    contest = toy_contest(["eager", "absent", "slightly-wrong"])
+    eager, absent, slightly_wrong = contest.providers
+    alone, with_absent, with_loose = (
+        make_yardstick(references, contest.work, contest.results).limits["output"]
+        for references in ([eager], [eager, absent], [eager, slightly_wrong])
+    )
+    assert alone == with_absent < 1e-6 and with_loose == pytest.approx(2e-4, rel=0.01)
+    with pytest.raises(ValueError, match="no reference can compute this work"):
+        make_yardstick([replace(eager, missing=absent.missing)], contest.work, contest.results)
 
 
 def test_a_result_that_is_wrong_on_the_timed_inputs_only_gets_no_time(session):
