@@ -54,6 +54,14 @@ def test_a_wrong_result_gets_no_time(session, wrong):
     assert expected in str(refused[0]) and "over its limit" in str(refused[0])
 
 
+def test_a_direction_that_is_finished_is_not_tried_again(session):
+    contest = toy_contest(["eager"])
+    rows, _ = run_contest(contest, session)
+    session.finished = {rows[0].key}
+    again, _ = run_contest(contest, session)
+    assert [row.direction for row in again] == ["forward+backward"]
+
+
 def test_a_row_tells_the_error_of_what_its_direction_computes(session):
     """This provider's outputs are eager's, its gradients a little larger."""
 
