@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,6 +243,19 @@ def test_times_are_taken_in_turn():
     assert order == ["a", "b"] + ["a", "b"] * 3
     assert len(times["a"].milliseconds) == 3
     assert time_interleaved({"a": lambda: None}, "cpu", Sampling(10.0, min_samples=30))["a"].milliseconds[0] >= 0
+
+
+@pytest.mark.parametrize(
+    ("min_samples", "samples"),
+    [(5, 26), (60, 60), (1000, 100)],
+    ids=["a quarter of the budget", "enough samples", "the whole budget"],
+)
+def test_sampling_goes_on_for(min_samples, samples, monkeypatch):
+    calls = []  # of one second each
+    clock = SimpleNamespace(perf_counter=lambda: 1000 + len(calls))
+    monkeypatch.setattr("opensora_fast.benchmarks.measuring.timing.time", clock)
+    times = time_interleaved({"a": lambda: calls.append(None)}, "cpu", Sampling(100.0, min_samples, warm_up=0))
+    assert times["a"].milliseconds == (1e3,) * samples
 
 
 def test_warming_up_ends_with_the_budget():
