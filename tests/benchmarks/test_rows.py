@@ -15,7 +15,7 @@ def test_rows_come_back_as_they_were(tmp_path):
         make_row(provider="flash-attn-3").without_time("unavailable", 'not installed, says "pip"'),
         make_row(provider="eager", roofline_share=0.5, checked_on="240p×2", sm_clock_mhz="1980", timed="graph"),
     ]
-    path = tmp_path / "op.csv"
+    path = tmp_path / "a-new-device" / "op.csv"
     append_rows(path, rows[:1])
     append_rows(path, rows[1:])
     found = read_rows(path)
@@ -87,9 +87,10 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
     path.write_text(path.read_text().replace(",ok,", ",fine,").replace(",fine,", ",ok,", 1))
     with pytest.raises(ValueError, match=r"op\.csv:3: not a benchmark row: .*status 'fine'"):
         read_rows(path)
-    path.write_text("a,b\n1,2\n")
+    path.write_text("a,b\n1,2")
     with pytest.raises(ValueError, match="columns are not those of this version"):
         append_rows(path, [make_row()])
+    assert path.read_text().splitlines() == ["a,b", "1,2"]
 
 
 def test_a_reason_of_many_lines_leaves_no_half_of_its_row_where_that_is_cut_off(tmp_path):

@@ -1,5 +1,6 @@
 """Tile tables of the pack layout."""
 
+import re
 from threading import Thread
 
 import numpy as np
@@ -61,6 +62,34 @@ def test_more_tokens_than_tables_can_count_are_refused(shapes) -> None:
 def test_shapes_that_are_not_whole_numbers_are_named(shapes) -> None:
     with pytest.raises(ValueError, match="give whole numbers"):
         PackLayout.of(shapes, "cpu")
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, -3, -4), (2, 3), (1, 2, 3, 4), ()])
+def test_shapes_that_no_video_has_are_named(shape) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"PackLayout: video 1 has shape {shape}; expected (T, H, W)")):
+        PackLayout.of([(1, 1, 1), shape], "cpu")
+
+
+def test_given_frames_have_the_second_half_of_the_modulation_rows() -> None:
+    layout = PackLayout.of([(3, 1, 2), (2, 4, 1)], "cpu")
+    assert layout.modulation_rows([torch.tensor([True, False, True]), None]).tolist() == [0, 2, 0, 1, 1]
+    assert layout.modulation_rows([None, None]) is layout.modulation_rows(None) is layout.frame_video
+    batch = PackLayout.of([(2, 4, 1), (2, 4, 1)], "cpu")
+    assert batch.modulation_rows(torch.tensor([[True, False], [False, True]])).tolist() == [0, 2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ([None], "1 masks for 2 videos"),
+        ([None, torch.ones(3)], r"x_masks\[1\]: shape \(3,\), but the video has 2 frames"),
+        (torch.ones(2, 2), r"shape \(2, 2\) does not fit 2 videos of \[3, 2\] frames"),
+        (torch.ones(2, 3), r"shape \(2, 3\) does not fit 2 videos of \[3, 2\] frames"),
+    ],
+)
+def test_masks_that_do_not_fit_the_frames_are_named(masks, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        PackLayout.of([(3, 1, 2), (2, 4, 1)], "cpu").modulation_rows(masks)
 
 
 def test_lengths_of_texts_that_are_not_whole_numbers_are_named() -> None:
