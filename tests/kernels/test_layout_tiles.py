@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from opensora_fast.kernels import PackLayout, TextLayout
 from opensora_fast.kernels.attention.tables import keep_tables, row_tiles, tile_ranges
-from opensora_fast.kernels.layout import FRAME_TILE_SIZES
+from opensora_fast.kernels.layout import FRAME_TILE_SIZES, Run
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 20), st.integers(1, 30)), min_size=1, max_size=4)
 
@@ -43,6 +43,24 @@ def test_video_tiles_name_the_first_tile_of_each_video(shapes: list[tuple[int, i
 def test_tiles_of_a_frame_are_equally_long() -> None:
     counts = PackLayout.of([(2, 15, 27)], "cpu").frame_tiles(128)[:, 1].tolist()  # 405 tokens a frame
     assert counts == [104, 104, 104, 93] * 2
+
+
+def test_runs_join_consecutive_videos_of_one_shape() -> None:
+    runs = PackLayout.of([(2, 3, 4), (2, 3, 4), (2, 3, 4), (2, 4, 3), (2, 3, 4)], "cpu").runs
+    assert runs == (Run(0, 0, 0, 3, 2, 3, 4), Run(3, 6, 72, 1, 2, 4, 3), Run(4, 8, 96, 1, 2, 3, 4))
+    assert [run.tokens for run in runs] == [72, 24, 24]
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 5], [0, 0]])
+def test_lengths_and_masks_describe_the_same_texts(lengths) -> None:
+    device, longest = torch.device("cpu"), max(*lengths, 1)
+    by_lengths = TextLayout.from_lengths(lengths, device)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    by_mask, index = TextLayout.from_mask(mask, len(lengths), longest, device)
+    assert by_lengths.starts.tolist() == by_mask.starts.tolist() == np.cumsum([0, *lengths[:-1]]).tolist()
+    assert by_lengths.lengths.tolist() == by_mask.lengths.tolist() == lengths
+    assert by_lengths.max_length == by_mask.max_length == longest
+    assert by_lengths.num_tokens == by_mask.num_tokens == len(index) == sum(lengths)
 
 
 def test_an_unknown_tile_size_is_named() -> None:

@@ -263,6 +263,8 @@ def test_rows_of_given_frames_need_tables_that_hold_them(op, device) -> None:
             make_call(op, layout, frame_rows, backend)(**make_inputs(op, layout, 2, torch.float32))
         for rows, number in ((layout.frame_video, 2), (layout.frame_video, 4), (frame_rows, 4)):
             make_call(op, layout, rows, backend)(**make_inputs(op, layout, number, torch.float32))
+        with pytest.raises(ValueError, match=f"{op}: .* has 3 rows, expected 2 .one per video. or 4"):
+            make_call(op, layout, frame_rows, backend)(**make_inputs(op, layout, 3, torch.float32))
 
 
 def test_tiles_of_the_backward_fill_the_multiprocessors() -> None:
