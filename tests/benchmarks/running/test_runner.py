@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,14 +10,15 @@ import pytest
 import torch
 from bench_toys import make_row, toy_case
 
-from opensora_fast.benchmarks.measuring.race import Check, Entry, run_race
+from opensora_fast.benchmarks.measuring.race import Check, Entry, relative_check, run_race
 from opensora_fast.benchmarks.measuring.refused import Refused, read_refused
 from opensora_fast.benchmarks.measuring.session import CaseStopped, DeviceLostError, Session, threads_of
-from opensora_fast.benchmarks.measuring.timing import FEWEST_ROUNDS, Sampling, time_interleaved
+from opensora_fast.benchmarks.measuring.timing import FEWEST_ROUNDS, Sampling, Times, time_interleaved
 from opensora_fast.benchmarks.processes import DONE, WRONG, Death, Plan
 from opensora_fast.benchmarks.rows import read_folder
 from opensora_fast.benchmarks.running.runner import Report, run_cases
 from opensora_fast.benchmarks.running.worker import kept_refusals, kept_rows, print_report, record_deaths
+from opensora_fast.costs.operations import Count
 from opensora_fast.cpu_threads import cpu_threads
 
 
@@ -215,6 +217,7 @@ def test_shares_follow_the_ceilings_measured_in_the_run():
     row = make_row(flops=1e9, bytes=4e9, p50_ms=2.0)
     assert math.isnan(session.with_roofline_share(row).roofline_share)
     session.learn([make_row(level="copy", bytes=4e9, p50_ms=1.0, dtype="uint8")])  # 4 TB/s
+    session.learn([make_row(flops=1e13, bytes=4e10, p50_ms=1.0)])  # nothing but copies and products sets a ceiling
     assert math.isnan(session.with_roofline_share(row).roofline_share)
     session.learn([make_row(level="gemm", flops=1e12, p50_ms=1.0), make_row(level="gemm", flops=5e11, p50_ms=1.0)])
     # 1 µs of products under 1 ms of bytes, overlapped in an op and added up in a step.
@@ -225,6 +228,24 @@ def test_shares_follow_the_ceilings_measured_in_the_run():
     assert math.isnan(session.with_roofline_share(other).roofline_share)
     session.device = "cpu"
     assert math.isnan(session.with_roofline_share(row).roofline_share)
+
+
+def test_a_row_holds_percentiles_of_one_call_and_the_share_of_the_ceilings_known_with_it():
+    session = Session("cpu")
+    session.device = "cuda"
+    session.learn([make_row(level="copy", bytes=4e9, p50_ms=1.0, dtype="uint8")])
+    times = Times(tuple(float(sample) for sample in range(101)))  # of ten calls
+    products = make_row(level="gemm")
+    row = session.complete(products, times, 10, 2**20, Count(1e12, 0.0), (0.1, 0.2), ("1980", "3201"), timed="graph")
+    assert (row.samples, row.p20_ms, row.p50_ms, row.p80_ms) == (101, 2.0, 5.0, 8.0)
+    assert (row.status, row.error, row.error_limit, row.memory_bytes, row.timed) == ("ok", 0.1, 0.2, 2**20, "graph")
+    assert row.roofline_share == pytest.approx(1.0)
+
+
+def test_near_the_end_of_the_budget_a_case_samples_for_half_of_what_is_left():
+    assert Session("cpu", seconds_factor=0.5).sampling_seconds(100.0) == 50.0
+    assert Session("cpu", deadline=time.time() + 60).sampling_seconds(100.0) == pytest.approx(30, abs=5)
+    assert Session("cpu", deadline=time.time() - 60).sampling_seconds(100.0) == 0.0
 
 
 def test_one_thread_measures_on_the_cpu():
@@ -267,6 +288,35 @@ def test_warming_up_ends_with_the_budget():
 
     times = time_interleaved({"slow": call}, "cpu", Sampling(0.01, warm_up=50))
     assert len(times["slow"].milliseconds) == FEWEST_ROUNDS and len(calls) == 1 + FEWEST_ROUNDS
+
+
+def test_who_crashes_in_a_race_costs_its_own_row():
+    left = iter(range(3))  # the check, its memory, and one call to warm up
+
+    def tired() -> None:
+        if next(left, None) is None:
+            raise RuntimeError("tired")
+
+    def broken() -> None:
+        raise RuntimeError("boom")
+
+    def entry(provider: str, call: Callable[[], None]) -> Entry:
+        return Entry(provider, "1", "copy", lambda: (call, lambda: Check(0.0, 0.0)))
+
+    entries = [entry("broken", broken), entry("tired", tired), entry("works", lambda: None)]
+    rows, _ = run_race(toy_case(["eager"]).template, entries, Sampling(0.01), Session("cpu"))
+    assert [(row.provider, row.status, row.reason) for row in rows] == [
+        ("broken", "failed", "RuntimeError: boom"),
+        ("tired", "failed", "RuntimeError: tired"),
+        ("works", "ok", ""),
+    ]
+
+
+def test_the_check_of_a_race_is_relative_to_the_exact_result():
+    exact = torch.tensor([3.0, 4.0])
+    assert relative_check(torch.tensor([3.0, 4.5]), exact, 0.2) == Check(pytest.approx(0.1), 0.2)
+    assert relative_check(torch.tensor([3.0, math.nan]), exact, 0.2).error == math.inf
+    assert relative_check(torch.zeros(2), torch.zeros(2), 0.2).error == 0.0
 
 
 def test_a_race_refuses_what_its_check_finds_wrong():
