@@ -11,7 +11,7 @@ import torch
 from bench_toys import make_row, toy_case
 
 from opensora_fast.benchmarks.measuring.race import Check, Entry, relative_check, run_race
-from opensora_fast.benchmarks.measuring.refused import Refused, read_refused
+from opensora_fast.benchmarks.measuring.refused import REFUSED_FILE, Refused, append_refused, read_refused
 from opensora_fast.benchmarks.measuring.session import CaseStopped, DeviceLostError, Session, threads_of
 from opensora_fast.benchmarks.measuring.timing import FEWEST_ROUNDS, Sampling, Times, time_interleaved
 from opensora_fast.benchmarks.processes import DONE, WRONG, Death, Plan
@@ -147,6 +147,19 @@ def test_what_a_process_before_found_wrong_belongs_to_the_run(tmp_path, capsys, 
     assert print_report(Report(), [case], later, session, tmp_path) == DONE
 
 
+def test_what_was_wrong_comes_back_with_where_it_was_measured(tmp_path):
+    row = make_row(dirty=True)
+    append_refused(tmp_path, [Refused(row, "output", 0.5, 0.1)])
+    (item,) = read_refused(tmp_path)
+    assert tuple(item["key"]) == row.key
+    found = {name: item[name] for name in ("device_name", "commit", "dirty", "date")}
+    assert found == {name: getattr(row.environment, name) for name in found}
+    with (tmp_path / REFUSED_FILE).open("a") as file:
+        file.write('{"name": "op')
+    with pytest.raises(ValueError, match=r"refused\.jsonl:2: not a refused row: .*; delete this line"):
+        read_refused(tmp_path)
+
+
 def test_an_interruption_keeps_what_was_recorded(tmp_path):
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -228,6 +241,14 @@ def test_shares_follow_the_ceilings_measured_in_the_run():
     assert math.isnan(session.with_roofline_share(other).roofline_share)
     session.device = "cpu"
     assert math.isnan(session.with_roofline_share(row).roofline_share)
+
+
+def test_a_run_that_goes_on_knows_the_ceilings_measured_before():
+    session = Session("cpu")
+    session.device = "cuda"
+    run_cases([], session, [make_row(level="copy", bytes=4e9, dtype="uint8"), make_row(level="gemm", flops=1e12)])
+    ceilings = session.ceilings("bfloat16")
+    assert (ceilings.matrix_flops, ceilings.bandwidth) == pytest.approx((1e15, 4e12))
 
 
 def test_a_row_holds_percentiles_of_one_call_and_the_share_of_the_ceilings_known_with_it():
