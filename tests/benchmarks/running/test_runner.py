@@ -36,12 +36,12 @@ def test_finished_rows_are_not_measured_again(tmp_path):
     measured = []
     case = toy_case(["eager"], on_measure=lambda: measured.append("eager"))
     run_cases([case], Session("cpu", tmp_path))
-    both = toy_case(["eager", "other"], on_measure=lambda: measured.append("both"))
-    report = run_cases([both], Session("cpu", tmp_path), read_folder(tmp_path))
-    assert measured == ["eager", "both"] and report.finished_before == 2
-    assert {row.provider for row in report.rows} == {"other"}
-    assert run_cases([both], Session("cpu", tmp_path), read_folder(tmp_path)).rows == []
-    assert len(read_folder(tmp_path)) == 4
+    all_three = toy_case(["eager", "other", "absent"], on_measure=lambda: measured.append("all"))
+    report = run_cases([all_three], Session("cpu", tmp_path), read_folder(tmp_path))
+    assert measured == ["eager", "all"] and report.finished_before == 2
+    assert {row.provider for row in report.rows} == {"other", "absent"}
+    assert run_cases([all_three], Session("cpu", tmp_path), read_folder(tmp_path)).rows == []
+    assert len(read_folder(tmp_path)) == 6
 
 
 def test_failed_and_unavailable_rows_count_as_finished(tmp_path):
@@ -71,12 +71,13 @@ def test_refresh_measures_what_has_no_time_and_rows_of_other_sources_again():
     assert kept_refusals(plan, items, replace(own, dirty=True)) == set()
 
 
-def test_only_the_directions_that_are_missing_are_measured():
-    case = toy_case(["eager", "other"])
+@pytest.mark.parametrize("provider", ["other", "absent", "crash"])
+def test_only_the_directions_that_are_missing_are_measured(provider):
+    case = toy_case(["eager", provider])
     rows = run_cases([case], Session("cpu")).rows
-    kept = [row for row in rows if (row.provider, row.direction) != ("other", "forward+backward")]
+    kept = [row for row in rows if (row.provider, row.direction) != (provider, "forward+backward")]
     again = run_cases([case], Session("cpu"), kept).rows
-    assert [(row.provider, row.direction) for row in again] == [("other", "forward+backward")]
+    assert [(row.provider, row.direction) for row in again] == [(provider, "forward+backward")]
 
 
 @pytest.mark.parametrize("keys", ["of one provider", "none"])
@@ -222,6 +223,15 @@ def test_a_careful_case_times_each_provider_alone():
     case = toy_case(["eager", "other"], on_measure=lambda: groups.append(1))
     run_cases([case], Session("cpu"), careful=frozenset([case.identity]))
     assert len(groups) == 2
+
+
+def test_a_careful_case_that_fails_as_a_whole_fails_once_for_each_row():
+    def explode() -> None:
+        raise MemoryError("the float64 reference does not fit")
+
+    case = toy_case(["eager", "other"], on_measure=explode)
+    report = run_cases([case], Session("cpu"), careful=frozenset([case.identity]))
+    assert [(row.provider, row.status) for row in report.rows] == [("eager", "failed")] * 2 + [("other", "failed")] * 2
 
 
 def test_shares_follow_the_ceilings_measured_in_the_run():
