@@ -145,14 +145,16 @@ def test_another_default_device_changes_nothing() -> None:
 def test_tables_that_are_asked_for_are_kept_by_whoever_wants_them(device):
     runs = (2, 37, 1, 90)
     row_tiles(runs, 16, device)
-    with keep_tables() as kept, keep_tables() as others:
-        thread = Thread(target=row_tiles, args=(runs, 16, device))  # backward runs in another thread
-        thread.start()
-        thread.join()
+    with keep_tables() as kept:
+        with keep_tables() as others:
+            thread = Thread(target=row_tiles, args=(runs, 16, device))  # backward runs in another thread
+            thread.start()
+            thread.join()
         ranges = tile_ranges(runs, 32, device)
     row_tiles(runs, 64, device)
-    for tables in (kept, others):
-        assert len(tables) == 2 and tables[0] is row_tiles(runs, 16, device) and tables[1] is ranges
+    tiles = row_tiles(runs, 16, device)
+    assert [id(table) for table in kept] == [id(tiles), id(ranges)]
+    assert [id(table) for table in others] == [id(tiles)]
 
 
 def test_a_layout_made_in_a_transform_of_torch_func_is_not_kept() -> None:

@@ -151,6 +151,16 @@ def test_both_classes_of_frames(frame_class, head_size, dtype, device, compare) 
     compare(make_inputs([(2, 3, 3), (1, 9, 15), (1, 1, 1)], dtype, device, heads=2, head_size=head_size))
 
 
+def test_frames_of_every_class_in_one_pack(monkeypatch, dtype, device, compare) -> None:
+    """The shortest and the longest of each."""
+    for name, longest in (("SMALL", 15), ("MEDIUM", 35)):
+        monkeypatch.setattr(f"opensora_fast.kernels.attention.spatial_forward.LONGEST_{name}_FRAME", longest)
+    inputs = make_inputs([(2, 3, 5), (1, 6, 6), (1, 4, 4), (1, 5, 7), (1, 1, 1)], dtype, device)
+    classes = shape_classes(torch.empty(0), [2, 15, 1, 36, 1, 16, 1, 35, 1, 1])
+    assert [name for name, _ in classes] == ["small", "medium", "large"]
+    compare(inputs)
+
+
 @pytest.mark.parametrize("weight", [0.05, 8.0])
 def test_both_classes_of_frames_with_small_and_large_scores(frame_class, weight, dtype, device, compare) -> None:
     compare(make_inputs([(1, 9, 15)], dtype, device, weight=weight))
@@ -316,7 +326,7 @@ def test_registration_and_full_graph_compilation(weight, device) -> None:
 def test_tables_cover_every_row_once(device) -> None:
     runs = (3, 5, 1, 40, 2, 16)
     seen = torch.zeros(3 * 5 + 40 + 2 * 16, dtype=torch.int64)
-    for bounds in ((0, 15), (16, 100)):
+    for bounds in ((0, 5), (6, 16), (17, 100)):
         for first_token, length, first_row, _ in row_tiles(runs, 16, device, *bounds).tolist():
             seen[first_token + first_row : first_token + min(length, first_row + 16)] += 1
     assert (seen == 1).all()
