@@ -59,13 +59,16 @@ def make_curve(provider: str, seed: int, loss: list[float], settings: str = "s")
 
 
 def make_curves(ours: float = 0.0, perturbed: float = 1e-6) -> list[Curve]:
-    """Three seeds that are 10 % apart; the other providers are away from eager by these shares at one step."""
+    """Three seeds that are 10 % apart; the other providers are away from eager by these shares at one step.
+
+    That is with the first seed, with the second by half of it, with the third by a third.
+    """
     curves = []
     for number, seed in enumerate(SEEDS):
         loss = [(1 - 0.1 * number) / (1 + step) for step in range(10)]
         curves.append(make_curve(EAGER, seed, loss))
         for provider, share in ((PERTURBED, perturbed), ("ours", ours)):
-            changed = [value * (1 + share * (step == 4)) for step, value in enumerate(loss)]
+            changed = [value * (1 + share / (1 + number) * (step == 4)) for step, value in enumerate(loss)]
             curves.append(make_curve(provider, seed, changed))
     return curves
 
@@ -303,4 +306,7 @@ def test_a_run_must_have_used_what_it_is_called_after(tmp_path):
     path.write_text(json.dumps([{"op": "gelu_tanh", "backend": "reference", "calls": 3}]))
     convergence._check_backend(path, "reference")
     with pytest.raises(ValueError, match="a run with backend 'triton' computed gelu_tanh otherwise"):
+        convergence._check_backend(path, "triton")
+    path.write_text(json.dumps([{"op": "adamw", "backend": "triton", "calls": 3}]))
+    with pytest.raises(ValueError, match="a run with backend 'triton' computed no op otherwise"):
         convergence._check_backend(path, "triton")
