@@ -211,7 +211,7 @@ def record_selections() -> Iterator[dict[tuple[str, str], Sequence[Configuration
     try:
         yield recorder
     finally:
-        _recorders.remove(recorder)
+        _recorders.pop()
 
 
 @lru_cache(maxsize=64)

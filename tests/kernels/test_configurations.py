@@ -135,6 +135,14 @@ def test_force_and_record() -> None:
     assert select(TABLE, "kernel", "any", CPU) == SMALL
 
 
+def test_a_recorder_goes_on_behind_one_within_it() -> None:
+    with configurations.record_selections() as outer:
+        with configurations.record_selections() as inner:
+            pass
+        select(TABLE, "kernel", "any", CPU)
+    assert list(outer) == [("kernel", "any")] and not inner
+
+
 def test_every_table_has_unlike_candidates_and_every_committed_choice_is_one() -> None:
     tables = [module.CONFIGURATIONS for module in modules_with("CONFIGURATIONS")]
     assert tables
