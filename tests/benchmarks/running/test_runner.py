@@ -92,6 +92,7 @@ def test_deaths_become_failed_rows(tmp_path, keys):
     assert len(rows) == (2 if at_fault else 4)
     assert {(row.status, row.reason) for row in rows} == {("failed", death.reason)}
     assert all(row.environment.device_name.startswith("cpu") for row in rows)
+    assert record_deaths([death], [case], session, rows) == []  # a row that is kept says it already
 
 
 def test_a_case_that_fails_as_a_whole_costs_its_rows_only():
