@@ -1,5 +1,6 @@
 """A wrong provider gets no time; one that crashes or is absent costs its own rows only."""
 
+import json
 import math
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ from opensora_fast.benchmarks.measuring.contest import make_yardstick, run_conte
 from opensora_fast.benchmarks.measuring.provider import Provider, choose_providers, of_function
 from opensora_fast.benchmarks.measuring.session import DeviceLostError, Session
 from opensora_fast.benchmarks.measuring.timing import Sampling
+from opensora_fast.benchmarks.processes import RUNNING_FILE
 from opensora_fast.benchmarks.rows import Row
 
 
@@ -60,6 +62,29 @@ def test_a_direction_that_is_finished_is_not_tried_again(session):
     session.finished = {rows[0].key}
     again, _ = run_contest(contest, session)
     assert [row.direction for row in again] == ["forward+backward"]
+
+
+@pytest.mark.parametrize("others", [[], ["eager"]], ids=["alone", "beside another"])
+def test_who_is_sampled_alone_is_named_while_it_runs(tmp_path, others):
+    """If the process dies then, it was this provider; among several nobody could tell."""
+    running = []
+
+    def watched(work):
+        def call():
+            running.append(json.loads((tmp_path / RUNNING_FILE).read_text()))
+            return work.leaves["a"] * work.leaves["b"]
+
+        return call
+
+    contest = toy_contest(["eager", *others])
+    contest = replace(
+        contest,
+        providers=[Provider("watched", watched), *contest.providers[1:]],
+        calls={"forward": contest.calls["forward"]},
+    )
+    rows, _ = run_contest(contest, Session("cpu", tmp_path))
+    assert running[0] == {"case": "", "keys": [list(rows[0].key)], "stage": "check"}
+    assert running[-1] == {"case": "", "keys": [] if others else [list(rows[0].key)], "stage": "samples"}
 
 
 def test_a_row_tells_the_error_of_what_its_direction_computes(session):

@@ -1,5 +1,6 @@
 """The order of cases, what is measured again and what is not, and the ceilings behind the shares."""
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from opensora_fast.benchmarks.measuring.race import Check, Entry, relative_check
 from opensora_fast.benchmarks.measuring.refused import REFUSED_FILE, Refused, append_refused, read_refused
 from opensora_fast.benchmarks.measuring.session import CaseStopped, DeviceLostError, Session, threads_of
 from opensora_fast.benchmarks.measuring.timing import FEWEST_ROUNDS, Sampling, Times, time_interleaved
-from opensora_fast.benchmarks.processes import DONE, WRONG, Death, Plan
+from opensora_fast.benchmarks.processes import DONE, RUNNING_FILE, WRONG, Death, Plan
 from opensora_fast.benchmarks.rows import read_folder
 from opensora_fast.benchmarks.running.runner import Report, run_cases
 from opensora_fast.benchmarks.running.worker import kept_refusals, kept_rows, print_report, record_deaths
@@ -320,6 +321,19 @@ def test_warming_up_ends_with_the_budget():
 
     times = time_interleaved({"slow": call}, "cpu", Sampling(0.01, warm_up=50))
     assert len(times["slow"].milliseconds) == FEWEST_ROUNDS and len(calls) == 1 + FEWEST_ROUNDS
+
+
+@pytest.mark.parametrize("providers", [["a"], ["a", "b"]], ids=["alone", "beside another"])
+def test_who_is_sampled_alone_in_a_race_is_named_while_it_runs(tmp_path, providers):
+    running = []
+
+    def call() -> None:
+        running.append(json.loads((tmp_path / RUNNING_FILE).read_text()))
+
+    entries = [Entry(name, "1", "copy", lambda: (call, lambda: Check(0.0, 0.0))) for name in providers]
+    rows, _ = run_race(toy_case(["eager"]).template, entries, Sampling(0.01), Session("cpu", tmp_path))
+    assert running[0] == {"case": "", "keys": [list(rows[0].key)], "stage": "check"}
+    assert running[-1] == {"case": "", "keys": [list(rows[0].key)] if len(rows) == 1 else [], "stage": "samples"}
 
 
 def test_who_crashes_in_a_race_costs_its_own_row():
