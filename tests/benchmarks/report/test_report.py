@@ -240,6 +240,10 @@ def test_a_projection_slows_only_what_memory_bounds():
     assert low == pytest.approx(32400 / (170 + 130 * 4.8 / 3.35) * 1e3)
     assert results_of(row).project_step(row, DATASHEETS["H800"]) is None
     assert results_of(*CEILINGS, row).project_step(row, DATASHEETS["H200"]) is None
+    of_no_datasheet = [
+        replace(item, environment=replace(item.environment, device_name="nvidia-l40s")) for item in (*CEILINGS, row)
+    ]
+    assert results_of(*of_no_datasheet).project_step(of_no_datasheet[-1], DATASHEETS["H800"]) is None
 
 
 def test_floors_come_from_measured_ceilings_or_the_datasheet():
