@@ -104,12 +104,22 @@ def test_a_present_choice_that_fails_costs_its_own_pass(device, monkeypatch) -> 
     """The other pass is measured, and so are other workloads."""
     workload = make_workload("gelu_tanh", "tiny", [(1, 1, 2)], device, torch.float32)
 
-    def fail(self):
-        raise RuntimeError("out of shared memory")
+    prepare_backward = Workload.prepare_backward
 
-    monkeypatch.setattr(Workload, "prepare_backward", fail)
+    def prepare_one_that_fails(self):
+        run = prepare_backward(self)
+
+        def fail():
+            run()
+            raise RuntimeError("out of shared memory")
+
+        return fail
+
+    monkeypatch.setattr(Workload, "prepare_backward", prepare_one_that_fails)
     timings = measure_workload(workload, time=lambda run: 1.0)
     failed = [timing for timing in timings if timing.kernel == "gelu_tanh_backward"]
+    reason = "not measured, as the present choice fails: RuntimeError: out of shared memory"
+    assert {(timing.microseconds, timing.reason) for timing in failed} == {(None, reason)}
     assert all(timing.microseconds == 1.0 for timing in timings if timing not in failed)
     assert [row["kernel"] for row in choose_fastest(timings)] == ["gelu_tanh_forward"]
 
