@@ -24,6 +24,7 @@ CASES = {  # (shapes of the videos, text tokens of each)
     "two tiles of text": ([(1, 3, 3)], [200]),
     "one tile in a pack of two": ([(1, 3, 3), (1, 2, 2), (1, 2, 3), (1, 1, 1)], [129, 120, 0, 256]),
     "too long for tiles": ([(1, 3, 3), (1, 2, 2)], [257, 40]),
+    "one and two": ([(2, 3, 5), (1, 7, 9)], [1, 2]),
 }
 # Kernels that are not the default for short texts: (kernel, shape class, configuration).
 LOOPS = ("cross_attention_forward", "text of one tile", Configuration(ROWS=64, STEP=64, REMAINDER=32))
@@ -62,7 +63,7 @@ def test_text_lengths_around_those_of_tiles(length, device, compare) -> None:
     compare(make_inputs([(1, 5, 13)], [length], torch.float32, device))
 
 
-@pytest.mark.parametrize("case", ["whole steps", "ragged", "some without text"])
+@pytest.mark.parametrize("case", ["whole steps", "ragged", "some without text", "one and two"])
 def test_kernels_for_any_text_with_short_texts(case, dtype, device, compare) -> None:
     with force(*LOOPS), force(*TWO_PASSES):
         compare(make_inputs(*CASES[case], dtype, device))
