@@ -88,6 +88,11 @@ def test_shapes_that_no_video_has_are_named(shape) -> None:
         PackLayout.of([(1, 1, 1), shape], "cpu")
 
 
+def test_a_pack_without_videos_is_named() -> None:
+    with pytest.raises(ValueError, match="PackLayout: no videos; give at least one"):
+        PackLayout.of([], "cpu")
+
+
 def test_given_frames_have_the_second_half_of_the_modulation_rows() -> None:
     layout = PackLayout.of([(3, 1, 2), (2, 4, 1)], "cpu")
     assert layout.modulation_rows([torch.tensor([True, False, True]), None]).tolist() == [0, 2, 0, 1, 1]
