@@ -233,7 +233,7 @@ SHAPES = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SHAPES, st.integers(0, 28), st.integers(20, 200))
 def test_the_largest_batch_fits_and_one_more_does_not(videos, recomputed, gib):
     model = MemoryModel(XL, XL_SIZE, text=200)
@@ -247,7 +247,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(videos, recomputed, gib):
     assert batch == LARGEST_BATCH or peak(batch + 1) > memory
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SHAPES, st.integers(20, 200))
 def test_the_fewest_recomputed_blocks_fit_and_one_fewer_does_not(videos, gib):
     model = MemoryModel(XL, XL_SIZE, text=200)
@@ -260,7 +260,6 @@ def test_the_fewest_recomputed_blocks_fit_and_one_fewer_does_not(videos, gib):
         assert number == 0 or model.peak(videos, number - 1) > memory
 
 
-@settings(deadline=None)
 @given(SHAPES)
 def test_recomputing_more_blocks_never_takes_more_memory(videos):
     model = MemoryModel(XL, XL_SIZE, text=200)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from opensora_fast import STDiT2Config
@@ -32,7 +32,6 @@ def test_without_rows_it_is_the_limit_of_the_datasheet_and_says_so():
     assert time.basis == "counted, not measured"
 
 
-@settings(deadline=None)
 @given(st.floats(1.0, 3.0), st.floats(0.5, 3.0), st.floats(0.0, 0.05))
 def test_a_fit_finds_what_the_steps_were_made_with(matrix, bandwidth, constant):
     time = fit_step_time(H200, make_steps(StepTime(H200, matrix, bandwidth, constant)))

@@ -70,7 +70,7 @@ POINTERS = [ALIGNED, ALIGNED[1:], ALIGNED.half(), ALIGNED.int(), *PARAMETERS, No
 NUMBERS = [0, 1, 2, 15, 16, 17, 32, -1, -16, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), 2**40, 2**40 + 1, 2**63]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from(POINTERS[:-1]),
     st.sampled_from(POINTERS),

@@ -17,7 +17,7 @@ SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 20), st.integers(1
 
 
 @given(SHAPES, st.sampled_from(FRAME_TILE_SIZES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_tiles_cover_every_token_once_and_stay_inside_a_frame(shapes: list[tuple[int, int, int]], size: int) -> None:
     layout = PackLayout.of(shapes, "cpu")
     tiles = layout.frame_tiles(size)
@@ -31,7 +31,7 @@ def test_tiles_cover_every_token_once_and_stay_inside_a_frame(shapes: list[tuple
 
 
 @given(SHAPES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_video_tiles_name_the_first_tile_of_each_video(shapes: list[tuple[int, int, int]]) -> None:
     layout = PackLayout.of(shapes, "cpu")
     tiles, starts = layout.frame_tiles(16), layout.video_tiles(16)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ptx_emulator.arithmetic import compute, to_bfloat16, typed
 from ptx_emulator.machine import EmulationError, run
@@ -61,7 +61,6 @@ def test_bytes_exchanged(low, high, choices) -> None:
     assert number("prmt.b32", low, high, selector) == int.from_bytes(bytes(both[i] for i in choices), "little")
 
 
-@settings(deadline=None)  # the first call loads what PyTorch needs
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20))
 def test_bfloat16_rounds_as_pytorch_does(values) -> None:
     mine = torch.from_numpy(to_bfloat16(np.array(values, dtype=np.float32)).view(np.int16)).view(torch.bfloat16)

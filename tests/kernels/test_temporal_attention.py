@@ -234,7 +234,7 @@ def test_wrong_arguments_are_named(device) -> None:
     st.lists(st.tuples(st.integers(1, 150), st.integers(1, 3), st.integers(1, 50)), min_size=1, max_size=4),
     st.sampled_from(list(PLACE_BLOCK_ROWS)),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_tables_hold_every_token_once(shapes: list[tuple[int, int, int]], longest: int) -> None:
     layout = PackLayout.of(shapes, "cpu")
     *tables, blocks = layout.place_tiles(longest)

@@ -114,7 +114,7 @@ def test_all_processes_of_a_group_have_the_same_output_to_the_bit(together, size
             assert torch.equal(output, together[size, rank // size * size][name][0]), name
 
 
-@settings(deadline=None, max_examples=30)  # a layout of new shapes takes its time
+@settings(max_examples=30)  # a layout of new shapes takes its time
 @given(SHAPES, st.integers(1, 5), st.data())
 def test_a_share_keeps_which_frames_are_given(shapes, processes, data):
     layout = PackLayout.of(shapes, "cpu")

@@ -41,7 +41,7 @@ clips = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     bucket_configs(),
     clips,

@@ -21,7 +21,7 @@ def draw_costs(count: int, seed: int, kinds: int = 12) -> np.ndarray:
     return np.exp(generator.uniform(0, 3, kinds))[generator.integers(0, kinds, count)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 5000), st.integers(0, 2**32), st.integers(1, 40))
 def test_it_is_a_permutation_and_the_same_again(count, seed, kinds):
     costs = draw_costs(count, seed, kinds)
@@ -60,7 +60,7 @@ def test_within_a_window_no_cost_comes_early_or_late():
     assert places[-quarter:].mean() == pytest.approx(0.5, abs=0.05)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32), st.integers(2, 60), st.integers(2, 512), st.integers(4, 60))
 def test_processes_never_wait_longer_in_expectation(seed, kinds, world_size, steps):
     """Mean of ten epochs of at least four steps, any number of processes and kinds."""
@@ -73,7 +73,7 @@ def test_processes_never_wait_longer_in_expectation(seed, kinds, world_size, ste
     assert np.mean(balanced) <= np.mean(plain) + 1e-9
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(2, 60), st.integers(2, 512))
 def test_in_a_long_epoch_processes_wait_half_as_long_at_most(seed, kinds, world_size):
     costs = draw_costs(WINDOW, seed, kinds)
@@ -110,7 +110,7 @@ def pairs_of(plan) -> list[tuple[int, int]]:
     return list(zip(plan.bucket_of.tolist(), plan.number_of.tolist(), strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans(), st.integers(0, 2**40), st.integers(0, 3))
 def test_a_balanced_epoch_has_the_same_micro_batches(given_, seed, epoch):
     clips, bucket, costs = given_
@@ -134,7 +134,7 @@ def test_epochs_and_seeds_differ():
     assert len(orders) == 4
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(plans(), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.data())
 def test_another_number_of_processes_goes_on_in_the_same_order(given_, before, after, drop_last, data):
     """Without `drop_last` nothing is lost; with it what does not fill a step at the end."""

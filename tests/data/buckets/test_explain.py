@@ -58,7 +58,7 @@ def test_micro_batches_that_do_not_fill_a_step_are_told():
     assert filled.steps == 2 and filled.warnings == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.sampled_from([1, 9, 40, 200]), st.integers(50, 1200), st.integers(50, 2000)),

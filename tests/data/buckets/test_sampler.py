@@ -62,7 +62,7 @@ def samplers(draw):
     return make
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(samplers(), st.integers(0, 3))
 def test_every_clip_is_used_as_often_as_the_rules_say(make, epoch):
     sampler = make()
@@ -103,7 +103,7 @@ def test_every_clip_is_used_as_often_as_the_rules_say(make, epoch):
     assert sum(used.values()) == sum(len(batch.rows) for batch in batches)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(samplers())
 def test_any_number_of_processes_sees_the_same_global_order(make):
     single = make()
@@ -130,7 +130,7 @@ def test_any_number_of_processes_sees_the_same_global_order(make):
         assert count_steps(len(whole), world_size, single.drop_last) == steps
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(samplers(), st.data())
 def test_resume_at_any_point_with_any_number_of_processes(make, data):
     worlds = st.sampled_from([1, 2, 3, 4, 8])
@@ -192,7 +192,7 @@ def test_without_shuffle_the_table_keeps_its_order():
     assert rows == sorted(rows, key=lambda row: (plan.assigned[row], row))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(samplers(), st.data())
 def test_replacements_are_all_other_clips_of_the_bucket(make, data):
     sampler, replay = make(), make()

@@ -20,7 +20,7 @@ def number(shapes):
     return tensors
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SHAPES, st.integers(1, 5))
 def test_shards_joined_are_the_flat_tensor(shapes, shards):
     tensors = number(shapes)

@@ -62,7 +62,7 @@ def test_the_order_is_that_of_backward(recomputed, masks):
     assert all("blocks" not in name or "scale_shift_table" in name for name in names[last:])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.lists(st.integers(0, 20), max_size=3), min_size=1, max_size=9), st.integers(2, 5))
 def test_every_parameter_lies_in_one_segment(shapes, shards):
     shapes = {f"layer{number}.weight": torch.Size(shape) for number, shape in enumerate(shapes)}

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from opensora_fast.train.step.most_used import USES_OF_A_PLACE, MostUsed
@@ -75,7 +75,6 @@ def test_what_comes_no_more_gives_way(keys):
     assert made < 0.01 * len(later)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 6), max_size=400),
     st.integers(1, 3),
