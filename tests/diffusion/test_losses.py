@@ -192,6 +192,13 @@ def test_fixed_variances(small, expected):
     torch.testing.assert_close(log_variance[2].exp(), diffusion.schedule.posterior_variance[1])
 
 
+def test_every_step_is_as_likely_to_be_trained_at():
+    diffusion = IDDPM(num_sampling_steps=10)
+    steps = diffusion.draw_timesteps(100_000, torch.Generator().manual_seed(0))
+    assert steps.dtype == torch.int64
+    assert (torch.bincount(steps) / len(steps)).tolist() == pytest.approx([0.1] * 10, abs=0.005)
+
+
 def test_noise_comes_from_the_generator():
     case = make_case()
     seen = []
