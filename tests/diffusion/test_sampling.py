@@ -175,7 +175,12 @@ def test_the_unconditional_text_is_the_models_where_the_encoder_has_none(toy_mod
     z = torch.zeros(2, 4, 1, 1, 1)
     IDDPM(num_sampling_steps=1).sample(toy_model, encode_only, z, ["a", "b"], "cpu", progress=False)
     assert torch.equal(toy_model.calls[0]["y"][2:], torch.full((2, 1, 3, 5), 0.25))
-    with pytest.raises(ValueError, match="unconditional text"):
+    toy_model.y_embedder.y_embedding = torch.zeros(4, 5)
+    with pytest.raises(
+        ValueError, match=r"unconditional text has shape \(2, 1, 4, 5\), the encoded prompts \(2, 1, 3, 5\)"
+    ):
+        IDDPM(num_sampling_steps=1).sample(toy_model, encode_only, z, ["a", "b"], "cpu", progress=False)
+    with pytest.raises(ValueError, match="needs an unconditional text"):
         IDDPM(num_sampling_steps=1).sample(ToyModel(), encode_only, z, ["a", "b"], "cpu", progress=False)
 
 

@@ -45,6 +45,24 @@ def test_the_mirror_image_stays_within_range_where_only_the_last_step_is_flat():
     assert 0 in steps[:501] and steps.max() == 19
 
 
+def test_it_takes_the_arguments_of_iddpm():
+    arguments = {
+        "timestep_respacing": "10,20",
+        "noise_schedule": "squaredcos_cap_v2",
+        "use_kl": True,
+        "sigma_small": True,
+        "predict_xstart": True,
+        "learn_sigma": False,
+        "rescale_learned_sigmas": True,
+        "diffusion_steps": 500,
+        "cfg_scale": 2.0,
+    }
+    speed, plain = SpeeDiffusion(**arguments), IDDPM(**arguments)
+    assert speed.timestep_map == plain.timestep_map and torch.equal(speed.betas, plain.betas)
+    for name in vars(plain).keys() & arguments.keys():
+        assert getattr(speed, name) == arguments[name], name
+
+
 def test_training_ignores_t_and_weighs_the_squared_error():
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 3, 4, 2, 3, 3, generator=generator)
