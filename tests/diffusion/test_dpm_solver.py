@@ -50,6 +50,29 @@ def test_few_steps_stay_bounded(steps):
     assert solve(steps, z).abs().max() < 10
 
 
+@pytest.mark.parametrize(("steps", "is_first_order"), [(2, True), (9, True), (10, False)])
+def test_only_the_last_of_few_steps_is_of_first_order(steps, is_first_order):
+    calls = []
+
+    def model(x, timestep, **conditioning):
+        noise = exact_model(x, timestep)
+        calls.append((x[:1], noise[:1]))
+        return noise
+
+    z = torch.randn(1, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solver = DPMSolver(steps, cfg_scale=1.0)
+    out = solver.sample(model, ToyTextEncoder(1), z, ["a"], "cpu", progress=False)
+
+    def first_order(step):
+        """From `step` to the next by the prediction there alone, as DDIM."""
+        x, noise = calls[step]
+        x_start = (x - solver.sigmas[step] * noise) / solver.alphas[step]
+        return solver.alphas[step + 1] * x_start + solver.sigmas[step + 1] * noise
+
+    assert torch.allclose(out, first_order(steps - 1)) == is_first_order
+    assert all(not torch.allclose(calls[step + 1][0], first_order(step)) for step in range(1, steps - 1))
+
+
 def test_the_model_is_called_once_a_step_from_noise_to_data(toy_model):
     DPMSolver(5).sample(toy_model, ToyTextEncoder(1), torch.zeros(1, 4, 1, 1, 1), ["a"], "cpu", progress=False)
     times = [call["timestep"][0].item() for call in toy_model.calls]
