@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from opensora_fast.diffusion import IDDPM
 from opensora_fast.diffusion.guidance import GuidedModel
+from opensora_fast.diffusion.noise import draw_noise_like
 from opensora_fast.progress import Progress
 
 from .conftest import GOLDEN
@@ -237,6 +238,14 @@ def test_with_a_generator_for_each_video_a_sample_does_not_depend_on_the_others(
         IDDPM(num_sampling_steps=1).sample(
             ToyModel(), ToyTextEncoder(1), torch.zeros(1, 4, 1, 1, 1), ["a"], "cpu", generator=[torch.Generator()] * 2
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_noise_is_of_the_dtype_and_shape_of_what_it_is_for(dtype):
+    like = torch.zeros(2, 4, 3, 1, 2, dtype=dtype)
+    for generator in (None, torch.Generator(), [torch.Generator(), torch.Generator()]):
+        noise = draw_noise_like(like, generator)
+        assert noise.dtype == dtype and noise.shape == like.shape
 
 
 def test_a_single_step_and_a_half_precision_start_work():
