@@ -52,7 +52,8 @@ def test_outputs_and_gradients_equal_the_golden_files(model, case, checkpointed)
     model.set_checkpointing(0)
 
 
-SHAPES = [(1, 4, 6), (4, 6, 8), (4, 6, 8), (3, 5, 7), (2, 9, 4), (1, 1, 1)]
+# Two are alike; two are upright and lying, and so of one area, by which positions are scaled.
+SHAPES = [(1, 4, 6), (4, 6, 8), (4, 6, 8), (3, 5, 7), (2, 9, 4), (2, 4, 9), (1, 1, 1)]
 
 
 def random_model(seed: int = 0, **keys) -> STDiT2:
