@@ -144,6 +144,9 @@ def test_errors():
     moments = optimizer.state_dict()
     with pytest.raises(ValueError, match="exp_avg.other is not here"):
         optimizer.load_state_dict(moments | {"exp_avg.other": torch.zeros(1)})
+    of_another_shape = moments["exp_avg.2.weight"].T
+    with pytest.raises(ValueError, match="exp_avg.2.weight is missing or of another shape"):
+        optimizer.load_state_dict(moments | {"exp_avg.2.weight": of_another_shape})
     del moments["exp_avg_sq.0.weight"]
     with pytest.raises(ValueError, match="exp_avg_sq.0.weight is missing"):
         optimizer.load_state_dict(moments)
