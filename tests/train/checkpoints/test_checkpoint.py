@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from opensora_fast.config import load_train_config
 from opensora_fast.train.checkpoints.checkpoint import (
     find_newest,
     list_checkpoints,
@@ -18,6 +19,9 @@ from opensora_fast.train.checkpoints.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
+from opensora_fast.train.checkpoints.start import choose_start
+from opensora_fast.train.checkpoints.state import FORMAT, read_position
+from opensora_fast.train.locate_config import locate_config
 
 
 def fill(content):
@@ -90,6 +94,20 @@ def test_locate(tmp_path):
     (theirs / "running_states.json").touch()
     with pytest.raises(ValueError, match="Open-Sora's own trainer; --init-from .* starts from its weights"):
         locate_checkpoint(theirs, print)
+
+
+def test_a_run_of_damaged_checkpoints_only_is_not_begun_anew(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "checkpoints", 1, fill("a"), keep=1)
+    (checkpoint / "state.json").unlink()
+    with pytest.raises(ValueError, match="checkpoints holds no checkpoint that is whole; remove them to start anew"):
+        choose_start(load_train_config(locate_config("stage1")).config, tmp_path, "auto", None, print)
+    assert list_checkpoints(tmp_path / "checkpoints") == [checkpoint]
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path):
+    (tmp_path / "state.json").write_text(json.dumps({"format": FORMAT - 1}))
+    with pytest.raises(ValueError, match=f"has format {FORMAT - 1}; this version reads {FORMAT}"):
+        read_position(tmp_path)
 
 
 @pytest.mark.parametrize("failing", ["mkdir", "rename"])
