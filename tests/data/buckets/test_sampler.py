@@ -1,6 +1,7 @@
 """BucketSampler: what is used, order, processes, resuming, replacements. Random tables and configurations."""
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -218,6 +219,24 @@ def test_replacement_after_the_sampler_moved_on():
     for epoch in (1, 2, 3):
         next(sampler.iterate(epoch, 0))
     assert sampler.replacement(batch, batch.rows[0], 0) == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(samplers(), st.data())
+def test_substitutes_are_the_next_of_each_other_bucket_under_the_number_of_the_batch(make, data):
+    sampler = make()
+    if sampler is None:
+        return
+    whole = take_epoch(sampler)
+    batch = data.draw(st.sampled_from(whole))
+    of_each_bucket = {}
+    for other in whole[batch.index :] + whole[: batch.index]:
+        of_each_bucket.setdefault(other.bucket, other)
+    del of_each_bucket[batch.bucket]
+    # The number may lie past the end, where the last step is filled up.
+    for index in (batch.index, batch.index + len(whole)):
+        expected = [replace(other, index=index) for other in of_each_bucket.values()]
+        assert list(sampler.substitutes(replace(batch, index=index))) == expected
 
 
 def test_nothing_to_do_is_an_error_with_counts_and_fix():
