@@ -124,10 +124,9 @@ class BucketSampler:
         """Micro-batches that may stand in for one whose bucket has no usable clip: one of each other bucket, those that
         come next in the epoch first. They have its number, for they take its place in the run."""
         plan = self.get_plan(micro_batch.epoch)
-        place = micro_batch.index % len(plan)
-        _, first = np.unique(np.roll(plan.bucket_of, -place), return_index=True)
+        _, first = np.unique(np.roll(plan.bucket_of, -micro_batch.index), return_index=True)
         for offset in np.sort(first).tolist():
-            other = self._get_micro_batch(plan, place + offset)
+            other = self._get_micro_batch(plan, micro_batch.index + offset)
             if other.bucket != micro_batch.bucket:
                 yield dataclasses.replace(other, index=micro_batch.index)
 
