@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,18 @@ def test_rate_after_the_interval_is_an_option():
         clips = [loader.manifest.clip(row) for row in batch.rows]
         assert batch.fps.tolist() == [120.0 if clip.path.endswith("png") else clip.fps / INTERVAL for clip in clips]
     loader.close()
+
+
+def test_what_is_large_and_on_the_host_is_pinned_on_demand(monkeypatch):
+    """A copy that is not pinned stands in for one that is, and the meta device for a GPU."""
+    plain = take_epoch(make_loader(FakeDecoder()))[0]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    pinned = take_epoch(make_loader(FakeDecoder(), pin_memory=True))[0]
+    assert torch.equal(pinned.video, plain.video + 1)
+    assert pinned.rows == plain.rows and torch.equal(pinned.fps, plain.fps) and pinned.latents is None
+    on_gpu, on_host = torch.zeros(2, device="meta"), torch.zeros(2)
+    features = replace(plain, video=None, latents=on_gpu, text_embeddings=on_host).pin_memory()
+    assert features.latents is on_gpu and torch.equal(features.text_embeddings, on_host + 1)
 
 
 def test_frames_depend_on_seed_epoch_and_row_alone():
