@@ -41,6 +41,7 @@ def test_other_braces_and_bars_belong_to_the_text(text):
         ("|1|late", 2, "must start at loop 0, not 1"),
         ("|0|a|2|b", 2, "loop 2 is never reached, the loops are 0 to 1; raise loop to 3"),
         ("|0|a|2|b|1|c", 4, "must increase"),
+        ("|0|a|1|b|1|c", 4, "loop 1 comes after loop 1, but the numbers must increase"),
         ("|0|a|x|b", 4, "'x' is not the number of a loop"),
         ("|0|a|2", 4, "missing"),
         ('a{"reference_path": "x.png"', 1, "not valid JSON"),
