@@ -45,3 +45,11 @@ def test_encoding_a_batch_of_clips_asks_for_no_number():
     clips = dataclasses.replace(batch, video=torch.zeros(2, 3, 3, 32, 32), latents=None, text=["a rabbit", "é" * 24])
     latents, conditions = ModelInputs(autoencoder, text_encoder, META).prepare(clips)
     assert latents.is_meta and latents.shape == (2, 4, 3, 4, 4) and conditions["y"].is_meta
+
+
+@pytest.mark.parametrize(("probability", "training"), [(0.4, True), (0.4, False), (0.0, True)])
+def test_captions_are_dropped_in_training_where_the_model_has_a_probability_for_it(probability, training):
+    model = make_model(class_dropout_prob=probability).train(training)
+    prepared = ModelInputs(None, None, torch.device("cpu")).prepare(make_batch(0, SHAPES[0], model.config))
+    inputs = draw_inputs(model, IDDPM(), None, *prepared)
+    assert ("dropped" in inputs) == (training and probability > 0)
