@@ -1,7 +1,5 @@
 """From a batch of clips or cached features to what the model takes."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ class ModelInputs:
         self.device = device
 
     @torch.no_grad()
-    def prepare(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+    def prepare(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents float32 [B, 4, T, h, w] on the device and the model's other arguments, which may lie on the host."""
         if batch.latents is not None:
             latents = batch.latents

@@ -4,7 +4,6 @@ So a step can be computed again, or be a graph that is replayed (see `graphs.py`
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ LATENTS, NOISE, TIMESTEPS = "latents", "noise", "timesteps"
 
 
 def draw_inputs(
-    model: STDiT2, diffusion: IDDPM, masks: MaskGenerator | None, latents: Tensor, conditions: Mapping[str, Any]
+    model: STDiT2, diffusion: IDDPM, masks: MaskGenerator | None, latents: Tensor, conditions: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Everything that a step computes from, drawn from torch's default generators in this order: masks, timesteps,
     noise, dropped captions.
@@ -27,14 +26,14 @@ def draw_inputs(
         model: in train mode, it drops captions.
         masks: draws the given frames; None for none.
         latents: float32 [B, 4, T, h, w] on the device of the model.
-        conditions: the model's other arguments, each a tensor or None.
+        conditions: the model's other arguments.
 
     Returns:
-        `latents`, `noise` (like them), `timesteps` int64 [B], and those arguments of the model that are there, with
-        `x_mask` bool [B, T] if a frame is given, and `dropped` bool [B] where captions may be dropped.
+        `latents`, `noise` (like them), `timesteps` int64 [B], and the model's other arguments, with `x_mask` bool
+        [B, T] if a frame is given, and `dropped` bool [B] where captions may be dropped.
     """
     videos, _, frames = latents.shape[:3]
-    inputs = {LATENTS: latents, **{name: value for name, value in conditions.items() if value is not None}}
+    inputs = {LATENTS: latents, **conditions}
     if masks is not None:
         drawn = torch.stack([masks.draw(frames) for _ in range(videos)])
         if not drawn.all():  # a batch of noised frames only needs no mask: the model does half the modulation
