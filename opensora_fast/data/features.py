@@ -115,16 +115,17 @@ def _encode(
         latents = video_encoder.encode(batch.video.to(device), generator=generator)
     for row, clip_latents in zip(batch.rows, latents, strict=True):
         writer.add_latents(batch.epoch, row, clip_latents)
-    places = [place for place, row in enumerate(batch.rows) if not writer.has_text(row)]
-    if not places:
+    # By row: a micro-batch that is filled up holds some clips twice.
+    captions = {row: text for row, text in zip(batch.rows, batch.text, strict=True) if not writer.has_text(row)}
+    if not captions:
         return
     with torch.no_grad():
-        encoding = text_encoder.encode([batch.text[place] for place in places])
-    for place, embeddings, mask in zip(places, encoding["y"], encoding["mask"], strict=True):
+        encoding = text_encoder.encode(list(captions.values()))
+    for row, embeddings, mask in zip(captions, encoding["y"], encoding["mask"], strict=True):
         length = int(mask.sum())
         if not bool(mask[:length].all()):
             raise ValueError("the text encoder must put the real tokens first")
-        writer.add_text(batch.rows[place], embeddings[0, :length])
+        writer.add_text(row, embeddings[0, :length])
 
 
 def describe_buckets(bucket: Bucket) -> list[list]:
