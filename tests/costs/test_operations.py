@@ -50,6 +50,13 @@ def test_one_block_by_hand():
     assert both.bytes == (15 + 21) * tokens * 2304
 
 
+def test_a_training_step_moves_every_row_of_every_block_and_the_state_of_each_parameter():
+    workload = Workload("240p", 16, 5)
+    step = count_training_step(XL, workload, 120, parameters=1_000_000)
+    assert step.bytes == 28 * (15 + 21) * 32_400 * 2304 + 36_000_000
+    assert step.flops == 3 * count_forward(XL, workload, 120).flops
+
+
 def test_the_model_has_767_million_parameters():
     with torch.device("meta"):
         model = STDiT2(XL)
