@@ -122,10 +122,8 @@ class SequenceGroup:
             else:
                 place = "cpu" if on_host else device
                 shared[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=place)
-            # gloo has no booleans, NCCL has: bytes for both.
             with naming_the_loss():
-                flat = shared[name].view(-1).view(torch.uint8)
-                dist.broadcast(flat, group=self.host_group if on_host else self.group, src=self._first)
+                dist.broadcast(shared[name], group=self.host_group if on_host else self.group, src=self._first)
         return shared
 
     def divide(self, layout: PackLayout) -> FrameShare:
