@@ -23,9 +23,6 @@ from torch import Tensor
 from opensora_fast.parallel.collectives import all_gather, do_all, naming_the_loss, reduce_scatter
 from opensora_fast.parallel.sequence import SequenceGroup
 
-# Elements of a flat tensor that are on the way from one host to another at a time: 256 MB of float32.
-CHUNK = 1 << 26
-
 
 class Processes:
     """The only process of a run: nothing is communicated, nothing copied.
@@ -199,8 +196,7 @@ class JoinedProcesses(Processes):
     def collect(self, shard: Tensor) -> Tensor | None:
         if self.rank != 0:
             with naming_the_loss():
-                for start in range(0, len(shard), CHUNK):
-                    dist.send(shard[start : start + CHUNK].cpu(), 0, group=self._state_group)
+                dist.send(shard.cpu(), 0, group=self._state_group)
             return None
         whole = torch.empty(self.world_size, len(shard), dtype=shard.dtype)
         whole[0].copy_(shard)
@@ -209,5 +205,4 @@ class JoinedProcesses(Processes):
 
     def _receive(self, shard: Tensor, rank: int) -> None:
         with naming_the_loss():
-            for start in range(0, len(shard), CHUNK):
-                dist.recv(shard[start : start + CHUNK], rank, group=self._state_group)
+            dist.recv(shard, rank, group=self._state_group)
