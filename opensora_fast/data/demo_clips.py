@@ -32,7 +32,8 @@ VIDEOS = (CARTOON, STREET, CAR)
 
 
 ENCODERS = {
-    ".mp4": ("libx264", "yuv420p", {"crf": "18", "preset": "veryfast"}),
+    # With its macroblock tree x264 gives other packets from run to run.
+    ".mp4": ("libx264", "yuv420p", {"crf": "18", "preset": "veryfast", "mbtree": "0"}),
     ".webm": ("libvpx-vp9", "yuv420p", {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0"}),
     ".avi": ("mjpeg", "yuvj420p", {}),
 }
@@ -257,7 +258,8 @@ class _CutWriter:
         import av
 
         codec, pixel_format, options = ENCODERS[self.path.suffix]
-        self._container = av.open(str(self.path), "w")
+        # Without random numbers of tracks, as WebM has, files are the same each time.
+        self._container = av.open(str(self.path), "w", options={"fflags": "bitexact"})
         stream = self._container.add_stream(codec, rate=self.rate, options=options)
         stream.height, stream.width, stream.pix_fmt = frame.height, frame.width, pixel_format
         stream.gop_size = FRAMES_BETWEEN_KEYFRAMES

@@ -78,6 +78,12 @@ def test_buckets_of_several_resolutions_and_lengths_fill(demo):
     assert (assigned == DROPPED).sum() <= 2
 
 
+def test_files_are_the_same_each_time_they_are_written(demo, tmp_path):
+    again = write_demo_clips(tmp_path / "clips")
+    for path in (*demo.videos, *demo.images):
+        assert (again.folder / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 def test_missing_package(monkeypatch, tmp_path):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
