@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import PLAIN_TYPES
 from .dispatch import choose, is_intercepted
 
 if __package__ != "opensora_fast.kernels":
     raise ImportError(f"{__package__}: import opensora_fast.kernels; an op can be registered under one name only")
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 # Of arguments that are what they look like; a subclass of Tensor may have its numbers elsewhere.
-_PLAIN_ARGUMENTS = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, list, torch.dtype))
+_PLAIN_ARGUMENTS = frozenset((*PLAIN_TYPES, type(None), bool, int, float, list, torch.dtype))
 
 
 class KernelOp:

@@ -33,6 +33,7 @@ import torch
 
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.device import DTYPES
+from opensora_fast.files import whole_file
 from opensora_fast.kernels import token_grid
 
 from ..processes import end_with_parent
@@ -156,15 +157,13 @@ def write_curve(curve: Curve, folder: Path) -> Path:
     """Writes a curve as CSV; it appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / curve.file_name
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
+    with whole_file(path) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(_COLUMNS)
         fixed = (curve.provider, curve.seed, curve.settings, curve.commit, curve.memory_bytes)
         for index, values in enumerate(zip(curve.loss, curve.tokens, curve.step_ms, strict=True)):
             loss, tokens, step_ms = values
             writer.writerow([index + 1, repr(loss), tokens, f"{step_ms:.6g}", *fixed])
-    part.replace(path)
     return path
 
 

@@ -25,7 +25,7 @@ from .clocks import watch_clocks
 from .provider import Bound, Outputs, Provider
 from .refused import Refused
 from .replay import Recorder, make_replay, own_stream
-from .session import CaseStopped, DeviceLostError, Session
+from .session import DeviceLostError, Session, telling
 from .timing import Call, Sampling, SamplingStopped, peak_memory, release_memory, time_interleaved
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
@@ -90,14 +90,9 @@ def run_contest(contest: Contest, session: Session) -> Outcome:
         CaseStopped: for a KeyboardInterrupt, with what is measured.
     """
     run = _Run(contest, session)
-    try:
-        with nullcontext() if contest.make_recorder is None else own_stream(contest.work.device):
-            return run.measure()
-    except KeyboardInterrupt:
-        raise CaseStopped(run.rows, run.refused) from None
-    except DeviceLostError as lost:
-        lost.rows_before, lost.refused = run.rows, run.refused
-        raise
+    stream = nullcontext() if contest.make_recorder is None else own_stream(contest.work.device)
+    with telling(run.rows, run.refused), stream:
+        return run.measure()
 
 
 class _Run:

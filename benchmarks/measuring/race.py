@@ -14,7 +14,7 @@ from .case import Outcome
 from .clocks import watch_clocks
 from .contest import describe, release_or_lose
 from .refused import Refused
-from .session import CaseStopped, DeviceLostError, Session
+from .session import Session, telling
 from .timing import Call, Sampling, SamplingStopped, peak_memory, time_interleaved
 
 
@@ -60,13 +60,8 @@ def run_race(
     """
     rows: list[Row] = []
     refused: list[Refused] = []
-    try:
+    with telling(rows, refused):
         _race(template, entries, sampling, session, clock or session.device, rows, refused)
-    except KeyboardInterrupt:
-        raise CaseStopped(rows, refused) from None
-    except DeviceLostError as lost:
-        lost.rows_before, lost.refused = rows, refused
-        raise
     return rows, refused
 
 

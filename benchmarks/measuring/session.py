@@ -46,6 +46,18 @@ class CaseStopped(KeyboardInterrupt):
         self.rows, self.refused = list(rows), list(refused)
 
 
+@contextmanager
+def telling(rows: list[Row], refused: list[Refused]) -> Iterator[None]:
+    """CaseStopped and DeviceLostError out of the block tell what these lists of a case hold by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise CaseStopped(rows, refused) from None
+    except DeviceLostError as lost:
+        lost.rows_before, lost.refused = rows, refused
+        raise
+
+
 def threads_of(device: str) -> AbstractContextManager[None]:
     """On the CPU everything is measured with one thread.
 

@@ -131,13 +131,15 @@ def open_features(
             raise
         index = None
     if index is None or not index.complete:
-        _write(config, data, out, folder, index, device, dtype, report)
+        _write(config, data, out, folder, index, device, dtype, report)  # compares encoders with those of what is there
         index = FeatureIndex.read(folder)
-    made_with = index.settings["encoders"]
-    if different := describe_differences(made_with, _describe_as_known(config, folder, made_with, report)):
-        raise ValueError(
-            f"features={folder} were made with other encoders ({different}): use the same encoders, or another folder"
-        )
+    else:
+        made_with = index.settings["encoders"]
+        if different := describe_differences(made_with, _describe_as_known(config, folder, made_with, report)):
+            raise ValueError(
+                f"features={folder} were made with other encoders ({different}): use the same encoders, or another "
+                "folder"
+            )
     for key, value in (("frame_interval", config.dataset.frame_interval), ("draws", config.feature_draws)):
         if index.settings[key] != value:
             raise ValueError(f"features={folder} were made with {key}={index.settings[key]}, not {value}")
