@@ -35,10 +35,8 @@ def add_positions(x: Tensor, scales: Sequence[Scale], layout: PackLayout, rounde
             groups.append((shape, scale, 1))
     pieces = []
     first = 0
-    cached = not makes_stand_ins()
     for (frames, height, width), scale, videos in groups:
-        embed = position_embedding if not cached or isinstance(scale, Tensor) else cached_position_embedding
-        position = embed(height, width, scale, x.shape[1], layout.device, rounded_to).to(x.dtype)
+        position = position_embedding(height, width, scale, x.shape[1], layout.device, rounded_to).to(x.dtype)
         last = first + videos * frames * height * width
         pieces.append((x[first:last].view(-1, height * width, x.shape[1]) + position).flatten(0, 1))
         first = last
@@ -69,21 +67,25 @@ def position_embedding(
         float32 [S, C].
     """
     base = round((height * width) ** 0.5)
-    exponents = torch.arange(0, channels // 2, 2, device=device).float() / (channels // 2)
-    frequencies = (1.0 / (10000**exponents)).to(rounded_to).float()
-
-    def encode(length: int) -> Tensor:
-        coordinates = torch.arange(length, device=device, dtype=torch.float32) / scale * (base / length)
-        angles = coordinates[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # [length, C/2]
-
-    columns = encode(width)[None].expand(height, -1, -1)
-    rows = encode(height)[:, None].expand(-1, width, -1)
+    encode = encode_axis if isinstance(scale, Tensor) or makes_stand_ins() else cached_axis
+    columns = encode(width, base, scale, channels, device, rounded_to)[None].expand(height, -1, -1)
+    rows = encode(height, base, scale, channels, device, rounded_to)[:, None].expand(-1, width, -1)
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)
 
 
-# Frames of the few bucket sizes come again every step.
-cached_position_embedding = lru_cache(maxsize=64)(position_embedding)
+def encode_axis(
+    length: int, base: int, scale: float | Tensor, channels: int, device: torch.device, rounded_to: torch.dtype
+) -> Tensor:
+    """float32 [length, C/2] of the coordinates along one side of a frame, see `position_embedding`."""
+    exponents = torch.arange(0, channels // 2, 2, device=device).float() / (channels // 2)
+    frequencies = (1.0 / (10000**exponents)).to(rounded_to).float()
+    coordinates = torch.arange(length, device=device, dtype=torch.float32) / scale * (base / length)
+    angles = coordinates[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+# The sizes of buckets come again every step. Sides are kept, not frames: a frame of 720p takes 17 MB, its sides 0.3.
+cached_axis = lru_cache(maxsize=256)(encode_axis)
 
 
 def _same_number(first: float | Tensor, second: float | Tensor) -> bool:
