@@ -43,7 +43,10 @@ def load_train_config(
     """Read a training configuration; see `load_config`."""
     file = read_config_file(path)
     if not _is_for_training(file) and "image_size" in file.values:
-        raise ValueError(f"{path} is a configuration for sampling (`opensora-fast sample`), not for training")
+        raise ValueError(
+            f"{path} is a configuration for sampling (`opensora-fast sample`), not for training: give one for that, "
+            "such as the shipped stage1"
+        )
     return load_config(TrainConfig, file, overrides, options)
 
 
@@ -53,7 +56,10 @@ def load_sample_config(
     """Read a sampling configuration; see `load_config`."""
     file = read_config_file(path)
     if _is_for_training(file):
-        raise ValueError(f"{path} is a configuration for training (`opensora-fast train`), not for sampling")
+        raise ValueError(
+            f"{path} is a configuration for training (`opensora-fast train`), not for sampling: give one for that, "
+            "such as the shipped sample, or demo_sample for a model of the demo"
+        )
     return load_config(SampleConfig, file, overrides, options)
 
 
