@@ -207,7 +207,7 @@ def check_table(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[Ba
         checked[name] = numbers.where(good, 0).astype(np.int64)
     fps = pd.to_numeric(checked["fps"], errors="coerce").astype(float)
     fps = fps.where(~(checked["num_frames"] == 1) | (fps > 0), IMAGE_FPS)
-    good = (fps > 0) & np.isfinite(fps)
+    good = (fps > 0) & (fps <= LARGEST_NUMBER)
     _note(reasons, ~good, lambda row: f"fps is {_show(table, row, 'fps')}, not a number > 0")
     checked["fps"] = fps.where(good, 0.0)
     places = find_places(source, reasons)

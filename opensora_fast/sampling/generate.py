@@ -62,8 +62,8 @@ class SampleSettings:
         for name in ("num_frames", "frame_interval", "loop", "condition_frame_length", "num_sample", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.fps > 0:
-            raise ValueError(f"fps must be above 0, got {self.fps}")
+        if not 0 < self.fps <= torch.finfo(torch.float32).max:  # in which the model is told
+            raise ValueError(f"fps must be a finite number above 0, got {self.fps}")
         for name in ("seed", "first_index"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

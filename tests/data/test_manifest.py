@@ -71,11 +71,12 @@ def test_bad_rows_are_listed_with_their_lines(tmp_path):
         + "f.png,f,1,480,640,\n"
         + "g.mp4,g,20,480,640,inf\n"
         + "h.mp4,h,20\n"  # the rest of the cells is missing
+        + "i.mp4,i,20,480,640,1e39\n"  # infinite in float32, in which the model is told
     )
     with pytest.raises(ValueError) as caught:
         Manifest.read(path)
     assert str(caught.value).splitlines() == [
-        f"{path}: 6 of 8 rows cannot be used:",
+        f"{path}: 7 of 9 rows cannot be used:",
         "  line 5: num_frames is '-5', not a whole number > 0 (b.mp4)",
         "  line 6: height is '480.5', not a whole number > 0; width is '0', not a whole number > 0 (c.mp4)",
         "  line 7: path is empty",
@@ -83,6 +84,7 @@ def test_bad_rows_are_listed_with_their_lines(tmp_path):
         "  line 10: fps is 'inf', not a number > 0 (g.mp4)",
         "  line 11: height is missing, not a whole number > 0; width is missing, not a whole number > 0; "
         "fps is missing, not a number > 0 (h.mp4)",
+        "  line 12: fps is '1e+39', not a number > 0 (i.mp4)",
         f"`opensora-fast data validate {path} --keep GOOD.csv` lists all and writes the good rows",
     ]
 

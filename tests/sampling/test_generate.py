@@ -174,6 +174,8 @@ def test_one_bar_counts_the_steps_of_all_samples(capsys):
         ((["a"],), {"loop": 2, "condition_frame_length": 6}, "condition_frame_length 6 leaves nothing"),
         ((["a"],), {"num_frames": 0}, "num_frames must be at least 1"),
         ((["a"],), {"image_size": (16, 0)}, "image_size"),
+        ((["a"],), {"fps": float("inf")}, "fps must be a finite number above 0, got inf"),
+        ((["a"],), {"fps": 10**39}, "fps must be a finite number above 0"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_sampled(arguments, settings, named):
