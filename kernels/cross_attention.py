@@ -27,7 +27,8 @@ def cross_attention_reference(q: Tensor, kv: Tensor, layout: PackLayout, text: T
     position = torch.arange(text.max_length, device=q.device)
     real = position < text.lengths[:, None]  # [B, L]
     index = torch.where(real, text.starts[:, None] + position, 0)
-    padded = kv[index] if text.num_tokens else kv.new_zeros(*index.shape, *kv.shape[1:])  # [B, L, 2, H, D]
+    # [B, L, 2, H, D]; without any text zeros that are made of kv, which gets its gradient all the same.
+    padded = kv[index] if text.num_tokens else kv.sum().expand(*index.shape, *kv.shape[1:])
     k, v = padded.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, L, D]
     attend = (real | (text.lengths == 0)[:, None])[:, None, None]  # a video without text: any finite softmax, then zero
     has_text = (text.lengths > 0)[:, None, None, None]
