@@ -102,6 +102,7 @@ def qk_norm_rotary(
         raise ValueError(f"{op}: give both cos and sin, or neither")
     if cos is not None and sin is not None:
         check_angles(op, cos, sin, q.shape[2], layout)
+        cos, sin = cos.detach(), sin.detach()
     elif q_weight is None:
         raise ValueError(f"{op}: neither weights nor angles are given, so there is nothing to do")
     if q.dtype != k.dtype:
@@ -111,7 +112,7 @@ def qk_norm_rotary(
     check_head_size(op, q.shape[2])
     check_epsilon(op, q_weight, eps)
     if cos is not None and sin is not None:
-        cos, sin = cos.detach().float(), sin.detach().float()
+        cos, sin = cos.float(), sin.float()
     tiles = layout.frame_tiles(TILE_TOKENS)
     return _qk_norm_rotary(q, k, q_weight, k_weight, cos, sin, tiles, layout.frame_position, eps)
 

@@ -89,12 +89,13 @@ def temporal_attention(
     op = "temporal_attention"
     check_self_attention(op, qkv, q_weight, k_weight, layout, qkv_bias)
     check_angles(op, cos, sin, qkv.shape[3], layout)
+    cos, sin = cos.detach(), sin.detach()
     if choose_backend(op, backend, qkv, q_weight, k_weight, cos, sin) == "reference":
         qkv = collect_bias_gradient_reference(qkv, qkv_bias)
         return temporal_attention_reference(qkv, q_weight, k_weight, cos, sin, layout, eps)
     check_head_size(op, qkv.shape[3])
     check_epsilon(op, q_weight, eps)
-    cos, sin = cos.detach().float(), sin.detach().float()
+    cos, sin = cos.float(), sin.float()
     longest = longest_tile(qkv.device, qkv.dtype)
     tables = layout.place_tiles(longest)
     return _temporal_attention(qkv, q_weight, k_weight, qkv_bias, cos, sin, *tables, PLACE_BLOCK_ROWS[longest], eps)[0]

@@ -90,6 +90,14 @@ def test_only_the_wanted_gradient(wanted, device) -> None:
     torch.testing.assert_close(gradients[0][wanted], gradients[1][wanted], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("function", [ours, reference], ids=["triton", "reference"])
+def test_the_angles_have_no_gradient(function, device) -> None:
+    compared, fixed = make_inputs([(3, 1, 2)], torch.float32, device)
+    cos, sin = fixed["cos"].requires_grad_(), fixed["sin"].requires_grad_()
+    sum(output.square().sum() for output in function(**compared, **fixed)).backward()
+    assert compared["q_weight"].grad is not None and cos.grad is None and sin.grad is None
+
+
 def test_gradients_reach_qkv_through_its_views(device) -> None:
     gradients = []
     for function in (ours, reference):

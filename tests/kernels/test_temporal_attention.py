@@ -167,6 +167,14 @@ def test_only_the_wanted_gradient(wanted, longest, device) -> None:
     torch.testing.assert_close(gradients[0][wanted], gradients[1][wanted], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("function", [ours, reference], ids=["triton", "reference"])
+def test_the_angles_have_no_gradient(function, device) -> None:
+    inputs = make_inputs([(3, 1, 2)], torch.float32, device, head_size=16)
+    cos, sin = inputs["cos"].requires_grad_(), inputs["sin"].requires_grad_()
+    function(**inputs).square().sum().backward()
+    assert inputs["qkv"].grad is not None and cos.grad is None and sin.grad is None
+
+
 def test_two_backwards_are_equal_bit_for_bit(longest, device) -> None:
     gradients: list[list[Tensor]] = []
     for _ in range(2):
