@@ -197,7 +197,7 @@ class PackLayout:
                 True marks a noised frame, False a given one.
 
         Raises:
-            ValueError: a mask whose length is not the video's frame count.
+            ValueError: a mask that is no tensor, or whose length is not the video's frame count.
         """
         if x_masks is None:
             return self.frame_video
@@ -217,6 +217,8 @@ class PackLayout:
             for index, (mask, (frames, _, _)) in enumerate(zip(x_masks, self.shapes, strict=True)):
                 if mask is None:
                     mask = torch.ones(frames, dtype=torch.bool, device=self.device)
+                if not isinstance(mask, Tensor):
+                    raise ValueError(f"x_masks[{index}] must be a tensor or None, got {type(mask).__name__}")
                 if mask.shape != (frames,):
                     raise ValueError(f"x_masks[{index}]: shape {tuple(mask.shape)}, but the video has {frames} frames")
                 pieces.append(mask.to(self.device, non_blocking=True))

@@ -394,6 +394,17 @@ def test_a_video_of_a_pack_that_does_not_fit_is_named(video, message):
         model.forward_packed([videos[0], video], **conditions)
 
 
+def test_a_mask_of_a_pack_that_does_not_fit_is_named():
+    model = random_model()
+    videos, conditions, _ = random_pack([(2, 4, 4)] * 2, masked=False)
+    for mask, message in (
+        ([True, False], r"x_masks\[1\] must be a tensor or None, got list"),
+        (torch.tensor([True]), r"x_masks\[1\]: shape \(1,\), but the video has 2 frames"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.forward_packed(videos, x_masks=[None, mask], **conditions)
+
+
 def test_the_model_takes_a_decision_on_captions_that_is_drawn_already():
     model = random_model(class_dropout_prob=0.5).train()
     videos, conditions, _ = random_pack([(1, 2, 2)] * 3, masked=False)
