@@ -14,7 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional
 
+from opensora_fast.data.decoding.clips import ClipError
 from opensora_fast.data.decoding.still_images import to_rgb
+from opensora_fast.data.decoding.video_index import MAXIMUM_PIXELS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,29 +35,41 @@ class CoverCrop:
 
     @classmethod
     def of_video(cls, source_size: tuple[int, int], size: tuple[int, int]) -> CoverCrop:
-        """For frames of `source_size` (height, width) and a target `size`. ValueError if a side is below 1."""
+        """For frames of `source_size` (height, width) and a target `size`. See `_cover`."""
         scaled_height, scaled_width = _cover(source_size, size)
         top, left = (scaled_height - size[0]) // 2, (scaled_width - size[1]) // 2
         return cls(scaled_height, scaled_width, top, left, *size)
 
     @classmethod
     def of_image(cls, source_size: tuple[int, int], size: tuple[int, int]) -> CoverCrop:
-        """For an image of `source_size` (height, width) and a target `size`. ValueError if a side is below 1."""
+        """For an image of `source_size` (height, width) and a target `size`. See `_cover`."""
         scaled_height, scaled_width = _cover(source_size, size)
         top, left = round((scaled_height - size[0]) / 2), round((scaled_width - size[1]) / 2)
         return cls(scaled_height, scaled_width, top, left, *size)
 
 
 def _cover(source_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Smallest scaled size of the source's aspect ratio that covers the target."""
+    """Smallest scaled size of the source's aspect ratio that covers the target.
+
+    Raises:
+        ValueError: a side is below 1.
+        ClipError: it would be larger than a frame may be, of which the crop leaves next to nothing.
+    """
     source_height, source_width = source_size
     height, width = size
     if min(source_height, source_width, height, width) < 1:
         raise ValueError(f"sizes must be at least 1 x 1, got source {source_size} and target {size}")
     height_ratio, width_ratio = height / source_height, width / source_width
     if height_ratio > width_ratio:
-        return height, round(source_width * height_ratio)
-    return round(source_height * width_ratio), width
+        scaled = height, round(source_width * height_ratio)
+    else:
+        scaled = round(source_height * width_ratio), width
+    if scaled[0] * scaled[1] > MAXIMUM_PIXELS:
+        raise ClipError(
+            f"a strip of {source_height} x {source_width} pixels would be resized to {scaled[0]} x {scaled[1]} to "
+            f"cover {height} x {width}"
+        )
+    return scaled
 
 
 def resize_frame(frame: np.ndarray, output: torch.Tensor) -> None:
