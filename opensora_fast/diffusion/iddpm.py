@@ -162,7 +162,7 @@ class IDDPM:
             count: number of videos.
             generator: a CPU generator; the default one if None.
         """
-        return torch.randint(0, self.num_timesteps, (count,), generator=generator)
+        return torch.randint(0, self.num_timesteps, (count,), generator=generator, device="cpu")
 
     def losses_at(
         self,

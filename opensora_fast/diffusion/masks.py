@@ -60,7 +60,7 @@ class MaskGenerator:
 
         A single frame is never given. In a clip of two frames, head_tail gives both.
         """
-        mask = torch.ones(num_frames, dtype=torch.bool)
+        mask = torch.ones(num_frames, dtype=torch.bool, device="cpu")
         kind = self._draw_kind(generator)
         if num_frames <= 1 or kind == "mask_no":
             return mask
@@ -76,7 +76,7 @@ class MaskGenerator:
         return mask
 
     def _draw_kind(self, generator: torch.Generator | None) -> str:
-        draw = torch.rand((), generator=generator, dtype=torch.float64).item()
+        draw = torch.rand((), generator=generator, dtype=torch.float64, device="cpu").item()
         threshold = 0.0
         for kind, ratio in self.mask_ratios.items():
             threshold += ratio
@@ -87,4 +87,4 @@ class MaskGenerator:
 
 def _draw_integer(low: int, high: int, generator: torch.Generator | None) -> int:
     """A uniform integer from low to high, both included."""
-    return int(torch.randint(low, high + 1, (), generator=generator))
+    return int(torch.randint(low, high + 1, (), generator=generator, device="cpu"))

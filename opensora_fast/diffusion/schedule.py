@@ -29,10 +29,11 @@ def make_betas(noise_schedule: str, steps: int) -> Tensor:
         raise ValueError(f"diffusion_steps must be at least 1, got {steps}")
     if noise_schedule == "linear":
         scale = 1000 / steps
-        betas = torch.linspace(scale * 0.0001, scale * 0.02, steps, dtype=torch.float64)
+        betas = torch.linspace(scale * 0.0001, scale * 0.02, steps, dtype=torch.float64, device="cpu")
     elif noise_schedule == "squaredcos_cap_v2":
         edges = [math.cos((step / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for step in range(steps + 1)]
-        betas = torch.tensor([min(1 - edges[i + 1] / edges[i], 0.999) for i in range(steps)], dtype=torch.float64)
+        betas = [min(1 - edges[i + 1] / edges[i], 0.999) for i in range(steps)]
+        betas = torch.tensor(betas, dtype=torch.float64, device="cpu")
     else:
         raise ValueError(f"noise_schedule {noise_schedule!r} is unknown; use one of {', '.join(NOISE_SCHEDULES)}")
     if betas.max() >= 1:
@@ -141,7 +142,7 @@ class Schedule:
         before = torch.cat([kept.new_ones(1), kept[:-1]])
         betas = (1 - kept / before).float()
 
-        one = torch.ones(1)
+        one = torch.ones(1, device="cpu")
         alphas = 1.0 - betas
         alphas_cumprod = torch.cumprod(alphas, dim=0)
         alphas_cumprod_prev = torch.cat([one, alphas_cumprod[:-1]])
@@ -186,5 +187,5 @@ class Schedule:
         if key not in self._on_device:
             # A copy made under inference_mode could not be used in training later.
             with torch.inference_mode(False):
-                self._on_device[key] = torch.as_tensor(getattr(self, name)).to(device)
+                self._on_device[key] = torch.as_tensor(getattr(self, name), device=device)
         return self._on_device[key]

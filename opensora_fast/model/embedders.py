@@ -64,7 +64,7 @@ class CaptionEmbedder(nn.Module):
 
         Drawn from torch's default generator of the host, so that it is the same for every device.
         """
-        return torch.rand(count) < self.dropout_probability
+        return torch.rand(count, device="cpu") < self.dropout_probability
 
     def drop(self, y: Tensor, dropped: Tensor) -> Tensor:
         """Replaces captions y [B, L, channels] by the unconditional one.

@@ -257,7 +257,9 @@ class VideoGenerator:
         device = self.model.device
         frames, height, width = self.video_encoder.get_latent_size((settings.num_frames, *settings.image_size))
         shape = (self.video_encoder.out_channels, frames, height, width)
-        latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+        latents = torch.stack([torch.randn(shape, generator=generator, device="cpu") for generator in generators]).to(
+            device
+        )
         masks = torch.stack(
             [place_references(*row, loop=loop) for row in zip(latents, references, placements, strict=True)]
         )
@@ -292,7 +294,7 @@ def make_conditions(count: int, settings: SampleSettings) -> dict[str, Tensor]:
         "ar": width / height if settings.aspect_ratio_as_trained else height / width,
         "fps": IMAGE_FPS if settings.num_frames == 1 else settings.fps,
     }
-    return {name: torch.full((count,), float(value)) for name, value in values.items()}
+    return {name: torch.full((count,), float(value), device="cpu") for name, value in values.items()}
 
 
 def _make_generator(*key: int) -> torch.Generator:

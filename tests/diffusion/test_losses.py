@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from opensora_fast.diffusion import IDDPM
+from opensora_fast.diffusion import IDDPM, DPMSolver, MaskGenerator, SpeeDiffusion
 
 SHAPE = (3, 4, 5, 2, 3)
 
@@ -43,6 +43,19 @@ def test_losses_and_the_models_input_equal_the_golden_file(golden, name):
     torch.testing.assert_close(x_t, data["x_t"], rtol=1e-5, atol=1e-6)
     for key in ("mse", "vb", "loss"):
         torch.testing.assert_close(losses[key], data[key], rtol=1e-5, atol=1e-7, msg=key)
+
+
+def test_tables_and_draws_are_of_the_host_whatever_the_default_device_is():
+    case = make_case()
+    expected = losses_of(IDDPM(), case)["loss"]
+    speed, masks, generator = SpeeDiffusion(), MaskGenerator({"mask_quarter_random": 1.0}), torch.Generator()
+    draws = [IDDPM().draw_timesteps(9, generator), speed.draw_timesteps(9, generator), masks.draw(9, generator)]
+    with torch.device("meta"):
+        assert torch.equal(losses_of(IDDPM(), case)["loss"], expected)
+        DPMSolver()
+        speed, masks, generator = SpeeDiffusion(), MaskGenerator({"mask_quarter_random": 1.0}), torch.Generator()
+        again = [IDDPM().draw_timesteps(9, generator), speed.draw_timesteps(9, generator), masks.draw(9, generator)]
+    assert all(torch.equal(*pair) for pair in zip(draws, again, strict=True))
 
 
 def test_the_bound_is_the_kl_divergence_of_the_two_posteriors_in_bits():

@@ -195,6 +195,9 @@ def test_training_replaces_captions_by_the_stored_one_with_the_configured_probab
     torch.manual_seed(1)
     dropped = model.y_embedder.draw_dropped(2000)
     assert 0.25 < dropped.float().mean() < 0.35
+    torch.manual_seed(1)
+    with torch.device("meta"):  # drawn on the host whatever the default device is
+        assert torch.equal(model.y_embedder.draw_dropped(2000), dropped)
     assert torch.equal((model.y_embedder.drop(y, dropped) != 0).any(dim=(1, 2)), dropped)
     videos, conditions, _ = random_pack([(1, 2, 2)] * 2, masked=False)
     model.train()

@@ -86,6 +86,18 @@ def test_a_reference_in_the_prompt_wins_over_the_list(image, video):
     assert scheduler.calls[0]["mask"].tolist() == [[1, 1, 0.5, 1, 1, 1]]
 
 
+def test_what_is_drawn_and_told_is_of_the_host_whatever_the_default_device_is():
+    schedulers = RecordingScheduler(), RecordingScheduler()
+    make_generator(schedulers[0]).generate("a cat", progress=False)
+    generator = make_generator(schedulers[1])
+    with torch.device("meta"):
+        generator.generate("a cat", progress=False)
+    [expected], [found] = (scheduler.calls for scheduler in schedulers)
+    assert torch.equal(found["z"], expected["z"])
+    for name, value in expected["conditions"].items():
+        assert torch.equal(found["conditions"][name], value)
+
+
 def test_each_loop_goes_on_from_the_last_frames():
     scheduler = RecordingScheduler()
     [sample] = generate("|0|cat|2|dog", scheduler=scheduler, loop=3, condition_frame_length=2)
