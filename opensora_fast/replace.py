@@ -63,8 +63,9 @@ def use_kernels(model: nn.Module, backend: str = "triton", *, linear: str | None
         What was replaced, and how to undo it.
 
     Raises:
-        ValueError: an unknown backend or op, no model or several were found, a block of Open-Sora's that was changed to
-            compute something else, a model that is compiled already, or quack is not installed.
+        ValueError: an unknown backend or op, no model or several were found, a block or the rotary embedding of
+            Open-Sora's that was changed to compute something else, a model that is compiled already, or quack is not
+            installed.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"use_kernels: give the model itself, a torch.nn.Module, not {type(model).__name__}")
@@ -175,6 +176,16 @@ def _override_upstream_blocks(blocks: dict[str, nn.Module], rope: nn.Module, cho
         difference = _find_difference(block)
         if difference is not None:
             raise ValueError(f"use_kernels: {name}: {difference}; the kernels compute Open-Sora 1.1's block only")
+    if getattr(rope, "interpolate_factor", 1) != 1:
+        raise ValueError(
+            f"use_kernels: rope has interpolate_factor {rope.interpolate_factor:g}; the kernels turn by frame index · "
+            "frequency: divide rope.freqs by it instead"
+        )
+    if rope.freqs.requires_grad:
+        raise ValueError(
+            "use_kernels: rope.freqs is to be trained, and the kernels find no gradient of it; call "
+            "rope.freqs.requires_grad_(False) first"
+        )
     backends = replace(Backends.all("reference"), **chosen)
     for block in blocks.values():
         # Not a closure: copies and pickles of the model (its moving average, say) then hold their own parameters.

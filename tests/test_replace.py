@@ -162,6 +162,19 @@ def test_a_block_that_computes_something_else_is_refused(name, module, differenc
     assert not any("forward" in vars(block) for block in model.blocks)
 
 
+def test_a_rotary_embedding_that_turns_otherwise_is_refused():
+    model = build(UpstreamSTDiT2)
+    model.rope.interpolate_factor = 2.0
+    with pytest.raises(ValueError, match="rope has interpolate_factor 2; the kernels turn by frame index"):
+        use_kernels(model)
+    model.rope.interpolate_factor = 1.0
+    model.rope.freqs.requires_grad_()
+    with pytest.raises(ValueError, match=r"rope.freqs is to be trained.*rope.freqs.requires_grad_\(False\)"):
+        use_kernels(model)
+    model.rope.freqs.requires_grad_(False)
+    use_kernels(model)
+
+
 @pytest.mark.parametrize("name", ["attn.qkv", "attn_temp.proj", "cross_attn.kv_linear", "mlp.fc2"])
 def test_our_blocks_take_no_linear_that_would_not_be_called(name):
     block = build(STDiT2).blocks[1]
