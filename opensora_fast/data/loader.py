@@ -53,9 +53,8 @@ class ClipLoader(EpochLoader):
         data_wait: seconds that the consumer has waited for batches, over all epochs.
 
     Raises:
-        ValueError: an argument is out of range.
-        RuntimeError (of iterations): a place in a micro-batch could not be filled; something is wrong with more than
-            single clips.
+        ValueError: an argument is out of range. Of iterations: a place in a micro-batch could not be filled; something
+            is wrong with more than single clips.
     """
 
     def __init__(
@@ -130,7 +129,7 @@ class ClipLoader(EpochLoader):
                 reason = str(error)
             filling = next(substitutes, None)
             if filling is None:
-                raise RuntimeError(
+                raise ValueError(
                     f"{reason}; nor could other buckets be used. Look at the data (`opensora-fast data validate`)"
                 )
             self._report(

@@ -157,7 +157,7 @@ def test_another_bucket_stands_in_for_one_without_a_good_clip(tmp_path):
 
 def test_no_good_clip_in_any_bucket_stops_the_run():
     loader = make_loader(FakeDecoder(bad=range(16)))
-    with pytest.raises(RuntimeError, match=r"made bad; and bucket 144p, .* no further clip.*nor could other buckets"):
+    with pytest.raises(ValueError, match=r"made bad; and bucket 144p, .* no further clip.*nor could other buckets"):
         take_epoch(loader)
     loader.close()
 
@@ -165,7 +165,7 @@ def test_no_good_clip_in_any_bucket_stops_the_run():
 def test_so_many_bad_clips_that_something_else_is_wrong():
     manifest = make_manifest(videos=60, images=0)
     loader = make_loader(FakeDecoder(bad=range(60)), manifest)
-    with pytest.raises(RuntimeError, match="20 replacements of a clip could not be decoded either.*made bad"):
+    with pytest.raises(ValueError, match="20 replacements of a clip could not be decoded either.*made bad"):
         take_epoch(loader)
     loader.close()
 

@@ -23,7 +23,7 @@ class OneProcess:
             stack.enter_context(closing(open_clips(config, data, encoders, CPU, torch.float32, print)))
             for data in (read_data(config, rank, world_size) for rank in range(world_size))
         ]
-        self.batches = [stack.enter_context(closing(source.iterate(0, 0))) for source in sources]
+        self.batches = [stack.enter_context(closing(source.loader.iterate(0, 0))) for source in sources]
         source = sources[0]
         channels = source.in_channels, source.caption_channels, source.model_max_length
         self.model = build_model(make_model_config(config, *channels), config.seed, False)

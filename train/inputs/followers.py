@@ -25,9 +25,9 @@ def find_batches(source: Source | None, sequence: SequenceGroup | None) -> tuple
         sequence: None for a process that computes its micro-batches by itself.
     """
     if sequence is None:
-        return source.get_facts(), source.iterate
+        return source.get_facts(), source.loader.iterate
     facts = SourceFacts(**sequence.tell(source and asdict(source.get_facts())))
-    return facts, follow(sequence) if source is None else lead(source.iterate, sequence)
+    return facts, follow(sequence) if source is None else lead(source.loader.iterate, sequence)
 
 
 def lead(batches: Batches, sequence: SequenceGroup) -> Batches:

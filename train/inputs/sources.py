@@ -1,6 +1,6 @@
 """Where batches come from: clips, decoded and encoded at every step, or features that were encoded once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from opensora_fast.config import TrainConfig
-from opensora_fast.data.batch import Batch
 from opensora_fast.data.buckets.sampler import BucketSampler
 from opensora_fast.data.decoding.decoders import build_decoder
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, describe_differences
@@ -49,7 +48,7 @@ class Source:
         data: table, buckets and the sampler that gives the order.
         inputs: encodes batches, or passes on their features.
         in_channels, caption_channels, model_max_length: what the model has to fit.
-        loader: yields the batches of one epoch.
+        loader: yields the batches, epoch by epoch.
     """
 
     data: TrainingData
@@ -58,15 +57,6 @@ class Source:
     caption_channels: int
     model_max_length: int
     loader: ClipLoader | FeatureLoader
-
-    def iterate(self, epoch: int, consumed: int) -> Iterator[Batch]:
-        """The batches of one epoch from the position where `consumed` micro-batches are used up. The next epoch is
-        begun ahead."""
-        try:
-            yield from self.loader.iterate(epoch, consumed)
-        except RuntimeError as error:
-            # A bucket without one usable clip left; other errors of the loader keep their class.
-            raise ValueError(str(error)) from error
 
     def get_facts(self) -> SourceFacts:
         """Of the batches of this source."""
