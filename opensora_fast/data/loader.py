@@ -141,20 +141,21 @@ class ClipLoader(EpochLoader):
     def _fill(self, micro_batch: MicroBatch, clips: list[torch.Tensor | BadClip]) -> Batch:
         """Replace bad clips until none is left. _NoUsableClip if that cannot be."""
         rows = list(micro_batch.rows)
-        for attempt in range(REPLACEMENTS + 1):
-            bad = {place: clip for place, clip in enumerate(clips) if isinstance(clip, BadClip)}
+        attempt = 0
+        while bad := {place: clip for place, clip in enumerate(clips) if isinstance(clip, BadClip)}:
             for place, clip in bad.items():
                 self._record(clip, micro_batch)
+                if attempt == REPLACEMENTS:
+                    raise _NoUsableClip(
+                        f"bucket {_name(micro_batch)}: {REPLACEMENTS} replacements of a clip could not be decoded "
+                        f"either, the last one, {clip.path}, because: {clip.reason}"
+                    )
                 rows[place] = self._replace(micro_batch, micro_batch.rows[place], attempt, clip)
-            if not bad:
-                return self._make_batch(micro_batch, rows, clips)
             replacements = self.decoder.decode([self._make_request(rows[place], micro_batch) for place in bad])
             for place, clip in zip(bad, replacements, strict=True):
                 clips[place] = clip
-        raise _NoUsableClip(
-            f"bucket {_name(micro_batch)}: {REPLACEMENTS} replacements of a clip could not be decoded either, the last "
-            f"one, {clip.path}, because: {clip.reason}"
-        )
+            attempt += 1
+        return self._make_batch(micro_batch, rows, clips)
 
     def _make_request(self, row: int, micro_batch: MicroBatch) -> ClipRequest:
         thw = self.sampler.bucket.get_thw(micro_batch.bucket)

@@ -170,6 +170,24 @@ def test_so_many_bad_clips_that_something_else_is_wrong():
     loader.close()
 
 
+def test_a_clip_is_replaced_twenty_times_at_most():
+    manifest = make_manifest(videos=60, images=0)
+    sampler = make_loader(FakeDecoder(), manifest).sampler
+    micro_batch = next(sampler.iterate(0, 0))
+    row = micro_batch.rows[0]
+    replacements = [sampler.replacement(micro_batch, row, attempt) for attempt in range(21)]
+    loader = make_loader(FakeDecoder(bad={row, *replacements[:19]}), manifest)
+    assert next(loader.iterate(0, 0)).rows == (replacements[19], *micro_batch.rows[1:])
+    loader.close()
+    loader = make_loader(FakeDecoder(bad={row, *replacements[:20]}), manifest)
+    last = f"{replacements[19]}.mp4, because: made bad"
+    with pytest.raises(
+        ValueError, match=f"20 replacements of a clip could not be decoded either, the last one, ./{last}"
+    ):
+        next(loader.iterate(0, 0))
+    loader.close()
+
+
 def test_runs_ahead_while_the_consumer_works():
     class Gated(FakeDecoder):
         gate = threading.Event()
