@@ -15,6 +15,7 @@ from opensora_fast.kernels.linear import LINEAR_BACKENDS, load_quack
 
 from .model.backends import OPS, Backends
 from .model.block import PackContext, compute_block
+from .model.embedders import rotary_tables
 from .model.parameters_only import BLOCK_LINEARS, find_bypassed
 from .model.stdit2 import STDiT2
 
@@ -219,8 +220,7 @@ def _compute_upstream_block(
     lengths = mask if mask is not None else [y.shape[1] // videos] * videos
     if x_mask is not None:
         t, t_tmp = torch.cat([t, t0]), torch.cat([t_tmp, t0_tmp])
-    index = torch.arange(T, device=x.device)
-    angles = (index.to(rope.freqs.dtype)[:, None] * rope.freqs).float()
+    cos, sin = rotary_tables(rope.freqs, T)
     context = PackContext(
         layout=layout,
         frame_rows=layout.modulation_rows(x_mask),
@@ -228,8 +228,8 @@ def _compute_upstream_block(
         text_layout=TextLayout.from_lengths(lengths, x.device),
         space_and_mlp=t.unflatten(1, (6, channels)),
         time=t_tmp.unflatten(1, (3, channels)),
-        cos=angles.cos(),
-        sin=angles.sin(),
+        cos=cos,
+        sin=sin,
         backends=backends,
     )
     output, _ = compute_block(block, x.reshape(videos * tokens, channels), None, context, None)

@@ -12,7 +12,7 @@ from opensora_fast.kernels import PackLayout, TextLayout
 from opensora_fast.kernels.linear import check_quack
 from opensora_fast.model import STDiT2Config
 from opensora_fast.model.block import PackContext, STDiT2Block, compute_block
-from opensora_fast.model.embedders import RotaryFrequencies
+from opensora_fast.model.embedders import RotaryFrequencies, rotary_tables
 
 from ..measuring.provider import Bound, Provider, compiled, compiles_on_cuda, needs_cuda
 from ..shapes import Pack, text_lengths
@@ -88,7 +88,7 @@ def compute_alone(block: STDiT2Block, x: Tensor, context: PackContext, sdpa_orde
 
 
 def _prepare_own(variant: Variant, work: BlockWork) -> Bound:
-    angles = torch.arange(work.layout.max_frames, device=work.layout.device)[:, None] * work.frequencies
+    cos, sin = rotary_tables(work.frequencies, work.layout.max_frames)
     inputs = work.inputs
     context = PackContext(
         layout=work.layout,
@@ -97,8 +97,8 @@ def _prepare_own(variant: Variant, work: BlockWork) -> Bound:
         text_layout=TextLayout.from_lengths(work.text_lengths, work.layout.device),
         space_and_mlp=inputs["space"],
         time=inputs["time"],
-        cos=angles.cos(),
-        sin=angles.sin(),
+        cos=cos,
+        sin=sin,
         backends=variant.backends or REFERENCE,
     )
     function = compiled(compute_alone) if variant.compiled else compute_alone

@@ -119,8 +119,9 @@ class RotaryFrequencies(nn.Module):
             self.freqs.data = exact.to(self.freqs.device)
         return self
 
-    def tables(self, frames: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each float32 [frames, D/2], of frame index · frequency."""
-        index = torch.arange(frames, device=self.freqs.device)
-        angles = (index.to(self.freqs.dtype)[:, None] * self.freqs).float()
-        return angles.cos(), angles.sin()
+
+def rotary_tables(frequencies: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each float32 [frames, D/2], of frame index · frequency; angles have the dtype of the frequencies."""
+    index = torch.arange(frames, device=frequencies.device)
+    angles = (index.to(frequencies.dtype)[:, None] * frequencies).float()
+    return angles.cos(), angles.sin()

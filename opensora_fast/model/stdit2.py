@@ -21,12 +21,7 @@ from . import weights
 from .backends import Backends
 from .block import FinalLayer, PackContext, STDiT2Block, is_wrapped, modulation_tables
 from .config import STDiT2Config
-from .embedders import (
-    CaptionEmbedder,
-    PatchEmbedder,
-    RotaryFrequencies,
-    ScalarEmbedder,
-)
+from .embedders import CaptionEmbedder, PatchEmbedder, RotaryFrequencies, ScalarEmbedder, rotary_tables
 from .initialize import freeze, initialize_weights
 from .positions import add_positions, position_scales
 
@@ -269,7 +264,7 @@ class STDiT2(nn.Module):
         x = add_positions(self.x_embedder(patches), scales, layout, rounded_to)
         noised, given, space_and_mlp, time = self._modulation(conditions, has_given)
         text, text_layout = self._embed_text(y, mask, dropped)
-        cos, sin = self.rope.tables(max_frames)
+        cos, sin = rotary_tables(self.rope.freqs, max_frames)
         context = PackContext(
             layout, frame_rows, text, text_layout, space_and_mlp, time, cos, sin, self.backends, share
         )
