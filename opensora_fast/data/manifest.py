@@ -49,10 +49,6 @@ class Clip:
     width: int
     fps: float
 
-    @property
-    def is_image(self) -> bool:
-        return self.num_frames == 1
-
 
 @dataclass(frozen=True)
 class BadRow:

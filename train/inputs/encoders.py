@@ -84,10 +84,8 @@ def fit_linear_autoencoder(data: TrainingData, decoder: Decoder, seed: int) -> L
 def _make_request(data: TrainingData, row: int, bucket_index: int, seed: int) -> ClipRequest:
     clip = data.manifest.clip(row)
     _, height, width = data.bucket.get_thw(data.bucket.ids[bucket_index])
-    frames: tuple[int, ...] = (0,)
-    if not clip.is_image:
-        rng = np.random.default_rng((seed, row))
-        frames = choose_frames(clip.num_frames, min(FRAMES_TO_FIT, clip.num_frames), 1, rng)
+    rng = np.random.default_rng((seed, row))
+    frames = choose_frames(clip.num_frames, min(FRAMES_TO_FIT, clip.num_frames), 1, rng)
     return ClipRequest(row=row, path=clip.path, frames=frames, size=(height, width), is_image=is_image_path(clip.path))
 
 
