@@ -57,7 +57,7 @@ def test_decode(benchmark, folder, name, device, codec, resolution):
     assert name == "pyav" or codec in CODECS[device]
     numbers = tuple(np.linspace(0, FRAMES * INTERVAL - 1, FRAMES, dtype=int).tolist())
     path = str(folder / f"{resolution}{CODEC_ENDINGS[codec]}")
-    requests = [ClipRequest(row, path, numbers, SIZES[resolution], False) for row in range(CLIPS)]
+    requests = [ClipRequest(row, path, numbers, SIZES[resolution]) for row in range(CLIPS)]
 
     used = []
 

@@ -68,7 +68,7 @@ def _case(scale: Scale, resolution: str, codec: str, clips: int, value: float) -
             source = session.shared("source frames", lambda: read_source(SOURCE_FRAMES))
             write_coded(path, source, workload.pixels, CODINGS[codec])
             numbers = tuple(np.linspace(0, FRAMES * INTERVAL - 1, FRAMES, dtype=int).tolist())
-            requests = [ClipRequest(row, str(path), numbers, workload.pixels, False) for row in range(clips)]
+            requests = [ClipRequest(row, str(path), numbers, workload.pixels) for row in range(clips)]
             decoders: list = []
             entries = [_entry(name, codec, requests, decoders) for name in names]
             try:

@@ -155,7 +155,7 @@ def fuzz(decoder: Decoder, sources: Sequence[Path], count: int, folder: Path, se
 def _make_request(row: int, path: Path, source: Path, rng: np.random.Generator) -> ClipRequest:
     total = SOURCE_FRAMES[source.name]
     frames = (0,) if total == 1 else choose_frames(total, FRAMES_ASKED, 2, rng)
-    return ClipRequest(row, str(path), frames, SIZE, is_image_path(str(path)))
+    return ClipRequest(row, str(path), frames, SIZE)
 
 
 def _judge(report: FuzzReport, log: BadClipLog, kind: str, request: ClipRequest, result: object) -> None:

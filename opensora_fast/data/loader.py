@@ -12,7 +12,7 @@ import torch
 from opensora_fast.data.bad_clips import BadClipLog
 from opensora_fast.data.batch import Batch, make_conditions
 from opensora_fast.data.buckets.sampler import BucketSampler, MicroBatch
-from opensora_fast.data.decoding.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
+from opensora_fast.data.decoding.clips import BadClip, ClipRequest, Decoder, choose_frames
 from opensora_fast.data.epoch_loader import EpochLoader
 from opensora_fast.data.manifest import Manifest
 from opensora_fast.data.reporting import print_line
@@ -162,7 +162,7 @@ class ClipLoader(EpochLoader):
         clip = self.manifest.clip(row)
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, micro_batch.epoch, row))))
         frames = choose_frames(clip.num_frames, thw[0], self.frame_interval, rng)
-        return ClipRequest(row, clip.path, frames, thw[1:], is_image_path(clip.path))
+        return ClipRequest(row, clip.path, frames, thw[1:])
 
     def _replace(self, micro_batch: MicroBatch, row: int, attempt: int, bad: BadClip) -> int:
         try:

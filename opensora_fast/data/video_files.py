@@ -45,7 +45,7 @@ def read_reference(path: PathLike, size: tuple[int, int]) -> torch.Tensor:
     path = os.fspath(path)
     try:
         if is_image_path(path):
-            return decode_image(ClipRequest(0, path, (0,), size, True))
+            return decode_image(ClipRequest(0, path, (0,), size))
         frames = []
         for pixels in iterate_frames(path):
             frames.append(torch.empty(3, *size))

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from opensora_fast.config import SampleConfig, TrainConfig
-from opensora_fast.data.decoding.clips import BadClip, ClipRequest, Decoder, choose_frames, is_image_path
+from opensora_fast.data.decoding.clips import BadClip, ClipRequest, Decoder, choose_frames
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.encoders.linear_autoencoder import WEIGHTS_NAME, LinearAutoencoder
 from opensora_fast.progress import Progress
@@ -86,7 +86,7 @@ def _make_request(data: TrainingData, row: int, bucket_index: int, seed: int) ->
     _, height, width = data.bucket.get_thw(data.bucket.ids[bucket_index])
     rng = np.random.default_rng((seed, row))
     frames = choose_frames(clip.num_frames, min(FRAMES_TO_FIT, clip.num_frames), 1, rng)
-    return ClipRequest(row=row, path=clip.path, frames=frames, size=(height, width), is_image=is_image_path(clip.path))
+    return ClipRequest(row=row, path=clip.path, frames=frames, size=(height, width))
 
 
 def _place(folder: Path, fill: Callable[[Path], object]) -> None:

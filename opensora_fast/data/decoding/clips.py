@@ -26,7 +26,10 @@ class ClipRequest:
     path: str
     frames: tuple[int, ...]
     size: tuple[int, int]
-    is_image: bool
+
+    @property
+    def is_image(self) -> bool:
+        return is_image_path(self.path)
 
 
 @dataclass

@@ -67,7 +67,7 @@ def test_colors_are_those_of_pyav(tmp_path, coding):
     size = (72, 130)  # 130 is no multiple of 32, for which DALI takes another path
     path = write_clip(tmp_path, coding, 12, size)
     with DaliSession() as dali:
-        (clip,) = dali.decode([ClipRequest(0, str(path), tuple(range(12)), size, False)])
+        (clip,) = dali.decode([ClipRequest(0, str(path), tuple(range(12)), size)])
     levels = ((clip + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
     assert np.abs(levels.astype(int) - read_all(path)).max() <= LEVELS_OF_COLOR
 
@@ -89,7 +89,7 @@ def test_tagged_colors_are_those_of_pyav(tmp_path, space, full_range):
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     with DaliSession() as dali:
-        (clip,) = dali.decode([ClipRequest(0, path, (0, 1, 2), size, False)])
+        (clip,) = dali.decode([ClipRequest(0, path, (0, 1, 2), size)])
     levels = ((clip + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
     assert np.abs(levels.astype(int) - read_all(path)).max() <= LEVELS_OF_COLOR
 
@@ -101,7 +101,7 @@ def test_clips_of_all_shapes_in_one_run(dali, pyav, files):
     for row in range(11):
         frames = tuple(rng.integers(0, 30, rng.integers(1, 9)).tolist())
         size = tuple(rng.integers(8, 150, 2).tolist())
-        requests.append(ClipRequest(row, str(files[row % len(files)]), frames, size, False))
+        requests.append(ClipRequest(row, str(files[row % len(files)]), frames, size))
     for request, ours, theirs in zip(requests, dali.decode(requests), pyav.decode(requests), strict=True):
         assert isinstance(ours, torch.Tensor), ours
         assert ours.shape == theirs.shape == (3, len(request.frames), *request.size)
@@ -112,15 +112,15 @@ def test_clips_of_all_shapes_in_one_run(dali, pyav, files):
 def test_same_pipeline_for_all(dali, files):
     pipeline = dali._pipeline
     for size in ((20, 30), (40, 30)):
-        dali.decode([ClipRequest(0, str(files[0]), (0, 1), size, False)])
+        dali.decode([ClipRequest(0, str(files[0]), (0, 1), size)])
     assert dali._pipeline is pipeline
 
 
 def test_images_are_read_with_pillow(tmp_path, dali, pyav, files):
     Image.fromarray(draw_frames(1, (50, 90))[0]).save(tmp_path / "a.png")
     requests = [
-        ClipRequest(0, str(tmp_path / "a.png"), (0,), (20, 30), True),
-        ClipRequest(1, str(files[0]), (3,), (20, 30), False),
+        ClipRequest(0, str(tmp_path / "a.png"), (0,), (20, 30)),
+        ClipRequest(1, str(files[0]), (3,), (20, 30)),
     ]
     image, clip = dali.decode(requests)
     assert torch.equal(image, pyav.decode(requests)[0]) and clip.shape == image.shape
@@ -145,8 +145,8 @@ def test_one_bad_clip_of_many(tmp_path, dali, pyav, files):
     ]
     requests, expected = [], {}
     for row, (path, text) in enumerate(bad):
-        requests.append(ClipRequest(2 * row, str(path), (3, 31 if path == files[0] else 29), (24, 32), False))
-        requests.append(ClipRequest(2 * row + 1, str(files[row % len(files)]), (row, 29), (24, 32), False))
+        requests.append(ClipRequest(2 * row, str(path), (3, 31 if path == files[0] else 29), (24, 32)))
+        requests.append(ClipRequest(2 * row + 1, str(files[row % len(files)]), (row, 29), (24, 32)))
         expected[2 * row] = text
     results = dali.decode(requests)
     reference = pyav.decode(requests)
@@ -166,7 +166,7 @@ def test_damage_that_only_decoding_shows(tmp_path, dali, pyav, files):
     content[middle : middle + 300] = bytes(300)
     path.write_bytes(content)
     requests = [
-        ClipRequest(row, str(path if row in (1, 6) else files[row % len(files)]), (0, 20, 29), (24, 32), False)
+        ClipRequest(row, str(path if row in (1, 6) else files[row % len(files)]), (0, 20, 29), (24, 32))
         for row in range(8)
     ]
     results = dali.decode(requests)
@@ -181,9 +181,9 @@ def test_frame_size_changes(tmp_path, dali, coding):
     parts = [write_clip(tmp_path, coding, 5, size, name) for name, size in (("a", (72, 128)), ("b", (48, 64)))]
     path = tmp_path / f"both{parts[0].suffix}"
     join(path, parts)
-    (result,) = dali.decode([ClipRequest(0, str(path), (0, 7), (24, 32), False)])
+    (result,) = dali.decode([ClipRequest(0, str(path), (0, 7), (24, 32))])
     assert reason(result) == "frame 5 has another size than the ones before it"
-    (result,) = dali.decode([ClipRequest(0, str(path), (0, 4), (24, 32), False)])
+    (result,) = dali.decode([ClipRequest(0, str(path), (0, 4), (24, 32))])
     assert isinstance(result, torch.Tensor)
 
 
@@ -200,10 +200,10 @@ def test_hidden_frames_of_vp8(tmp_path, dali, pyav):
                 packet = copy_packet(packet, bytes(data))
             packet.stream = stream
             writer.mux(packet)
-    (theirs,) = pyav.decode([ClipRequest(0, str(path), (2, 3, 9), (24, 32), False)])
-    (whole,) = pyav.decode([ClipRequest(0, str(good), (2, 4, 11), (24, 32), False)])
+    (theirs,) = pyav.decode([ClipRequest(0, str(path), (2, 3, 9), (24, 32))])
+    (whole,) = pyav.decode([ClipRequest(0, str(good), (2, 4, 11), (24, 32))])
     assert torch.equal(theirs, whole)
-    requests = [ClipRequest(row, str(file), (2, 3, 9), (24, 32), False) for row, file in enumerate((good, path, path))]
+    requests = [ClipRequest(row, str(file), (2, 3, 9), (24, 32)) for row, file in enumerate((good, path, path))]
     _, ours, again = dali.decode(requests)
     assert "hidden reference frames" in reason(ours) and reason(again) == reason(ours)
     said = []
@@ -222,7 +222,7 @@ def test_truncated_file_with_a_whole_index(tmp_path, dali):
     move_index_to_the_front(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
     early, late = dali.decode(
-        [ClipRequest(0, str(path), (0, 9), (24, 32), False), ClipRequest(1, str(path), (0, 39), (24, 32), False)]
+        [ClipRequest(0, str(path), (0, 9), (24, 32)), ClipRequest(1, str(path), (0, 39), (24, 32))]
     )
     assert isinstance(early, torch.Tensor)
     assert re.search("is asked for|cut off near", reason(late))
@@ -232,8 +232,8 @@ def test_index_that_points_far_outside(tmp_path, dali, files):
     """Eight bytes that make DALI itself crash: its reader subtracts positions in 32 bits and reads before its data."""
     path = point_far_outside(write_clip(tmp_path, "mjpeg", 12))
     requests = [
-        ClipRequest(0, str(path), (0, 5), (24, 32), False),
-        ClipRequest(1, str(files[0]), (0, 5), (24, 32), False),
+        ClipRequest(0, str(path), (0, 5), (24, 32)),
+        ClipRequest(1, str(files[0]), (0, 5), (24, 32)),
     ]
     refused, clip = dali.decode(requests)
     assert reason(refused) == "damaged: it points to places far outside of it"
@@ -244,7 +244,7 @@ def test_a_crash_of_dali_costs_one_clip(tmp_path, files):
     """The process of the decoder is lost with its pipeline, and nothing else."""
     path = shutil.copy(files[1], tmp_path / "crash.webm")
     decoder = IsolatedDecoder(CrashingDaliDecoder, time_limit=60)
-    requests = [ClipRequest(row, str(path if row == 1 else files[0]), (0, 5), (72, 128), False) for row in range(4)]
+    requests = [ClipRequest(row, str(path if row == 1 else files[0]), (0, 5), (72, 128)) for row in range(4)]
     results = decoder.decode(requests)
     decoder.close()
     assert [isinstance(result, torch.Tensor) for result in results] == [True, False, True, True]
@@ -255,7 +255,7 @@ def test_files_of_two_gibibytes(tmp_path, dali):
     path = tmp_path / "large.webm"
     with open(path, "wb") as file:
         file.truncate(2**31)
-    (result,) = dali.decode([ClipRequest(0, str(path), (0, 5), (24, 32), False)])
+    (result,) = dali.decode([ClipRequest(0, str(path), (0, 5), (24, 32))])
     assert reason(result) == "a file of 2 GiB or more, which DALI cannot read: use PyAV"
 
 
@@ -270,8 +270,8 @@ def test_hang_costs_one_clip(files, monkeypatch):
     monkeypatch.setattr(DaliDecoder, "_run", run)
     monkeypatch.setattr(dali_decoder, "STUCK_FACTOR", 1.0)
     decoder = DaliDecoder("cpu", threads=1, time_limit=1.0)
-    decoder.decode([ClipRequest(0, str(files[0]), (0, 1), (16, 16), False)])  # makes the pipeline
-    results = decoder.decode([ClipRequest(row, str(files[0]), (0, 1), (16, 16), False) for row in range(2)])
+    decoder.decode([ClipRequest(0, str(files[0]), (0, 1), (16, 16))])  # makes the pipeline
+    results = decoder.decode([ClipRequest(row, str(files[0]), (0, 1), (16, 16)) for row in range(2)])
     assert [isinstance(result, BadClip) for result in results] == [False, True]
     assert "hung" in reason(results[1])
     decoder.close()
@@ -308,7 +308,7 @@ def test_find_cause():
 def test_gpu_agrees_with_pyav(tmp_path, pyav, coding):
     """Not bit for bit: the GPU converts and interpolates chroma in another way."""
     path = write_clip(tmp_path, coding, 40, (144, 256))
-    requests = [ClipRequest(0, str(path), (0, 3, 17, 39), size, False) for size in ((144, 256), (72, 128))]
+    requests = [ClipRequest(0, str(path), (0, 3, 17, 39), size) for size in ((144, 256), (72, 128))]
     decoder = DaliDecoder("gpu", time_limit=30)
     for ours, theirs in zip(decoder.decode(requests), pyav.decode(requests), strict=True):
         assert ours.device.type == "cuda"
@@ -331,7 +331,7 @@ def test_where_the_gpu_is_full_torch_gives_back_what_it_keeps_before_a_clip_is_c
 
     monkeypatch.setattr(DaliDecoder, "_run", run)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: (events.append("given back"), kept.clear()))
-    requests = [ClipRequest(row, str(files[row]), (0, 3), (24, 32), False) for row in range(2)]
+    requests = [ClipRequest(row, str(files[row]), (0, 3), (24, 32)) for row in range(2)]
     assert not any(isinstance(clip, BadClip) for clip in dali.decode(requests))
     assert events == [2, "given back", 2]
 
@@ -348,10 +348,9 @@ def test_gpu_clips_of_many_sizes_in_one_run(tmp_path, pyav):
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(paths[0].read_bytes()[:-2000])
     requests = [
-        ClipRequest(row, str(paths[row % 3]), tuple(range(row % 5, 30, 7)), sizes[(row + 1) % 3], False)
-        for row in range(10)
+        ClipRequest(row, str(paths[row % 3]), tuple(range(row % 5, 30, 7)), sizes[(row + 1) % 3]) for row in range(10)
     ]
-    requests.insert(4, ClipRequest(99, str(cut), (0, 29), (144, 256), False))
+    requests.insert(4, ClipRequest(99, str(cut), (0, 29), (144, 256)))
     decoder = DaliDecoder("gpu", threads=2, maximum_batch=4, time_limit=30)
     for ours, theirs in zip(decoder.decode(requests), pyav.decode(requests), strict=True):
         assert isinstance(ours, BadClip) == isinstance(theirs, BadClip)
@@ -364,7 +363,7 @@ def test_gpu_clips_of_many_sizes_in_one_run(tmp_path, pyav):
 @pytest.mark.gpu
 def test_a_clip_reaches_the_gpu_while_the_stream_that_trains_is_busy(tmp_path):
     Image.fromarray(draw_frames(1, (50, 90))[0]).save(tmp_path / "a.png")
-    request = ClipRequest(0, str(tmp_path / "a.png"), (0,), (24, 32), True)
+    request = ClipRequest(0, str(tmp_path / "a.png"), (0,), (24, 32))
     decoder = DaliDecoder("gpu", threads=1)
     (first,) = decoder.decode([request])
     torch.cuda._sleep(1 << 33)  # about four seconds

@@ -29,7 +29,7 @@ def test_dali_on_the_cpu_is_isolated(tmp_path):
     assert type(decoder) is IsolatedDecoder
     assert said == ["decoder: DALI on the CPU for vp8, vp9, mjpeg; others are bad clips"]
     paths = [write_clip(tmp_path, coding, 12) for coding in ("vp9 webm", "h264 b-frames")]
-    requests = [ClipRequest(row, str(path), (1, 9), (24, 32), False) for row, path in enumerate(paths)]
+    requests = [ClipRequest(row, str(path), (1, 9), (24, 32)) for row, path in enumerate(paths)]
     clip, refused = decoder.decode(requests)
     assert clip.shape == (3, 2, 24, 32)
     assert isinstance(refused, BadClip) and 'use decoder="auto" or "pyav"' in refused.reason
@@ -45,11 +45,11 @@ def test_routing_by_codec(tmp_path):
     Image.fromarray(draw_frames(1, (50, 90))[0]).save(tmp_path / "a.png")
     names = ("vp9 webm", "h264 b-frames", "mjpeg", "hevc closed groups")
     paths = [str(write_clip(tmp_path, coding, 12, name=coding.replace(" ", "_"))) for coding in names]
-    requests = [ClipRequest(row, path, (1, 9), (24, 32), False) for row, path in enumerate(paths)]
+    requests = [ClipRequest(row, path, (1, 9), (24, 32)) for row, path in enumerate(paths)]
     requests += [
-        ClipRequest(4, str(tmp_path / "a.png"), (0,), (24, 32), True),
-        ClipRequest(5, str(tmp_path / "none.mp4"), (0,), (24, 32), False),
-        ClipRequest(6, paths[0], (2,), (24, 32), False),
+        ClipRequest(4, str(tmp_path / "a.png"), (0,), (24, 32)),
+        ClipRequest(5, str(tmp_path / "none.mp4"), (0,), (24, 32)),
+        ClipRequest(6, paths[0], (2,), (24, 32)),
     ]
     results = decoder.decode(requests)
     assert isinstance(results[5], BadClip) and "cannot be opened" in results[5].reason

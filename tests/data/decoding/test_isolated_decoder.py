@@ -12,7 +12,7 @@ from opensora_fast.data.decoding.isolated_decoder import IsolatedDecoder
 
 
 def make_requests(*paths):
-    return [ClipRequest(row, path, (0, 1), (4, 6), False) for row, path in enumerate(paths)]
+    return [ClipRequest(row, path, (0, 1), (4, 6)) for row, path in enumerate(paths)]
 
 
 def describe(results):
@@ -60,7 +60,7 @@ def test_decoder_that_cannot_be_made():
 
 def test_large_clips_come_back_whole():
     decoder = IsolatedDecoder(FailingDecoder, time_limit=20.0)
-    (clip,) = decoder.decode([ClipRequest(7, "a", tuple(range(16)), (240, 426), False)])
+    (clip,) = decoder.decode([ClipRequest(7, "a", tuple(range(16)), (240, 426))])
     assert clip.shape == (3, 16, 240, 426) and torch.equal(clip, torch.full_like(clip, 7.0))
     decoder.close()
 

@@ -88,7 +88,7 @@ def test_clip_is_resized_in_the_order_asked_for(tmp_path, decoder):
     path = write_clip(tmp_path, "h264 b-frames")
     full = read_all(path)
     frames = (12, 3, 30, 3, 39)
-    (clip,) = decoder.decode([ClipRequest(0, str(path), frames, SIZE, False)])
+    (clip,) = decoder.decode([ClipRequest(0, str(path), frames, SIZE)])
     assert clip.shape == (3, 5, *SIZE) and clip.dtype == torch.float32 and clip.is_contiguous()
     expected = torch.empty_like(clip)
     for place, number in enumerate(frames):
@@ -98,9 +98,7 @@ def test_clip_is_resized_in_the_order_asked_for(tmp_path, decoder):
 
 def test_many_clips_in_parallel_keep_their_order(tmp_path, decoder):
     paths = [write_clip(tmp_path, coding, 15, name=str(n)) for n, coding in enumerate(["vp9 webm", "mjpeg", "mpeg4"])]
-    requests = [
-        ClipRequest(row, str(paths[row % 3]), (row, row + 1), (16 + 8 * (row % 2), 32), False) for row in range(12)
-    ]
+    requests = [ClipRequest(row, str(paths[row % 3]), (row, row + 1), (16 + 8 * (row % 2), 32)) for row in range(12)]
     together = decoder.decode(requests)
     for request, clip in zip(requests, together, strict=True):
         assert torch.equal(clip, decode_request(request))
@@ -108,7 +106,7 @@ def test_many_clips_in_parallel_keep_their_order(tmp_path, decoder):
 
 def test_codec_threads_do_not_change_the_result(tmp_path):
     path = write_clip(tmp_path, "h264 b-frames")
-    request = ClipRequest(0, str(path), (5, 17, 33), SIZE, False)
+    request = ClipRequest(0, str(path), (5, 17, 33), SIZE)
     assert torch.equal(decode_request(request, threads=1), decode_request(request, threads=4))
 
 
@@ -116,7 +114,7 @@ def test_codec_threads_do_not_change_the_result(tmp_path):
 def test_images(tmp_path, decoder, suffix):
     path = tmp_path / f"image{suffix}"
     Image.fromarray(draw_frames(1, (50, 90))[0]).save(path)
-    (image,) = decoder.decode([ClipRequest(0, str(path), (0,), SIZE, True)])
+    (image,) = decoder.decode([ClipRequest(0, str(path), (0,), SIZE)])
     with Image.open(path) as opened:
         assert torch.equal(image, resize_image(opened, SIZE))
 
@@ -155,8 +153,8 @@ def bad(result) -> str:
     return result.reason
 
 
-def ask(path, frames=(0, 5), is_image=False):
-    return decode_request(ClipRequest(7, str(path), frames, SIZE, is_image), time_limit=20)
+def ask(path, frames=(0, 5)):
+    return decode_request(ClipRequest(7, str(path), frames, SIZE), time_limit=20)
 
 
 class TestBadFiles:
@@ -189,9 +187,7 @@ class TestBadFiles:
     def test_wrong_extension(self, tmp_path):
         video = write_clip(tmp_path, "vp9 webm", 10)
         assert isinstance(ask(video.rename(tmp_path / "clip.mp4")), torch.Tensor)  # the content counts
-        assert "cannot be read as an image" in bad(
-            ask((tmp_path / "clip.mp4").rename(tmp_path / "clip.jpg"), (0,), True)
-        )
+        assert "cannot be read as an image" in bad(ask((tmp_path / "clip.mp4").rename(tmp_path / "clip.jpg"), (0,)))
 
     def test_image_in_place_of_a_video(self, tmp_path):
         Image.fromarray(draw_frames(1, (50, 90))[0]).save(tmp_path / "image.png")
@@ -200,14 +196,14 @@ class TestBadFiles:
 
     def test_several_frames_of_an_image(self, tmp_path):
         Image.fromarray(draw_frames(1, (50, 90))[0]).save(tmp_path / "image.png")
-        assert bad(ask(tmp_path / "image.png", (0, 1), True)) == "is an image, 2 frames are asked for"
+        assert bad(ask(tmp_path / "image.png", (0, 1))) == "is an image, 2 frames are asked for"
 
     @pytest.mark.parametrize("suffix", [".png", ".jpg"])
     def test_truncated_image(self, tmp_path, suffix):
         path = tmp_path / f"image{suffix}"
         Image.fromarray(draw_frames(1, (50, 90))[0]).save(path)
         path.write_bytes(path.read_bytes()[:600])
-        assert "cannot be read as an image" in bad(ask(path, (0,), True))
+        assert "cannot be read as an image" in bad(ask(path, (0,)))
 
     @pytest.mark.parametrize("coding", ["h264 b-frames", "h264 mkv", "vp9 webm", "mjpeg"])
     @pytest.mark.parametrize("frames", [(0, 39), (25, 39), (39,)])
@@ -298,7 +294,7 @@ class TestBadFiles:
 
     def test_time_limit(self, tmp_path):
         path = write_clip(tmp_path, "vp9 webm")
-        result = decode_request(ClipRequest(0, str(path), (39,), SIZE, False), time_limit=1e-9)
+        result = decode_request(ClipRequest(0, str(path), (39,), SIZE), time_limit=1e-9)
         assert "not decoded within" in bad(result)
 
     def test_library_that_does_not_come_back(self, tmp_path, monkeypatch):
@@ -312,7 +308,7 @@ class TestBadFiles:
             lambda request, *rest: time.sleep(12) if request.row == 1 else real(request, *rest),
         )
         decoder = PyAVDecoder(threads=2, time_limit=1.0)
-        requests = [ClipRequest(row, str(path), (0, 5), SIZE, False) for row in range(5)]
+        requests = [ClipRequest(row, str(path), (0, 5), SIZE) for row in range(5)]
         started = time.monotonic()
         results = decoder.decode(requests)
         assert time.monotonic() - started < 10
@@ -328,7 +324,7 @@ def test_close_ends_all_threads(count_begun_threads):
     decoder.close()
     assert count_begun_threads() == 0
     with pytest.raises(RuntimeError, match="closed"):
-        decoder.decode([ClipRequest(0, "x", (0,), SIZE, False)])
+        decoder.decode([ClipRequest(0, "x", (0,), SIZE)])
 
 
 def test_workers_leave_the_thread_count_of_torch_alone():
@@ -353,7 +349,7 @@ def test_programming_errors_are_raised(decoder, monkeypatch, tmp_path):
     path = write_clip(tmp_path, "vp9 webm", 10)
     monkeypatch.setattr(pyav_decoder, "resize_frame", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        decoder.decode([ClipRequest(0, str(path), (0,), SIZE, False)])
+        decoder.decode([ClipRequest(0, str(path), (0,), SIZE)])
 
 
 def test_bad_time_limit():

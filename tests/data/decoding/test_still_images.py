@@ -21,7 +21,7 @@ EXPECTED = torch.from_numpy(WIDE >> 8).permute(2, 0, 1).float() / 127.5 - 1
 
 def read(path):
     """The image [3, H, W] as training reads it; sampling must read the same."""
-    image = decode_request(ClipRequest(0, str(path), (0,), SIZE, True))
+    image = decode_request(ClipRequest(0, str(path), (0,), SIZE))
     assert isinstance(image, torch.Tensor), image
     assert torch.equal(image, read_reference(path, SIZE))
     return image[:, 0]
@@ -54,7 +54,7 @@ def test_color_of_16_bits_keeps_its_upper_8(tmp_path):
 def test_levels_without_a_known_white_are_refused(tmp_path, dtype):
     path = tmp_path / "a.tif"
     Image.fromarray(WIDE[..., 0].astype(dtype)).save(path)
-    result = decode_request(ClipRequest(0, str(path), (0,), SIZE, True))
+    result = decode_request(ClipRequest(0, str(path), (0,), SIZE))
     assert isinstance(result, BadClip) and "its levels have 32 bits" in result.reason
     for depth in DEPTHS:
         with pytest.raises(ClipError, match="its levels have 32 bits"):

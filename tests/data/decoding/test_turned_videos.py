@@ -46,7 +46,7 @@ def test_turned_and_mirrored_videos_stand_upright(tmp_path, suffix, degrees, hfl
     assert size == (SIZE if degrees % 180 == 0 else SIZE[::-1])
     assert torch.equal(read_reference(path, size), expected)
     for frames in ((0, 1), (11, 13)):  # from the start, and from a keyframe
-        assert torch.equal(decode_request(ClipRequest(0, str(path), frames, size, False)), expected[:, list(frames)])
+        assert torch.equal(decode_request(ClipRequest(0, str(path), frames, size)), expected[:, list(frames)])
     for depth in ("header", "packets", "frames"):
         info = probe_media(path, depth)
         assert (info.num_frames, info.height, info.width) == (FRAMES, *size)
@@ -57,7 +57,7 @@ def test_turned_and_mirrored_videos_stand_upright(tmp_path, suffix, degrees, hfl
 def test_dali_leaves_turned_videos_to_others(tmp_path, suffix):
     upright, turned = (write(tmp_path / f"{turn}{suffix}", turn, codec="libvpx-vp9") for turn in (0, 90))
     decoder = DaliDecoder("cpu", threads=1)
-    clip, refused = decoder.decode([ClipRequest(0, str(path), (0, 3), SIZE, False) for path in (upright, turned)])
+    clip, refused = decoder.decode([ClipRequest(0, str(path), (0, 3), SIZE) for path in (upright, turned)])
     decoder.close()
     assert clip.shape == (3, 2, *SIZE)
     assert isinstance(refused, UnsupportedClip) and refused.reason.startswith("is turned or mirrored")
