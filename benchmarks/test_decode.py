@@ -92,7 +92,7 @@ def test_loader(benchmark, folder):
     bucket = Bucket({"720p": {FRAMES: (1.0, 1)}, "240p": {FRAMES: (1.0, 2)}, "144p": {FRAMES: (1.0, 4)}})
     manifest = Manifest(pd.DataFrame(rows), folder=folder)
     sampler = BucketSampler(manifest, bucket, frame_interval=INTERVAL, seed=0)
-    loader = ClipLoader(manifest, sampler, PyAVDecoder(), frame_interval=INTERVAL, seed=0)
+    loader = ClipLoader(manifest, sampler, PyAVDecoder(), seed=0)
     used = []
 
     def run():

@@ -73,7 +73,7 @@ def write_features(
         "draws": draws,
         "seed": loader.seed,
         "sampler_seed": sampler.seed,
-        "frame_interval": loader.frame_interval,
+        "frame_interval": sampler.frame_interval,
         "buckets": describe_buckets(sampler.bucket),
         "manifest": fingerprint(loader.manifest),
         "text_length": text_encoder.model_max_length,

@@ -38,14 +38,13 @@ class ClipLoader(EpochLoader):
 
     Args:
         manifest: the table of clips.
-        sampler: gives the micro-batches.
+        sampler: gives the micro-batches; its `frame_interval` is that of the clips.
         decoder: decodes them; closed with the loader.
-        frame_interval: source frames for each frame of a clip.
         seed: of the starts of the clips.
         prefetch: batches made ahead; 0 makes each when it is asked for. At most as many more are being decoded.
         bad_clips_path: file in which bad clips are listed (`bad_clips.BadClipLog`), or None.
-        fps_after_interval: True divides the frame rate that the model is told by `frame_interval`, which is the rate
-            of the clip as it is trained on. Open-Sora 1.1 tells it the rate of the file, and so is the default.
+        fps_after_interval: True divides the frame rate that the model is told by the `frame_interval`, which is the
+            rate of the clip as it is trained on. Open-Sora 1.1 tells it the rate of the file, and so is the default.
         pin_memory: put batches in page-locked memory, for copying to a GPU during a step.
         report: told in a sentence of each bad clip.
 
@@ -63,7 +62,6 @@ class ClipLoader(EpochLoader):
         sampler: BucketSampler,
         decoder: Decoder,
         *,
-        frame_interval: int,
         seed: int,
         prefetch: int = 2,
         bad_clips_path: str | os.PathLike[str] | None = None,
@@ -71,15 +69,11 @@ class ClipLoader(EpochLoader):
         pin_memory: bool = False,
         report: Callable[[str], None] = print_line,
     ) -> None:
-        if frame_interval < 1 or seed < 0 or prefetch < 0:
-            raise ValueError(
-                "frame_interval must be 1 or more, seed and prefetch 0 or more; "
-                f"got {frame_interval}, {seed} and {prefetch}"
-            )
+        if seed < 0 or prefetch < 0:
+            raise ValueError(f"seed and prefetch must be 0 or more, got {seed} and {prefetch}")
         super().__init__(sampler, prefetch)
         self.manifest = manifest
         self.decoder = decoder
-        self.frame_interval = frame_interval
         self.seed = seed
         self.prefetch = prefetch
         self.fps_after_interval = fps_after_interval
@@ -161,7 +155,7 @@ class ClipLoader(EpochLoader):
         thw = self.sampler.bucket.get_thw(micro_batch.bucket)
         clip = self.manifest.clip(row)
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, micro_batch.epoch, row))))
-        frames = choose_frames(clip.num_frames, thw[0], self.frame_interval, rng)
+        frames = choose_frames(clip.num_frames, thw[0], self.sampler.frame_interval, rng)
         return ClipRequest(row, clip.path, frames, thw[1:])
 
     def _replace(self, micro_batch: MicroBatch, row: int, attempt: int, bad: BadClip) -> int:
@@ -176,7 +170,7 @@ class ClipLoader(EpochLoader):
 
     def _make_batch(self, micro_batch: MicroBatch, rows: list[int], clips: list[torch.Tensor]) -> Batch:
         described = [self.manifest.clip(row) for row in rows]
-        divisor = self.frame_interval if self.fps_after_interval else 1
+        divisor = self.sampler.frame_interval if self.fps_after_interval else 1
         return Batch(
             video=torch.stack(clips),
             text=[clip.text for clip in described],

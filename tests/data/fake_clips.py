@@ -56,7 +56,7 @@ def make_manifest(folder=".", videos=12, images=4):
 def make_loader(decoder, manifest=None, *, sampler_options=None, **options):
     manifest = manifest or make_manifest()
     sampler = BucketSampler(manifest, BUCKETS, frame_interval=INTERVAL, seed=3, **(sampler_options or {}))
-    options = {"frame_interval": INTERVAL, "seed": 3, "report": lambda text: None, **options}
+    options = {"seed": 3, "report": lambda text: None, **options}
     return ClipLoader(manifest, sampler, decoder, **options)
 
 

@@ -66,7 +66,7 @@ def make_loader(decoder=None, manifest=None, bucket=BUCKETS, **options):
     manifest = manifest or make_manifest()
     sampler = BucketSampler(manifest, bucket, frame_interval=INTERVAL, seed=SEED)
     decoder = decoder or FakeDecoder()
-    options = {"frame_interval": INTERVAL, "seed": SEED, "report": lambda text: None, **options}
+    options = {"seed": SEED, "report": lambda text: None, **options}
     return ClipLoader(manifest, sampler, decoder, **options)
 
 
@@ -327,7 +327,7 @@ def test_arguments(tmp_path):
         write(tmp_path, draws=0)
     manifest = make_manifest()
     sampler = BucketSampler(manifest, BUCKETS, frame_interval=INTERVAL, seed=SEED, world_size=2)
-    loader = ClipLoader(manifest, sampler, FakeDecoder(), frame_interval=INTERVAL, seed=SEED)
+    loader = ClipLoader(manifest, sampler, FakeDecoder(), seed=SEED)
     with pytest.raises(ValueError, match="by one process"):
         write_features(loader, Encoder(), Text(), tmp_path)
 

@@ -84,9 +84,7 @@ def test_training_goes_on_with_a_third_of_the_clips_damaged(tmp_path, sources):
     bucket = Bucket({"144p": {8: (1.0, 4)}})
     sampler = BucketSampler(manifest, bucket, frame_interval=2, seed=0)
     decoder = build_decoder("auto", report=str)
-    loader = ClipLoader(
-        manifest, sampler, decoder, frame_interval=2, seed=0, bad_clips_path=tmp_path / "bad.jsonl", report=str
-    )
+    loader = ClipLoader(manifest, sampler, decoder, seed=0, bad_clips_path=tmp_path / "bad.jsonl", report=str)
     batches = list(loader.load(sampler.iterate(0, 0)))
     loader.close()
     assert [batch.video.shape for batch in batches] == [(4, 3, 8, 144, 256)] * 9

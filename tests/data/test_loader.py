@@ -275,8 +275,8 @@ def test_no_thread_is_left(how, count_begun_threads):
 
 
 def test_arguments():
-    for wrong in ({"prefetch": -1}, {"seed": -1}, {"frame_interval": 0}):
-        with pytest.raises(ValueError, match="frame_interval must be 1 or more"):
+    for wrong in ({"prefetch": -1}, {"seed": -1}):
+        with pytest.raises(ValueError, match="seed and prefetch must be 0 or more"):
             make_loader(FakeDecoder(), **wrong)
 
 

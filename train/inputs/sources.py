@@ -88,7 +88,6 @@ def open_clips(
             data.manifest,
             data.sampler,
             decoder,
-            frame_interval=config.dataset.frame_interval,
             seed=config.seed,
             prefetch=config.prefetch,
             bad_clips_path=out / "bad_clips.jsonl",
