@@ -112,8 +112,9 @@ def name_sample(sample: Sample, config: SampleConfig) -> str:
     """File name without ending: the prompt's number after `sample_name`, or the prompt, and the sample's number."""
     name = f"{config.sample_name or 'sample'}_{sample.index}"
     if config.prompt_as_path:
-        text = re.sub(r'[\s/\\:*?"<>|\x00-\x1f]+', " ", sample.prompt).strip(" .") or "sample"
-        name = (config.sample_name or "") + text.encode()[:MAX_NAME_BYTES].decode(errors="ignore").strip()
+        text = re.sub(r'[\s/\\:*?"<>|\x00-\x1f]+', " ", sample.prompt).strip(" .")
+        text = text.encode(errors="ignore")[:MAX_NAME_BYTES].decode(errors="ignore").strip()
+        name = (config.sample_name or "") + (text or "sample")
     return f"{name}-{sample.copy}" if config.num_sample != 1 else name
 
 

@@ -272,6 +272,9 @@ def test_without_weights_nothing_is_sampled(folder):
         ({"prompt_as_path": True}, "a/b: c?", "a b c"),
         ({"prompt_as_path": True, "sample_name": "x-"}, "../..", "x-sample"),
         ({"prompt_as_path": True}, "é" * 150, "é" * 100),
+        # Bytes of a command line that are not UTF-8, as Python holds them.
+        ({"prompt_as_path": True}, "caf\udce9 au lait", "caf au lait"),
+        ({"prompt_as_path": True}, "\udce9", "sample"),
     ],
 )
 def test_files_are_named_by_number_or_prompt(settings, prompt, expected):
