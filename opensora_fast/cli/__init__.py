@@ -56,10 +56,8 @@ def run(arguments: list[str]) -> int:
         command = typer.main.get_command(_build_app(arguments))
         code = command(_repeat_options(arguments), prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped by Ctrl-C", 130, debug)
-    except typer.Abort:
-        return _fail("stopped", 130, debug)
     except Exception as error:
         # Usage errors of click know how to print themselves; typer carries its own copy of click, so no class is named.
         if hasattr(error, "exit_code") and hasattr(error, "show"):
@@ -95,9 +93,20 @@ def _read_summary(name: str) -> str:
     return (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]
 
 
+class _Commands(typer.core.TyperGroup):
+    """Hands Ctrl-C on to `run`; typer would make an exit code of it, without a word."""
+
+    def invoke(self, context: typer.Context) -> object:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as error:
+            raise typer.Abort from error
+
+
 def _build_app(arguments: list[str]) -> typer.Typer:
     app = typer.Typer(
         name=PROGRAM,
+        cls=_Commands,
         help="Train, run and measure the ST-DiT-2 of Open-Sora 1.1.",
         epilog="Every command has its own --help. --debug, anywhere on the line, shows the traceback of an error.",
         no_args_is_help=True,

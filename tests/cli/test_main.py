@@ -38,7 +38,7 @@ def command(monkeypatch):
             "benchmarks is not installed: `pip",
         ),
         (KeyError("x"), 1, "KeyError: 'x'\n(unexpected: run again with --debug for the traceback)\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "opensora-fast: error: stopped by Ctrl-C\n"),
     ],
 )
 def test_an_error_is_one_message_and_a_code(command, capsys, error, code, message):
