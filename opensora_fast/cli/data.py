@@ -26,20 +26,29 @@ def demo(
 
 @app.command()
 def probe(
-    folder: Annotated[Path, typer.Argument(help="Folder with videos and images; folders in it are searched, too.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER_OR_TABLE",
+            help="Folder with videos and images, folders in it are searched, too; or a table with the columns path and "
+            "text, .csv or .parquet.",
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Manifest to write, .csv or .parquet; a new one.")],
     workers: Annotated[int | None, typer.Option(min=1, help="Files probed side by side; one per core.")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Believe the files' headers; decode and count nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write a manifest of all videos and images in a folder.
+    """Write a manifest of all videos and images in a folder, or of those that a table names.
 
-    The caption of clip.mp4 is the text of clip.txt beside it, or else the words of its name. Files that cannot be read
-    are listed and left out. Exits with 0 if a manifest was written.
+    In a folder the caption of clip.mp4 is the text of clip.txt beside it, or else the words of its name. Of a table
+    everything stays but frames, sizes and frame rates, which are those of the files. Files that cannot be read are
+    listed and left out. Exits with 0 if a manifest was written.
     """
-    from opensora_fast.data.probe import probe_folder
+    from opensora_fast.data.probe import probe_folder, probe_table
 
-    result = probe_folder(folder, out, depth="header" if fast else "packets", workers=workers)
+    probe_source = probe_table if source.is_file() else probe_folder
+    result = probe_source(source, out, depth="header" if fast else "packets", workers=workers)
     if as_json:
         unreadable = [{"path": path, "reason": reason} for path, reason in result.unreadable]
         print(json.dumps({"manifest": str(out), "rows": len(result.table), "unreadable": unreadable}, indent=2))

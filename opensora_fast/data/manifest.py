@@ -18,7 +18,7 @@ import contextlib
 import csv
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,7 +115,7 @@ class Manifest:
         )
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
+def read_table(path: str | Path, needed: Sequence[str] = COLUMNS) -> pd.DataFrame:
     """The table of a CSV or Parquet file as it stands, with all needed columns but unchecked rows.
 
     Raises:
@@ -128,11 +128,16 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if not path.is_file():
         raise ValueError(f"manifest {path} does not exist; `opensora-fast data probe FOLDER --out {path}` makes one")
     table = _read_csv(path) if path.suffix.lower() == ".csv" else _read_parquet(path)
-    missing = [name for name in COLUMNS if name not in table.columns]
+    missing = [name for name in needed if name not in table.columns]
     if missing:
         raise ValueError(
             f"{path} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
-            f"it has {', '.join(map(repr, table.columns))}. `opensora-fast data probe` writes all that are needed"
+            f"it has {', '.join(map(repr, table.columns))}. "
+            + (
+                "Give every row its path and its caption under these names"
+                if {"path", "text"} & set(missing)
+                else f"`opensora-fast data probe {path} --out NEW.csv` takes what is missing from the files"
+            )
         )
     if len(table) == 0:
         raise ValueError(f"{path} has no rows")
@@ -194,7 +199,7 @@ def check_table(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[Ba
             # As text, they would read b'...' or [...].
             other = checked[name].map(lambda value: isinstance(value, (bytes, list, dict, np.ndarray)))
             _note(reasons, other, lambda row, name=name: f"{name} is {_show(table, row, name)}, not text")
-        checked[name] = _to_text(checked[name])
+        checked[name] = to_text(checked[name])
     _note(reasons, checked["path"] == "", lambda row: "path is empty")
     for name in WHOLE_NUMBER_COLUMNS:
         numbers = pd.to_numeric(checked[name], errors="coerce").astype(float)
@@ -238,7 +243,8 @@ def find_places(source: str, rows: Iterable[int]) -> dict[int, str]:
     return places
 
 
-def _to_text(column: pd.Series) -> pd.Series:
+def to_text(column: pd.Series) -> pd.Series:
+    """Every cell as text; a missing one is empty."""
     import pandas as pd
 
     if isinstance(column.dtype, pd.StringDtype):
@@ -273,6 +279,7 @@ def _describe_bad_rows(source: str, bad_rows: list[BadRow], total: int) -> str:
     if len(bad_rows) > SHOWN_ROWS:
         lines.append(f"  and {len(bad_rows) - SHOWN_ROWS} more")
     lines.append(f"`opensora-fast data validate {source} --keep GOOD.csv` lists all and writes the good rows")
+    lines.append(f"`opensora-fast data probe {source} --out NEW.csv` takes frames, sizes and fps from the files")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Find out frames, size and frame rate of media files, and make a manifest of a folder."""
+"""Find out frames, size and frame rate of media files, and make a manifest of a folder or of a table of files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opensora_fast.data.decoding.still_images import check_levels, upright_size
 from opensora_fast.data.decoding.turned_videos import read_turn
 from opensora_fast.data.decoding.video_index import check_file, codec_name, open_video, read_packets
 from opensora_fast.data.decoding.worker_threads import Overdue, WorkerThreads
-from opensora_fast.data.manifest import IMAGE_FPS, check_target, write_table
+from opensora_fast.data.manifest import IMAGE_FPS, check_target, read_table, to_text, write_table
 from opensora_fast.progress import Progress
 
 if TYPE_CHECKING:
@@ -193,31 +193,88 @@ def probe_folder(
             f"there is no video or image below {folder} (looked for {extensions}){_list_left_out(unreadable)}"
         )
 
-    def probe_one(path: Path) -> tuple[MediaInfo, str]:
+    home = out.parent.resolve()
+
+    def probe_one(path: Path) -> dict[str, Any]:
         if _printable(path) != str(path):
             raise ClipError("its name is not UTF-8 text, which a manifest cannot hold: rename it")
-        return probe_media(path, depth), read_caption(path)
+        measured = _measure(path, depth)
+        return {"path": _relative_path(path, home), "text": read_caption(path), **measured}
 
-    rows = []
-    home = out.parent.resolve()
-    with Progress("probe files", total=len(paths), unit="files") as progress:
-        for path, result in zip(paths, map_files(probe_one, paths, workers), strict=True):
-            if isinstance(result, ClipError):
-                unreadable.append((_printable(path), str(result)))
-            else:
-                info, caption = result
-                sizes = {"num_frames": info.num_frames, "height": info.height, "width": info.width}
-                row = {"path": _relative_path(path, home), "text": caption, **sizes}
-                rows.append({**row, "fps": round(info.fps, 6), "codec": info.codec})
-            progress.advance(1, unreadable=len(unreadable))
-    if not rows:
-        raise ValueError(
-            f"none of the {len(paths)} files below {folder} can be read; nothing was written"
-            f"{_list_left_out(unreadable)}"
-        )
-    table = pd.DataFrame(rows)
+    rows = _probe_all(probe_one, paths, [_printable(path) for path in paths], unreadable, workers, f"below {folder}")
+    table = pd.DataFrame([row for row in rows if row is not None])
     write_table(table, out)
     return ProbeResult(table, unreadable)
+
+
+def probe_table(
+    source: str | Path, out: str | Path, *, depth: Depth = "packets", workers: int | None = None
+) -> ProbeResult:
+    """Write a manifest of the files that a table names, with their frames, sizes and frame rates.
+
+    The other columns stay as they are, captions too. Paths are written as by `probe_folder`.
+
+    Args:
+        source: CSV or Parquet file with the columns path and text; a relative path counts from its folder.
+        out: the manifest to write, .csv or .parquet.
+        depth: how much of every file is read.
+        workers: files probed side by side; one per core by default.
+
+    Raises:
+        ValueError: the table cannot be read, no file of it can, or the manifest exists already; then nothing is
+            written.
+    """
+    source, out = Path(source), Path(out)
+    check_target(out)
+    table = read_table(source, needed=("path", "text")).reset_index(drop=True)
+    names = list(to_text(table["path"]))
+    home = out.parent.resolve()
+    unreadable: list[tuple[str, str]] = []
+
+    def probe_one(name: str) -> dict[str, Any]:
+        if not name:
+            raise ClipError("path is empty")
+        path = source.parent / name
+        return {"path": _relative_path(path, home), **_measure(path, depth)}
+
+    rows = _probe_all(probe_one, names, names, unreadable, workers, f"of {source}")
+    table = table.loc[[index for index, row in enumerate(rows) if row is not None]].copy()
+    found = [row for row in rows if row is not None]
+    for name in found[0]:
+        table[name] = [row[name] for row in found]
+    write_table(table, out)
+    return ProbeResult(table, unreadable)
+
+
+def _measure(path: Path, depth: Depth) -> dict[str, Any]:
+    """The columns of a manifest that tell what a file holds."""
+    info = probe_media(path, depth)
+    sizes = {"num_frames": info.num_frames, "height": info.height, "width": info.width}
+    return {**sizes, "fps": round(info.fps, 6), "codec": info.codec}
+
+
+def _probe_all(
+    probe_one: Callable[[Any], dict[str, Any]],
+    items: Sequence[Any],
+    names: Sequence[str],
+    unreadable: list[tuple[str, str]],
+    workers: int | None,
+    place: str,
+) -> list[dict[str, Any] | None]:
+    """A row for each item; None, and an entry in `unreadable`, where it cannot be used. ValueError if none can."""
+    rows: list[dict[str, Any] | None] = []
+    with Progress("probe files", total=len(items), unit="files") as progress:
+        for name, result in zip(names, map_files(probe_one, items, workers), strict=True):
+            failed = isinstance(result, ClipError)
+            if failed:
+                unreadable.append((name, str(result)))
+            rows.append(None if failed else result)
+            progress.advance(1, unreadable=len(unreadable))
+    if not any(rows):
+        raise ValueError(
+            f"none of the {len(items)} files {place} can be read; nothing was written{_list_left_out(unreadable)}"
+        )
+    return rows
 
 
 def map_files(

@@ -85,6 +85,7 @@ def test_bad_rows_are_listed_with_their_lines(tmp_path):
         "fps is missing, not a number > 0 (h.mp4)",
         "  line 12: fps is '1e+39', not a number > 0 (i.mp4)",
         f"`opensora-fast data validate {path} --keep GOOD.csv` lists all and writes the good rows",
+        f"`opensora-fast data probe {path} --out NEW.csv` takes frames, sizes and fps from the files",
     ]
 
 
@@ -102,7 +103,7 @@ def test_only_some_of_many_bad_rows_are_shown():
     table = pd.concat([make_table(width=[0, 0])] * 20)
     with pytest.raises(ValueError, match="40 of 40 rows(.|\n)*and 30 more") as caught:
         Manifest(table)
-    assert len(str(caught.value).splitlines()) == 13
+    assert len(str(caught.value).splitlines()) == 14
 
 
 def test_lines_are_found_up_to_a_cell_that_is_too_long(tmp_path):

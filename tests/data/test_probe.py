@@ -5,13 +5,14 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pandas as pd
 import pytest
 from sample_media import write_image, write_video
 
 from opensora_fast.cli import run
 from opensora_fast.data.decoding.clips import ClipError
-from opensora_fast.data.manifest import Manifest
-from opensora_fast.data.probe import find_media, map_files, probe_folder, probe_media, read_caption
+from opensora_fast.data.manifest import Manifest, write_table
+from opensora_fast.data.probe import find_media, map_files, probe_folder, probe_media, probe_table, read_caption
 
 DEPTHS = ("header", "packets", "frames")
 
@@ -106,6 +107,57 @@ def test_folder_to_manifest(tmp_path, capsys):
     assert manifest.table["path"].tolist() == ["more/a_green--field.png", "more/blue boat.webm", "red_car-2.mp4"]
     assert all(os.path.exists(manifest.clip(row).path) for row in range(3))
     assert "probe files: 4/4 files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_of_files_gets_what_it_lacks_from_them(tmp_path, ending, capsys):
+    """Open-Sora's tables may lack fps, which its trainer takes from the file."""
+    media = tmp_path / "media"
+    media.mkdir()
+    write_video(media / "a.mp4", frames=20, fps=25)
+    write_image(media / "b.png")
+    write_table(
+        pd.DataFrame(
+            {
+                "id": [7, 8, 9, 10],
+                "path": ["media/gone.mp4", "media/a.mp4", str(media / "b.png"), None],
+                "text": ["none", 'A car, "red"', "NA", "no path"],
+                "num_frames": [1, 2, 3, 4],
+                "aes": [5.5, 6.5, 7.5, 8.5],
+            }
+        ),
+        tmp_path / f"captions.{ending}",
+    )
+    new = tmp_path / "media" / f"new.{ending}"
+    assert run(["data", "validate", str(tmp_path / f"captions.{ending}")]) == 1
+    assert f"`opensora-fast data probe {tmp_path}/captions.{ending} --out NEW.csv`" in capsys.readouterr().err
+    assert run(["data", "probe", str(tmp_path / f"captions.{ending}"), "--out", str(new)]) == 0
+    said = capsys.readouterr().out
+    assert "left out: media/gone.mp4: cannot be opened" in said and "left out: : path is empty" in said
+    table = Manifest.read(new).table
+    assert table.drop(columns="codec").to_dict("list") == {
+        "id": [8, 9],
+        "path": ["a.mp4", "b.png"],
+        "text": ['A car, "red"', "NA"],
+        "num_frames": [20, 1],
+        "aes": [6.5, 7.5],
+        "height": [48, 48],
+        "width": [64, 64],
+        "fps": [25.0, 120.0],
+    }
+    assert run(["data", "validate", str(new), "--deep"]) == 0
+
+
+def test_a_table_without_captions_or_with_no_file_is_refused(tmp_path):
+    (tmp_path / "paths.csv").write_text("path,caption\na.mp4,x\n")
+    with pytest.raises(ValueError, match="lacks the column text.*its caption under these names"):
+        probe_table(tmp_path / "paths.csv", tmp_path / "new.csv")
+    (tmp_path / "gone.csv").write_text("path,text\na.mp4,x\n")
+    with pytest.raises(
+        ValueError, match="none of the 1 files of .*gone.csv can be read; nothing was written\n  a.mp4: "
+    ):
+        probe_table(tmp_path / "gone.csv", tmp_path / "new.csv")
+    assert not (tmp_path / "new.csv").exists()
 
 
 def test_manifest_elsewhere_names_absolute_paths(tmp_path):
