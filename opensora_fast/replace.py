@@ -155,6 +155,12 @@ def _find_difference(block: nn.Module) -> str | None:
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", NORM_EPSILON))
         if epsilon != NORM_EPSILON:
             return f"{name} has epsilon {epsilon:g}, not {NORM_EPSILON:g}"
+        if (
+            name == "attn_temp"
+            and not getattr(module, "qk_norm_legacy", True)
+            and not isinstance(module.q_norm, nn.Identity)
+        ):
+            return "attn_temp normalizes queries and keys before it rotates them (qk_norm_legacy=False)"
         if name == "mlp.act" and not (isinstance(module, nn.GELU) and module.approximate == "tanh"):
             return f"{name} is {module}"
     if not isinstance(getattr(block, "drop_path", nn.Identity()), nn.Identity):

@@ -175,6 +175,20 @@ def test_a_rotary_embedding_that_turns_otherwise_is_refused():
     use_kernels(model)
 
 
+def test_the_other_order_of_norm_and_rotation_is_refused():
+    """Open-Sora 1.2 has the same class, and by default normalizes first; for weights of 1.1 it has qk_norm_legacy."""
+    model = build(UpstreamSTDiT2)
+    for block in model.blocks:
+        block.attn_temp.qk_norm_legacy = True
+    use_kernels(model, backend="reference").undo()
+    model.blocks[1].attn_temp.qk_norm_legacy = False
+    with pytest.raises(ValueError, match="blocks.1: attn_temp normalizes queries and keys before it rotates them"):
+        use_kernels(model)
+    for name in ("q_norm", "k_norm"):
+        setattr(model.blocks[1].attn_temp, name, nn.Identity())
+    use_kernels(model, backend="reference").undo()
+
+
 @pytest.mark.parametrize("name", ["attn.qkv", "attn_temp.proj", "cross_attn.kv_linear", "mlp.fc2"])
 def test_our_blocks_take_no_linear_that_would_not_be_called(name):
     block = build(STDiT2).blocks[1]
