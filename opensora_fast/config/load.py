@@ -142,7 +142,7 @@ def _list_keys(value: Any) -> Iterator[str]:
 
 
 def _resolve_aliases(values: dict[str, Any], origins: dict[str, str]) -> list[str]:
-    notes = []
+    read = []
     for alias, name in ALIASES.items():
         section_name, old = alias.split(".")
         new = name.split(".")[1]
@@ -152,8 +152,8 @@ def _resolve_aliases(values: dict[str, Any], origins: dict[str, str]) -> list[st
                 raise ValueError(f"{alias} is another name of {name}, and both are given; remove one")
             section[new] = section.pop(old)
             origins[name] = origins.pop(alias, "")
-            notes.append(f"{alias} is read as {name}")
-    return notes
+            read.append(f"{alias} is read as {name}")
+    return [", ".join(read)] if read else []
 
 
 def _explain(error: ValidationError, schema: type[BaseModel], file: ConfigFile, origins: dict[str, str]) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from opensora_fast.config.sections import (
+    MASK_NAMES,
     BucketConfig,
     DatasetConfig,
     Dtype,
@@ -21,8 +22,12 @@ from opensora_fast.config.sections import (
     check_blocks,
 )
 
-# Keys known under another name: Open-Sora's training files say `enable_flashattn`, which its model silently ignores.
-ALIASES = {"model.enable_flashattn": "model.enable_flash_attn"}
+# Keys known under another name: Open-Sora's training files say `enable_flashattn`, which its model silently ignores. As
+# they lie in its version 1.2 they call the masks otherwise.
+ALIASES = {
+    "model.enable_flashattn": "model.enable_flash_attn",
+    "mask_ratios.identity": "mask_ratios.mask_no",
+} | {f"mask_ratios.{name.removeprefix('mask_')}": f"mask_ratios.{name}" for name in MASK_NAMES if name != "mask_no"}
 
 # Of more than the system allows, a process ends without a word.
 MOST_THREADS = 1024

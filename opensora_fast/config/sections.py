@@ -163,13 +163,25 @@ class ModelConfig(Section):
     no_temporal_pos_emb: bool = False
     freeze: str | None = None
     qk_norm: bool = False
+    # So Open-Sora 1.2 calls what 1.1 does: queries and keys are rotated, then normalized.
+    qk_norm_legacy: bool = True
     upstream_rounding: bool = True
     enable_flash_attn: bool = False
     enable_layernorm_kernel: bool = False
 
+    @model_validator(mode="after")
+    def _refuse_the_other_order(self) -> "ModelConfig":
+        if self.qk_norm and not self.qk_norm_legacy:
+            raise ValueError(
+                "qk_norm_legacy=False is another model, which normalizes queries and keys before it rotates them; "
+                "Open-Sora 1.1's, and its weights, need True"
+            )
+        return self
+
     def get_shape_keys(self) -> dict[str, Any]:
         """Keyword arguments of `STDiT2Config`."""
-        return self.model_dump(exclude={"type", "from_pretrained", "enable_flash_attn", "enable_layernorm_kernel"})
+        others = {"type", "from_pretrained", "qk_norm_legacy", "enable_flash_attn", "enable_layernorm_kernel"}
+        return self.model_dump(exclude=others)
 
 
 class VideoEncoderConfig(TypedSection):

@@ -85,6 +85,12 @@ class STDiT2Config(BaseModel):
             if key in IMPLEMENTATION_KEYS:
                 if keys.pop(key):
                     warnings.warn(f"{key}: not used; the kernels are chosen by `use_kernels`", stacklevel=2)
+            elif key == "qk_norm_legacy":
+                if not keys.pop(key) and keys.get("qk_norm"):
+                    raise ValueError(
+                        "STDiT2Config: qk_norm_legacy=False is another model, which normalizes queries and keys before "
+                        "it rotates them; Open-Sora 1.1's, and its weights, need True"
+                    )
             elif key in IGNORED_KEYS:
                 keys.pop(key)
             else:

@@ -101,6 +101,23 @@ def test_upstream_training_file_loads_and_idle_keys_are_named(train_file):
     assert "wandb" not in notes and "batch_size" not in notes
 
 
+def test_names_of_open_sora_1_2_in_files_of_1_1(tmp_path, train_file):
+    """Its masks are called otherwise, and what the model of 1.1 does with queries and keys has a name."""
+    path = tmp_path / "renamed.py"
+    renamed = UPSTREAM_TRAIN.replace('"mask_no": 0.9, "mask_', '"identity": 0.9, "').replace(
+        "qk_norm", "qk_norm_legacy"
+    )
+    path.write_text(renamed.replace("qk_norm_legacy=True", "qk_norm=True, qk_norm_legacy=True"))
+    loaded = load_train_config(path)
+    assert loaded.config == load_train_config(train_file).config
+    assert "mask_ratios.image_head is read as mask_ratios.mask_image_head" in "\n".join(loaded.notes)
+    assert loaded.get_origin("mask_ratios.mask_no") == "renamed.py:7"
+    with pytest.raises(ValueError, match="model: qk_norm_legacy=False is another model.*need True"):
+        load_train_config(path, ["model.qk_norm_legacy=False"])
+    with pytest.raises(ValueError, match="mask_ratios.identity is another name of mask_ratios.mask_no, and both are"):
+        load_train_config(path, ["mask_ratios.mask_no=0.9"])
+
+
 def test_more_idle_keys(train_file):
     notes = "\n".join(load_train_config(train_file, ["wandb=True", "batch_size=8", "scheduler.cfg_scale=7.0"]).notes)
     assert "wandb" not in notes  # it has an effect

@@ -253,6 +253,10 @@ def test_released_configuration_files_load_and_unknown_keys_are_named(tmp_path):
         STDiT2Config(drop_path=0.1)
     with pytest.warns(UserWarning, match="enable_flashattn"):
         STDiT2Config(enable_flashattn=True)
+    # as Open-Sora 1.2 saves a model of 1.1
+    assert STDiT2Config(**released, qk_norm=True, qk_norm_legacy=True).qk_norm
+    with pytest.raises(ValueError, match="^STDiT2Config: qk_norm_legacy=False is another model.*need True"):
+        STDiT2Config(qk_norm=True, qk_norm_legacy=False)
     random_model().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(released | {"qk_nrom": True}))
     with pytest.raises(ValueError, match="config.json.*'qk_nrom'.*'qk_norm'"):
