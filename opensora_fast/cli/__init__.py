@@ -32,6 +32,8 @@ from types import ModuleType
 
 import typer
 
+from opensora_fast.cli._options import OVERRIDES_HELP
+
 PROGRAM = "opensora-fast"
 SEVERAL_PROCESSES = ("train", "sample")
 # Folders beside `opensora_fast/` in a checkout, which only an installation makes its packages.
@@ -62,6 +64,9 @@ def run(arguments: list[str]) -> int:
         # Usage errors of click know how to print themselves; typer carries its own copy of click, so no class is named.
         if hasattr(error, "exit_code") and hasattr(error, "show"):
             error.show()
+            unknown_option = hasattr(error, "possibilities") and error.ctx is not None
+            if unknown_option and any(parameter.name == "overrides" for parameter in error.ctx.command.params):
+                print(f"Keys of the configuration are given without dashes, {OVERRIDES_HELP}", file=sys.stderr)
             return error.exit_code
         return _fail(describe_error(error), 1, debug)
 

@@ -1,6 +1,15 @@
 """How commands read options that several of them have."""
 
 import re
+from typing import Annotated
+
+import typer
+
+OVERRIDES_HELP = "such as lr=1e-4; `opensora-fast config show CONFIG` lists them."
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key.sub=value ...]", help=f"Keys of the configuration to change, {OVERRIDES_HELP}"),
+]
 
 
 def parse_budget(text: str) -> float:

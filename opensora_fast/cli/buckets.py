@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from opensora_fast.cli._options import Overrides
+
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -18,7 +20,7 @@ def buckets() -> None:
 def explain(
     meta: Annotated[Path, typer.Argument(help="Manifest of the clips, .csv or .parquet.")],
     config: Annotated[Path, typer.Option("--config", help="Training configuration, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]")] = None,
+    overrides: Overrides = None,
     world_size: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
     epoch: Annotated[int, typer.Option(min=0, help="Epoch; each draws the keep probabilities anew.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

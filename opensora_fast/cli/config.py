@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from opensora_fast.cli._options import Overrides
+
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -20,7 +22,7 @@ def config() -> None:
 @app.command()
 def show(
     config: Annotated[Path, typer.Argument(help="Configuration in Open-Sora's format, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]")] = None,
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print every key of a configuration, its value and where the value comes from."""

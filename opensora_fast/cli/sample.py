@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from opensora_fast.cli._options import Overrides
+
 if TYPE_CHECKING:
     from opensora_fast.config import SampleConfig
 
@@ -16,7 +18,7 @@ TAKES_OVERRIDES = True
 
 def command(
     config: Annotated[Path, typer.Argument(help="Configuration in Open-Sora's format, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]")] = None,
+    overrides: Overrides = None,
     ckpt_path: Annotated[
         str | None,
         typer.Option(

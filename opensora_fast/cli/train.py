@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from opensora_fast.cli._options import Overrides
+
 
 def command(
     config: Annotated[Path, typer.Argument(help="Configuration in Open-Sora's format, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]")] = None,
+    overrides: Overrides = None,
     data_path: Annotated[str | None, typer.Option(help="Table of clips, .csv or .parquet.")] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder of the run.")] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Stop after so many steps in all.")] = None,

@@ -66,6 +66,15 @@ def test_wrong_usage_is_2(capsys, arguments):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["train", "sample", "plan"])
+def test_an_option_of_open_sora_that_is_a_key_here_says_so(capsys, name):
+    assert cli.run([name, "stage1", "--dtype", "bf16"]) == 2
+    hint = "Keys of the configuration are given without dashes, such as lr=1e-4; `opensora-fast config show CONFIG`"
+    assert hint in capsys.readouterr().err
+    assert cli.run(["doctor", "--dtype"]) == 2  # takes no configuration
+    assert hint not in capsys.readouterr().err
+
+
 def test_under_torchrun_only_what_shares_the_work_is_started(monkeypatch, capsys, tmp_path):
     """Others would do it in every process, into the same files."""
     monkeypatch.setenv("WORLD_SIZE", "2")
