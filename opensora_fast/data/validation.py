@@ -71,6 +71,9 @@ def validate_manifest(path: str | Path, *, check: Check = "files", workers: int 
         bad = {bad_row.row for bad_row in bad_rows}
         rows = [row for row in range(len(table)) if row not in bad]
         bad_rows = sorted(bad_rows + _check_files(path, checked, rows, check, workers), key=lambda bad_row: bad_row.row)
+        relative = (bad_row.path for bad_row in bad_rows if not os.path.isabs(bad_row.path))
+        if not all((path.parent / name).exists() for name in relative):
+            remarks.append(f"relative paths count from the folder of the manifest, {path.parent.resolve()}")
     return Validation(path.parent, table, bad_rows, remarks)
 
 

@@ -53,6 +53,7 @@ def test_every_bad_row_is_listed_with_line_and_reason(meta):
     assert found.remarks == [
         "1 of 10 rows have no caption; they train as clips without text",
         "5 of 10 rows name a file that an earlier row names, too",
+        f"relative paths count from the folder of the manifest, {meta.parent.resolve()}",
     ]
 
 
