@@ -318,7 +318,10 @@ def _describe_long_lines(path: Path) -> str:
     found = []
     with open(path, newline="", encoding="utf-8-sig") as file, contextlib.suppress(csv.Error):
         reader = csv.reader(file)
-        columns = len(next(reader))
+        header = next(reader)
+        columns = len(header)
+        if columns == 1:
+            return f"its header is one cell, {header[0]!r}: the cells of a line must have commas between them"
         line = reader.line_num + 1
         for record in reader:
             if len(record) > columns:

@@ -155,6 +155,7 @@ def test_check_table_does_not_change_its_argument():
             "line 2 has 7, line 5 has 8",
         ),
         ("meta.csv", HEADER.encode() + b"a,x,y,20,480,640,24\n" * 12, "line 11 has 7 and 2 more.*double quotes"),
+        ("meta.csv", b"path;text\na;x, y, z\n", "its header is one cell, 'path;text': the cells .* must have commas"),
         ("meta.csv", HEADER.encode() + b'a,"x,20,480,640,24\n', "EOF inside string"),
         ("meta.csv", HEADER.encode() + b"a.mp4,\xff\xfe,20,480,640,24\n", "not UTF-8"),
         ("meta.parquet", b"PAR1 not really", "not a readable Parquet"),
