@@ -11,10 +11,13 @@ Limits: plain PyTorch on purpose, for both together are 0.05 % of a training ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .checks import check_tensor
 
 
 def token_grid(frames: int, height: int, width: int, patch: int) -> tuple[int, int, int]:
@@ -30,11 +33,17 @@ def patchify(batches: Sequence[Tensor], patch: int) -> Tensor:
         patch: side of a patch in latent pixels.
 
     Returns:
-        [N, channels·patch²], the videos one after another, tokens in (frame, row, column) order.
+        [N, channels·patch²], the videos one after another, tokens in (frame, row, column) order, in their dtype.
+
+    Raises:
+        ValueError: no batch, or one of another number of dimensions or channels.
     """
-    pieces = []
+    if not batches:
+        raise ValueError("patchify: no batch; give at least one, [videos, channels, T, height, width]")
+    pieces, channels = [], None
     for x in batches:
-        _, _, frames, height, width = x.shape
+        check_tensor("patchify", "a batch", x, (None, channels, None, None, None), None)
+        _, channels, _, height, width = x.shape
         x = torch.nn.functional.pad(x, (0, -width % patch, 0, -height % patch))
         x = x.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))  # [b, c, t, h, ph, w, pw]
         pieces.append(x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(0, 3))
@@ -53,14 +62,18 @@ def unpatchify(
         channels: output channels.
 
     Returns:
-        For each batch [videos, channels, T, height, width].
+        For each batch [videos, channels, T, height, width], in the dtype of the tokens.
+
+    Raises:
+        ValueError: tokens of another shape.
     """
+    grids = [(videos, *token_grid(*shape, patch)) for videos, *shape in batch_shapes]
+    check_tensor("unpatchify", "tokens", tokens, (sum(map(math.prod, grids)), patch**2 * channels), None)
     batches = []
     first = 0
-    for videos, frames, height, width in batch_shapes:
-        _, rows, columns = token_grid(frames, height, width, patch)
-        last = first + videos * frames * rows * columns
-        x = tokens[first:last].view(videos, frames, rows, columns, patch, patch, channels)
+    for grid, (*_, height, width) in zip(grids, batch_shapes, strict=True):
+        last = first + math.prod(grid)
+        x = tokens[first:last].view(*grid, patch, patch, channels)
         x = x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # [b, c, t, h·ph, w·pw]
         batches.append(x[..., :height, :width])
         first = last
