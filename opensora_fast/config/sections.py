@@ -88,9 +88,18 @@ def suggest(name: str, known: Any) -> str:
 
 
 MaskRatios = Annotated[dict[str, float], BeforeValidator(_check_mask_ratios)]
+
+
+def _check_bucket_entry(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError("write (keep probability, batch size), for example (1.0, 4)")
+    return value
+
+
 # resolution -> frames -> (keep probability, batch size). A tuple as batch size is the search range of Open-Sora's
 # benchmark.py: it can be read and shown, and training refuses it by name.
-BucketConfig = dict[str, dict[int, tuple[float, int | tuple[int, ...] | None]]]
+BucketEntry = Annotated[tuple[float, int | tuple[int, ...] | None], BeforeValidator(_check_bucket_entry)]
+BucketConfig = dict[str, dict[int, BucketEntry]]
 
 
 def _decided_by_buckets(value: Any) -> Any:
