@@ -74,7 +74,9 @@ def run(arguments: list[str]) -> int:
 def describe_error(error: Exception) -> str:
     """One message for a person: the text of a user mistake as it is, anything else with its class and what to do."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
+        needs_folder = isinstance(error, (FileExistsError, NotADirectoryError))
+        fix = "; a folder is needed where a file stands, give another name" if needs_folder else ""
+        return f"{error.strerror}: {error.filename}{fix}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package, _, part = error.name.partition(".")
         if package == "opensora_fast" and part.partition(".")[0] in PARTS_ELSEWHERE:

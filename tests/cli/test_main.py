@@ -30,6 +30,8 @@ def command(monkeypatch):
     [
         (ValueError("bucket 144p: broken table"), 1, "opensora-fast: error: bucket 144p: broken table\n"),
         (FileNotFoundError(2, "No such file or directory", "a.csv"), 1, "No such file or directory: a.csv\n"),
+        (FileExistsError(17, "File exists", "a.csv"), 1, "File exists: a.csv; a folder is needed where a file stands"),
+        (NotADirectoryError(20, "Not a directory", "a/b"), 1, "Not a directory: a/b; a folder is needed where a file"),
         (OSError("disk full"), 1, "opensora-fast: error: disk full\n"),
         (ModuleNotFoundError("x", name="pydantic"), 1, "pydantic is not installed: pip install pydantic; `opensora-f"),
         (
