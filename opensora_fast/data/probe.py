@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-VIDEO_EXTENSIONS = frozenset((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"))
+VIDEO_EXTENSIONS = frozenset(
+    ".mp4 .m4v .mov .3gp .avi .mkv .webm .mpg .mpeg .ts .mts .m2ts .flv .wmv .ogv .gif".split()
+)
 
 Depth = Literal["header", "packets", "frames"]
 """How much of a file is read. header: what the container states. packets: the frames are counted without decoding

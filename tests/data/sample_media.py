@@ -15,7 +15,7 @@ def write_video(path: Path, *, frames: int = 12, size: tuple[int, int] = (48, 64
     with av.open(str(path), "w", options=container_options) as container:
         stream = container.add_stream(codec, rate=fps, options=arguments.get("options", {}))
         stream.height, stream.width = height, width
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.pix_fmt = {"mjpeg": "yuvj420p", "gif": "rgb8"}.get(codec, "yuv420p")
         rows, columns = np.mgrid[:height, :width]
         for number in range(frames):
             pixels = np.stack([rows * 4 + number * 9, columns * 3, rows + columns + number * 5], axis=-1) % 256

@@ -27,10 +27,15 @@ DEPTHS = ("header", "packets", "frames")
         ("a.avi", "mpeg4", "mpeg4"),
         ("a.mov", "mjpeg", "mjpeg"),
         ("a.ts", "libx264", "h264"),
+        ("a.m2ts", "libx264", "h264"),
+        ("a.3gp", "libx264", "h264"),
+        ("a.ogv", "libvpx", "vp8"),
+        ("a.gif", "gif", "gif"),
     ],
 )
 def test_videos(tmp_path, depth, name, codec, stated):
     path = write_video(tmp_path / name, frames=17, size=(48, 80), fps=25, codec=codec)
+    assert find_media(tmp_path) == [path]
     info = probe_media(path, depth)
     assert (info.num_frames, info.height, info.width, info.fps, info.codec) == (17, 48, 80, 25.0, stated)
 
