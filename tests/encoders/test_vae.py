@@ -139,7 +139,7 @@ def test_weights_that_the_configuration_has_no_place_for_are_an_error(vae_folder
     """diffusers itself leaves them out: the autoencoder would be cut short."""
     shutil.copytree(vae_folder, tmp_path, dirs_exist_ok=True)
     keys = json.loads((vae_folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(keys | {"mid_block_add_attention": False}))
+    (tmp_path / "config.json").write_text(json.dumps(keys | {"layers_per_block": 0}))
     with pytest.raises(ValueError, match="describes a smaller model than its weights are of"):
         build(tmp_path)
 
