@@ -6,7 +6,7 @@ here is accepted, and `find_idle_keys` says by name what happens in its place.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from opensora_fast.config.sections import (
     MASK_NAMES,
@@ -164,8 +164,8 @@ def find_idle_keys(config: TrainConfig | SampleConfig) -> list[str]:
         *sections, name = key.split(".")
         section: Any = config
         for part in sections:
-            section = getattr(section, part, None)
-        if not isinstance(section, BaseModel) or name not in section.model_fields_set:
+            section = getattr(section, part)
+        if name not in section.model_fields_set:
             continue
         value = getattr(section, name)
         if value != type(section).model_fields[name].default:

@@ -22,7 +22,7 @@ MASK_NAMES = (
 class Section(BaseModel):
     """A dictionary of a configuration file with declared keys."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=(), validate_default=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 DIFFUSION_KEYS = (
