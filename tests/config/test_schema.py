@@ -176,10 +176,12 @@ def test_vae_dtype_and_builder_keys(train_file):
         ("sp_size=3", r"sp_size=3: the 16 heads .* take a divisor of 16"),
         ("dataset.type=VideoTextDataset", r"dataset\.type: only 'VariableVideoTextDataset'"),
         ("dataset.image_size=(256, 256)", r"dataset\.image_size: must be None: bucket_config decides"),
+        ("dataset.image_size=(None, 480)", r"dataset\.image_size: must be None: bucket_config decides"),
         ("dataset.num_frames=16", r"dataset\.num_frames: must be None"),
         ("dataset.transform_name=center", r"dataset\.transform_name: only 'resize_crop'"),
         ("dataset=3", r"dataset: .*dictionary"),
         ("grad_checkpoint=-1", r"grad_checkpoint: write True"),
+        ("grad_checkpoint=half", r"grad_checkpoint: write True .*'half'"),
         ("vae.type=linear", r"vae: local_files_only, micro_batch_size would have no effect with type='linear'"),
         ("vae.type=nothing", r"vae\.type: .*'VideoAutoencoderKL'"),
         ("text_encoder.output_dim=32", r"text_encoder: output_dim would have no effect with type='t5'"),
@@ -192,6 +194,7 @@ def test_vae_dtype_and_builder_keys(train_file):
         ("mask_ratios.mask_non=0.1", r"mask_ratios: unknown mask 'mask_non'; did you mean 'mask_no'\?"),
         ("mask_ratios.mask_no=0.5", r"mask_ratios: the ratios sum to 0\.6"),
         ("mask_ratios.mask_no=2", r"mask_ratios: mask_no is 2"),
+        ("mask_ratios.mask_no='0.9'", r"mask_ratios: mask_no is '0\.9'; a ratio is a number"),
         ("start_from_scratch=True", r"start_from_scratch=True needs `load`"),
     ],
 )
@@ -199,6 +202,87 @@ def test_errors_name_the_key_and_the_fix(train_file, override, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_train_config(train_file, [override])
     assert "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=-1",
+        "lr=0",
+        "grad_clip=-0.1",
+        "epochs=0",
+        "steps=-1",
+        "log_every=0",
+        "ckpt_every=-1",
+        "keep_checkpoints=0",
+        "num_workers=-1",
+        "cpu_threads=0",
+        "feature_draws=0",
+        "cuda_graph_tokens=-1",
+        "ema_decay=-0.1",
+        "ema_decay=1",
+        "dataset.frame_interval=0",
+        "vae.micro_batch_size=0",
+        "text_encoder.model_max_length=0",
+        "scheduler.diffusion_steps=0",
+    ],
+)
+def test_a_number_out_of_its_range_is_refused(train_file, override):
+    key = override.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"^command line: {key}: .*(greater|less) than"):
+        load_train_config(train_file, [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "num_frames=0",
+        "frame_interval=0",
+        "fps=0",
+        "start_index=-1",
+        "end_index=-1",
+        "num_sample=0",
+        "loop=0",
+        "condition_frame_length=0",
+        "batch_size=0",
+        "seed=-1",
+        "cuda_graph_tokens=-1",
+    ],
+)
+def test_a_number_of_sampling_out_of_its_range_is_refused(tmp_path, override):
+    path = tmp_path / "sample.py"
+    path.write_text(UPSTREAM_SAMPLE)
+    key = override.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"^command line: {key}: .*greater than"):
+        load_sample_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=0",
+        "grad_clip=0",
+        "steps=0",
+        "log_every=1",
+        "ckpt_every=0",
+        "keep_checkpoints=1",
+        "num_workers=0",
+        "num_workers=1024",
+        "cpu_threads=1",
+        "cuda_graph_tokens=1",
+        "grad_checkpoint=0",
+        "ema_decay=0",
+        "mask_ratios={'mask_no': 1.0, 'mask_image_head': 0}",
+    ],
+)
+def test_the_ends_of_a_range_belong_to_it(train_file, override):
+    load_train_config(train_file, [override])
+
+
+def test_a_mistake_is_told_once(train_file):
+    with pytest.raises(ValueError) as caught:
+        load_train_config(train_file, ["bucket_config.144p.16=(1.0, 'x')"])  # a number or a tuple of them would do
+    assert str(caught.value).count("\n") == 0
 
 
 def test_errors_name_the_line(train_file):
@@ -225,9 +309,24 @@ def test_several_errors_are_listed_at_once(train_file):
 
 def test_missing_key(tmp_path):
     path = tmp_path / "empty.py"
-    path.write_text("dataset = dict()\n")
-    with pytest.raises(ValueError, match="bucket_config: is missing"):
-        load_train_config(path)
+    for text in ("dataset = dict()\n", "lr = 1e-4\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="bucket_config: is missing"):
+            load_train_config(path)
+
+
+def test_weights_to_start_from_are_named_once(train_file):
+    assert load_train_config(train_file, ["load=runs/a", "start_from_scratch=True"]).config.start_from_scratch
+    assert load_train_config(train_file, ["model.from_pretrained=some/model"]).config.load is None
+    with pytest.raises(ValueError, match="load and model.from_pretrained both name weights"):
+        load_train_config(train_file, ["load=runs/a", "model.from_pretrained=some/model"])
+
+
+def test_sampling_has_the_guidance_of_open_sora_where_nothing_is_given(tmp_path):
+    path = tmp_path / "sample.py"
+    path.write_text("image_size = (240, 426)\n")
+    scheduler = load_sample_config(path).config.scheduler
+    assert (scheduler.num_sampling_steps, scheduler.cfg_scale, scheduler.cfg_channel) == (100, 7.0, 3)
 
 
 def test_alias_beside_its_name(train_file):
@@ -248,7 +347,23 @@ def test_origins(train_file):
     assert loaded.get_origin("steps") == "default"
     assert loaded.get_origin("model.depth") == "default"
     assert loaded.get_origin("bucket_config").endswith("command line (bucket_config.144p.16)")
+    number = next(index for index, line in enumerate(lines, 1) if "enable_flashattn" in line)
+    assert loaded.get_origin("model.enable_flash_attn") == f"stage.py:{number}"
+    whole = load_train_config(train_file, ["bucket_config={'144p': {16: (1.0, 3)}}", "bucket_config.144p.16=(1.0, 4)"])
+    assert whole.get_origin("bucket_config") == "command line"
     assert {key for key, _ in list_values(loaded.config)} > {"seed", "model.depth", "bucket_config", "vae.type"}
+
+
+def test_an_option_may_be_of_a_section_that_is_not_in_the_file(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text('bucket_config = {"144p": {16: (1.0, 2)}}\n')
+    loaded = load_train_config(path, options={"dataset.data_path": "m.csv"})
+    assert loaded.config.dataset.data_path == "m.csv"
+
+
+def test_only_the_keys_of_a_section_s_type_are_listed(train_file):
+    config = load_train_config(train_file, ["vae=dict(type='linear')"]).config
+    assert [key for key, _ in list_values(config) if key.startswith("vae.")] == ["vae.type", "vae.from_pretrained"]
 
 
 def test_json_of_a_run_loads_back(train_file, tmp_path):

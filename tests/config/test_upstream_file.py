@@ -74,6 +74,7 @@ def test_code_is_refused_and_never_runs(tmp_path, text):
         ("a = b'bytes'", "not a plain value"),
         ("a = 1j", "not a plain value"),
         ("a = -True", "not a plain value"),
+        ("a = -'b'", "not a plain value"),
         ("a = {**{}}", "not a plain value"),
         ("a = dict(**{})", "not a plain value"),
         ("a = {(1, 2): 3}", r"\(1, 2\) cannot be a key"),
