@@ -45,6 +45,8 @@ def test_the_projection_is_what_the_processes_of_a_run_do(table, clips, world_si
             mix_of_table(config, world_size)
         return
     mix = mix_of_table(config, world_size)
+    balanced = mix_of_table(config.model_copy(update={"balance": True}), world_size)
+    assert np.array_equal(balanced.bucket_of, mix.bucket_of), "shuffled, whatever is configured"
     for order in project_orders(costs, world_size, time, mix):
         ordered = config.model_copy(update={"balance": order.balanced})
         ranks = [list(read_data(ordered, rank, world_size).sampler.iterate(0, 0)) for rank in range(world_size)]

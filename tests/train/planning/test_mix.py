@@ -38,8 +38,14 @@ def test_clips_are_cut_into_micro_batches(tmp_path):
     }
     assert mix.steps == 1020 // 64
     assert (np.diff(mix.bucket_of) != 0).sum() > 20, "shuffled"
-    filled = CONFIG.model_copy(update={"drop_last": False})
-    assert mix_of_file(path, filled, BUCKET, world_size=64).steps == -(-(17 + 3 + 3 + 1000) // 64)
+    filled = mix_of_file(path, CONFIG.model_copy(update={"drop_last": False}), BUCKET, world_size=64)
+    assert count(filled) == {
+        ("144p", 16, "0.56"): 17,
+        ("144p", 16, "1.78"): 3,
+        ("256", 1, "1.0"): 3,
+        ("240p", 16, "0.56"): 1000,
+    }
+    assert filled.steps == -(-1023 // 64)
 
 
 def test_shares_in_json_are_shares_of_clips(tmp_path):
