@@ -1,5 +1,9 @@
 """A job beside the training loop: what it raises is told exactly once, by raising or in a line."""
 
+import os
+import signal
+import threading
+
 import pytest
 
 from opensora_fast.parallel.collectives import ProcessLostError
@@ -41,3 +45,29 @@ def test_what_has_been_raised_is_not_told_again():
         background.start(lambda: {}["a"])  # a fault of the program keeps its class
         raise RuntimeError("another")
     assert lines == ["error: KeyError('a')"]
+
+
+def test_the_next_job_does_not_begin_where_the_one_before_has_failed():
+    done = []
+    with Background(print) as background:
+        background.start(fail)
+        with pytest.raises(ValueError, match="the disk is full"):
+            background.start(lambda: done.append("next"))
+    assert done == []
+
+
+def test_who_presses_ctrl_c_while_waiting_is_told_what_the_job_raises():
+    lines, pressed = [], threading.Event()
+
+    def fail_late():
+        pressed.wait(30)
+        fail()
+
+    with pytest.raises(KeyboardInterrupt), Background(lines.append) as background:
+        background.start(fail_late)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            background.wait()
+        finally:
+            pressed.set()
+    assert lines == ["error: the disk is full"]

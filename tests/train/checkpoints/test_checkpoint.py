@@ -16,6 +16,7 @@ from opensora_fast.train.checkpoints.checkpoint import (
     find_newest,
     list_checkpoints,
     locate_checkpoint,
+    set_aside_newer,
     verify_checkpoint,
     write_checkpoint,
 )
@@ -94,6 +95,15 @@ def test_locate(tmp_path):
     (theirs / "running_states.json").touch()
     with pytest.raises(ValueError, match="Open-Sora's own trainer; --init-from .* starts from its weights"):
         locate_checkpoint(theirs, print)
+
+
+def test_a_checkpoint_may_be_damaged_again(tmp_path):
+    good = write_checkpoint(tmp_path, 1, fill("a"), keep=2)
+    for content in ("b", "c"):
+        write_checkpoint(tmp_path, 2, fill(content), keep=2)
+        assert set_aside_newer(good) == [tmp_path / "damaged-step-00000002"]
+        assert (tmp_path / "damaged-step-00000002" / "state.json").read_text() == content
+        assert list_checkpoints(tmp_path) == [good]
 
 
 def test_a_run_of_damaged_checkpoints_only_is_not_begun_anew(tmp_path):

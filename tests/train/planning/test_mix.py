@@ -120,7 +120,16 @@ def test_true_is_no_number(tmp_path):
         read_mix(path, BUCKET)
 
 
-@pytest.mark.parametrize(("name", "text"), [("mix.json", "{"), ("mix.json", '{"144p": 1}'), ("mix.txt", "")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mix.json", "{"),
+        ("mix.json", '{"144p": 1}'),
+        ("mix.json", "3"),
+        ("mix.json", '[{"resolution": "144p", "frames": 16, "share": 1}, 3]'),
+        ("mix.txt", ""),
+    ],
+)
 def test_other_files_are_refused(tmp_path, name, text):
     with pytest.raises(ValueError, match="not JSON|a list of objects|write a .csv or a .json"):
         read_mix(write(tmp_path, text, name), BUCKET)
