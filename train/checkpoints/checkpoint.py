@@ -154,7 +154,7 @@ def locate_checkpoint(path: Path, warn: Callable[[str], None]) -> Path:
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; give a checkpoint (step-...) or the output folder of a run")
-    if FOLDER_NAME.fullmatch(path.name) or (path / COMPLETE).exists():
+    if (path / COMPLETE).exists():
         verify_checkpoint(path)
         return path
     for parent in (path / "checkpoints", path):
