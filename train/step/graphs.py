@@ -140,7 +140,6 @@ class StepGraphs:
             losses["loss"].backward()
             return
         self._running.replay_backward()
-        self._running = None
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
 

@@ -81,6 +81,19 @@ def step_in_one_go(model, diffusion, masks, batch):
     return {name: loss.mean().item() for name, loss in losses.items()}, take_gradients(model)
 
 
+@pytest.mark.parametrize("tokens", [ALL, 0], ids=["replayed", "as they come"])
+def test_gradients_take_the_place_of_those_before(tokens):
+    model = make_model()
+    graphs = make_graphs(model, tokens=tokens, occurrences=1)
+    inputs = draw(model, 0, EPOCH[0])
+    found = []
+    for _ in range(2):
+        graphs.backward(graphs.compute_losses(inputs))
+        found.append({name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad})
+    assert graphs.replayed == (2 if tokens else 0)
+    assert all(torch.equal(found[0][name], gradient) for name, gradient in found[1].items())
+
+
 @pytest.mark.parametrize(
     ("dtype", "kind", "recomputed"),
     [
