@@ -83,10 +83,12 @@ def test_rows_of_two_runs_are_not_joined(train, tmp_path, whole):
     own = out / "checkpoints" / "step-00000002"
     rows = (out / "metrics.jsonl").read_bytes()
     other = ["--steps", STEPS, "--resume", whole], ["--steps", STEPS, "--resume", "auto", f"load={whole}"]
+    early = tmp_path / "early"
+    assert train(early, "--steps", 1)[0] == 0
     code, _, error = train(out, *other[0])
     assert code == 1 and f"{out} holds a run of its own" in error and "give another --out" in error
     moved = own.rename(tmp_path / "moved")
-    for more in (*other, ["--resume", moved]):
+    for more in (*other, ["--resume", moved], ["--resume", early]):
         assert train(out, *more)[0] == 1
     assert (out / "metrics.jsonl").read_bytes() == rows and not list((out / "checkpoints").iterdir())
     # As it is told: into the folder of the run's checkpoints, under any name.
@@ -104,8 +106,11 @@ def test_resume_from_the_configuration_that_the_run_wrote(train, tmp_path, whole
 
 
 def test_weights_and_optimizer_state_into_a_new_order(train, tmp_path, whole):
-    code, _, error = train(tmp_path / "run", "--steps", 2, f"load={whole}", "start_from_scratch=True", "seed=1")
+    others = ("seed=1", "bucket_config={'144p': {1: (1.0, 2)}}")
+    code, _, error = train(tmp_path / "run", "--steps", 2, f"load={whole}", "start_from_scratch=True", *others)
     assert code == 0, error
+    fitted = "encoders/vae/linear_autoencoder.safetensors"  # the weights are of its latents, whatever the clips now are
+    assert (tmp_path / "run" / fitted).read_bytes() == (whole / fitted).read_bytes()
     rows = read_losses(tmp_path / "run")
     assert [row[0] for row in rows] == [1, 2] and rows[0][6:] == (0, 0)
     moments = load_file(tmp_path / "run" / "checkpoints" / "step-00000002" / "optimizer.safetensors")
@@ -179,8 +184,13 @@ def test_another_model_is_refused_and_told_by_its_key(train, tmp_path, whole):
 
 
 def test_changed_values_are_told(train, tmp_path, whole):
-    code, text, _ = train(tmp_path / "run", "--steps", STEPS, "--resume", whole, "lr=5e-4")
+    code, text, _ = train(tmp_path / "run", "--steps", STEPS + 1, "--resume", whole, "lr=5e-4")
     assert code == 0 and "note: lr is now 0.0005, the checkpoint was trained with 0.001" in text
+    assert "note: steps" not in text
+    # of keys that are new with it nothing is to be told
+    assert train(tmp_path / "speed", "--steps", 0, "scheduler.type=iddpm-speed")[0] == 0
+    code, text, _ = train(tmp_path / "speed", "--steps", 1, "--resume", "auto")
+    assert code == 0 and "note: scheduler.type is now 'iddpm', the checkpoint was trained with 'iddpm-speed'" in text
 
 
 def test_kill_minus_9_costs_only_the_steps_since_the_checkpoint(train, train_together, tmp_path, whole):
@@ -226,6 +236,30 @@ def test_training_goes_on_while_a_checkpoint_of_its_step_is_written(train, tmp_p
     assert read_losses(out) == read_losses(whole)[:5]
     assert train(ends, "--steps", 2)[0] == 0
     assert_same_weights(*(folder / "checkpoints" / "step-00000002" for folder in (out, ends)))
+
+
+def test_the_next_checkpoint_waits_until_the_one_before_is_written(train, tmp_path, monkeypatch):
+    """Its copy of the state takes the place of the one that is being written."""
+    out, ends = tmp_path / "run", tmp_path / "ends"
+    copied_again = threading.Event()
+    real_snapshot, real_write = loop.take_snapshot, loop.write_state
+
+    def take_snapshot(trainer, buffers):
+        snapshot = real_snapshot(trainer, buffers)
+        if trainer.position.step == 2:
+            copied_again.set()
+        return snapshot
+
+    def write_state(*arguments):
+        copied_again.wait(0.3)
+        real_write(*arguments)
+
+    monkeypatch.setattr(loop, "take_snapshot", take_snapshot)
+    monkeypatch.setattr(loop, "write_state", write_state)
+    assert train(out, "--steps", 2, "ckpt_every=1")[0] == 0
+    monkeypatch.undo()
+    assert train(ends, "--steps", 1)[0] == 0
+    assert_same_weights(*(folder / "checkpoints" / "step-00000001" for folder in (out, ends)))
 
 
 def run_out_of_memory(losses):
