@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from losses import read_losses
 from safetensors.torch import load_file
+from toy_steps import make_trainer
 
 from opensora_fast.model import STDiT2
 from opensora_fast.train import loop
@@ -21,10 +23,13 @@ from opensora_fast.train.monitoring.metrics import read_metrics
 
 def test_a_run_writes_what_it_promises(train, tmp_path):
     out = tmp_path / "run"
+    begun = time.perf_counter()
     code, text, error = train(out, "--steps", 8, "ckpt_every=3")
+    seconds = time.perf_counter() - begun
     assert code == 0, error
     rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 9))
+    assert sum(row["step_time"] for row in rows) < seconds
     needed = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_time", "data_wait", "bucket", "memory"}
     for row in rows:
         assert needed <= set(row)
@@ -189,6 +194,9 @@ def test_options(train, tmp_path, overrides):
 def test_recomputing_activations_changes_nothing(train, tmp_path):
     for name, blocks in (("a", 0), ("b", 1), ("c", 2)):
         assert train(tmp_path / name, "--steps", 4, "model.depth=2", f"grad_checkpoint={blocks}")[0] == 0
+    called = [json.loads((tmp_path / name / "kernels.json").read_text()) for name in "abc"]
+    calls = [{row["op"]: row["calls"] for row in rows}["spatial_attention"] for rows in called]
+    assert [number - calls[0] for number in calls] == [0, 4, 8]  # one more for each block that recomputes, and step
     losses = [[row[1] for row in read_losses(tmp_path / name)] for name in "abc"]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
 
@@ -196,6 +204,19 @@ def test_recomputing_activations_changes_nothing(train, tmp_path):
 def test_epochs_end_the_run_where_there_are_no_steps(train, tmp_path):
     assert train(tmp_path / "run", "epochs=2")[0] == 0
     assert [row[6] for row in read_losses(tmp_path / "run")] == [0] * 6 + [1] * 6
+
+
+def test_only_many_epochs_in_a_row_without_a_batch_are_a_mistake(tmp_path):
+    def run(name, epochs_with_batches):
+        trainer = make_trainer(tmp_path / name, 15)  # an epoch has 10
+        batches, trainer.limits.epochs = trainer.batches, 1000
+        trainer.batches = lambda epoch, consumed: batches(epoch, consumed) if epoch in epochs_with_batches else iter(())
+        trainer.run()
+        return trainer.position.step
+
+    assert run("two", {50, 120}) == 15
+    with pytest.raises(ValueError, match="100 epochs in a row have no batch: raise the keep probabilities"):
+        run("one", {50})
 
 
 def test_init_from_a_run_takes_weights_and_encoder_but_not_the_position(train, tmp_path):
@@ -366,8 +387,14 @@ def test_clips_too_few_for_a_batch_may_be_left_out_on_demand(train, tmp_path):
 
 def test_a_run_is_not_written_over(train, tmp_path):
     assert train(tmp_path / "run", "--steps", 1)[0] == 0
-    code, _, error = train(tmp_path / "run", "--steps", 1)
-    assert code == 1 and "holds a run already: add --resume auto" in error
+    rows = tmp_path / "run" / "metrics.jsonl"
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for away in (None, checkpoints, rows):  # each of them alone is a run, too
+        aside = away and away.rename(tmp_path / "aside")
+        code, _, error = train(tmp_path / "run", "--steps", 1)
+        assert code == 1 and "holds a run already: add --resume auto" in error
+        if away is not None:
+            aside.rename(away)
 
 
 def test_out_is_needed(config, capsys):
