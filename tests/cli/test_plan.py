@@ -141,6 +141,29 @@ def test_what_does_not_fit_is_named_with_its_fix(plan):
     assert "warning" not in plan("stage3", "--gpu", "H800", "--world-size", 64, f"grad_checkpoint={fewest}")[1]
 
 
+def test_what_never_fits_is_told_apart_from_what_recomputing_makes_fit(plan, plan_json):
+    words = ("stage1", "--gpu", "H800", "bucket_config={'144p': {16: (1.0, 2)}, '720p': {4000: (1.0, 1)}}")
+    assert plan_json(*words)["memory"]["fewest_recomputed_blocks"] is None
+    lines = plan(*words)[1].splitlines()
+    assert any(
+        line.startswith("no number of recomputed blocks makes every bucket fit; grad_checkpoint is") for line in lines
+    )
+    buckets = {line.split(",")[0]: line for line in lines if re.match(r"\d+p, \d+ frame", line)}
+    assert "never fits" in buckets["720p"] and "never fits" not in buckets["144p"]
+
+
+@pytest.mark.parametrize(
+    ("clips", "unit", "seconds"), [(60, "seconds", 1), (60_000, "minutes", 60), (6_000_000, "hours", 3600)]
+)
+def test_the_time_of_an_epoch_is_told_in_a_unit_that_suits_it(plan, plan_json, tmp_path, clips, unit, seconds):
+    path = tmp_path / "mix.csv"
+    path.write_text(f"resolution,frames,clips\n144p,16,{clips}\n")
+    words = ("stage1", "--gpu", "H200", "--mix", path)
+    told = re.search(r"([\d.]+) (\w+) an epoch \(", plan(*words)[1])
+    assert told[2] == unit
+    assert float(told[1]) * seconds == pytest.approx(plan_json(*words)["projections"][0]["epoch_seconds"], rel=0.01)
+
+
 def test_cuda_graphs_take_memory_beside_every_step_and_are_advised_where_they_fit(plan, plan_json):
     words = ("stage1", "--gpu", "H200", "--world-size", 64)
     without, with_graphs = plan_json(*words), plan_json(*words, "cuda_graph_tokens=16384")
@@ -220,13 +243,18 @@ def rows(tmp_path):
 
 
 def test_times_are_fitted_to_rows_and_say_so(plan, plan_json, rows):
-    fitted = plan_json("stage1", "--world-size", 64, "--rows", rows)
+    words = ("stage1", "--world-size", 64, "--rows", rows)
+    fitted = plan_json(*words)
     counted = plan_json("stage1", "--world-size", 64, "--gpu", "H200")
     assert fitted["gpu"]["name"] == "H200" and fitted["times"]["rows"] == 8
     assert fitted["times"]["basis"] == "fitted to 8 rows of H200, worst residual 0.0 %"
     for one, other in zip(fitted["buckets"], counted["buckets"], strict=True):
         assert one["seconds"] == pytest.approx(1.6 * other["seconds"], rel=1e-3)
     assert "8 rows measured" in fitted["memory"]["basis"]
+    advised = fitted["graph_advice"]["memory"]
+    assert (
+        advised == plan_json(*words, "cuda_graph_tokens=16384")["memory"]["graphs"] != counted["graph_advice"]["memory"]
+    )
     out = plan("stage1", "--world-size", 64, "--rows", rows)[1]
     assert f"times: {fitted['times']['basis']}\n" in out and LABEL not in out
 

@@ -127,7 +127,30 @@ def test_what_is_allocated_counts_not_what_is_guessed(clips, gpu):
     gpu(80, allocated=14)
     assert warn(config) == []
     gpu(80, allocated=45)
-    assert "bucket_config['144p'][16]" in warn(config)[0]
+    (line,) = warn(config)
+    costs = RunCosts(config, Bucket(config.bucket_config))
+    model = costs.get_memory_model(1)
+    (guessed,) = count_buckets(costs, model, 80 * GIB, {("144p", 16)})
+    needed = (guessed.peak - model.standing) / GIB + 45
+    assert f"bucket_config['144p'][16]: batch size 12 needs {needed:.1f} GiB" in line
+
+
+def test_of_many_buckets_that_do_not_fit_the_first_are_named_and_the_others_counted(tmp_path, gpu):
+    lengths = range(2, 9)
+    path = tmp_path / "clips.csv"
+    rows = [("a.mp4", "x", length + 1, 144, 256, 24.0) for length in lengths]
+    pd.DataFrame(rows, columns=["path", "text", "num_frames", "height", "width", "fps"]).to_csv(path, index=False)
+    gpu(80, allocated=14)
+
+    def warn_of(count: int) -> list[str]:
+        entries = {length: (1.0, 4000 if length < 2 + count else 1) for length in lengths}
+        return warn(
+            load(f"dataset.data_path={path}", "dataset.frame_interval=1", f"bucket_config={{'144p': {entries}}}")
+        )
+
+    assert len(warn_of(5)) == 5 and all("bucket_config['144p']" in line for line in warn_of(5))
+    *lines, last = warn_of(7)
+    assert len(lines) == 5 and last == "warning: and 2 more buckets; `opensora-fast plan` lists them"
 
 
 def test_buckets_without_clips_are_not_looked_at(clips, gpu):
