@@ -54,7 +54,7 @@ def test_every_line_with_a_time_says_that_it_is_counted(plan):
     assert len(buckets) == 11 and all(line.endswith(LABEL) for line in buckets)
     projections = [line for line in lines if "projection" in line]
     assert len(projections) == 2 and all(line.endswith(f"({LABEL})") for line in projections)
-    assert "balance=False (as configured)" in projections[0]
+    assert "balance=False (as configured)" in projections[0] and "(as configured)" not in projections[1]
     assert any("not in them: communication between GPUs" in line for line in lines)
     assert any("assumed, as no --data-path or --mix is given" in line for line in lines)
 
@@ -257,6 +257,18 @@ def test_times_are_fitted_to_rows_and_say_so(plan, plan_json, rows):
     )
     out = plan("stage1", "--world-size", 64, "--rows", rows)[1]
     assert f"times: {fitted['times']['basis']}\n" in out and LABEL not in out
+
+
+def test_the_row_that_measured_the_most_memory_decides(plan_json, rows, tmp_path):
+    *others, last = read_rows(rows / "step.csv")
+
+    def peaks(folder, factor):
+        append_rows(folder / "step.csv", [*others, replace(last, memory_bytes=int(factor * last.memory_bytes))])
+        return [bucket["peak"] for bucket in plan_json("stage1", "--world-size", 64, "--rows", folder)["buckets"]]
+
+    as_measured = peaks(tmp_path / "same", 1)
+    assert all(more > peak for more, peak in zip(peaks(tmp_path / "more", 2), as_measured, strict=True))
+    assert peaks(tmp_path / "less", 0.98) == as_measured
 
 
 def test_rows_of_an_h100_serve_an_h800_which_is_the_same_chip(plan_json, rows, tmp_path):

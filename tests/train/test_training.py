@@ -202,8 +202,9 @@ def test_recomputing_activations_changes_nothing(train, tmp_path):
 
 
 def test_epochs_end_the_run_where_there_are_no_steps(train, tmp_path):
-    assert train(tmp_path / "run", "epochs=2")[0] == 0
-    assert [row[6] for row in read_losses(tmp_path / "run")] == [0] * 6 + [1] * 6
+    out = tmp_path / "runs" / "first"  # neither folder is there yet
+    assert train(out, "epochs=2")[0] == 0
+    assert [row[6] for row in read_losses(out)] == [0] * 6 + [1] * 6
 
 
 def test_only_many_epochs_in_a_row_without_a_batch_are_a_mistake(tmp_path):

@@ -97,7 +97,7 @@ class ClusterPlan:
     def fewest_recomputed(self) -> int | None:
         """The fewest recomputed blocks with which every bucket fits; None if one never does."""
         fewest = [bucket.memory.fewest_recomputed for bucket in self.buckets]
-        return None if None in fewest else max(fewest, default=0)
+        return None if None in fewest else max(fewest)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data, for JSON."""
