@@ -343,6 +343,19 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(train, tmp_path, monkey
     assert read_losses(out) == read_losses(whole)
 
 
+def test_a_signal_that_comes_behind_a_step_costs_no_further_one(train, tmp_path, monkeypatch):
+    real = loop.take_snapshot
+
+    def take_snapshot(trainer, buffers):
+        if trainer.position.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(trainer, buffers)
+
+    monkeypatch.setattr(loop, "take_snapshot", take_snapshot)
+    assert train(tmp_path / "run", "--steps", STEPS, "ckpt_every=2")[0] == 128 + signal.SIGTERM
+    assert [row[0] for row in read_losses(tmp_path / "run")] == [1, 2]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_can_be_replayed(train, tmp_path, capsys):
     out = tmp_path / "run"
     code, _, error = train(out, "--steps", 5, "lr=1e25", "grad_clip=None", "--kernels", "reference")
