@@ -105,6 +105,15 @@ def test_resume_from_the_configuration_that_the_run_wrote(train, tmp_path, whole
     assert read_losses(out) == read_losses(whole)
 
 
+def test_the_configuration_that_a_run_wrote_works_from_any_folder(train, tmp_path, table, monkeypatch):
+    shutil.copytree(table.parent, tmp_path / "clips")
+    monkeypatch.chdir(tmp_path)
+    assert train("run", "--steps", 0, "--data-path", "clips/meta.csv", "features=cached")[0] == 0
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["dataset"]["data_path"] == str(tmp_path / "clips" / "meta.csv")
+    assert written["features"] == str(tmp_path / "cached")
+
+
 def test_weights_and_optimizer_state_into_a_new_order(train, tmp_path, whole):
     others = ("seed=1", "bucket_config={'144p': {1: (1.0, 2)}}")
     code, _, error = train(tmp_path / "run", "--steps", 2, f"load={whole}", "start_from_scratch=True", *others)
