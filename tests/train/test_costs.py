@@ -70,6 +70,12 @@ def test_encoders_take_memory_unless_features_are_cached():
     assert other.get_memory_model(1).encoders == 0 and "their weights not counted" in other.describe_encoders()
 
 
+def test_frames_that_may_be_given_take_memory():
+    plain, masked = costs_of("stage1", "mask_ratios=None"), costs_of("stage1", "mask_ratios={'mask_no': 1.0}")
+    videos = plain.get_videos(("240p", 16, "0.56"))
+    assert masked.get_memory_model(1).peak(videos, 0) > plain.get_memory_model(1).peak(videos, 0)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_videos_of_every_bucket_have_the_tokens_that_the_sampler_counts(name):
     costs = costs_of(name)
