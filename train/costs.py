@@ -137,7 +137,7 @@ class RunCosts:
         sizes = {}
         if config.vae.type == "VideoAutoencoderKL" and SD_VAE in (config.vae.from_pretrained or ""):
             sizes["the VAE"] = SD_VAE_PARAMETERS * self.element
-        if config.text_encoder.type == "t5" and T5_XXL in (config.text_encoder.from_pretrained or ""):
+        if T5_XXL in (config.text_encoder.from_pretrained or ""):
             dtype = choose_text_dtype(config.text_encoder.shardformer, DTYPES[config.dtype])
             sizes["T5"] = T5_XXL_PARAMETERS * dtype.itemsize
         return sizes
