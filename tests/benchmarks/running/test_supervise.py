@@ -90,6 +90,18 @@ if start == 1:
     assert death.reason == "its process was ended by SIGSEGV (check)"
 
 
+def test_a_death_is_told_once(tmp_path):
+    steps = f"""
+if start == 1:
+    running([["a key"]], "check")
+    os.kill(os.getpid(), signal.SIGSEGV)
+if start == 2:
+    sys.exit({RESTART})
+"""
+    assert supervise(make_plan(tmp_path), command=stub(steps)) == DONE
+    assert [len(plan.deaths) for plan in read_plans(tmp_path)] == [0, 1, 0]
+
+
 def test_where_nobody_can_tell_the_case_is_tried_carefully_and_then_given_up(tmp_path):
     steps = """
 if start < 3:
@@ -113,6 +125,8 @@ if start == 1:
 
 
 def test_a_worker_that_dies_at_once_is_not_started_for_ever(tmp_path):
+    # left of a run that was ended from outside
+    (tmp_path / "running.json").write_text(json.dumps({"case": "a case", "keys": [["a key"]], "stage": "check"}))
     assert supervise(make_plan(tmp_path), command=stub("os.kill(os.getpid(), signal.SIGKILL)")) == 128 + 9
     assert len(read_plans(tmp_path)) == 1
 
