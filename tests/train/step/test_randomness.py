@@ -21,3 +21,18 @@ def test_draws_depend_on_seed_step_and_rank_only():
 def test_host_values():
     values = HostValues(torch.tensor(1.5, requires_grad=True), torch.tensor([2.0]), torch.tensor(3, dtype=torch.int32))
     assert values.get() == [1.5, 2.0, 3.0]
+
+
+def test_host_values_are_waited_for_as_long_as_it_takes_within_the_limit():
+    class Late:
+        """An event of a device that is still computing when it is first asked."""
+
+        asked = 0
+
+        def query(self):
+            self.asked += 1
+            return self.asked > 2
+
+    values = HostValues(torch.tensor(1.5))
+    values._event = Late()
+    assert values.get(seconds=5) == [1.5] and values._event.asked == 3
