@@ -435,7 +435,8 @@ def test_a_step_that_is_not_finite_leaves_the_state_before_it(train, tmp_path, m
     folder = out / "checkpoints" / "step-00000004"
     written = folder.stat().st_ino
     for resume in ("auto", folder.resolve()):
-        assert train(out, "--steps", STEPS, "--resume", resume)[0] == 1
+        code, _, error = train(out, "--steps", STEPS, "--resume", resume)
+        assert code == 1 and "step 5: the" in error
         assert folder.stat().st_ino == written
     monkeypatch.undo()
     assert train(out, "--steps", STEPS, "--resume", "auto")[0] == 0

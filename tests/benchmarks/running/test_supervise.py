@@ -90,13 +90,16 @@ if start == 1:
     assert death.reason == "its process was ended by SIGSEGV (check)"
 
 
-def test_a_death_is_told_once(tmp_path):
+@pytest.mark.parametrize(
+    "then", [f"sys.exit({RESTART})", 'running([], "samples"); os.kill(os.getpid(), signal.SIGKILL)']
+)
+def test_a_death_is_told_once(tmp_path, then):
     steps = f"""
 if start == 1:
     running([["a key"]], "check")
     os.kill(os.getpid(), signal.SIGSEGV)
 if start == 2:
-    sys.exit({RESTART})
+    {then}
 """
     assert supervise(make_plan(tmp_path), command=stub(steps)) == DONE
     assert [len(plan.deaths) for plan in read_plans(tmp_path)] == [0, 1, 0]
