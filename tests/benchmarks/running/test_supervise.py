@@ -134,6 +134,20 @@ def test_a_worker_that_dies_at_once_is_not_started_for_ever(tmp_path):
     assert len(read_plans(tmp_path)) == 1
 
 
+def test_a_worker_is_asked_at_the_deadline_and_given_time_to_end(tmp_path):
+    steps = f"""
+def stop(number, frame):
+    time.sleep(0.5)
+    (folder / "written").touch()
+    sys.exit({INTERRUPTED})
+signal.signal(signal.SIGTERM, stop)
+time.sleep(600)
+"""
+    start = time.time()
+    assert supervise(make_plan(tmp_path, deadline=start + 2), command=stub(steps)) == INTERRUPTED
+    assert (tmp_path / "written").exists() and time.time() - start < supervise_module.GRACE_SECONDS
+
+
 def test_a_worker_that_does_not_stop_when_asked_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise_module, "GRACE_SECONDS", 0.5)
     steps = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)"
