@@ -127,6 +127,12 @@ if start == 1:
     assert read_plans(tmp_path)[1].deaths[0].reason == "it gave no sign of life for 1 s (check)"
 
 
+def test_a_worker_may_load_for_longer_than_it_may_be_silent_later(tmp_path):
+    steps = "time.sleep(1.5)\nrunning([], 'check')"
+    assert supervise(make_plan(tmp_path), stall_seconds=0.5, command=stub(steps)) == DONE
+    assert len(read_plans(tmp_path)) == 1
+
+
 def test_a_worker_that_dies_at_once_is_not_started_for_ever(tmp_path):
     # left of a run that was ended from outside
     (tmp_path / "running.json").write_text(json.dumps({"case": "a case", "keys": [["a key"]], "stage": "check"}))
