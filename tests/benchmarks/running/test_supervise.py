@@ -73,6 +73,12 @@ def test_the_exit_code_of_a_worker_that_ends_by_itself_is_passed_on(tmp_path, co
     assert len(read_plans(tmp_path)) == 1
 
 
+def test_signals_act_as_before_when_the_worker_has_ended(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert supervise(make_plan(tmp_path), command=stub("")) == DONE
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_a_worker_that_asks_for_it_is_started_again(tmp_path):
     assert supervise(make_plan(tmp_path), command=stub(f"sys.exit({RESTART} if start < 3 else 0)")) == DONE
     assert len(read_plans(tmp_path)) == 3
