@@ -105,10 +105,11 @@ def test_resume_from_the_configuration_that_the_run_wrote(train, tmp_path, whole
     assert read_losses(out) == read_losses(whole)
 
 
-def test_the_configuration_that_a_run_wrote_works_from_any_folder(train, tmp_path, table, monkeypatch):
+def test_the_configuration_that_a_run_wrote_works_from_any_folder(config, tmp_path, table, monkeypatch):
     shutil.copytree(table.parent, tmp_path / "clips")
     monkeypatch.chdir(tmp_path)
-    assert train("run", "--steps", 0, "--data-path", "clips/meta.csv", "features=cached")[0] == 0
+    values = ("dataset.data_path=clips/meta.csv", "features=cached")
+    assert cli.run(["train", str(config), "--out", "run", "--device", "cpu", "--steps", "0", *values]) == 0
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["dataset"]["data_path"] == str(tmp_path / "clips" / "meta.csv")
     assert written["features"] == str(tmp_path / "cached")
