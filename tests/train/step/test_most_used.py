@@ -102,6 +102,20 @@ def test_a_newcomer_takes_a_place_only_with_a_lead_over_the_least_used(keys, mos
             kept.append(key)
 
 
+def test_uses_are_halved_and_not_forgotten():
+    used = MostUsed(1, 1, USES_OF_A_PLACE)
+    used.use("old")
+    used.keep("old", "thing")
+    admitted = []
+    for _ in range(2 * USES_OF_A_PLACE):
+        used.use("new")
+        admitted.append(used.make_room("new"))
+        if admitted[-1]:
+            break
+    before = USES_OF_A_PLACE - 1  # uses until the first halving, with which the count of the other is 0
+    assert admitted[-1] and len(admitted) == before + USES_OF_A_PLACE - before // 2
+
+
 def test_keys_that_do_not_come_again_are_not_remembered():
     used = MostUsed(4, 2, 8)
     for key in range(10_000):
