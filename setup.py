@@ -42,8 +42,8 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
-        "numpy",
-        "pandas",
+        "numpy>=2",
+        "pandas>=3.1",
         "pyarrow",
         "safetensors",
         "pydantic>=2",
