@@ -1,7 +1,8 @@
 """Runs the benchmarks in a process of their own, and goes on where a provider takes that process down.
 
 A kernel that reads out of bounds leaves the GPU unusable for its process; a library may crash or hang. The worker says
-what it is doing in a file; when it dies or falls silent, that becomes a failed row and a new worker goes on behind it.
+what it is doing in a file, which goes when it ends by itself; when it dies, with whatever exit code, or falls silent,
+that becomes a failed row and a new worker goes on behind it.
 Imports neither torch nor anything that does.
 """
 
@@ -41,7 +42,7 @@ def supervise(plan: Plan, stall_seconds: float = STALL_SECONDS, command: list[st
     for _ in range(MOST_RESTARTS):
         running.unlink(missing_ok=True)  # of the worker before, or of a run that was ended from outside
         code, silence, asked = _run_worker([*command, plan.to_json()], plan.deadline, running, stall_seconds)
-        if code >= 0 and code != RESTART:
+        if code >= 0 and code != RESTART and not running.exists():
             return code
         if asked or time.time() >= (plan.deadline or float("inf")):
             return INTERRUPTED
@@ -52,7 +53,7 @@ def supervise(plan: Plan, stall_seconds: float = STALL_SECONDS, command: list[st
         if state is None or (state, plan.careful) == before:
             return code if code > 0 else 128 - code  # it died before it did anything new
         before = state, plan.careful
-        reason = silence or f"its process was ended by {_name_signal(code)}"
+        reason = silence or _describe_end(code)
         plan = _blame(replace(plan, deaths=[]), state, reason)
     return RESTART
 
@@ -133,8 +134,11 @@ def _read_running(path: Path) -> dict | None:
         return None
 
 
-def _name_signal(code: int) -> str:
+def _describe_end(code: int) -> str:
+    if code >= 0:
+        return f"it ended its process with exit code {code}"
     try:
-        return signal.Signals(-code).name
+        name = signal.Signals(-code).name
     except ValueError:
-        return f"signal {-code}"
+        name = f"signal {-code}"
+    return f"its process was ended by {name}"

@@ -30,11 +30,14 @@ from .runner import Report, run_cases
 
 def main() -> None:
     end_with_parent()
+    plan = Plan.from_json(sys.argv[1])
     try:
-        code = run(Plan.from_json(sys.argv[1]))
+        code = run(plan)
     except (ValueError, OSError) as error:  # a mistake of the user, as the command line prints them
         print(f"opensora-fast: error: {error}", file=sys.stderr)
         code = ERROR
+    if code != RESTART:  # so it is known that the run is over: a library may end this process, too, with any exit code
+        (Path(plan.folder) / RUNNING_FILE).unlink(missing_ok=True)
     sys.exit(code)
 
 
@@ -65,7 +68,6 @@ def _run(plan: Plan) -> int:
     except KeyboardInterrupt:
         code = DONE if session.seconds_left <= 0 else INTERRUPTED
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is measured: nothing to stop
-    (folder / RUNNING_FILE).unlink(missing_ok=True)
     return print_report(report, cases, plan, session, folder) or code
 
 

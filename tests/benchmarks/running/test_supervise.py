@@ -111,6 +111,19 @@ if start == 2:
     assert [len(plan.deaths) for plan in read_plans(tmp_path)] == [0, 1, 0]
 
 
+@pytest.mark.parametrize("code", [DONE, ERROR, WRONG, INTERRUPTED, 7])
+def test_a_library_that_ends_the_process_does_not_end_the_run(tmp_path, code):
+    """Whatever exit code it ends it with: what was running is not over."""
+    steps = f"""
+if start == 1:
+    running([["a key"]], "check")
+    os._exit({code})
+"""
+    assert supervise(make_plan(tmp_path), command=stub(steps)) == DONE
+    (death,) = read_plans(tmp_path)[1].deaths
+    assert (death.keys, death.reason) == ([["a key"]], f"it ended its process with exit code {code} (check)")
+
+
 def test_where_nobody_can_tell_the_case_is_tried_carefully_and_then_given_up(tmp_path):
     steps = """
 if start < 3:
@@ -134,7 +147,7 @@ if start == 1:
 
 
 def test_a_worker_may_load_for_longer_than_it_may_be_silent_later(tmp_path):
-    steps = "time.sleep(1.5)\nrunning([], 'check')"
+    steps = "time.sleep(1.5)\nrunning([], 'check')\n(folder / 'running.json').unlink()"
     assert supervise(make_plan(tmp_path), stall_seconds=0.5, command=stub(steps)) == DONE
     assert len(read_plans(tmp_path)) == 1
 
