@@ -89,8 +89,11 @@ def _measure(case: Case, session: Session, names: Sequence[str], report: Report)
             session.tell(f"refused: {item}")
 
     forget_compiled()
+    # Of the case, too, before its first provider is called: imports and inputs may take the process down as well.
+    alone = [row for row in case.planned_rows().values() if row.provider in names] if len(names) == 1 else []
     try:
-        outcome = case.measure(session, names)
+        with session.watch(alone, "preparation"):
+            outcome = case.measure(session, names)
     except DeviceLostError as lost:
         keep([*lost.rows_before, *lost.rows], lost.refused)
         raise

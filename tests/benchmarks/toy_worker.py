@@ -23,7 +23,15 @@ def kill(work: ToyWork):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-EVIL = (Provider("kill", of_function(kill)),)
+def leave(work: ToyWork):
+    os._exit(0)  # as after a job that is done
+
+
+EVIL = (
+    Provider("kill", of_function(kill)),
+    Provider("leave", of_function(leave)),
+    Provider("kill-by-import", of_function(multiply), missing=kill),
+)
 WRONG = (Provider("ours", of_function(lambda work: multiply(work) + 1)),)
 
 

@@ -217,7 +217,7 @@ sys.exit(supervise.supervise(Plan.from_json(sys.argv[1]), command={worker!r}))
 
 
 def test_providers_that_take_the_process_down_cost_their_own_rows(tmp_path, capfd):
-    """The real worker: one provider loses the device, one kills the process, one is wrong."""
+    """The real worker: one provider loses the device, some end the process, one is wrong."""
     assert supervise(make_plan(tmp_path), command=[*WORKER, "evil"]) == WRONG
     rows = read_folder(tmp_path)
     assert len({row.key for row in rows}) == len(rows)  # nothing was measured twice
@@ -229,6 +229,10 @@ def test_providers_that_take_the_process_down_cost_their_own_rows(tmp_path, capf
         ("crash", "forward+backward"): "CUDA error",
         ("kill", "forward"): "its process was ended by SIGKILL (check)",
         ("kill", "forward+backward"): "its process was ended by SIGKILL (check)",
+        ("leave", "forward"): "it ended its process with exit code 0 (check)",
+        ("leave", "forward+backward"): "it ended its process with exit code 0 (check)",
+        ("kill-by-import", "forward"): "its process was ended by SIGKILL (preparation)",
+        ("kill-by-import", "forward+backward"): "its process was ended by SIGKILL (preparation)",
     }
     assert not (tmp_path / "running.json").exists()
     refused = [json.loads(line) for line in (tmp_path / "refused.jsonl").read_text().splitlines()]
@@ -248,7 +252,7 @@ def test_a_provider_that_takes_a_refreshing_run_down_is_not_tried_for_ever(tmp_p
     assert supervise(make_plan(tmp_path, refresh=True, started=started), command=[*WORKER, "evil"]) == WRONG
     again = read_folder(tmp_path)[len(before) :]
     failed = {(row.provider, row.direction, row.reason) for row in before if row.status == "failed"}
-    assert len(failed) == 4 == len([row for row in again if row.status == "failed"])
+    assert len(failed) == 8 == len([row for row in again if row.status == "failed"])
     assert {(row.provider, row.direction, row.reason) for row in again if row.status == "failed"} == failed
 
 
