@@ -136,10 +136,10 @@ class _Run:
     # ---- whether a provider is right ----
 
     def _is_present(self, provider: Provider) -> bool:
-        reason = provider.missing(self.contest.work)
+        reason = self._try(provider, partial(provider.missing, self.contest.work), None)
         for direction in self.contest.calls if reason else ():
             self.rows.append(self._row(provider, direction).without_time("unavailable", reason))
-        return not reason
+        return reason == ""
 
     def _check(self, providers: Sequence[Provider]) -> dict[str, dict[bool, Judgement]]:
         """Provider → its judgement by outputs alone (True) and with gradients (False); only those that are right."""

@@ -64,6 +64,16 @@ def test_a_direction_that_is_finished_is_not_tried_again(session):
     assert [row.direction for row in again] == ["forward+backward"]
 
 
+def test_who_cannot_even_say_whether_it_can_run_costs_its_own_rows(session):
+    contest = toy_contest(["eager", "other"])
+    broken = replace(contest.providers[1], name="broken", missing=lambda work: 1 / 0)
+    rows, _ = run_contest(replace(contest, providers=[contest.providers[0], broken]), session)
+    assert {(row.provider, row.status, row.reason) for row in rows} == {
+        ("eager", "ok", ""),
+        ("broken", "failed", "ZeroDivisionError: division by zero"),
+    }
+
+
 @pytest.mark.parametrize("others", [[], ["eager"]], ids=["alone", "beside another"])
 def test_who_is_sampled_alone_is_named_while_it_runs(tmp_path, others):
     """If the process dies then, it was this provider; among several nobody could tell."""
