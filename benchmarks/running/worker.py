@@ -86,14 +86,14 @@ def kept_rows(plan: Plan, rows: Sequence[Row], own: Environment) -> list[Row]:
         if (found := row.environment)
         and (
             found.date >= plan.started
-            or (row.status == "ok" and (found.commit, found.dirty) == (own.commit, own.dirty))
+            or (row.status == "ok" and _is_known(own) and (found.commit, found.dirty) == (own.commit, own.dirty))
         )
     ]
 
 
 def kept_refusals(plan: Plan, items: Sequence[Mapping[str, Any]], own: Environment) -> frozenset[Key]:
     """Keys of rows that were refused at this commit (by a run that refreshes: in this run); none of changed sources."""
-    if own.dirty or not own.commit:
+    if not _is_known(own):
         return frozenset()
     since = plan.started if plan.refresh else ""
     return frozenset(
@@ -101,6 +101,11 @@ def kept_refusals(plan: Plan, items: Sequence[Mapping[str, Any]], own: Environme
         for item in items
         if item["commit"] == own.commit and not item["dirty"] and item["date"] >= since
     )
+
+
+def _is_known(own: Environment) -> bool:
+    """Whether the commit says what the sources are; changed ones may have been others before."""
+    return bool(own.commit) and not own.dirty
 
 
 def record_deaths(

@@ -27,7 +27,7 @@ def command(
         typer.Option(help="With --list: for such a GPU, H100 for example; default: the one here, or H200."),
     ] = None,
     refresh: Annotated[
-        bool, typer.Option(help="Measure again what has no time, and rows of another state of the sources.")
+        bool, typer.Option(help="Measure again what has no time, and rows not known to be of these sources.")
     ] = False,
     commit: Annotated[
         str | None,

@@ -63,6 +63,9 @@ def test_refresh_measures_what_has_no_time_and_rows_of_other_sources_again():
     rows = [fine, make_row(provider="older", date=old, commit="b" * 40), absent, failed_now]
     assert kept_rows(plan, rows, own) == [fine, failed_now]
     assert kept_rows(replace(plan, refresh=False), rows, own) == rows
+    for unknown in ({"dirty": True}, {"commit": ""}):  # the sources may have changed since, and say the same
+        before, now = (make_row(date=date, **unknown) for date in (old, new))
+        assert kept_rows(plan, [before, now], now.environment) == [now]
 
     items = [
         {"key": [name], "commit": own.commit, "dirty": False, "date": date} for name, date in (("a", old), ("b", new))
