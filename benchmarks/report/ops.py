@@ -67,6 +67,13 @@ def _op_line(work: Work, ours: Row) -> list[object]:
     upstream = work.of("upstream")
     best = next((row for row in work.measured if not is_ours(row)), None)
     checked = check_share(ours)
+
+    def speed_up(other: Row | None) -> object:
+        if other is None:
+            return ""
+        # A call's time holds the host's work, a replay's does not.
+        return round(other.p50_ms / ours.p50_ms, 2) if other.is_replayed == ours.is_replayed else "timed otherwise"
+
     return [
         work.first.op,
         work.first.direction,
@@ -76,8 +83,8 @@ def _op_line(work: Work, ours: Row) -> list[object]:
         "" if checked is None else round(checked, 2),
         best.provider if best else "",
         best.p50_ms if best else "",
-        round(best.p50_ms / ours.p50_ms, 2) if best else "",
-        round(upstream.p50_ms / ours.p50_ms, 2) if upstream else "",
+        speed_up(best),
+        speed_up(upstream),
     ]
 
 
