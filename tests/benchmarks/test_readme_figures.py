@@ -107,6 +107,14 @@ def test_peers_of_another_gpu_stand_beside_none_of_this():
     assert "same H200 and run | – | 81.0" in block and "same H100" not in block
 
 
+@pytest.mark.parametrize("change", [{"torch": "2.12.0"}, {"driver": "590.1"}, {"dirty": True}])
+def test_peers_of_other_versions_or_changed_sources_stand_beside_none(change):
+    ours, flash = make_row(**STEP, p50_ms=400.0), make_row(**STEP, provider="upstream-flash", p50_ms=400.0, **change)
+    assert "same H200" not in build_block([Results(None, (ours, flash))])
+    later = make_row(**STEP, provider="upstream-flash", p50_ms=400.0, date="2026-12-24")  # a run that was continued
+    assert "same H200" in build_block([Results(None, (ours, later))])
+
+
 def test_a_row_with_peers_stands_before_a_faster_one_without():
     alone = make_row(**STEP, p50_ms=300.0, shape="B=5 T=16")
     beside = make_row(**STEP | {"tokens": 19440}, p50_ms=200.0, shape="B=3 T=16")
