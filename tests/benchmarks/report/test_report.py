@@ -127,6 +127,13 @@ def test_head_and_large_figures(tmp_path):
     assert "xformers is not installed" in text and "1 unavailable, 0 failed" in glance
 
 
+@pytest.mark.parametrize("change", [{"commit": "b" * 40}, {"dirty": True}, {"torch": "2.12.0"}, {"date": "2026-12-24"}])
+def test_a_page_of_rows_of_several_states_says_so(tmp_path, change):
+    page = write_report(write_rows(tmp_path, [make_row(), make_row(provider="eager", **change)]))
+    said = "Not all of these rows are of the same sources and versions" in section_of(page, "At a glance")
+    assert said == ("date" not in change)
+
+
 def test_shares_are_of_the_best_ceilings_even_where_these_were_measured_later():
     """What was measured first is held against what the page calls the limit, as all else."""
     row = make_row(level="gemm", op="qkv", provider="cublas", flops=6e11, bytes=1.0, roofline_share=0.75)
