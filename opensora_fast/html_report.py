@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opensora_fast.files import write_whole
 from opensora_fast.html_style import FILTER_SCRIPT, STYLE
 
 if TYPE_CHECKING:
@@ -169,7 +170,8 @@ class HtmlReport:
     def write(self, path: Path) -> None:
         self._close()
         links = "".join(f'<a href="#{_anchor(title)}">{html.escape(title)}</a>' for title in self._titles)
-        path.write_text(
+        write_whole(
+            path,
             "<!doctype html><html lang=en><head><meta charset=utf-8>"
             '<meta name=viewport content="width=device-width, initial-scale=1"><link rel=icon href="data:,">'
             f"<title>{html.escape(self._title)}</title><style>{STYLE}</style>"
@@ -177,7 +179,6 @@ class HtmlReport:
             f"</head><body><main><h1>{html.escape(self._title)}</h1><p class=lead>{_escape(self._lead)}</p>"
             f"{f'<nav>{links}</nav>' if self._contents else ''}"
             f"{''.join(self._parts)}</main><script>{FILTER_SCRIPT}</script></body></html>\n",
-            encoding="utf-8",
         )
 
     def _to_svg(self, figure: Figure) -> str:

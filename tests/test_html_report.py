@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from opensora_fast.html_report import HtmlReport
 
 
@@ -22,3 +24,12 @@ def test_a_page_holds_everything_and_escapes_text(tmp_path):
     assert "&lt;script&gt;" in page and page.count("<script>") == 1
     assert not re.search(r'(?:src|href)="?(?!data:)[a-z]+:', page)
     assert "<td class=number>1.5</td>" in page
+
+
+def test_a_page_that_a_full_disk_does_not_take_leaves_the_one_before(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("before")
+    (tmp_path / ".report.html.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*report\.html'"):
+        HtmlReport("Title", "lead").write(path)
+    assert path.read_text() == "before"
