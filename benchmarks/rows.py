@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from opensora_fast.files import naming_file
+
 from .environment import Environment
 
 # Level → the file that holds its rows.
@@ -154,6 +156,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 
     Raises:
         ValueError: the file holds other columns, or rows of another device.
+        OSError: not all was written: the disk is full, for example; the file is named.
     """
     rows = list(rows)
     if path.exists():
@@ -171,8 +174,11 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         writer.writeheader()
     writer.writerows(_to_record(row) for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:  # one write: whoever stops the process leaves no half row
-        file.write(text.getvalue().encode())
+    content = text.getvalue().encode()
+    with naming_file(path), path.open("ab", buffering=0) as file:
+        # One write, so that whoever stops the process leaves no half row; the next says what cut that one short.
+        while content:
+            content = content[file.write(content) :]
 
 
 def read_rows(path: Path) -> list[Row]:

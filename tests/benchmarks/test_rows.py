@@ -2,6 +2,8 @@
 
 import csv
 import math
+import resource
+import signal
 
 import pytest
 from bench_toys import make_row
@@ -117,6 +119,27 @@ def test_a_row_that_was_cut_off_is_neither_read_nor_continued(tmp_path, kept):
     check_folder(tmp_path, make_row().environment)
     append_rows(path, [make_row(), make_row()])
     assert len(read_rows(path)) == whole + 2
+
+
+@pytest.fixture
+def small_disk():
+    """Files may have 20 kB, as where the disk is full then: the first write beyond that writes what still fits."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_row_that_a_full_disk_cuts_off_is_no_row_that_was_written(tmp_path, small_disk):
+    written = 0
+    with pytest.raises(OSError, match=r"op\.csv") as full:  # not the silence of a run that loses row after row
+        for _ in range(200):
+            append_rows(tmp_path / "op.csv", [make_row()])
+            written += 1
+    assert full.value.filename == str(tmp_path / "op.csv")
+    assert len(read_rows(tmp_path / "op.csv")) == written > 10
 
 
 def test_a_row_within_a_file_that_lacks_cells_is_named(tmp_path):
