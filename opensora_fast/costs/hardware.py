@@ -64,7 +64,12 @@ def find_gpu(name: str) -> Gpu:
 
 
 def recognize_gpu(device_name: str) -> Gpu | None:
-    """The GPU behind a name as drivers and benchmark rows write it, such as "NVIDIA H100 PCIe"; None for others."""
+    """The GPU behind a name as drivers and benchmark rows write it, such as "NVIDIA H100 PCIe"; None for others.
+
+    A part of a GPU (MIG) is none: it has a share of the rates and the memory.
+    """
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))  # a GH200 is no H200
+    if "MIG" in words:
+        return None
     named = {gpu: set(gpu.name.upper().split()) for gpu in DATASHEETS.values()}
     return max((gpu for gpu in named if named[gpu] <= words), key=lambda gpu: len(named[gpu]), default=None)

@@ -25,7 +25,10 @@ def test_names_of_drivers_and_rows_are_recognized(name, gpu):
     assert recognize_gpu(name) is DATASHEETS[gpu]
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GH200 480GB", "nvidia-gb200", "NVIDIA H20", "cpu-x86_64", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA GH200 480GB", "nvidia-gb200", "NVIDIA H20", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu-x86_64", ""],
+)
 def test_other_devices_are_not_taken_for_those_whose_name_they_hold(name):
     assert recognize_gpu(name) is None
 
