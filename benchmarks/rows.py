@@ -104,6 +104,8 @@ class Row:
             raise ValueError(f"row {self.name}: status {self.status!r}; use ok, unavailable or failed")
         if self.status != "ok" and not self.reason:
             raise ValueError(f"row {self.name}: a row without a time must give its reason")
+        if self.status == "ok" and not 0 < self.p50_ms < math.inf:
+            raise ValueError(f"row {self.name}: p50_ms {self.p50_ms}; a row with a time must have one")
         if self.status == "ok" and not self.error <= self.error_limit:
             raise ValueError(
                 f"row {self.name}: error {self.error:.3g} is over its limit {self.error_limit:.3g}; "

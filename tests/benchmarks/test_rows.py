@@ -59,6 +59,8 @@ def test_a_wrong_result_cannot_become_a_row(error):
         ({"status": "fine"}, "status 'fine'"),
         ({"status": "failed", "reason": ""}, "must give its reason"),
         ({"level": "galaxy"}, "level 'galaxy'"),
+        ({"p50_ms": math.nan}, "p50_ms nan; a row with a time must have one"),
+        ({"p50_ms": 0.0}, "p50_ms 0.0; a row with a time must have one"),
     ],
 )
 def test_broken_rows_are_refused(changes, message):
