@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,7 @@ class Comparison:
 
     Attributes:
         timed_otherwise: rows of replays on one side and of single calls on the other, whose times are not compared.
+        other_versions: of what was installed, such as "torch 2.11.0 → 2.13.0": not the sources alone have changed.
     """
 
     device_names: tuple[str, ...]
@@ -62,6 +64,7 @@ class Comparison:
     only_before: int
     only_after: int
     timed_otherwise: int
+    other_versions: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [f"regression: {item}" for item in self.regressions]
@@ -73,6 +76,8 @@ class Comparison:
         if self.timed_otherwise:
             count = self.timed_otherwise
             lines.append(f"times of {count} rows not compared: of replays on one side, of single calls on the other")
+        if self.other_versions:
+            lines.append(f"not the sources alone differ: {', '.join(self.other_versions)}")
         return "\n".join(lines)
 
 
@@ -123,7 +128,18 @@ def compare(before: Path, after: Path, thresholds: Thresholds | None = None) -> 
         only_before=len(rows_before.keys() - rows_after.keys()),
         only_after=len(rows_after.keys() - rows_before.keys()),
         timed_otherwise=timed_otherwise,
+        other_versions=_other_versions(pairs),
     )
+
+
+def _other_versions(pairs: Iterable[tuple[Row, Row]]) -> tuple[str, ...]:
+    found = {}
+    for old, new in pairs:
+        for name in ("driver", "torch", "triton", "python"):
+            before, after = getattr(old.environment, name, ""), getattr(new.environment, name, "")
+            if before != after:
+                found[f"{name} {before or 'none'} → {after or 'none'}"] = None
+    return tuple(found)
 
 
 def _exceeds(growth: float, base: float, relative: float, absolute: float) -> bool:

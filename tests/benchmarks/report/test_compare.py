@@ -40,6 +40,17 @@ def test_both_thresholds_must_be_passed(folders, before_ms, after_ms, kind):
     assert [item.kind for item in comparison.improvements] == ([kind] if kind == "faster" else [])
 
 
+def test_other_versions_are_told(folders):
+    """A slower row may then be the fault of none of this project's changes."""
+    commit, torch_and_driver = {"commit": "b" * 40}, {"torch": "2.13.0", "driver": ""}
+    before = [make_row(), make_row(provider="eager"), make_row(provider="compile")]
+    after = [make_row(**commit), make_row(provider="eager", **torch_and_driver)]
+    paths = folders(before, after)
+    assert compare(*paths).other_versions == ("driver 580.1 → none", "torch 2.11.0 → 2.13.0")
+    assert "not the sources alone differ: driver 580.1 → none, torch" in str(compare(*paths))
+    assert "not the sources alone" not in str(compare(paths[0], paths[0]))
+
+
 def test_thresholds_can_be_chosen(folders):
     paths = folders([make_row(p50_ms=1.0)], [make_row(p50_ms=1.06)])
     assert not compare(*paths, Thresholds(relative=0.1)).regressions
