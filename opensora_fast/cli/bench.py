@@ -138,6 +138,12 @@ def _measure(
     )
     with hold_folder(out, typer.echo):
         code = supervise(plan)
+    if code == INTERRUPTED and deadline is not None and time.time() >= deadline:
+        typer.echo(
+            "opensora-fast: error: --budget was over while the process that measures was loading, or stuck; run again "
+            "with the same --out to go on, or with a longer --budget",
+            err=True,
+        )
     if code not in (DONE, ERROR, WRONG, INTERRUPTED):
         typer.echo(
             f"opensora-fast: error: the process that measures died before it came to anything new (exit code {code}); "

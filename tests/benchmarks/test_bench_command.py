@@ -106,6 +106,11 @@ def test_one_row_can_be_run_stopped_and_run_again(tmp_path, monkeypatch, capfd):
     assert all(row.environment.commit and row.environment.date for row in after)
 
 
+def test_a_budget_that_is_over_before_anything_begins_is_told(tmp_path, capsys):
+    assert run(["bench", "--device", "cpu", "--suite", "kernels", "--budget", "0.1s", "--out", str(tmp_path)]) == 130
+    assert "--budget was over while the process that measures was loading" in capsys.readouterr().err
+
+
 def test_a_folder_that_another_run_writes_into_is_refused(tmp_path, capsys):
     """Each would measure every row again, beside the other, and disturb its times."""
     code = "import sys, pathlib; from opensora_fast.folder_lock import hold_folder\n"
