@@ -59,6 +59,12 @@ def format_refused(item: Mapping[str, Any]) -> str:
     return f"{item['name']}: the error of its {item['result']} is {error}{f'; most of it: {parts}' if parts else ''}"
 
 
+def without_refused_time(row: Row, item: Mapping[str, Any]) -> Row:
+    """A row whose provider was wrong later, as `read_refused` says it: failed."""
+    error = f"{item['error']:.3g} of at most {item['error_limit']:.3g}"
+    return row.without_time("failed", f"wrong, the error of its {item['result']} is {error}")
+
+
 def _describe(item: Refused) -> dict[str, Any]:
     environment = item.row.environment
     return {

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..measuring.refused import read_refused
+from ..measuring.refused import read_refused, without_refused_time
 from ..rows import Key, Row, read_folder, read_rows
 
 RELATIVE, ABSOLUTE_MS = 0.05, 0.01
@@ -166,10 +166,7 @@ def _refused_rows(folder: Path, before: dict[Key, Row], after: dict[Key, Row]) -
     for item in read_refused(folder):
         key = (item["device_name"], *item["key"])
         if key in before and (key not in after or _date(after[key]) < item["date"]):
-            reason = (
-                f"wrong, the error of its {item['result']} is {item['error']:.3g} of at most {item['error_limit']:.3g}"
-            )
-            found[key] = before[key].without_time("failed", reason)
+            found[key] = without_refused_time(before[key], item)
     return found
 
 

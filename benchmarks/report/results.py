@@ -12,7 +12,7 @@ from pathlib import Path
 
 from opensora_fast.costs.hardware import Gpu, recognize_gpu
 
-from ..measuring.refused import read_refused
+from ..measuring.refused import read_refused, without_refused_time
 from ..roofline import floor_seconds, project_ms
 from ..rows import Key, Row, read_folder
 from ..shapes import SIZES
@@ -102,8 +102,13 @@ class Results:
 
     @cached_property
     def _written(self) -> list[Row]:
-        """The last row of each key, as it was written."""
-        return list({row.key: row for row in self.rows}.values())
+        """The last row of each key, as it was written; failed where its provider was refused as wrong since."""
+        rows = {row.key: row for row in self.rows}
+        for item in self.refused:
+            row = rows.get(tuple(item["key"]))
+            if row is not None and row.environment is not None and row.environment.date < item["date"]:
+                rows[row.key] = without_refused_time(row, item)
+        return list(rows.values())
 
     @property
     def device_name(self) -> str:

@@ -192,6 +192,15 @@ def test_wrong_results_are_listed(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("date", "status"), [("2026-11-23", "failed"), ("2026-11-21", "ok")])
+def test_a_time_of_before_it_was_found_wrong_is_none(tmp_path, date, status):
+    row = make_row()
+    Session("cpu", tmp_path).record([row], [Refused(make_row(date=date), "output", 0.5, 0.1)])
+    (latest,) = Results.read(tmp_path).latest
+    assert latest.status == status
+    assert latest.reason == ("wrong, the error of its output is 0.5 of at most 0.1" if status == "failed" else "")
+
+
 def test_a_line_of_refused_rows_that_was_cut_off_is_named(tmp_path):
     Session("cpu", tmp_path).record([make_row()], [Refused(make_row(provider="wrong"), "output", 0.5, 0.1)] * 2)
     path = tmp_path / "refused.jsonl"
