@@ -123,7 +123,10 @@ def _measure(
     from opensora_fast.folder_lock import hold_folder
 
     deadline = time.time() + parse_budget(budget) if budget else None
-    find_source_state(commit)  # a wrong --commit is told before anything starts
+    known, dirty = find_source_state(commit)  # a wrong --commit is told before anything starts
+    if dirty or not known:  # found out at the end, a GPU's time may have been for nothing
+        state = f"differ from commit {known[:12]}" if known else "are of a commit that nobody knows; --commit names it"
+        typer.echo(f"note: the sources {state}; every row says so, and benchmarks/results takes no such rows")
     out.mkdir(parents=True, exist_ok=True)
     plan = Plan(
         suite=suite,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from opensora_fast.benchmarks.processes import DONE
 from opensora_fast.benchmarks.rows import read_folder
 from opensora_fast.cli import run
 
@@ -104,6 +105,22 @@ def test_one_row_can_be_run_stopped_and_run_again(tmp_path, monkeypatch, capfd):
     attention = [row for row in after if row.op == "spatial_attention" and row.workload == "240p×1"]
     assert {row.provider for row in attention} == {"eager", "upstream"}
     assert all(row.environment.commit and row.environment.date for row in after)
+
+
+@pytest.mark.parametrize(
+    ("state", "note"),
+    [
+        (("a" * 40, False), ""),
+        (("a" * 40, True), "note: the sources differ from commit aaaaaaaaaaaa; every row says so"),
+        (("", False), "note: the sources are of a commit that nobody knows; --commit names it; every row says so"),
+    ],
+)
+def test_sources_that_cannot_be_told_are_named_before_anything_is_measured(tmp_path, monkeypatch, capsys, state, note):
+    monkeypatch.setattr("opensora_fast.benchmarks.environment.find_source_state", lambda commit: state)
+    monkeypatch.setattr("opensora_fast.benchmarks.running.supervise.supervise", lambda plan: DONE)
+    assert run(["bench", "--device", "cpu", "--out", str(tmp_path)]) == DONE
+    output = capsys.readouterr().out
+    assert note in output and ("note:" in output) == bool(note)
 
 
 def test_a_budget_that_is_over_before_anything_begins_is_told(tmp_path, capsys):
