@@ -61,7 +61,7 @@ def profile_attention(
     session, report = Session(device), Report()
     try:
         with threads_of(device):
-            measure_ceilings(session, dtype)
+            measure_ceilings(session)
             run_cases(cases, session, report=report)
     except DeviceLostError as error:
         names = ", ".join(dict.fromkeys(row.provider for row in error.rows)) or "a provider"

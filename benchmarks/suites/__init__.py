@@ -44,7 +44,7 @@ def list_cases(
     if suite not in NAMES:
         raise ValueError(f"suite {suite!r} is unknown; choose one of {', '.join(NAMES)}")
     scale = scale_of(device, gpu)
-    always = ceilings.list_cases(scale)[:2]
+    always = ceilings.list_first_cases(scale)
     parts = {
         "kernels": [ceilings.list_cases, ops.list_cases, models.list_block_cases],
         "step": [models.list_step_cases, models.list_mixed_step_cases, encoders.list_cases, models.list_sampling_cases],

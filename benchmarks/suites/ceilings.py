@@ -48,11 +48,14 @@ def list_cases(scale: Scale) -> list[Case]:
     return [*cases, _launch_case(scale)]
 
 
-def measure_ceilings(session: Session, dtype: torch.dtype) -> None:
-    """Copy bandwidth and matrix rate, for the shares of what the session measures next."""
-    scale = scale_of(session.device)
-    square = scale.square
-    for case in (_copy_case(scale), _gemm_case(scale, "square", square, square, square, VALUE, dtype)):
+def list_first_cases(scale: Scale) -> list[Case]:
+    """Copy bandwidth and matrix rate, which the rows of the others are shares of."""
+    return list_cases(scale)[:2]
+
+
+def measure_ceilings(session: Session) -> None:
+    """Measures them for what the session measures next."""
+    for case in list_first_cases(scale_of(session.device)):
         session.learn(case.measure(session, case.providers)[0])
 
 
@@ -89,16 +92,15 @@ def _gemm_case(
     width_in: int,
     width_out: int,
     value: float,
-    dtype: torch.dtype | None = None,
 ) -> Case:
-    dtype = dtype or scale.dtype
+    dtype = scale.dtype
     template = make_template(
         "gemm",
         f"{tokens} tokens",
         op=layer,
         shape=f"N={tokens} K={width_in} O={width_out}",
         tokens=tokens,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=scale.dtype_name,
     )
     element = dtype.itemsize
     moved = element * (tokens * width_in + width_in * width_out + tokens * width_out)
