@@ -92,14 +92,15 @@ def kept_rows(plan: Plan, rows: Sequence[Row], own: Environment) -> list[Row]:
 
 
 def kept_refusals(plan: Plan, items: Sequence[Mapping[str, Any]], own: Environment) -> frozenset[Key]:
-    """Keys of rows that were refused at this commit (by a run that refreshes: in this run); none of changed sources."""
-    if not _is_known(own):
-        return frozenset()
-    since = plan.started if plan.refresh else ""
+    """Keys of rows that were refused in this run, or before it at this commit; a run that refreshes tries those again.
+
+    What is wrong may lose the device as well: tried again by each process of a run, it would use up the run.
+    """
     return frozenset(
         tuple(item["key"])
         for item in items
-        if item["commit"] == own.commit and not item["dirty"] and item["date"] >= since
+        if item["date"] >= plan.started
+        or (not plan.refresh and _is_known(own) and item["commit"] == own.commit and not item["dirty"])
     )
 
 

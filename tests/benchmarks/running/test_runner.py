@@ -72,7 +72,9 @@ def test_refresh_measures_what_has_no_time_and_rows_of_other_sources_again():
     ]
     assert kept_refusals(plan, items, own) == {("b",)}
     assert kept_refusals(replace(plan, refresh=False), items, own) == {("a",), ("b",)}
-    assert kept_refusals(plan, items, replace(own, dirty=True)) == set()
+    for unknown in ({"dirty": True}, {"commit": ""}):  # of the processes of this run all the same
+        changed, of_run = replace(own, **unknown), replace(plan, refresh=False)
+        assert kept_refusals(of_run, [item | unknown for item in items], changed) == {("b",)}
 
 
 @pytest.mark.parametrize("provider", ["other", "absent", "crash"])
