@@ -180,11 +180,12 @@ CALLS, REPLAYS = 4, 15  # of one CUDA graph, and how often it is timed
 
 
 def time_on_gpu(function: Callable[[], object]) -> float:
-    """Median microseconds of a call among CALLS, whose tensors do not fit into the L2 cache.
+    """Median microseconds of a call among CALLS, one behind the other.
 
-    As a CUDA graph, for the host's work for a call takes longer than some kernels. `function` must have been called
-    before, and all that it does must lie on the current stream, not the default one (autograd runs the backward pass
-    on the stream of the forward pass).
+    What norms read of the smallest pack, 42 MB, may lie in the L2 cache from the call before; that of others does not
+    fit. As a CUDA graph, for the host's work for a call takes longer than some kernels. `function` must have been
+    called before, and all that it does must lie on the current stream, not the default one (autograd runs the backward
+    pass on the stream of the forward pass).
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
