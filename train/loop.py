@@ -152,7 +152,7 @@ class Trainer:
             try:
                 with self.background:
                     with contextlib.closing(self._iterate()) as batches, self.trace or contextlib.nullcontext():
-                        self._take_steps(batches, stop)
+                        stopped_by = self._take_steps(batches, stop)
                     self.save()
                     self.finish_saving()
             except BaseException:
@@ -160,7 +160,7 @@ class Trainer:
                 raise
             finally:
                 self._progress = None
-            return self._find_signal(stop)
+            return stopped_by
 
     def note(self, text: str) -> None:
         """Tell a person one line, without disturbing the progress bar."""
@@ -224,8 +224,12 @@ class Trainer:
                 return self.graphs.compute_losses(inputs)
             return compute_losses(self.model, self.diffusion, inputs)
 
-    def _take_steps(self, batches: Iterator[Batch], stop: StopSignals) -> None:
-        while not self._find_signal(stop) and (self.limits.steps is None or self.position.step < self.limits.steps):
+    def _take_steps(self, batches: Iterator[Batch], stop: StopSignals) -> int | None:
+        """All that are left. Returns the number of the signal that came before the last of them began, or None."""
+        stopped_by = None
+        while self.limits.steps is None or self.position.step < self.limits.steps:
+            if (stopped_by := self._find_signal(stop)) is not None:
+                break
             if self.trace is not None:
                 self.trace.reach(self.position.step + 1)
             started = time.perf_counter()
@@ -252,6 +256,7 @@ class Trainer:
                 self.save()
             self.background.check()
         self._finish()
+        return stopped_by
 
     def _find_signal(self, stop: StopSignals) -> int | None:
         """The signal that stops the run: one process need not wait for the others to know of it."""

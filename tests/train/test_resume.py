@@ -272,6 +272,22 @@ def test_the_next_checkpoint_waits_until_the_one_before_is_written(train, tmp_pa
     assert_same_weights(*(folder / "checkpoints" / "step-00000001" for folder in (out, ends)))
 
 
+@pytest.mark.parametrize("moment", ["compute_losses", "save"])
+def test_a_signal_that_comes_too_late_to_stop_a_run_is_no_failure(train, tmp_path, monkeypatch, moment):
+    """In the last step, or in the checkpoint behind it."""
+    real = getattr(Trainer, moment)
+
+    def signalled(self, *arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Trainer, moment, signalled)
+    code, text, error = train(tmp_path / "run", "--steps", 1)
+    assert code == 0, error
+    assert "stopped by signal" not in text
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
+
+
 def run_out_of_memory(losses):
     raise torch.OutOfMemoryError("tried to allocate more than there is")
 
