@@ -269,10 +269,8 @@ class Trainer:
     def _iterate(self) -> Iterator[Batch]:
         empty_epochs = 0
         while self.position.epoch < self.limits.epochs:
-            empty_epochs += self.position.consumed == 0
-            for batch in self.batches(self.position.epoch, self.position.consumed):
-                empty_epochs = 0
-                yield batch
+            yield from self.batches(self.position.epoch, self.position.consumed)
+            empty_epochs = 0 if self.position.consumed else empty_epochs + 1
             if empty_epochs == EMPTY_EPOCHS:
                 raise ValueError(f"{EMPTY_EPOCHS} epochs in a row have no batch: raise the keep probabilities")
             self.position.epoch += 1

@@ -9,16 +9,19 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from losses import read_losses
 from safetensors.torch import load_file
 from same_checkpoints import assert_same_weights
+from toy_steps import make_trainer
 
 from opensora_fast import cli
 from opensora_fast.train import loop
 from opensora_fast.train.checkpoints import state
+from opensora_fast.train.inputs.followers import lead
 from opensora_fast.train.loop import Trainer
 
 STEPS = 9  # those of `whole`; an epoch has 6
@@ -286,6 +289,22 @@ def test_a_signal_that_comes_too_late_to_stop_a_run_is_no_failure(train, tmp_pat
     assert code == 0, error
     assert "stopped by signal" not in text
     assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_second_ctrl_c_while_the_batches_end_is_not_lost(tmp_path, shared):
+    trainer = make_trainer(tmp_path / "run", steps=1)
+    list_batches = trainer.batches
+
+    def batches(epoch, consumed):
+        try:
+            yield from list_batches(epoch, consumed)
+        finally:
+            raise KeyboardInterrupt
+
+    trainer.batches = lead(batches, SimpleNamespace(tell=lambda value: None)) if shared else batches
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
 
 
 def run_out_of_memory(losses):

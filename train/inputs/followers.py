@@ -4,6 +4,7 @@ So a clip is decoded and encoded once, and what is random is drawn once.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 
 import torch
@@ -34,12 +35,13 @@ def lead(batches: Batches, sequence: SequenceGroup) -> Batches:
     """`batches(epoch, consumed)`, of which the others of the group are told: each batch when it is taken."""
 
     def iterate(epoch: int, consumed: int) -> Iterator[Batch]:
-        for batch in batches(epoch, consumed):
-            sequence.tell(
-                {name: getattr(batch, name) for name in VALUES}
-                | {name: getattr(batch, name).tolist() for name in TENSORS}
-            )
-            yield batch
+        with closing(batches(epoch, consumed)) as own:
+            for batch in own:
+                sequence.tell(
+                    {name: getattr(batch, name) for name in VALUES}
+                    | {name: getattr(batch, name).tolist() for name in TENSORS}
+                )
+                yield batch
         sequence.tell(None)
 
     return iterate
