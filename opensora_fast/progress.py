@@ -74,7 +74,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Write one line of text without disturbing the bar."""
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.out(text, highlight=False)
         else:
             self._write_line(text)
 

@@ -56,3 +56,12 @@ def test_bar_on_a_terminal():
         progress.note("a [remark]")
     text = stream.getvalue()
     assert "work [1]" in text and "2/2" in text and "loss 0.5" in text and "a [remark]" in text
+
+
+def test_a_note_on_a_terminal_is_what_was_written():
+    """Paths are copied from it: no line break at the width of the terminal, no `:100:` read as an emoji."""
+    stream = Terminal()
+    text = "bad clip: " + "clips/" * 30 + "ca:100:r [bold].mp4"
+    with Progress("work", total=2, stream=stream) as progress:
+        progress.note(text)
+    assert f"{text}\n" in stream.getvalue()
