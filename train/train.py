@@ -32,7 +32,14 @@ from opensora_fast.train.checkpoints.state import load_weights
 from opensora_fast.train.checkpoints.state import resume as resume_state
 from opensora_fast.train.checks import check_run
 from opensora_fast.train.inputs.data import read_data
-from opensora_fast.train.inputs.encoders import FITTED, adopt_fitted, copy_fitted, holds_other_fitted, needs_fit
+from opensora_fast.train.inputs.encoders import (
+    FITTED,
+    adopt_fitted,
+    copy_fitted,
+    discard_fitted,
+    holds_other_fitted,
+    needs_fit,
+)
 from opensora_fast.train.inputs.followers import find_batches
 from opensora_fast.train.inputs.sources import Source, open_clips, open_features
 from opensora_fast.train.loop import Limits, Trainer
@@ -112,6 +119,8 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
             if processes.rank == 0 and not held_before:
                 held.enter_context(hold_folder(out, report))
+            if processes.rank == 0 and start.resume is None and needs_fit(config):
+                discard_fitted(out)
             if start.origin is not None:
                 adopt_fitted(start.origin, out)
                 if needs_fit(config) and holds_other_fitted(start.origin, out):

@@ -242,18 +242,33 @@ def test_init_from_a_run_takes_weights_and_encoder_but_not_the_position(train, t
     assert train(tmp_path / "fourth", "--steps", 0, "--init-from", first, "model.depth=2")[0] == 1
 
 
-def test_weights_are_not_trained_with_another_autoencoder_than_theirs(train, tmp_path):
-    """One may be left of a run that failed before its first step."""
+def leave_autoencoder(train, folder):
+    """As of a run that failed before its first step; it was fitted on other clips than those of the table."""
+    other = folder.with_name("other")
+    assert train(other, "--steps", 0, "bucket_config={'144p': {1: (1.0, 2)}}")[0] == 0
+    shutil.copytree(other / "encoders", folder / "encoders")
+    return folder / "encoders" / "vae"
+
+
+def test_weights_are_not_continued_with_another_autoencoder_than_theirs(train, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert train(first, "--steps", 1)[0] == 0
-    assert train(tmp_path / "third", "--steps", 0, "bucket_config={'144p': {1: (1.0, 2)}}")[0] == 0
-    shutil.copytree(tmp_path / "third" / "encoders", second / "encoders")
-    fitted = second / "encoders" / "vae"
-    for start in ("--init-from", "--resume"):
-        code, _, error = train(second, "--steps", 2, start, first)
-        assert code == 1 and f"{fitted} is not the linear autoencoder that {first}" in error and "remove it" in error
-    shutil.rmtree(fitted)
+    left = leave_autoencoder(train, second)
+    code, _, error = train(second, "--steps", 2, "--resume", first)
+    assert code == 1 and f"{left} is not the linear autoencoder that {first}" in error and "remove it" in error
+    shutil.rmtree(left)
     assert train(second, "--steps", 2, "--resume", first)[0] == 0
+
+
+@pytest.mark.parametrize("start", [(), ("--init-from",)])
+def test_a_new_run_does_not_take_the_autoencoder_that_one_without_a_step_has_left(train, tmp_path, start):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train(first, "--steps", 1)[0] == 0
+    leave_autoencoder(train, second)
+    code, _, error = train(second, "--steps", 1, *start, *([first] if start else []))
+    assert code == 0, error
+    fitted = "encoders/vae/linear_autoencoder.safetensors"
+    assert (second / fitted).read_bytes() == (first / fitted).read_bytes()
 
 
 def test_a_folder_that_another_run_writes_into_is_refused_and_left_as_it_is(train, tmp_path):

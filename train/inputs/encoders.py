@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from opensora_fast.config import SampleConfig, TrainConfig
 from opensora_fast.data.decoding.clips import BadClip, ClipRequest, Decoder, choose_frames
+from opensora_fast.data.feature_store import INDEX_NAME
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.encoders.linear_autoencoder import WEIGHTS_NAME, LinearAutoencoder
 from opensora_fast.progress import Progress
@@ -47,6 +48,13 @@ def adopt_fitted(source: Path, folder: Path) -> None:
     """Copy the fitted autoencoder that lies in a checkpoint or run into this run, unless it has one."""
     if (source / FITTED).is_dir() and not (folder / FITTED).is_dir():
         _place(folder / FITTED, lambda part: shutil.copytree(source / FITTED, part, dirs_exist_ok=True))
+
+
+def discard_fitted(folder: Path) -> None:
+    """Remove the autoencoder that a run without a step has left, as it may be of other clips. Cached features in the
+    folder need theirs."""
+    if (folder / FITTED).is_dir() and not (folder / INDEX_NAME).exists():
+        shutil.rmtree(folder / FITTED)
 
 
 def holds_other_fitted(source: Path, folder: Path) -> bool:
