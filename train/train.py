@@ -119,15 +119,16 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
             if processes.rank == 0 and not held_before:
                 held.enter_context(hold_folder(out, report))
-            if processes.rank == 0 and start.resume is None and needs_fit(config):
-                discard_fitted(out)
-            if start.origin is not None:
-                adopt_fitted(start.origin, out)
-                if needs_fit(config) and holds_other_fitted(start.origin, out):
-                    raise ValueError(
-                        f"{out / FITTED} is not the linear autoencoder that {start.origin} was trained with: remove "
-                        "it, or give another --out"
-                    )
+            if needs_fit(config):
+                if processes.rank == 0 and start.resume is None:
+                    discard_fitted(out)
+                if start.origin is not None:
+                    adopt_fitted(start.origin, out)
+                    if holds_other_fitted(start.origin, out):
+                        raise ValueError(
+                            f"{out / FITTED} is not the linear autoencoder that {start.origin} was trained with: "
+                            "remove it, or give another --out"
+                        )
         dtype = DTYPES[config.dtype]
         trainer: Trainer | None = None
 
@@ -235,7 +236,8 @@ def choose_cpu_threads(config: TrainConfig, processes: Processes) -> int | None:
 def write_extra_files(config: TrainConfig, out: Path, folder: Path) -> None:
     """Add to a checkpoint what is needed to use it without its run."""
     write_config(config, folder / CHECKPOINT_CONFIG)
-    copy_fitted(out, folder)
+    if needs_fit(config):
+        copy_fitted(out, folder)
 
 
 def write_config(config: TrainConfig, path: Path) -> None:

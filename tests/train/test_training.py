@@ -271,6 +271,18 @@ def test_a_new_run_does_not_take_the_autoencoder_that_one_without_a_step_has_lef
     assert (second / fitted).read_bytes() == (first / fitted).read_bytes()
 
 
+@pytest.mark.parametrize("start", ["--init-from", "--resume"])
+def test_a_checkpoint_does_not_hold_an_autoencoder_that_its_run_has_not_used(train, tmp_path, start):
+    """Sampling from it would take that one."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train(first, "--steps", 1)[0] == 0
+    vae = f"vae.from_pretrained={shutil.copytree(first / 'encoders' / 'vae', tmp_path / 'vae')}"
+    for out in [second, first] if start == "--resume" else [second]:
+        code, _, error = train(out, "--steps", 2, start, first, vae)
+        assert code == 0, error
+        assert not (out / "checkpoints" / "step-00000002" / "encoders").exists()
+
+
 def test_a_folder_that_another_run_writes_into_is_refused_and_left_as_it_is(train, tmp_path):
     """What the other run writes meanwhile may look like a damaged checkpoint, which a resumed run would set aside."""
     out = tmp_path / "run"
