@@ -115,6 +115,7 @@ class FeatureWriter:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.index = FeatureIndex(folder, settings)
+            self.index.write()  # before any shard: without an index none could say how that was made
         self._latents: dict[tuple[int, int], torch.Tensor] = {}
         self._text: dict[int, torch.Tensor] = {}
         self._kept_bytes = 0

@@ -12,6 +12,7 @@ from losses import read_losses
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from opensora_fast.data.feature_store import FeatureWriter
 from opensora_fast.model import STDiT2
 from opensora_fast.train.inputs import encoders, sources
 from opensora_fast.train.loop import Trainer
@@ -208,6 +209,25 @@ def test_features_that_are_not_complete_go_on_with_their_autoencoder(train, tmp_
     code, _, error = train(tmp_path / "second", "--steps", 0, f"features={folder}")
     assert code == 0, error
     assert (tmp_path / "second" / FITTED).read_bytes() == (folder / FITTED).read_bytes() == fitted
+
+
+def test_features_go_on_where_a_process_was_killed_before_it_listed_the_first(train, tmp_path, monkeypatch):
+    folder, killed = tmp_path / "features", tmp_path / "killed"
+    real = FeatureWriter._write_shard
+
+    def write_shard(self, *arguments):
+        real(self, *arguments)
+        if not killed.exists():
+            shutil.copytree(self.folder, killed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureWriter, "_write_shard", write_shard)
+        assert train(tmp_path / "first", "--steps", 0, f"features={folder}")[0] == 0
+    assert [path.name for path in killed.glob("*.safetensors")] == ["latents-00000.safetensors"]
+    code, _, error = train(tmp_path / "second", "--steps", 0, f"features={killed}")
+    assert code == 0, error
+    for name in ("latents-00000.safetensors", "text-00000.safetensors", "index.json"):
+        assert (killed / name).read_bytes() == (folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
