@@ -57,7 +57,7 @@ class TrainConfig(Section):
     # Clips decoded at a time; 0: one for each processor.
     num_workers: int = Field(4, ge=0, le=MOST_THREADS)
     # Checkpoint to continue; with start_from_scratch its weights, average and optimizer state, at step 0.
-    load: str | None = None
+    load: str | None = Field(None, min_length=1)
     start_from_scratch: bool = False
     # So many processes compute each micro-batch together, each some of its frames (sequence parallelism).
     sp_size: int = Field(1, ge=1)
@@ -76,7 +76,7 @@ class TrainConfig(Section):
     # Write the numbers of metrics.jsonl as TensorBoard reads them, too, into DIR/tensorboard.
     tensorboard: bool = False
     # Folder of cached latents and text embeddings, made where it is not there, from so many passes over the clips.
-    features: str | None = None
+    features: str | None = Field(None, min_length=1)
     feature_draws: int = Field(1, ge=1)
     # Threads of one operation on the CPU; None: torch's choice, or this process's share of the processors.
     cpu_threads: int | None = Field(None, ge=1, le=MOST_THREADS)

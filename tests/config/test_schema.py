@@ -196,6 +196,8 @@ def test_vae_dtype_and_builder_keys(train_file):
         ("mask_ratios.mask_no=2", r"mask_ratios: mask_no is 2"),
         ("mask_ratios.mask_no='0.9'", r"mask_ratios: mask_no is '0\.9'; a ratio is a number"),
         ("start_from_scratch=True", r"start_from_scratch=True needs `load`"),
+        ("features=''", r"features: .*at least 1 character"),  # not the current folder
+        ("load=''", r"load: .*at least 1 character"),
     ],
 )
 def test_errors_name_the_key_and_the_fix(train_file, override, message):
