@@ -1,5 +1,6 @@
 """The command line as a whole: help without torch, exit codes, one clear message for a mistake."""
 
+import os
 import subprocess
 import sys
 
@@ -172,3 +173,16 @@ def test_help_needs_no_torch_and_module_equals_script():
     assert result.stdout.splitlines()[-2:] == ["0", "False"]
     module = subprocess.run([sys.executable, "-m", "opensora_fast", "--help"], capture_output=True, text=True)
     assert module.returncode == 0 and "opensora-fast" in module.stdout and "train" in module.stdout
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path):
+    path = tmp_path / "d\u00e9mo.py"
+    path.write_text("num_frames = 4\nimage_size = (144, 256)\n")
+    process = subprocess.run(
+        [sys.executable, "-m", "opensora_fast", "config", "show", str(path)],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "d\\xe9mo.py" in process.stdout
