@@ -121,7 +121,7 @@ def train(
                 held.enter_context(hold_folder(out, report))
             if needs_fit(config):
                 if processes.rank == 0 and start.resume is None:
-                    discard_fitted(out)
+                    discard_fitted(out, report)
                 if start.origin is not None:
                     adopt_fitted(start.origin, out)
                     if holds_other_fitted(start.origin, out):

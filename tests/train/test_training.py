@@ -264,9 +264,10 @@ def test_weights_are_not_continued_with_another_autoencoder_than_theirs(train, t
 def test_a_new_run_does_not_take_the_autoencoder_that_one_without_a_step_has_left(train, tmp_path, start):
     first, second = tmp_path / "first", tmp_path / "second"
     assert train(first, "--steps", 1)[0] == 0
-    leave_autoencoder(train, second)
-    code, _, error = train(second, "--steps", 1, *start, *([first] if start else []))
+    left = leave_autoencoder(train, second)
+    code, output, error = train(second, "--steps", 1, *start, *([first] if start else []))
     assert code == 0, error
+    assert f"{left}, left by a run without a step, is not used, but removed" in output
     fitted = "encoders/vae/linear_autoencoder.safetensors"
     assert (second / fitted).read_bytes() == (first / fitted).read_bytes()
 
@@ -281,6 +282,15 @@ def test_a_checkpoint_does_not_hold_an_autoencoder_that_its_run_has_not_used(tra
         code, _, error = train(out, "--steps", 2, start, first, vae)
         assert code == 0, error
         assert not (out / "checkpoints" / "step-00000002" / "encoders").exists()
+
+
+def test_other_files_in_the_place_of_the_autoencoder_are_not_removed(train, tmp_path):
+    other = tmp_path / "run" / "encoders" / "vae" / "diffusion_pytorch_model.safetensors"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"weights of Stable Diffusion's")
+    code, _, error = train(tmp_path / "run", "--steps", 0)
+    assert code == 1 and str(other.parent) in error
+    assert other.exists()
 
 
 def test_a_folder_that_another_run_writes_into_is_refused_and_left_as_it_is(train, tmp_path):

@@ -50,11 +50,12 @@ def adopt_fitted(source: Path, folder: Path) -> None:
         _place(folder / FITTED, lambda part: shutil.copytree(source / FITTED, part, dirs_exist_ok=True))
 
 
-def discard_fitted(folder: Path) -> None:
+def discard_fitted(folder: Path, report: Callable[[str], None]) -> None:
     """Remove the autoencoder that a run without a step has left, as it may be of other clips. Cached features in the
-    folder need theirs."""
-    if (folder / FITTED).is_dir() and not (folder / INDEX_NAME).exists():
+    folder need theirs, and what else lies there is not ours."""
+    if (folder / FITTED / WEIGHTS_NAME).is_file() and not (folder / INDEX_NAME).exists():
         shutil.rmtree(folder / FITTED)
+        report(f"note: {folder / FITTED}, left by a run without a step, is not used, but removed")
 
 
 def holds_other_fitted(source: Path, folder: Path) -> bool:
