@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from opensora_fast.terminal import escape_on_stdout
+
 from ..environment import Environment
 from ..measuring.case import Case
 from ..measuring.refused import format_refused, read_refused
@@ -30,6 +32,7 @@ from .runner import Report, run_cases
 
 def main() -> None:
     end_with_parent()
+    escape_on_stdout()
     plan = Plan.from_json(sys.argv[1])
     try:
         code = run(plan)

@@ -20,7 +20,6 @@ message and exits with 1 (2 for wrong usage, 130 for Ctrl-C). `--debug`, anywher
 
 import ast
 import importlib
-import io
 import os
 import pkgutil
 import re
@@ -34,6 +33,7 @@ from types import ModuleType
 import typer
 
 from opensora_fast.cli._options import OVERRIDES_HELP
+from opensora_fast.terminal import escape_on_stdout
 
 PROGRAM = "opensora-fast"
 SEVERAL_PROCESSES = ("train", "sample")
@@ -47,9 +47,7 @@ OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command line (default: `sys.argv`) and exit with its code."""
-    # A name that the terminal's encoding lacks is to be escaped, as on stderr, not to end a run behind its last step.
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not that of a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")
+    escape_on_stdout()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -123,6 +123,19 @@ def test_sources_that_cannot_be_told_are_named_before_anything_is_measured(tmp_p
     assert note in output and ("note:" in output) == bool(note)
 
 
+def test_a_table_that_the_terminal_cannot_show_is_escaped(tmp_path):
+    """The process that measures prints it, at the end of a run."""
+    words = ["--device", "cpu", "--suite", "kernels", "--only", "copy", "--out", tmp_path / "d\u00e9mo"]
+    process = subprocess.run(
+        [sys.executable, "-m", "opensora_fast", "bench", *words],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == DONE, process.stderr
+    assert f"rows: {tmp_path}/d\\xe9mo" in process.stdout.splitlines()
+
+
 def test_a_budget_that_is_over_before_anything_begins_is_told(tmp_path, capsys):
     assert run(["bench", "--device", "cpu", "--suite", "kernels", "--budget", "0.1s", "--out", str(tmp_path)]) == 130
     assert "--budget was over while the process that measures was loading" in capsys.readouterr().err
