@@ -60,7 +60,9 @@ def run(arguments: list[str]) -> int:
         command = typer.main.get_command(_build_app(arguments))
         code = command(_repeat_options(arguments), prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        if isinstance(stop.__cause__, EOFError):  # typer takes that of a file that is cut off for the end of the input
+            return _fail(describe_error(stop.__cause__), 1, debug)
         return _fail("stopped by Ctrl-C", 130, debug)
     except Exception as error:
         # Usage errors of click know how to print themselves; typer carries its own copy of click, so no class is named.

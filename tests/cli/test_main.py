@@ -42,6 +42,7 @@ def command(monkeypatch):
         ),
         (KeyError("x"), 1, "KeyError: 'x'\n(unexpected: run again with --debug for the traceback)\n"),
         (KeyboardInterrupt(), 130, "opensora-fast: error: stopped by Ctrl-C\n"),
+        (EOFError("Ran out of input"), 1, "opensora-fast: error: EOFError: Ran out of input\n"),
     ],
 )
 def test_an_error_is_one_message_and_a_code(command, capsys, error, code, message):
