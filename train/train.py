@@ -21,6 +21,7 @@ from opensora_fast.kernels import calls
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.join import join_processes
 from opensora_fast.parallel.processes import Processes
+from opensora_fast.train.checkpoints.checkpoint import COMPLETE
 from opensora_fast.train.checkpoints.start import (
     CHECKPOINT_CONFIG,
     Start,
@@ -108,6 +109,8 @@ def train(
         data = read_data(config, processes.replica, processes.replicas)
         for warning in data.explanation.warnings:
             report(f"warning: {warning}")
+        if (out / COMPLETE).exists():  # even the lock of the folder would be a file too many
+            raise ValueError(f"{out} is a checkpoint, in which a run would spoil it: give another --out")
         # Before its checkpoints are looked at: another run that writes there would change them meanwhile.
         if held_before := processes.rank == 0 and out.is_dir():
             held.enter_context(hold_folder(out, report))

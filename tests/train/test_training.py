@@ -272,6 +272,16 @@ def test_a_new_run_does_not_take_the_autoencoder_that_one_without_a_step_has_lef
     assert (second / fitted).read_bytes() == (first / fitted).read_bytes()
 
 
+@pytest.mark.parametrize("start", ["--init-from", "--resume", None])
+def test_a_run_in_the_folder_of_a_checkpoint_is_refused_and_leaves_it_as_it_is(train, tmp_path, start):
+    assert train(tmp_path / "run", "--steps", 1)[0] == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+    code, _, error = train(checkpoint, "--steps", 2, *([start, checkpoint] if start else []))
+    assert code == 1 and f"{checkpoint} is a checkpoint, in which a run would spoil it: give another --out" in error
+    assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("start", ["--init-from", "--resume"])
 def test_a_checkpoint_does_not_hold_an_autoencoder_that_its_run_has_not_used(train, tmp_path, start):
     """Sampling from it would take that one."""
