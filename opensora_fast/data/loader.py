@@ -137,13 +137,14 @@ class ClipLoader(EpochLoader):
         rows = list(micro_batch.rows)
         attempt = 0
         while bad := {place: clip for place, clip in enumerate(clips) if isinstance(clip, BadClip)}:
-            for place, clip in bad.items():
+            for clip in bad.values():
                 self._record(clip, micro_batch)
-                if attempt == REPLACEMENTS:
-                    raise _NoUsableClip(
-                        f"bucket {_name(micro_batch)}: {REPLACEMENTS} replacements of a clip could not be decoded "
-                        f"either, the last one, {clip.path}, because: {clip.reason}"
-                    )
+            if attempt == REPLACEMENTS:
+                raise _NoUsableClip(
+                    f"bucket {_name(micro_batch)}: {REPLACEMENTS} replacements of a clip could not be decoded either, "
+                    f"the last one, {clip.path}, because: {clip.reason}"
+                )
+            for place, clip in bad.items():
                 rows[place] = self._replace(micro_batch, micro_batch.rows[place], attempt, clip)
             replacements = self.decoder.decode([self._make_request(rows[place], micro_batch) for place in bad])
             for place, clip in zip(bad, replacements, strict=True):

@@ -18,6 +18,7 @@ from opensora_fast.data.bad_clips import read_bad_clips
 from opensora_fast.data.decoding.clips import choose_frames
 from opensora_fast.data.decoding.pyav_decoder import PyAVDecoder
 from opensora_fast.data.decoding.resize import resize_frame, resize_image
+from opensora_fast.data.loader import REPLACEMENTS
 from opensora_fast.data.manifest import Manifest
 
 
@@ -186,6 +187,16 @@ def test_a_clip_is_replaced_twenty_times_at_most():
     ):
         next(loader.iterate(0, 0))
     loader.close()
+
+
+def test_every_bad_clip_of_a_bucket_that_is_given_up_is_told():
+    told = []
+    loader = make_loader(FakeDecoder(bad=range(60)), make_manifest(videos=60, images=0), report=told.append)
+    micro_batch = next(loader.sampler.iterate(0, 0))
+    with pytest.raises(ValueError, match="could not be decoded"):
+        next(loader.iterate(0, 0))
+    loader.close()
+    assert len(told) == (1 + REPLACEMENTS) * len(micro_batch.rows) > 1 + REPLACEMENTS
 
 
 def test_runs_ahead_while_the_consumer_works():
