@@ -153,7 +153,7 @@ def print_report(report: Report, cases: list[Case], plan: Plan, session: Session
         print(
             f"\n{report.finished_before} rows were in {folder} already and are kept; --refresh measures those without"
         )
-        print("a time again, and those of another state of the sources")
+        print("a time again, and those not known to be of these sources")
     if report.left:
         print(f"\nnot reached within the budget: {len(report.left)} cases; run again with the same --out to go on")
     for item in refused.values():
