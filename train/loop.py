@@ -225,7 +225,7 @@ class Trainer:
             return compute_losses(self.model, self.diffusion, inputs)
 
     def _take_steps(self, batches: Iterator[Batch], stop: StopSignals) -> int | None:
-        """All that are left. Returns the number of the signal that came before the last of them began, or None."""
+        """All that are left. Returns the number of the signal that ended them, or None."""
         stopped_by = None
         while self.limits.steps is None or self.position.step < self.limits.steps:
             if (stopped_by := self._find_signal(stop)) is not None:
