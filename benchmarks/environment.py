@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,6 +35,11 @@ class Environment:
     commit: str
     dirty: bool
     date: str
+
+    @property
+    def undated(self) -> Environment:
+        """Equal for the same machine, versions and sources."""
+        return replace(self, date="")
 
 
 @lru_cache(maxsize=8)

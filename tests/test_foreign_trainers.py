@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora_fast import use_kernels
 from opensora_fast.kernels import calls
-from opensora_fast.model.positions import cached_axis
+from opensora_fast.model.positions import cached_side
 
 ROUNDING = 2e-5
 both = pytest.mark.parametrize("name", MODELS)
@@ -314,10 +314,10 @@ def test_scaled_gradients_under_autocast(name):
 
 
 def test_a_transform_leaves_nothing_in_the_cache_of_positions():
-    model, kept = changed("own"), cached_axis.cache_info().currsize
+    model, kept = changed("own"), cached_side.cache_info().currsize
     batch = make_batch(0) | {"height": torch.full((2,), 99.0)}
     with pytest.raises(ValueError, match=r"transforms of torch\.func"):
         torch.func.grad(lambda factor: model(**batch).sum() * factor)(torch.ones(()))
-    assert cached_axis.cache_info().currsize == kept
+    assert cached_side.cache_info().currsize == kept
     get_loss(lambda **_: model(**batch), 0)
-    assert cached_axis.cache_info().currsize > kept
+    assert cached_side.cache_info().currsize > kept

@@ -139,7 +139,7 @@ class _Run:
         reason = self._try(provider, partial(provider.missing, self.contest.work), None)
         for direction in self.contest.calls if reason else ():
             self.rows.append(self._row(provider, direction).without_time("unavailable", reason))
-        return reason == ""
+        return reason == ""  # None: it could not say, and has its failed rows
 
     def _check(self, providers: Sequence[Provider]) -> dict[str, dict[bool, Judgement]]:
         """Provider → its judgement by outputs alone (True) and with gradients (False); only those that are right."""

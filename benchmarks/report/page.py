@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from opensora_fast.html_report import HtmlReport
@@ -149,7 +149,7 @@ def _add_glance(report: HtmlReport, results: Results) -> None:
         )
     if lacks:
         report.note(f"Not measured: {'; '.join(lacks)}.")
-    if len({replace(row.environment, date="") for row in measured if row.environment}) > 1:
+    if len({row.environment.undated for row in measured if row.environment}) > 1:
         report.note(
             "Not all of these rows are of the same sources and versions, and rows of one are compared with rows of "
             "another; the table of all rows says which each is of."

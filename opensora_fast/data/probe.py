@@ -204,7 +204,7 @@ def probe_folder(
         return {"path": _relative_path(path, home), "text": read_caption(path), **measured}
 
     rows = _probe_all(probe_one, paths, [_printable(path) for path in paths], unreadable, workers, f"below {folder}")
-    table = pd.DataFrame([row for row in rows if row is not None])
+    table = pd.DataFrame(list(rows.values()))
     write_table(table, out)
     return ProbeResult(table, unreadable)
 
@@ -226,6 +226,8 @@ def probe_table(
         ValueError: the table cannot be read, no file of it can, or the manifest exists already; then nothing is
             written.
     """
+    import pandas as pd
+
     source, out = Path(source), Path(out)
     check_target(out)
     table = read_table(source, needed=("path", "text")).reset_index(drop=True)
@@ -240,10 +242,7 @@ def probe_table(
         return {"path": _relative_path(path, home), **_measure(path, depth)}
 
     rows = _probe_all(probe_one, names, names, unreadable, workers, f"of {source}")
-    table = table.loc[[index for index, row in enumerate(rows) if row is not None]].copy()
-    found = [row for row in rows if row is not None]
-    for name in found[0]:
-        table[name] = [row[name] for row in found]
+    table = table.loc[list(rows)].assign(**pd.DataFrame(list(rows.values()), index=list(rows)))
     write_table(table, out)
     return ProbeResult(table, unreadable)
 
@@ -262,17 +261,17 @@ def _probe_all(
     unreadable: list[tuple[str, str]],
     workers: int | None,
     place: str,
-) -> list[dict[str, Any] | None]:
-    """A row for each item; None, and an entry in `unreadable`, where it cannot be used. ValueError if none can."""
-    rows: list[dict[str, Any] | None] = []
+) -> dict[int, dict[str, Any]]:
+    """Number of the item → its row; an entry in `unreadable` for each that cannot be used. ValueError if none can."""
+    rows: dict[int, dict[str, Any]] = {}
     with Progress("probe files", total=len(items), unit="files") as progress:
-        for name, result in zip(names, map_files(probe_one, items, workers), strict=True):
-            failed = isinstance(result, ClipError)
-            if failed:
-                unreadable.append((name, str(result)))
-            rows.append(None if failed else result)
+        for number, result in enumerate(map_files(probe_one, items, workers)):
+            if isinstance(result, ClipError):
+                unreadable.append((names[number], str(result)))
+            else:
+                rows[number] = result
             progress.advance(1, unreadable=len(unreadable))
-    if not any(rows):
+    if not rows:
         raise ValueError(
             f"none of the {len(items)} files {place} can be read; nothing was written{_list_left_out(unreadable)}"
         )

@@ -67,13 +67,13 @@ def position_embedding(
         float32 [S, C].
     """
     base = round((height * width) ** 0.5)
-    encode = encode_axis if isinstance(scale, Tensor) or makes_stand_ins() else cached_axis
+    encode = encode_side if isinstance(scale, Tensor) or makes_stand_ins() else cached_side
     columns = encode(width, base, scale, channels, device, rounded_to)[None].expand(height, -1, -1)
     rows = encode(height, base, scale, channels, device, rounded_to)[:, None].expand(-1, width, -1)
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)
 
 
-def encode_axis(
+def encode_side(
     length: int, base: int, scale: float | Tensor, channels: int, device: torch.device, rounded_to: torch.dtype
 ) -> Tensor:
     """float32 [length, C/2] of the coordinates along one side of a frame, see `position_embedding`."""
@@ -85,7 +85,7 @@ def encode_axis(
 
 
 # The sizes of buckets come again every step. Sides are kept, not frames: a frame of 720p takes 17 MB, its sides 0.3.
-cached_axis = lru_cache(maxsize=256)(encode_axis)
+cached_side = lru_cache(maxsize=256)(encode_side)
 
 
 def _same_number(first: float | Tensor, second: float | Tensor) -> bool:

@@ -257,9 +257,8 @@ class VideoGenerator:
         device = self.model.device
         frames, height, width = self.video_encoder.get_latent_size((settings.num_frames, *settings.image_size))
         shape = (self.video_encoder.out_channels, frames, height, width)
-        latents = torch.stack([torch.randn(shape, generator=generator, device="cpu") for generator in generators]).to(
-            device
-        )
+        noise = [torch.randn(shape, generator=generator, device="cpu") for generator in generators]
+        latents = torch.stack(noise).to(device)
         masks = torch.stack(
             [place_references(*row, loop=loop) for row in zip(latents, references, placements, strict=True)]
         )
