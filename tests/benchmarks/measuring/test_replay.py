@@ -1,6 +1,9 @@
 """Ops are timed by replays where they can be recorded; who cannot be keeps its row, which says so."""
 
+import gc
+import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -96,6 +99,24 @@ def test_a_result_that_is_handed_on_is_left_alone():
     replay = make_replay(lambda: (given, given * 2), Tape())
     replay()
     assert given.isfinite().all()
+
+
+def test_what_a_call_reads_lives_as_long_as_its_replay():
+    """The gradient that is sent back, and an implementation's own copies of the inputs, belong to the call alone."""
+
+    def record(call):  # as a graph, it knows addresses and holds nothing
+        outputs = call()
+        return Recording(outputs.zero_, outputs)
+
+    given = torch.randn(8)
+    alive = weakref.ref(given)
+    replay = make_replay(partial(torch.neg, given), record)
+    del given
+    gc.collect()
+    assert alive() is not None
+    del replay
+    gc.collect()
+    assert alive() is None
 
 
 def test_without_a_recorder_nothing_is_recorded():
