@@ -21,14 +21,12 @@ from .dispatch import is_intercepted
 
 # Every layout holds the tile tables of these sizes, so that using one neither builds nor copies anything; a kernel
 # configuration chooses among them.
-FRAME_TILE_SIZES = (16, 32, 64, 128)
+FRAME_TILE_SIZES = tuple(range(16, 129, 8))
 # Rows of the tiles of temporal attention; a video takes the smallest that holds its frames.
 PLACE_TILE_ROWS = (16, 32, 64, 128)
 # The longest video that has whole places in a tile → rows of the blocks into which longer videos are cut. The first is
 # for float32, of which a thread cannot hold as many.
 PLACE_BLOCK_ROWS = {0: 32, 64: 64, 128: 64}
-# Tiles of a frame are equally long up to this many tokens.
-_TILE_STEP = 8
 
 
 def makes_stand_ins() -> bool:
@@ -143,7 +141,7 @@ class PackLayout:
     def frame_tiles(self, size: int) -> Tensor:
         """Cuts the frames into tiles of at most `size` tokens, none of which crosses a frame.
 
-        The tiles of a frame are equally long, up to 8 tokens, so that no program is left with a short rest.
+        The tiles of a frame are equally long but for its last, so that no program is left with a short rest.
 
         Returns:
             int32 [tiles, 3]: first token, token count and frame of each tile, in the order of the tokens.
@@ -278,7 +276,7 @@ def _tile_frames(tokens_of_frame: Tensor, frames: Tensor, size: int) -> tuple[Te
     def divide_up(value: Tensor, divisor: Tensor | int) -> Tensor:
         return torch.div(value + divisor - 1, divisor, rounding_mode="floor")
 
-    tile_tokens = divide_up(divide_up(tokens_of_frame, divide_up(tokens_of_frame, size)), _TILE_STEP) * _TILE_STEP
+    tile_tokens = divide_up(tokens_of_frame, divide_up(tokens_of_frame, size))
     tiles_of_frame = divide_up(tokens_of_frame, tile_tokens)
     frame = torch.repeat_interleave(torch.arange(len(tokens_of_frame), device="cpu"), tiles_of_frame)
     offset = (torch.arange(len(frame), device="cpu") - _starts(tiles_of_frame)[frame]) * tile_tokens[frame]

@@ -21,8 +21,9 @@ needs all of a row's columns spread over the program, since its sums over tokens
 adds a pass through shared memory (1148 → 1424) and takes the loads' latency out of the loop, which otherwise meets it
 twice a row with room for only three or four programs on a multiprocessor.
 
-The backward's tiles are as large as fills the multiprocessors best: 560 programs where 528 fit at a time took a third
-more time than the bytes need [measured on an H200], most of it while the last 32 ran.
+The backward's tiles are as long as fills the multiprocessors best. A row takes 1.27 + 0.21·P µs there with P programs on
+a multiprocessor [fitted to nine launches of training steps on an H200, within 9 %]: mostly latency, which few programs
+do not hide. So 208 programs of 122 rows took as long as 464 of 124.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ..configurations import Configuration, candidates_of, select
+from ..launch import ceil_divide
 from ..layout import FRAME_TILE_SIZES, PackLayout
 
 FEW_TOKENS = 16384  # up to here a tile of 64 tokens would leave multiprocessors without work
@@ -66,10 +68,10 @@ _BACKWARD = {
         Configuration(programs=2, STAGES=3, num_warps=8),
     ),
 }
-# What the last round of programs takes of a full one's time however few they are: latency is then in the open.
-_SHORTEST_ROUND = 0.35
-# What a program writes at its end, and the second step reads, is worth the time of so many rows.
-_ROWS_OF_SUMS = 3
+# A row's latency, and what the second step takes for the sums of a program (23 ns), in the time that a program adds to
+# the rows of those beside it (0.21 µs); measured on an H200.
+_LATENCY = 6
+_SUMS = 0.11
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
 CONFIGURATIONS = {f"{op}_forward": _FORWARD for op in OPS} | {f"{op}_backward": _BACKWARD for op in OPS}
 
@@ -114,8 +116,8 @@ def _choose_sizes(
     device = torch.device(device_type, device_index)
     forward = select_row_configuration(f"{op}_forward", num_tokens, device)
     backward = select_row_configuration(f"{op}_backward", num_tokens, device)
-    slots = _multiprocessors(device) * backward["programs"]
-    return forward["tile_tokens"], fill_rounds(num_tokens, programs, slots)
+    backward_size = fill_rounds(num_tokens, programs, _multiprocessors(device), backward["programs"])
+    return forward["tile_tokens"], backward_size
 
 
 # The choice reads a file and asks for the GPU's name, which a compiler cannot trace: it is a constant to it. This mark
@@ -129,18 +131,20 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=1024)
-def fill_rounds(num_tokens: int, programs: tuple[int, ...], slots: int) -> int:
+def fill_rounds(num_tokens: int, programs: tuple[int, ...], multiprocessors: int, side_by_side: int) -> int:
     """The one of FRAME_TILE_SIZES whose programs should take the least time.
 
     Args:
         programs: of each size.
-        slots: programs that run at a time.
+        side_by_side: programs that fit on a multiprocessor.
     """
 
     def time(count: int) -> float:
-        rounds, rest = divmod(count, slots)
-        rounds += max(rest / slots, _SHORTEST_ROUND) if rest else 0
-        return rounds * (num_tokens / max(count, 1) + _ROWS_OF_SUMS)
+        rounds, rest = divmod(count, multiprocessors * side_by_side)
+        row = rounds * (_LATENCY + side_by_side)
+        if rest:
+            row += _LATENCY + ceil_divide(rest, multiprocessors)
+        return row * num_tokens / count + _SUMS * count
 
     return min(zip(FRAME_TILE_SIZES, programs, strict=True), key=lambda choice: time(choice[1]))[0]
 
