@@ -198,7 +198,7 @@ def launch_backward(
             "WANTS_TABLES": d_scale is not None,
             "WANTS_GATE": d_gate is not None,
             "WANTS_BIAS": d_bias is not None,
-            **split_columns(channels),
+            **split_columns(channels, configuration["tail"]),
             **configuration.launch,
         },
     )
@@ -239,7 +239,7 @@ def _compile_case(op: str, parts: str, dtype: str, size: str, configuration: Con
         | {"partials": "*fp32", "frame_rows": "*i32", "tiles": "*i32"}
         | dict.fromkeys(strides, "i32"),
         constants=dict.fromkeys(absent)
-        | split_columns(1152)
+        | split_columns(1152, configuration["tail"])
         | {"WANTS_TABLES": "norm" in given, "WANTS_GATE": "gate" in given, "WANTS_BIAS": "bias" in given},
         configuration=configuration,
         dtype=dtype,

@@ -19,11 +19,13 @@ registers; the fused backward in tiles of four spills.
 Fewer warps share less work across threads and issue fewer instructions a row, but hold more registers; the backward
 needs all of a row's columns spread over the program, since its sums over tokens live in registers. Pipelining (STAGES)
 adds a pass through shared memory (1148 → 1424) and takes the loads' latency out of the loop, which otherwise meets it
-twice a row with room for only three or four programs on a multiprocessor.
+twice a row with room for only three or four programs on a multiprocessor. A thread must have four bytes to be copied
+so: the two bytes of TAIL that each of 128 threads has are waited for in every row. A TAIL of twice the columns, half of
+them empty, goes with the rest, at 128 registers in place of 122 [compiled; not timed].
 
-The backward's tiles are as long as fills the multiprocessors best. A row takes 1.27 + 0.21·P µs there with P programs on
-a multiprocessor [fitted to nine launches of training steps on an H200, within 9 %]: mostly latency, which few programs
-do not hide. So 208 programs of 122 rows took as long as 464 of 124.
+The backward's tiles are as long as fills the multiprocessors best. A row takes 1.27 + 0.21·P µs there with P programs
+on a multiprocessor [fitted to nine launches of training steps on an H200, within 9 %]: mostly latency, which few
+programs do not hide. So 208 programs of 122 rows took as long as 464 of 124.
 """
 
 from __future__ import annotations
@@ -59,13 +61,16 @@ _FORWARD = {
         Configuration(tile_tokens=64, STAGES=3, num_warps=4),
     ),
 }
-# `programs`: how many fit on a multiprocessor.
+# `programs`: how many fit on a multiprocessor. `tail`: the least columns of TAIL, four bytes of it for a thread.
 _BACKWARD = {
     "any": (
-        Configuration(programs=4, STAGES=3, num_warps=4),
-        Configuration(programs=4, STAGES=2, num_warps=4),
-        Configuration(programs=4, STAGES=1, num_warps=4),
-        Configuration(programs=2, STAGES=3, num_warps=8),
+        Configuration(programs=4, STAGES=3, tail=0, num_warps=4),
+        Configuration(programs=4, STAGES=2, tail=0, num_warps=4),
+        Configuration(programs=4, STAGES=1, tail=0, num_warps=4),
+        Configuration(programs=3, STAGES=3, tail=0, num_warps=8),
+        Configuration(programs=4, STAGES=3, tail=256, num_warps=4),
+        Configuration(programs=4, STAGES=4, tail=256, num_warps=4),
+        Configuration(programs=3, STAGES=3, tail=512, maxnreg=80, num_warps=8),
     ),
 }
 # A row's latency, and what the second step takes for the sums of a program (23 ns), in the time that a program adds to
@@ -150,7 +155,11 @@ def fill_rounds(num_tokens: int, programs: tuple[int, ...], multiprocessors: int
 
 
 @lru_cache(maxsize=64)
-def split_columns(channels: int) -> dict[str, int]:
-    """Returns the constexprs WIDE and TAIL for rows of `channels` columns, 2 or more."""
+def split_columns(channels: int, tail: int = 0) -> dict[str, int]:
+    """Returns the constexprs WIDE and TAIL for rows of `channels` columns, 2 or more.
+
+    Args:
+        tail: the least columns of TAIL, as far as WIDE has as many; a power of two or 0.
+    """
     wide = 1 << ((channels - 1).bit_length() - 1)
-    return {"C": channels, "WIDE": wide, "TAIL": 1 << (channels - wide - 1).bit_length()}
+    return {"C": channels, "WIDE": wide, "TAIL": max(1 << (channels - wide - 1).bit_length(), min(tail, wide))}

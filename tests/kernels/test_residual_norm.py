@@ -8,7 +8,8 @@ from torch import Tensor
 
 from opensora_fast import kernels
 from opensora_fast.kernels import PackLayout
-from opensora_fast.kernels.rows.tiles import fill_rounds
+from opensora_fast.kernels.configurations import force
+from opensora_fast.kernels.rows.tiles import CONFIGURATIONS, fill_rounds
 
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
 CHANNELS = 88  # two blocks, 64 and 24 of 32
@@ -86,6 +87,17 @@ def test_hidden_sizes(op, channels, device, compare_with_eager) -> None:
     layout, frame_rows = make_layout([(2, 1, 3)], device, masked=True)
     inputs = make_inputs(op, layout, rows=2, dtype=torch.float32, channels=channels)
     compare(compare_with_eager, op, layout, frame_rows, inputs)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("absent", [(), ("gate", "bias")], ids=["all", "no gate"])
+@pytest.mark.parametrize("configuration", CONFIGURATIONS["modulated_norm_backward"]["any"], ids=str)
+def test_every_configuration_of_the_backward(op, absent, configuration, device, compare_with_eager) -> None:
+    """Tiles of one token and of several, of given and of noised frames."""
+    layout, frame_rows = make_layout([(2, 3, 6), (2, 1, 1)], device, masked=True)
+    inputs = make_inputs(op, layout, rows=4, dtype=torch.float32, channels=24, absent=absent if op != OPS[0] else ())
+    with force(f"{op}_backward", "any", configuration):
+        compare(compare_with_eager, op, layout, frame_rows, inputs)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -268,7 +280,7 @@ def test_rows_of_given_frames_need_tables_that_hold_them(op, device) -> None:
 
 
 def tiles_of_backward(shapes: list[tuple[int, int, int]]) -> tuple[int, int, int]:
-    """(programs, tokens of the longest, of the shortest) for a GPU of 132 multiprocessors that hold four programs each."""
+    """(programs, tokens of the longest, of the shortest) for 132 multiprocessors that hold four programs each."""
     layout = PackLayout.of(shapes, "cpu")
     size = fill_rounds(layout.num_tokens, layout.tile_counts, multiprocessors=132, side_by_side=4)
     count = layout.frame_tiles(size)[:, 1]
