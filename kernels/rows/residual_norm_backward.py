@@ -198,7 +198,7 @@ def launch_backward(
             "WANTS_TABLES": d_scale is not None,
             "WANTS_GATE": d_gate is not None,
             "WANTS_BIAS": d_bias is not None,
-            **split_columns(channels, configuration["tail"]),
+            **split_columns(channels, configuration["tail_bytes"] // gradient.element_size()),
             **configuration.launch,
         },
     )
@@ -230,6 +230,7 @@ def _compile_case(op: str, parts: str, dtype: str, size: str, configuration: Con
         "d_branch": "gate",
     }
     absent = [name for name, part in needs.items() if part not in given]
+    element = 4 if dtype == "fp32" else 2
     types = dict.fromkeys(needs, f"*{dtype}") | {"mean": "*fp32", "rstd": "*fp32"}
     strides = ("scale_stride", "gate_stride")
     return CompileCase(
@@ -239,7 +240,7 @@ def _compile_case(op: str, parts: str, dtype: str, size: str, configuration: Con
         | {"partials": "*fp32", "frame_rows": "*i32", "tiles": "*i32"}
         | dict.fromkeys(strides, "i32"),
         constants=dict.fromkeys(absent)
-        | split_columns(1152, configuration["tail"])
+        | split_columns(1152, configuration["tail_bytes"] // element)
         | {"WANTS_TABLES": "norm" in given, "WANTS_GATE": "gate" in given, "WANTS_BIAS": "bias" in given},
         configuration=configuration,
         dtype=dtype,

@@ -20,12 +20,12 @@ Fewer warps share less work across threads and issue fewer instructions a row, b
 needs all of a row's columns spread over the program, since its sums over tokens live in registers. Pipelining (STAGES)
 adds a pass through shared memory (1148 → 1424) and takes the loads' latency out of the loop, which otherwise meets it
 twice a row with room for only three or four programs on a multiprocessor. A thread must have four bytes to be copied
-so: the two bytes of TAIL that each of 128 threads has are waited for in every row. A TAIL of twice the columns, half of
-them empty, goes with the rest, at 128 registers in place of 122 [compiled; not timed].
+so: the two bytes of TAIL that each of 128 threads had were waited for in every row. A TAIL of twice the columns, half
+of them empty, goes with the rest at 128 registers in place of 122; the fused backward took a fifth less time [H200].
 
-The backward's tiles are as long as fills the multiprocessors best. A row takes 1.27 + 0.21·P µs there with P programs
-on a multiprocessor [fitted to nine launches of training steps on an H200, within 9 %]: mostly latency, which few
-programs do not hide. So 208 programs of 122 rows took as long as 464 of 124.
+The backward's tiles are as long as fills the multiprocessors best. A row takes 0.4 + 0.27·P µs with P programs on a
+multiprocessor (1.3 + 0.22·P with the smaller TAIL), and each program 40 ns of the second step [fitted to 45 shapes and
+tiles on an H200, within 8 %].
 """
 
 from __future__ import annotations
@@ -61,22 +61,19 @@ _FORWARD = {
         Configuration(tile_tokens=64, STAGES=3, num_warps=4),
     ),
 }
-# `programs`: how many fit on a multiprocessor. `tail`: the least columns of TAIL, four bytes of it for a thread.
+# `programs`: how many fit on a multiprocessor. `tail_bytes`: of a row's TAIL at least, so that each thread has four.
 _BACKWARD = {
     "any": (
-        Configuration(programs=4, STAGES=3, tail=0, num_warps=4),
-        Configuration(programs=4, STAGES=2, tail=0, num_warps=4),
-        Configuration(programs=4, STAGES=1, tail=0, num_warps=4),
-        Configuration(programs=3, STAGES=3, tail=0, num_warps=8),
-        Configuration(programs=4, STAGES=3, tail=256, num_warps=4),
-        Configuration(programs=4, STAGES=4, tail=256, num_warps=4),
-        Configuration(programs=3, STAGES=3, tail=512, maxnreg=80, num_warps=8),
+        Configuration(programs=4, STAGES=3, tail_bytes=512, num_warps=4),
+        Configuration(programs=4, STAGES=4, tail_bytes=512, num_warps=4),
+        Configuration(programs=3, STAGES=3, tail_bytes=1024, maxnreg=80, num_warps=8),
+        Configuration(programs=4, STAGES=3, tail_bytes=0, num_warps=4),
     ),
 }
-# A row's latency, and what the second step takes for the sums of a program (23 ns), in the time that a program adds to
-# the rows of those beside it (0.21 µs); measured on an H200.
-_LATENCY = 6
-_SUMS = 0.11
+# What a row takes beside the rows of other programs, and the sums of a program in the second step, in the time that
+# each program on a multiprocessor adds to a row (0.27 µs on an H200, where the choice is within 5 % of the best tiles).
+_LATENCY = 1.5
+_SUMS = 0.15
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
 CONFIGURATIONS = {f"{op}_forward": _FORWARD for op in OPS} | {f"{op}_backward": _BACKWARD for op in OPS}
 
