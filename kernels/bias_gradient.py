@@ -2,9 +2,10 @@
 
     x = linear(z, W, b.detach()); y = op(x, …, b)          db = Σ_N d_x
 
-The value of b is in x already. Autograd alone would read d_x again for the sum, which for the three qkv and query
-Linears of a block of ST-DiT-2 is 7 rows of 1152 numbers a token; the programs that make d_x have it in registers. N
-tokens.
+The value of b is in x already. Autograd alone would read d_x again for the sum; the programs that make d_x have it in
+registers. For temporal and cross-attention, 4 of the 7 rows of 1152 numbers a token of a block of ST-DiT-2, they add it
+up; in spatial attention, whose registers are full, that took 113 to 210 µs a layer on an H200 and a pass of its own 57
+to 107, so that it is one. N tokens.
 """
 
 from __future__ import annotations

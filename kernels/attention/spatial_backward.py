@@ -28,7 +28,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..bias_gradient import BiasPartials
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import launch
 from .builds import attention_case
@@ -53,11 +52,10 @@ def launch_backward(
     output: Tensor,
     statistics: Tensor,
     qkv_gradient: Tensor,
-    bias_gradient: Tensor | None,
     runs: list[int],
     eps: float,
 ) -> Tensor:
-    """Fills the gradients of qkv [N, 3, H, D] and of its bias [3, H, D] (None where it is not wanted).
+    """Fills the gradient of qkv [N, 3, H, D].
 
     Returns G [D] float32 of the module's docstring (empty without QK-norm).
 
@@ -90,9 +88,7 @@ def launch_backward(
         rows = output.new_empty(2, num_tokens * heads * row_width(head_size))
         return rows[0], rows[1]
 
-    launches = plan("spatial_attention_queries_backward")
-    bias_partials = BiasPartials(bias_gradient, 1, sum(tiles.shape[0] for *_, tiles in launches))
-    for shape_class, configuration, tiles in launches:
+    for shape_class, configuration, tiles in plan("spatial_attention_queries_backward"):
         programs = tiles.shape[0] * heads
         left[shape_class] = leave(shape_class)
         partials.append(qkv.new_empty(0 if q_weight is None else programs, head_size, dtype=torch.float32))
@@ -112,7 +108,6 @@ def launch_backward(
                 *left[shape_class],
                 qkv_gradient,
                 partials[-1],
-                bias_partials.take(tiles.shape[0])[0],
                 tiles,
                 num_tokens,
             ),
@@ -123,11 +118,7 @@ def launch_backward(
                 **configuration.launch,
             },
         )
-    if bias_gradient is not None:
-        bias_partials.add_up(bias_gradient[:1])
-    launches = plan("spatial_attention_keys_backward")
-    bias_partials = BiasPartials(bias_gradient, 2, sum(tiles.shape[0] for *_, tiles in launches))
-    for shape_class, configuration, tiles in launches:
+    for shape_class, configuration, tiles in plan("spatial_attention_keys_backward"):
         launch(
             spatial_keys_backward,
             (tiles.shape[0] * heads,),
@@ -139,7 +130,6 @@ def launch_backward(
                 statistics,
                 deltas,
                 qkv_gradient,
-                *bias_partials.take(tiles.shape[0])[:2],
                 tiles,
                 num_tokens,
             ),
@@ -150,8 +140,6 @@ def launch_backward(
                 **configuration.launch,
             },
         )
-    if bias_gradient is not None:
-        bias_partials.add_up(bias_gradient[1:])
     if q_weight is None:
         return partials[0]
     return (partials[0] if len(partials) == 1 else torch.cat(partials)).sum(dim=0)

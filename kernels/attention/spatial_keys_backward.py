@@ -19,7 +19,6 @@ from .tiles import (
     rms_norm_gradient,
     scale_head,
     scale_rows,
-    store_column_sums,
     store_head,
     to_float32,
 )
@@ -63,8 +62,6 @@ def spatial_keys_backward(
     statistics,  # float32 [1 or 3, H, N]
     deltas,  # float32 [H, N]
     qkv_gradient,  # [N, 3, H, D] out: keys and values
-    key_bias_partials,  # float32 [tiles · H, D] out, or None
-    value_bias_partials,
     tiles,  # int32 [tiles, 4]
     num_tokens,
     HEADS: tl.constexpr,
@@ -129,8 +126,6 @@ def spatial_keys_backward(
     inside = rows < length
     gradient = qkv_gradient + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
     store_head(gradient + HEADS * HEAD_SIZE, value_sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
-    if value_bias_partials is not None:
-        store_column_sums(value_bias_partials, value_sums, inside, HEAD_SIZE)
     scale = tl.where(length > 1, SCALE if NORM == NO_NORM else 1.0 / LOG2_E, 0.0)
     sums = scale_head(key_sums, scale)
     if NORM != NO_NORM:
@@ -140,5 +135,3 @@ def spatial_keys_backward(
         normed = scale_rows(to_float32(load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), factors)  # k̂
         sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
     store_head(gradient, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
-    if key_bias_partials is not None:
-        store_column_sums(key_bias_partials, sums, inside, HEAD_SIZE)

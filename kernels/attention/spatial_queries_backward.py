@@ -78,7 +78,6 @@ def spatial_queries_backward(
     padded_gradient,  # out, where scores are folded: padded rows
     qkv_gradient,  # [N, 3, H, D] out: the queries
     weight_partials,  # float32 [tiles · H, D] out, with QK-norm: parts of G
-    bias_partials,  # float32 [tiles · H, D] out, or None
     tiles,  # int32 [tiles, 4]
     num_tokens,
     HEADS: tl.constexpr,
@@ -165,8 +164,5 @@ def spatial_queries_backward(
         store_column_sums(weight_partials, multiply(sums, normed), None, HEAD_SIZE)  # rows outside are zero
         sums = multiply(sums, load_weight_product(q_weight, k_weight, HEAD_SIZE, AGAIN=True))
         sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
-    # Before the gradient is stored: the other way round Triton 3.6 spills 24 bytes on sm_90.
-    if bias_partials is not None:
-        store_column_sums(bias_partials, sums, inside, HEAD_SIZE)
     gradient = qkv_gradient + first_token * TOKEN_STRIDE + head * HEAD_SIZE
     store_head(gradient, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)

@@ -28,7 +28,11 @@ def measured_cases(arch: str) -> list[CompileCase]:
 if __name__ == "__main__":
     cases = {(case.name, case.configuration): case for case in measured_cases("sm_90")}
     rows = [
-        {"name": f"{case.name} ({case.configuration})", "warps": case.configuration.num_warps}
+        {
+            "name": f"{case.name} ({case.configuration})",
+            "warps": case.configuration.num_warps,
+            "attention": case.attention,
+        }
         | compile_case(case, "sm_90")
         for case in cases.values()
     ]
