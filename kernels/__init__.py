@@ -26,6 +26,7 @@ else:
     from .gelu_tanh import gelu_tanh
     from .layout import PackLayout, TextLayout
     from .linear import linear
+    from .mlp import mlp
     from .modulated_norm import modulated_norm
     from .patchify import patchify, token_grid, unpatchify
     from .project_residual import project_residual
@@ -44,6 +45,7 @@ __all__ = [
     "gate_residual_modulated_norm",
     "gelu_tanh",
     "linear",
+    "mlp",
     "modulated_norm",
     "patchify",
     "project_residual",

@@ -22,6 +22,7 @@ OPS = (
     "gate_residual",
     "project_residual",
     "cross_attention",
+    "mlp",
     "gelu_tanh",
     "adamw",
 )

@@ -11,7 +11,7 @@ and, as called here, tunes nothing. The first call of a dtype and kind of produc
 kept on disk), the first of a shape a plan, so a graph can be captured after one call outside, as of the Triton kernels.
 Compilers see `quack_product` as one node.
 
-Replaces in ST-DiT-2: `qkv`, `proj`, `fc1` and `fc2` of a block.
+Replaces in ST-DiT-2: `qkv` and `proj` of a block; for `fc1` and `fc2` see `mlp`, for `q_linear` `project_residual`.
 
 Limits: cuBLAS unless quack is named; quack takes float16 and bfloat16, C and K that are multiples of 8, and GPUs of
 sm_90 and sm_100.
@@ -50,30 +50,41 @@ def multiply_with_torch(left: Tensor, right: Tensor, added: Tensor | None, bias:
 
 def multiply_with_quack(library: Any, left: Tensor, right: Tensor, added: Tensor | None, bias: Tensor | None) -> Tensor:
     """As `Multiply`, by the functions `gemm` and `gemm_add` of `library`, which is `quack.gemm_interface`."""
-    left = _as_quack_reads(left)
+    left = as_quack_reads(left)
     # Either way round it is read as it stands: the weight in backward, its transpose in forward.
-    right = _as_quack_reads(right) if right.stride(1) == 1 else _as_quack_reads(right.t()).t()
-    bias = None if bias is None else _as_quack_reads(bias)
+    right = as_quack_reads(right) if right.stride(1) == 1 else as_quack_reads(right.t()).t()
+    bias = None if bias is None else as_quack_reads(bias)
     if added is None:
         return library.gemm(left, right, bias=bias, tuned=False)
-    return library.gemm_add(left, right, _as_quack_reads(added), bias=bias, tuned=False)
+    return library.gemm_add(left, right, as_quack_reads(added), bias=bias, tuned=False)
 
 
-def _as_quack_reads(tensor: Tensor) -> Tensor:
+def as_quack_reads(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it that is contiguous and aligned."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % QUACK_ALIGNMENT == 0 else tensor.clone()
 
 
 @kernel_op("opensora_fast::quack_product")
 def quack_product(left: Tensor, right: Tensor, added: Tensor | None, bias: Tensor | None) -> Tensor:
-    check_quack(left.device, left.dtype, (left.shape[1], right.shape[1]))
+    library = prepare_quack(left, right.shape)
     with on_device(left):
-        return multiply_with_quack(load_quack(), left, right, added, bias)
+        return multiply_with_quack(library, left, right, added, bias)
 
 
 @quack_product.register_fake
 def _(left, right, added, bias):
     return left.new_empty(left.shape[0], right.shape[1])
+
+
+def prepare_quack(operand: Tensor, sizes: tuple[int, ...]) -> Any:
+    """The module `quack.gemm_interface`, for products of such operands, of these sizes beside the tokens.
+
+    Raises:
+        ValueError: as `check_quack`.
+    """
+    check_quack(operand.device, operand.dtype, tuple(sizes))
+    return load_quack()
 
 
 def check_quack(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> None:

@@ -4,6 +4,9 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
+
+gelu_backward = torch.ops.aten.gelu_backward
 
 
 class QuackStandIn(SimpleNamespace):
@@ -47,6 +50,51 @@ class QuackStandIn(SimpleNamespace):
         split_k: int | None = 1,
     ) -> Tensor:
         return self._multiply("gemm_add", A, B, C, out, bias, tuned)
+
+    def gemm_act(
+        self,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor | None = None,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        alpha: float = 1.0,
+        preact_out: Tensor | None = None,
+        postact_out: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        postact_dtype: torch.dtype | None = None,
+        cu_seqlens_m: Tensor | None = None,
+        A_idx: Tensor | None = None,
+        store_preact: bool = True,
+        dynamic_scheduler: bool = False,
+        tuned: bool = True,
+    ) -> tuple[Tensor | None, Tensor]:
+        assert activation == "gelu_tanh_approx" and preact_out is None
+        before = self._multiply("gemm_act", A, B, C, postact_out, bias, tuned)
+        return before if store_preact else None, gelu(before, approximate="tanh")
+
+    def gemm_dact(
+        self,
+        A: Tensor,
+        B: Tensor,
+        PreAct: Tensor,
+        activation: str | None = None,
+        dx_out: Tensor | None = None,
+        postact_out: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        postact_dtype: torch.dtype | None = None,
+        colvec_scale: Tensor | None = None,
+        colvec_reduce: bool = False,
+        cu_seqlens_m: Tensor | None = None,
+        A_idx: Tensor | None = None,
+        dynamic_scheduler: bool = True,
+        tuned: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        assert activation == "gelu_tanh_approx" and postact_out is None
+        assert PreAct.shape == (A.shape[0], B.shape[1])
+        check_matrix(PreAct, A.dtype)
+        gradient = self._multiply("gemm_dact", A, B, None, dx_out, None, tuned)
+        return gelu_backward(gradient, PreAct, approximate="tanh"), gelu(PreAct, approximate="tanh")
 
     def _multiply(
         self,

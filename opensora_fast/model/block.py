@@ -238,11 +238,10 @@ def compute_block(
         bias=attention.proj.bias,
         backend=use.gate_residual_modulated_norm,
     )
-    hidden = linear(normed, block.mlp.fc1.weight, backend=use.linear)
-    hidden = kernels.gelu_tanh(hidden, block.mlp.fc1.bias, backend=use.gelu_tanh)
-    branch = linear(hidden, block.mlp.fc2.weight, backend=use.linear)
+    first, second = block.mlp.fc1, block.mlp.fc2
+    branch = kernels.mlp(normed, first.weight, first.bias, second.weight, gelu=use.gelu_tanh, linear=use.linear)
     if following is None:
-        bias = block.mlp.fc2.bias
+        bias = second.bias
         return kernels.gate_residual(x, branch, gate_mlp, rows, layout, bias=bias, backend=use.gate_residual), None
     shift_next, scale_next, *_ = following
     return kernels.gate_residual_modulated_norm(
@@ -253,7 +252,7 @@ def compute_block(
         scale_next,
         rows,
         layout,
-        bias=block.mlp.fc2.bias,
+        bias=second.bias,
         backend=use.gate_residual_modulated_norm,
     )
 

@@ -347,8 +347,10 @@ def test_quack_multiplies_for_the_linears_on_all_tokens(model_work, monkeypatch)
     assert_same(model_results(by_quack, model_work)[0], expected, 5e-6)
     # Eight Linears of a block, forward and for the gradient of their input; that of q_linear meets the stream's.
     assert Counter(name for name, *_ in stand_in.called) == {
-        "gemm": 15 * CONFIG.depth,
+        "gemm": 13 * CONFIG.depth,
         "gemm_add": CONFIG.depth,
+        "gemm_act": CONFIG.depth,
+        "gemm_dact": CONFIG.depth,
     }
 
 
