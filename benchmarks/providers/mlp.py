@@ -2,7 +2,8 @@
 
 `ours` leaves the matrix products to cuBLAS and does the bias and GELU between them in one pass of its own. Libraries
 whose products end with an epilogue save that pass: 4 of the 12 rows of C elements that go to memory between the two
-products forward, and 8 of 16 backward.
+products forward, and 8 of 16 backward. `quack` is its own MLP; `ours-quack` leaves it all but the gradients of the
+weights, which cuBLAS does faster.
 
 Letters: N tokens, C channels, K channels between the two Linears.
 """
@@ -82,11 +83,10 @@ def eager_call(work: MLPWork) -> Tensor:
     return linear(hidden, leaves["weight2"])
 
 
-def own_call(work: MLPWork, backend: str) -> Tensor:
+def own_call(work: MLPWork, backend: str, linear: str = "torch") -> Tensor:
     """As `opensora_fast.model.block` computes it."""
-    leaves = work.leaves
-    hidden = kernels.gelu_tanh(linear(leaves["x"], leaves["weight1"]), leaves["bias1"], backend=backend)
-    return linear(hidden, leaves["weight2"])
+    x, weight1, bias1, weight2 = work.leaves.values()
+    return kernels.mlp(x, weight1, bias1, weight2, gelu=backend, linear=linear)
 
 
 def apex_call(work: MLPWork) -> Tensor:
@@ -120,5 +120,11 @@ MLP_PROVIDERS = (
     Provider("apex", of_function(apex_call), needs_module("apex.fused_dense", APEX), version_of(APEX)),
     Provider("quack", of_function(quack_call), needs_module("quack.mlp", QUACK, needs_half), version_of(QUACK)),
     Provider("ours", of_function(lambda work: own_call(work, "triton")), needs_cuda, own_version),
+    Provider(
+        "ours-quack",
+        of_function(lambda work: own_call(work, "triton", "quack")),
+        needs_module("quack.gemm_interface", QUACK, needs_half),
+        version_of(QUACK),
+    ),
 )
 MLP_REFERENCE = MLP_PROVIDERS[0]

@@ -10,8 +10,8 @@ class Backends:
     """One of `kernels.BACKENDS` for each op: "auto" (Triton on CUDA, reference elsewhere), "reference" or "triton".
 
     Attributes:
-        linear: what multiplies in the Linears on all tokens, "torch" or "quack" (see `kernels.linear`); quack's products in
-            the MLP end with the GELU, whatever `gelu_tanh` is (see `kernels.mlp`).
+        linear: what multiplies in the Linears on all tokens, "torch" or "quack" (see `kernels.linear`); quack's
+            products in the MLP end with the GELU, whatever `gelu_tanh` is (see `kernels.mlp`).
     """
 
     modulated_norm: str = "auto"

@@ -140,10 +140,11 @@ def test_other_matrix_products_are_measured_where_they_weigh_most():
     cases = [case for case in list_cases("push", "cuda") if "ours-quack" in case.providers]
     assert [(case.template.level, case.template.workload) for case in cases] == [
         ("step", "240p×16"),
+        ("op", "240p×16"),
         ("block", "240p×16"),
         *(("step", f"{name}×16") for name in ("720p", "144p")),
     ]
-    assert all("ours" in case.providers for case in cases[:2])
+    assert all("ours" in case.providers for case in cases[:3])
 
 
 def test_sizes_of_the_comparison_with_float64():
