@@ -22,6 +22,8 @@ Where small steps are replayed as CUDA graphs (see `opensora_fast.train.step.gra
 held in a pool, beside what other steps allocate, and so are a set of gradients and, for each graph, a copy of its
 inputs.
 
+Where quack multiplies, the MLP keeps no more than what is before the GELU, r rows fewer than are counted.
+
 Not counted: what encoders need while they encode, the few numbers per token that the loss keeps, what CUDA's driver
 keeps of each graph, and, where processes share a micro-batch of videos too long for one tile of temporal attention, its
 output before they exchange it: a row.
