@@ -1,11 +1,13 @@
 """The matrix products of a Linear, and the MLP, by every library: what each computes."""
 
+import importlib
 import sys
 from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
+from quack_stand_in import QuackStandIn
 from torch.nn.functional import gelu, linear
 
 from opensora_fast.benchmarks.measuring.contest import op_results
@@ -149,6 +151,21 @@ def test_every_mlp_is_the_same(call, mlp_libraries):
     found, _ = op_results(partial(call, work), work)
     for name, value in expected.items():
         torch.testing.assert_close(found[name].double(), value.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_quack_may_multiply_for_our_mlp(monkeypatch):
+    stand_in = QuackStandIn()
+    kernel = importlib.import_module("opensora_fast.kernels.linear")
+    monkeypatch.setattr(kernel, "check_quack", lambda *arguments: None)
+    monkeypatch.setattr(kernel, "load_quack", lambda: stand_in)
+    provider = next(provider for provider in mlp.MLP_PROVIDERS if provider.name == "ours-quack")
+    work = mlp.make_mlp_work(TOKENS, 8, 24, "cpu", torch.float32)
+    wide = work.to(torch.float64)
+    expected, _ = op_results(partial(mlp.eager_call, wide), wide)
+    found, _ = op_results(provider.prepare(work), work)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value.double(), rtol=1e-5, atol=1e-5)
+    assert [name for name, *_ in stand_in.called] == ["gemm_act", "gemm", "gemm_dact", "gemm"]
 
 
 def test_the_products_of_an_mlp_are_counted():
