@@ -124,7 +124,7 @@ MLP_PROVIDERS = (
         "ours-quack",
         of_function(lambda work: own_call(work, "triton", "quack")),
         needs_module("quack.gemm_interface", QUACK, needs_half),
-        version_of(QUACK),
+        lambda: f"{own_version()} quack {version_of(QUACK)()}",
     ),
 )
 MLP_REFERENCE = MLP_PROVIDERS[0]
