@@ -141,7 +141,7 @@ class PackLayout:
     def frame_tiles(self, size: int) -> Tensor:
         """Cuts the frames into tiles of at most `size` tokens, none of which crosses a frame.
 
-        The tiles of a frame are equally long but for its last, so that no program is left with a short rest.
+        The tiles of a frame are equally long but for its last, which may be shorter.
 
         Returns:
             int32 [tiles, 3]: first token, token count and frame of each tile, in the order of the tokens.

@@ -134,7 +134,7 @@ def _spatial_attention_backward(
     tensors = contiguous(output_gradient, qkv, q_weight, k_weight)
     sums = launch_backward(*tensors, output, statistics, qkv_gradient, runs, eps)
     if qkv_bias is not None:
-        # Within the kernels, whose registers are full, the sums took two to three times as long as this pass [H200].
+        # Within the kernels, whose registers are full, the sums took about twice as long as this pass [H200].
         torch.sum(qkv_gradient, 0, dtype=bias_gradient.dtype, out=bias_gradient)
     if q_weight is not None:
         torch.mul(sums, k_weight, out=q_weight_gradient)

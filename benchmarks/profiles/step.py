@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,8 @@ from ..shapes import Workload
 from ..suites.scale import Scale
 
 WARM_UP, TIMED, PROFILED = 3, 10, 3
+# The profiler's own, where the host had to wait for room in the queue: their kernels stand under an op as well.
+ANNOTATIONS = ("Command Buffer Full",)
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear")  # shown by the sizes of their operands
 
 
@@ -119,8 +122,15 @@ def _profile(call: Call, device: str) -> tuple[KernelTime, ...]:
         for _ in range(PROFILED):
             call()
         _synchronize(device)
+    return collect_kernels(profiler.events(), device)
+
+
+def collect_kernels(events: Iterable[Any], device: str) -> tuple[KernelTime, ...]:
+    """What the events of PROFILED steps say of one, each kernel under the op that launched it."""
     times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for event in profiler.events():
+    for event in events:
+        if event.name in ANNOTATIONS:
+            continue
         sizes = _format_sizes(event.input_shapes) if event.name in PRODUCTS else ""
         if device == "cuda":
             for kernel in event.kernels:

@@ -25,7 +25,7 @@ of them empty, goes with the rest at 128 registers in place of 122; the fused ba
 
 The backward's tiles are as long as fills the multiprocessors best. A row takes 0.4 + 0.27·P µs with P programs on a
 multiprocessor (1.3 + 0.22·P with the smaller TAIL), and each program 40 ns of the second step [fitted to 45 shapes and
-tiles on an H200, within 8 %].
+tiles on an H200; root mean square of what is left 8 %].
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _BACKWARD = {
     ),
 }
 # What a row takes beside the rows of other programs, and the sums of a program in the second step, in the time that
-# each program on a multiprocessor adds to a row (0.27 µs on an H200, where the choice is within 5 % of the best tiles).
+# each program on a multiprocessor adds to a row (0.27 µs on an H200, where the choice is within 6 % of the best tiles).
 _LATENCY = 1.5
 _SUMS = 0.15
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")

@@ -72,6 +72,12 @@ def test_by_default_it_is_the_three_ops_bit_for_bit(dtype, linear) -> None:
     assert set(calls) == {("gelu_tanh", "reference")}
 
 
+def test_an_unknown_backend_of_the_gelu_is_named_whoever_multiplies(installed) -> None:
+    for linear in ("torch", "quack"):
+        with pytest.raises(ValueError, match="'nonsense' is unknown; choose one of auto, reference, triton"):
+            mlp(*make_inputs(torch.float32), gelu="nonsense", linear=linear)
+
+
 def test_the_backend_of_the_gelu_is_the_callers() -> None:
     calls.clear()
     mlp(*make_inputs(torch.float32), gelu="triton")

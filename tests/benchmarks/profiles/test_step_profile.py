@@ -1,10 +1,19 @@
 """Profiles of training steps: what they say is what ran."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 
-from opensora_fast.benchmarks.profiles.step import KernelTime, StepProfile, format_profile, profile_steps, write_profile
+from opensora_fast.benchmarks.profiles.step import (
+    PROFILED,
+    KernelTime,
+    StepProfile,
+    collect_kernels,
+    format_profile,
+    profile_steps,
+    write_profile,
+)
 from opensora_fast.benchmarks.shapes import Workload
 from opensora_fast.benchmarks.suites.scale import scale_of
 from opensora_fast.cli import run
@@ -30,6 +39,16 @@ def test_longest_kernels_come_first_and_add_up_to_the_busy_time(profile):
     assert times == sorted(times, reverse=True)
     assert profile.busy_milliseconds == pytest.approx(sum(times) / 1e3)
     assert 0.3 * profile.milliseconds < profile.busy_milliseconds < 5 * profile.milliseconds
+
+
+def test_a_kernel_counts_once_where_the_queue_was_full():
+    kernel = SimpleNamespace(name="nvjet_128x256", duration=30.0)
+    events = [
+        SimpleNamespace(name="aten::mm", input_shapes=[[2, 3], [3, 4]], kernels=[kernel]),
+        SimpleNamespace(name="Command Buffer Full", input_shapes=[], kernels=[kernel]),
+    ]
+    expected = KernelTime("aten::mm", "nvjet_128x256", "2×3 @ 3×4", 1 / PROFILED, 30.0 / PROFILED)
+    assert collect_kernels(events, "cuda") == (expected,)
 
 
 def test_table_and_file_show_share_and_time_for_each_token(tmp_path):
