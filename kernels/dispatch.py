@@ -40,14 +40,19 @@ def check_triton(name: str, device: torch.device) -> None:
         )
 
 
+def check_backend(op: str, backend: str) -> None:
+    """ValueError for a backend that there is not."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+
+
 def choose(op: str, backend: str, tensor: Tensor, has_triton: bool = True) -> str:
     """Returns "reference" or "triton" for a call of `op` on `tensor`, and counts it.
 
     Raises:
         ValueError: an unknown backend, or Triton asked for where it cannot run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    check_backend(op, backend)
     if backend == "auto":
         backend = "triton" if tensor.is_cuda and has_triton else "reference"
     elif backend == "triton":

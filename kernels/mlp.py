@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .checks import check_tensor
-from .dispatch import BACKENDS
+from .dispatch import check_backend
 from .gelu_tanh import gelu_tanh
 from .linear import as_quack_reads, choose_multiply, prepare_quack, quack_product
 from .registration import empty_as, empty_if, kernel_op, on_device, output_dtype
@@ -125,8 +125,7 @@ def mlp(
     if choose_multiply("mlp", linear) is not quack_product:
         hidden = gelu_tanh(functional.linear(x, weight1), bias1, backend=gelu)
         return functional.linear(hidden, weight2)
-    if gelu not in BACKENDS:
-        raise ValueError(f"mlp: gelu {gelu!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    check_backend("gelu_tanh", gelu)
     check_tensor("mlp", "x", x, (None, None), x.device)
     check_tensor("mlp", "weight1", weight1, (None, x.shape[1]), x.device)
     check_tensor("mlp", "bias1", bias1, (weight1.shape[0],), x.device)

@@ -1,7 +1,10 @@
 """quack's functions for matrix products in plain PyTorch, with their signatures and what they ask of their operands."""
 
+import importlib
+from collections.abc import Callable
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu
@@ -118,6 +121,38 @@ class QuackStandIn(SimpleNamespace):
         self.called.append((name, *A.shape, B.shape[1], bias is not None))
         term = bias if C is None else C
         return A @ B if term is None else torch.addmm(term, A, B)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, quack: QuackStandIn) -> QuackStandIn:
+    """`quack` on a machine that has it, and may use it."""
+    linear = importlib.import_module("opensora_fast.kernels.linear")  # the package's attribute is the function
+    monkeypatch.setattr(linear, "load_quack", lambda: quack)
+    monkeypatch.setattr(linear, "check_quack", lambda device, dtype, sizes=(): None)
+    return quack
+
+
+def run(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The output, and the gradients of its weighted sum."""
+    output = function(*inputs)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=output.device)
+    return [output, *torch.autograd.grad(output, inputs, weights.view(output.shape).to(output.dtype))]
+
+
+def check_one_graph(call: Callable[..., Tensor], inputs: list[Tensor], quack: QuackStandIn) -> None:
+    """Compiled, `call` is one graph that calls quack as it does eagerly, and computes the same."""
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    expected = run(call, inputs)
+    eager_calls = list(quack.called)
+    quack.called.clear()
+    found = run(torch.compile(call, fullgraph=True, backend=backend), inputs)
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference)
+    assert len(graphs) == 1 and quack.called == eager_calls
 
 
 def check_matrix(matrix: Tensor, dtype: torch.dtype) -> None:

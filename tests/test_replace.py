@@ -1,12 +1,11 @@
 """`use_kernels` changes how a model computes, not what, and only the model it is given."""
 
 import copy
-import importlib
 from pathlib import Path
 
 import pytest
 import torch
-from quack_stand_in import QuackStandIn
+from quack_stand_in import QuackStandIn, install
 from safetensors.torch import load_file
 from torch import nn
 
@@ -92,10 +91,7 @@ def test_only_the_named_ops_change():
 
 @pytest.mark.parametrize("model_class", [STDiT2, UpstreamSTDiT2])
 def test_matrix_products_change_where_they_are_named(model_class, monkeypatch):
-    stand_in = QuackStandIn()
-    linear = importlib.import_module("opensora_fast.kernels.linear")
-    monkeypatch.setattr(linear, "check_quack", lambda *arguments: None)
-    monkeypatch.setattr(linear, "load_quack", lambda: stand_in)
+    stand_in = install(monkeypatch, QuackStandIn())
     monkeypatch.setattr("opensora_fast.replace.load_quack", lambda: stand_in)
     model, inputs = build(model_class), golden_inputs("plain")
     expected = model(**inputs)

@@ -33,7 +33,8 @@ from ..measuring.provider import (
 )
 from .elementwise import APEX
 from .op_work import OpWork
-from .products import QUACK
+from .products import QUACK, needs_quack
+from .variants import VARIANT_OF
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ MLP_PROVIDERS = (
     Provider(
         "ours-quack",
         of_function(lambda work: own_call(work, "triton", "quack")),
-        needs_module("quack.gemm_interface", QUACK, needs_half),
-        lambda: f"{own_version()} quack {version_of(QUACK)()}",
+        needs_quack,
+        VARIANT_OF["ours-quack"].version,
     ),
 )
 MLP_REFERENCE = MLP_PROVIDERS[0]

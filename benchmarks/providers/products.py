@@ -82,11 +82,11 @@ def _prepare_quack(product: Product, weight_splits: int) -> Bound:
     return partial(gemm, product.left, product.right, out=product.output, tuned=False, split_k=splits)
 
 
-_needs_quack = needs_module("quack.gemm_interface", QUACK, needs_half)
+needs_quack = needs_module("quack.gemm_interface", QUACK, needs_half)
 
 
 def _needs_quack_for_weight(product: Product) -> str:
-    return _needs_quack(product) if product.direction == OF_WEIGHT else OTHER_DIRECTIONS
+    return needs_quack(product) if product.direction == OF_WEIGHT else OTHER_DIRECTIONS
 
 
 LIBRARY = Provider("torch-cpu", _prepare_library)
@@ -96,7 +96,7 @@ PRODUCT_PROVIDERS = {
     "cuda": (
         CUBLAS,
         Provider("cublas-split", split_over_tokens, _may_be_split, CUBLAS.version),
-        Provider("quack", partial(_prepare_quack, weight_splits=TOKEN_SPLITS), _needs_quack, version_of(QUACK)),
+        Provider("quack", partial(_prepare_quack, weight_splits=TOKEN_SPLITS), needs_quack, version_of(QUACK)),
         Provider("quack-unsplit", partial(_prepare_quack, weight_splits=1), _needs_quack_for_weight, version_of(QUACK)),
     ),
 }

@@ -1,13 +1,12 @@
 """A Linear by the library that is named: cuBLAS's numbers bit for bit by default, quack's functions where asked for."""
 
 import importlib
-from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
-from quack_stand_in import QuackStandIn
+from quack_stand_in import QuackStandIn, check_one_graph, install, run
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,9 +27,7 @@ def quack() -> QuackStandIn:
 @pytest.fixture
 def installed(quack: QuackStandIn, monkeypatch: pytest.MonkeyPatch) -> QuackStandIn:
     """quack on a machine that has it."""
-    monkeypatch.setattr(module, "load_quack", lambda: quack)
-    monkeypatch.setattr(module, "check_quack", lambda device, dtype, sizes: None)
-    return quack
+    return install(monkeypatch, quack)
 
 
 def make_inputs(dtype: torch.dtype = torch.float64, weight_dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -41,13 +38,6 @@ def make_inputs(dtype: torch.dtype = torch.float64, weight_dtype: torch.dtype | 
         torch.randn(size, generator=generator).to(kind).requires_grad_()
         for size, kind in zip(sizes, dtypes, strict=True)
     ]
-
-
-def run(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The output, and the gradients of its weighted sum."""
-    output = function(*inputs)
-    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape).to(output.dtype)
-    return [output, *torch.autograd.grad(output, inputs, weights)]
 
 
 def run_exactly(inputs: list[Tensor]) -> list[Tensor]:
@@ -173,20 +163,7 @@ def test_full_graph_compilation(op, installed) -> None:
         output = {"linear": linear, "project_residual": project_residual}[op](*inputs, backend="quack")
         return output if op == "linear" else torch.cat(output, 1)
 
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
-
-    inputs = make_inputs(torch.float32)
-    expected = run(call, inputs)
-    eager_calls = list(installed.called)
-    installed.called.clear()
-    found = run(torch.compile(call, fullgraph=True, backend=backend), inputs)
-    for ours, reference in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, reference)
-    assert len(graphs) == 1 and installed.called == eager_calls
+    check_one_graph(call, make_inputs(torch.float32), installed)
 
 
 def test_the_registered_product_is_sound(installed) -> None:

@@ -1,12 +1,11 @@
 """A block's MLP: the three ops bit for bit by default, and where quack is named the GELU as the products' epilogue."""
 
 import importlib
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from quack_stand_in import QuackStandIn
+from quack_stand_in import QuackStandIn, check_one_graph, install, run
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -27,10 +26,7 @@ linear_module = importlib.import_module("opensora_fast.kernels.linear")
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> QuackStandIn:
     """quack on a machine that has it."""
-    quack = QuackStandIn()
-    monkeypatch.setattr(linear_module, "load_quack", lambda: quack)
-    monkeypatch.setattr(linear_module, "check_quack", lambda device, dtype, sizes: None)
-    return quack
+    return install(monkeypatch, QuackStandIn())
 
 
 def make_inputs(dtype: torch.dtype = torch.float64, weight_dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -45,13 +41,6 @@ def make_inputs(dtype: torch.dtype = torch.float64, weight_dtype: torch.dtype | 
 
 def three_ops(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, backend: str = "reference") -> Tensor:
     return functional.linear(gelu_tanh(functional.linear(x, weight1), bias1, backend=backend), weight2)
-
-
-def run(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """The output, and the gradients of its weighted sum."""
-    output = function(*inputs)
-    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=output.device)
-    return [output, *torch.autograd.grad(output, inputs, weights.view(output.shape).to(output.dtype))]
 
 
 def run_exactly(inputs: list[Tensor]) -> list[Tensor]:
@@ -182,20 +171,7 @@ def test_under_autocast_quack_gets_half_precision_and_gradients_keep_their_dtype
 
 
 def test_full_graph_compilation(installed) -> None:
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
-
-    inputs = make_inputs(torch.float32)
-    expected = run(by_quack, inputs)
-    eager_calls = list(installed.called)
-    installed.called.clear()
-    found = run(torch.compile(by_quack, fullgraph=True, backend=backend), inputs)
-    for ours, reference in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, reference)
-    assert len(graphs) == 1 and installed.called == eager_calls
+    check_one_graph(by_quack, make_inputs(torch.float32), installed)
 
 
 def test_the_registered_products_are_sound(installed) -> None:

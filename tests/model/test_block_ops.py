@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from quack_stand_in import QuackStandIn
+from quack_stand_in import QuackStandIn, install
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora_fast import STDiT2, STDiT2Config, use_kernels
@@ -104,10 +104,7 @@ def test_only_kernels_and_matrix_products_touch_all_tokens(device, no_launch, dt
 
 
 def test_quack_reads_and_writes_operands_where_they_lie(device, no_launch, monkeypatch) -> None:
-    stand_in = QuackStandIn()
-    linear = importlib.import_module("opensora_fast.kernels.linear")
-    monkeypatch.setattr(linear, "check_quack", lambda *arguments: None)
-    monkeypatch.setattr(linear, "load_quack", lambda: stand_in)
+    stand_in = install(monkeypatch, QuackStandIn())
     monkeypatch.setattr("opensora_fast.replace.load_quack", lambda: stand_in)
     ops = run_two_blocks("triton", device, linear="quack")
     # The stand-in computes GELU by PyTorch's; the gradient of fc1's bias is a sum of its own.

@@ -1,13 +1,12 @@
 """The matrix products of a Linear, and the MLP, by every library: what each computes."""
 
-import importlib
 import sys
 from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
-from quack_stand_in import QuackStandIn
+from quack_stand_in import QuackStandIn, install
 from torch.nn.functional import gelu, linear
 
 from opensora_fast.benchmarks.measuring.contest import op_results
@@ -154,10 +153,7 @@ def test_every_mlp_is_the_same(call, mlp_libraries):
 
 
 def test_quack_may_multiply_for_our_mlp(monkeypatch):
-    stand_in = QuackStandIn()
-    kernel = importlib.import_module("opensora_fast.kernels.linear")
-    monkeypatch.setattr(kernel, "check_quack", lambda *arguments: None)
-    monkeypatch.setattr(kernel, "load_quack", lambda: stand_in)
+    stand_in = install(monkeypatch, QuackStandIn())
     provider = next(provider for provider in mlp.MLP_PROVIDERS if provider.name == "ours-quack")
     work = mlp.make_mlp_work(TOKENS, 8, 24, "cpu", torch.float32)
     wide = work.to(torch.float64)

@@ -1,6 +1,5 @@
 """Every way to compute something equals the others; what only runs on a GPU is tested for its arithmetic here."""
 
-import importlib
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -8,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from compiled_graphs import Graphs
-from quack_stand_in import QuackStandIn
+from quack_stand_in import QuackStandIn, install
 from run_again import RunAgain
 from same_results import assert_same
 from torch._dynamo.testing import CompileCounter
@@ -337,10 +336,7 @@ def test_quack_multiplies_for_the_linears_on_all_tokens(model_work, monkeypatch)
     for provider in (*BLOCK_PROVIDERS, *MODEL_PROVIDERS):
         if provider.name == quack.name:
             assert "needs a CUDA GPU" in provider.missing(model_work)
-    stand_in = QuackStandIn()
-    linear = importlib.import_module("opensora_fast.kernels.linear")
-    monkeypatch.setattr(linear, "check_quack", lambda *arguments: None)
-    monkeypatch.setattr(linear, "load_quack", lambda: stand_in)
+    stand_in = install(monkeypatch, QuackStandIn())
     by_quack = model_provider(Variant("eager-quack", Backends.all("reference", linear="quack"))).prepare(model_work)
     expected, _ = model_results(model_provider(VARIANT_OF["eager"]).prepare(model_work), model_work)
     assert not stand_in.called
