@@ -1,4 +1,4 @@
-"""The device and the dtype that a person names on a command line or in a configuration."""
+"""The device and the dtype that a person names on a command line or in a configuration, and what a device tells."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def count_memory_retries(device: torch.device) -> int:
+    """How often torch has found no room on a GPU so far, and waited to give back to the driver what it keeps for reuse.
+
+    Where that goes on as the shapes of steps change, the memory lies in pieces. 0 on a CPU.
+    """
+    return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0

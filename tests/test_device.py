@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opensora_fast.device import send
+from opensora_fast.device import count_memory_retries, send
 
 GPU = torch.device("cuda", 0)
 
@@ -34,3 +34,9 @@ def test_from_one_gpu_a_tensor_goes_to_another_although_it_cannot_be_page_locked
 
 def test_to_the_host_a_tensor_is_waited_for():
     assert send(make_tensor("cuda:0"), torch.device("cpu")) == (torch.device("cpu"), False)
+
+
+def test_times_without_room_are_counted_on_a_gpu_and_0_on_the_host(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 3 + device.index})
+    assert count_memory_retries(GPU) == 3
+    assert count_memory_retries(torch.device("cpu")) == 0

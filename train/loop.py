@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from opensora_fast.data.batch import Batch
+from opensora_fast.device import count_memory_retries
 from opensora_fast.diffusion import IDDPM, MaskGenerator
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.collectives import ProcessLostError, do_all
@@ -312,6 +313,7 @@ class Trainer:
             "bucket": list(batch.bucket),
             "data_wait": data_wait,
             "memory": peak_memory(self.model.device),
+            "memory_retries": count_memory_retries(self.model.device),
             "signal": stop.received,
         }
 

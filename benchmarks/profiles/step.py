@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from opensora_fast.device import count_memory_retries
+
 from ..measuring.timing import Call
 from ..providers.model_work import Training, make_model_work, make_training
 from ..providers.models import model_provider, training_call
@@ -55,12 +57,15 @@ class StepProfile:
     Attributes:
         provider: a name of `providers/variants.py`.
         milliseconds: of a step, host included, mean of `TIMED` steps without a pause or a profiler.
+        memory_retries: how often torch found no room meanwhile, and waited to give memory back; see
+            `count_memory_retries`.
         kernels: the longest first.
     """
 
     workload: Workload
     provider: str
     milliseconds: float
+    memory_retries: int
     kernels: tuple[KernelTime, ...]
 
     @property
@@ -96,8 +101,11 @@ def _profile_step(workload: Workload, provider: str, scale: Scale, training: Tra
     call = training_call(known.prepare(work), work)
     for _ in range(WARM_UP):
         call()
+    device = torch.device(scale.device)
+    before = count_memory_retries(device)
     milliseconds = _mean_milliseconds(call, scale.device)
-    return StepProfile(workload, provider, milliseconds, _profile(call, scale.device))
+    retries = count_memory_retries(device) - before
+    return StepProfile(workload, provider, milliseconds, retries, _profile(call, scale.device))
 
 
 def _synchronize(device: str) -> None:
@@ -152,6 +160,11 @@ def format_profile(profile: StepProfile, lines: int = 60) -> str:
         f"{profile.workload.name}, {profile.provider}, {tokens} tokens: {step:.2f} ms a step, "
         f"{tokens / step:.1f} k tokens/s, kernels {profile.busy_milliseconds:.2f} ms"
     ]
+    if profile.memory_retries:
+        text.append(
+            f"{profile.memory_retries} times in {TIMED} steps torch found no room and waited to give memory back. The "
+            "time of a step has that in it: profile this one alone, or with PYTORCH_ALLOC_CONF=expandable_segments:True"
+        )
     for row in profile.kernels[:lines]:
         share, nanoseconds = row.microseconds / 10 / step, 1e3 * row.microseconds / tokens
         name = row.op if row.kernel == row.op else f"{row.op} {row.kernel[:60]}"

@@ -34,6 +34,7 @@ def test_a_run_writes_what_it_promises(train, tmp_path):
     for row in rows:
         assert needed <= set(row)
         assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["lr"] == 1e-3 and row["memory"] > 0
+        assert row["memory_retries"] == 0  # a host has none
         clips, frames = (1, 4) if row["bucket"][1] == 4 else (2, row["bucket"][1])
         assert row["tokens"] == clips * frames * 9 * 16  # latents of 18 x 32 in patches of 2 x 2
         assert 0 <= row["data_wait"] <= row["step_time"]

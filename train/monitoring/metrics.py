@@ -69,8 +69,8 @@ def count_batch_tokens(batch: Batch) -> int:
 
 
 def join_parts(told: list[dict[str, Any]], replicas: int) -> dict[str, Any]:
-    """What a step's row has of its micro-batches: means of losses, sums of tokens and clips, the longest wait and the
-    most memory of any process.
+    """What a step's row has of its micro-batches: means of losses, sums of tokens and clips, the longest wait, the most
+    memory and the most retries of any process.
 
     Args:
         told: by each process of its part, in the order of ranks.
@@ -84,6 +84,7 @@ def join_parts(told: list[dict[str, Any]], replicas: int) -> dict[str, Any]:
         "bucket": each[0]["bucket"],
         "batch_size": sum(process["clips"] for process in each),
         "memory": max(process["memory"] for process in told),
+        "memory_retries": max(process["memory_retries"] for process in told),
     }
     if len(each) > 1:
         row["buckets"] = [process["bucket"] for process in each]

@@ -56,7 +56,7 @@ def test_table_and_file_show_share_and_time_for_each_token(tmp_path):
         KernelTime("aten::mm", "nvjet_128x256", "2×3 @ 3×4", 28.0, 3000.0),
         KernelTime("aten::copy_", "aten::copy_", "", 2.0, 1000.0),
     )
-    profile = StepProfile(Workload("144p", 16, 1), "ours", 10.0, kernels)
+    profile = StepProfile(Workload("144p", 16, 1), "ours", 10.0, 0, kernels)
     assert profile.busy_milliseconds == 4.0
     head, first, second = format_profile(profile).splitlines()
     assert "ours, 2304 tokens: 10.00 ms a step, 230.4 k tokens/s, kernels 4.00 ms" in head
@@ -66,6 +66,11 @@ def test_table_and_file_show_share_and_time_for_each_token(tmp_path):
     with (tmp_path / "step.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["kernel"] == "nvjet_128x256" and rows[0]["microseconds"] == "3000.0" and rows[0]["tokens"] == "2304"
+
+
+def test_a_time_with_waits_for_memory_says_so():
+    profile = StepProfile(Workload("144p", 16, 1), "ours", 10.0, 7, ())
+    assert format_profile(profile).splitlines()[1].startswith("7 times in 10 steps torch found no room")
 
 
 @pytest.mark.parametrize(
