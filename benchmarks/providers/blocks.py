@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,10 +82,14 @@ def make_block_work(
     return BlockWork(block, layout, tuple(lengths), inputs, frequencies)
 
 
-def compute_alone(block: STDiT2Block, x: Tensor, context: PackContext, sdpa_order: tuple[str, ...]) -> Tensor:
-    """x [N, C] → [N, C], nothing made for the next block; `sdpa_order`: see `attention_by`."""
-    with attention_by(sdpa_order):
-        return compute_block(block, x, None, context, None)[0]
+def compute_alone(block: STDiT2Block, x: Tensor, context: PackContext) -> Tensor:
+    """x [N, C] → [N, C], nothing made for the next block."""
+    return compute_block(block, x, None, context, None)[0]
+
+
+def compile_alone(variant: Variant) -> Callable[[STDiT2Block, Tensor, PackContext], Tensor]:
+    """`compute_alone` as one graph."""
+    return compiled(compute_alone, options=dict(variant.options))
 
 
 def _prepare_own(variant: Variant, work: BlockWork) -> Bound:
@@ -101,8 +106,13 @@ def _prepare_own(variant: Variant, work: BlockWork) -> Bound:
         sin=sin,
         backends=variant.backends or REFERENCE,
     )
-    function = compiled(compute_alone) if variant.compiled else compute_alone
-    return lambda: function(work.block, inputs["x"], context, variant.sdpa_order)
+    function = compile_alone(variant) if variant.compiled else compute_alone
+
+    def call() -> Tensor:
+        with attention_by(variant.sdpa_order):
+            return function(work.block, inputs["x"], context)
+
+    return call
 
 
 def _prepare_upstream(variant: Variant, work: BlockWork) -> Bound:

@@ -20,9 +20,9 @@ from opensora_fast.model import STDiT2
 from opensora_fast.model.block import PackContext
 
 from ..measuring.accuracy import OUTPUT, Named, norm, weights_like
-from ..measuring.provider import Bound, Provider, compiled
+from ..measuring.provider import Bound, Provider
 from ..measuring.timing import Call
-from .blocks import ONE_SHAPE, compute_alone, missing_on
+from .blocks import ONE_SHAPE, compile_alone, missing_on
 from .graphs import GraphedModel
 from .model_work import SEED, Latents, ModelWork
 from .open_sora import open_sora_view
@@ -95,11 +95,11 @@ def own_view(model: STDiT2, variant: Variant) -> STDiT2:
 
 def _compile_blocks(own: STDiT2, variant: Variant) -> None:
     """Has a view's blocks computed by one compiled function: one graph, the same for all."""
-    function = compiled(compute_alone)
+    function = compile_alone(variant)
 
     def run_blocks(x: Tensor, context: PackContext) -> Tensor:
         for index, block in enumerate(own.blocks):
-            arguments = block, x, context, variant.sdpa_order
+            arguments = block, x, context
             if index < own.checkpointed_blocks and torch.is_grad_enabled():
                 x = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -119,7 +119,7 @@ def test_a_row_with_peers_stands_before_a_faster_one_without():
     alone = make_row(**STEP, p50_ms=300.0, shape="B=5 T=16")
     beside = make_row(**STEP | {"tokens": 19440}, p50_ms=200.0, shape="B=3 T=16")
     peer = make_row(**STEP | {"tokens": 19440}, p50_ms=300.0, shape="B=3 T=16", provider="compile-recompute-half")
-    slower = replace(peer, provider="compile-flash", p50_ms=400.0)
+    slower = replace(peer, provider="compile-one-order", p50_ms=400.0)
     block = build_block([Results(None, (alone, beside, slower, peer))])
     assert f"| **ours on one H200** | {NOT_MEASURED} | **97.2** |" in block
     assert "| torch.compile, same H200 and run | – | 64.8 | – | – | – |" in block

@@ -88,7 +88,9 @@ def test_a_block_is_built_on_another_device_than_the_host():
 def test_blocks_on_one_layout_share_one_compiled_graph(monkeypatch):
     """What the first block asks a layout is no change to it, for which the second would be compiled anew."""
     counter = CompileCounter()
-    monkeypatch.setattr(blocks, "compiled", lambda function: torch.compile(function, backend=counter, dynamic=False))
+    monkeypatch.setattr(
+        blocks, "compiled", lambda function, options: torch.compile(function, backend=counter, dynamic=False)
+    )
     pack = Pack("mixed", (Workload("144p", 2, 2), Workload("256", 1, 1)))  # sizes that no other test has
     work = make_block_work(CONFIG, pack, 5, "cpu", torch.float32)
     compute = block_provider(VARIANT_OF["compile"]).prepare(work)
@@ -98,16 +100,19 @@ def test_blocks_on_one_layout_share_one_compiled_graph(monkeypatch):
     assert_same({"output": second}, {"output": first})
 
 
-def test_another_attention_takes_a_graph_of_its_own(monkeypatch):
-    """A graph keeps the attention that was chosen when it was made."""
+def test_other_options_of_the_compiler_take_a_graph_of_their_own(monkeypatch):
     graphs = Graphs(monkeypatch)
     work = make_block_work(CONFIG, UNIFORM, 5, "cpu", torch.float32)
-    for number, name in enumerate(("compile", "compile-flash"), start=1):
+    for name in ("compile", "compile-one-order"):
         compute = block_provider(VARIANT_OF[name]).prepare(work)
         compute(), compute()
-        assert graphs.count == number
-    assert VARIANT_OF["compile"].sdpa_order == ()
-    assert VARIANT_OF["compile-flash"].sdpa_order == ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    assert graphs.options == [None, {"triton.mix_order_reduction": False}]
+
+
+def test_options_of_the_compiler_are_such_as_it_knows():
+    """It refuses others, but only where it compiles, which no test does."""
+    for variant in VARIANT_OF.values():
+        torch.compile(lambda x: x, options=dict(variant.options))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +139,7 @@ def test_a_variant_that_recomputes_a_share_of_the_blocks_is_the_same(model_work,
     counted = []
     for module in (models, stdit2):
         monkeypatch.setattr(module, "checkpoint", lambda *args, **keys: counted.append(1) or checkpoint(*args, **keys))
-    monkeypatch.setattr(models, "compiled", lambda function: function)  # what is compiled is the same function
+    monkeypatch.setattr(blocks, "compiled", lambda function, options: function)  # what is compiled is the same function
     expected, _ = model_results(EAGER.prepare(model_work), model_work)
     half = view_of(model_work.model, Variant("half", REFERENCE, compiled=compiled, recompute=0.5))
     results, _ = model_results(BoundModel(half, model_work), model_work)
