@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-gelu_backward = torch.ops.aten.gelu_backward
+gelu_backward = torch.ops.aten.gelu_backward.grad_input
 
 
 class QuackStandIn(SimpleNamespace):
@@ -97,7 +97,9 @@ class QuackStandIn(SimpleNamespace):
         assert PreAct.shape == (A.shape[0], B.shape[1])
         check_matrix(PreAct, A.dtype)
         gradient = self._multiply("gemm_dact", A, B, None, dx_out, None, tuned)
-        return gelu_backward(gradient, PreAct, approximate="tanh"), gelu(PreAct, approximate="tanh")
+        # In place: the product holds nothing but its results.
+        gelu_backward(gradient, PreAct, approximate="tanh", grad_input=gradient)
+        return gradient, gelu(PreAct, approximate="tanh")
 
     def _multiply(
         self,

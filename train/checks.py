@@ -1,5 +1,7 @@
 """What can be refused of a run before anything is loaded or made: T5 alone takes minutes to load."""
 
+from collections.abc import Collection
+
 import torch
 
 from opensora_fast.config import TrainConfig
@@ -32,9 +34,8 @@ def check_run(
         ValueError: a model or diffusion that cannot be built, an implementation of an unknown name, a tracker that is
             not installed, a trace after the end; CUDA graphs, Triton, quack or a memory history without a GPU.
     """
-    for option, chosen, known in (("--kernels", backend, BACKENDS), ("--linear", linear, LINEAR_BACKENDS)):
-        if chosen not in known:
-            raise ValueError(f"{option} {chosen}: unknown; choose one of {', '.join(known)}")
+    check_choice("--kernels", backend, BACKENDS)
+    check_choice("--linear", linear, LINEAR_BACKENDS)
     build_diffusion(config)
     # What the encoders decide fits any model.
     model = make_model_config(config, in_channels=4, caption_channels=4096, model_max_length=200)
@@ -49,3 +50,9 @@ def check_run(
         check_triton("--kernels triton", device)
     if linear == "quack" and (device.type == "cpu" or torch.cuda.is_available()):
         check_quack(device, DTYPES[config.dtype])
+
+
+def check_choice(option: str, chosen: str, known: Collection[str]) -> None:
+    """ValueError where an option of the command line is none of its values."""
+    if chosen not in known:
+        raise ValueError(f"{option} {chosen}: unknown; choose one of {', '.join(known)}")

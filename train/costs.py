@@ -45,10 +45,12 @@ class RunCosts:
     Args:
         config: the configuration.
         bucket: its buckets.
+        linear: what multiplies in the Linears on all tokens, "torch" or "quack"; times are counted for "torch".
     """
 
     config: TrainConfig
     bucket: Bucket
+    linear: str = "torch"
 
     @cached_property
     def model(self) -> STDiT2Config:
@@ -120,6 +122,7 @@ class RunCosts:
             sharing=self.config.sp_size,
             encoders=sum(self._list_encoders().values()),
             given_frames=self.config.mask_ratios is not None,
+            linear=self.linear,
         )
         limit = self.config.cuda_graph_tokens
         replayed = [videos for videos in map(self.get_videos, self.bucket.ids) if 0 < videos.tokens <= limit]

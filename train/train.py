@@ -204,7 +204,7 @@ def train(
             if config.steps is not None and 0 < config.steps <= trainer.position.step:
                 report(f"note: no step is left to train: `steps` or --steps is {config.steps}, and counts all of a run")
             if source is not None:
-                warn_of_memory(config, source.data, processes.world_size, trainer.model.device, report)
+                warn_of_memory(config, source.data, processes.world_size, trainer.model.device, report, linear)
             calls_before = calls.copy()
             signal_number = trainer.run()
         if processes.rank == 0:

@@ -39,6 +39,9 @@ def command(
     rows: Annotated[
         Path | None, typer.Option(help="Folder of benchmark rows to fit times to; committed ones of such a GPU if any.")
     ] = None,
+    linear: Annotated[
+        str, typer.Option(help="torch or quack: what multiplies in the Linears on all tokens, for the memory it needs.")
+    ] = "torch",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; memory in bytes.")] = False,
 ) -> None:
     """Plan a run on several GPUs: what fits into memory, how long processes wait for each other, tokens per second.
@@ -49,7 +52,9 @@ def command(
     """
     from opensora_fast.config import load_train_config
     from opensora_fast.data.buckets.bucket import Bucket
+    from opensora_fast.kernels.linear import LINEAR_BACKENDS
     from opensora_fast.parallel.join import count_replicas
+    from opensora_fast.train.checks import check_choice
     from opensora_fast.train.costs import RunCosts
     from opensora_fast.train.locate_config import locate_config
     from opensora_fast.train.planning.cluster_plan import make_plan
@@ -57,11 +62,12 @@ def command(
 
     if data_path is not None and mix is not None:
         raise ValueError("--data-path and --mix both say what the micro-batches are: give one")
+    check_choice("--linear", linear, LINEAR_BACKENDS)
     options = {"dataset.data_path": data_path and os.path.abspath(data_path)}
     settings = load_train_config(locate_config(config), overrides or [], options).config
     replicas = count_replicas(world_size, settings.sp_size)
     bucket = Bucket(settings.bucket_config)
-    costs = RunCosts(settings, bucket)
+    costs = RunCosts(settings, bucket, linear)
     if mix is not None:
         micro_batches = mix_of_file(mix, settings, bucket, replicas)
     elif settings.dataset.data_path is not None:

@@ -10,19 +10,18 @@ token and block, in rows of C elements (r = MLP ratio), with the Triton ops:
     6+1  queries, keys and values of both self-attentions; queries of cross-attention
     3    outputs of the three attentions, which are inputs of their projections
     3    branches in front of their gates: space, time, MLP (cross-attention has no gate)
-    2·r  MLP before and after GELU
+    2·r  MLP before and after GELU; r where quack multiplies, which keeps what is before it alone
 
-28 rows for r = 4, and besides in float32 the sums of softmax, the factors of QK-norm and the moments of the norms. Text
-adds its keys and values, 2 rows per text token and block, and each video its modulation, 9 rows per block, twice where
-frames may be given. A recomputed block keeps the residual stream and the modulation; all else comes back when backward
-reaches it. The modulation of all blocks is one tensor, which is there until backward is through the first of them.
+28 rows for r = 4 (24 with quack), and besides in float32 the sums of softmax, the factors of QK-norm and the moments of
+the norms. Text adds its keys and values, 2 rows per text token and block, and each video its modulation, 9 rows per
+block, twice where frames may be given. A recomputed block keeps the residual stream and the modulation; all else comes
+back when backward reaches it. The modulation of all blocks is one tensor, which is there until backward is through the
+first of them.
 `tests/costs/test_memory.py` holds the count to what autograd saves and to the allocations of a whole step.
 
 Where small steps are replayed as CUDA graphs (see `opensora_fast.train.step.graphs`), what the largest of them needs is
 held in a pool, beside what other steps allocate, and so are a set of gradients and, for each graph, a copy of its
 inputs.
-
-Where quack multiplies, the MLP keeps no more than what is before the GELU, r rows fewer than are counted.
 
 Not counted: what encoders need while they encode, the few numbers per token that the loss keeps, what CUDA's driver
 keeps of each graph, and, where processes share a micro-batch of videos too long for one tile of temporal attention, its
@@ -79,6 +78,7 @@ class MemoryModel:
         given_frames: whether some frames may be given (masks in training): they have a modulation of their own.
         graphed: the largest micro-batch whose step is replayed as a CUDA graph; None if none is.
         graphed_inputs: bytes of the copies of `inputs` that all graphs together may hold.
+        linear: what multiplies in the Linears on all tokens, "torch" or "quack".
         activation_factor: measured over counted peak of activations; 1 where nothing was measured.
     """
 
@@ -92,6 +92,7 @@ class MemoryModel:
     given_frames: bool = False
     graphed: Videos | None = None
     graphed_inputs: int = 0
+    linear: str = "torch"
     activation_factor: float = 1.0
 
     @property
@@ -123,7 +124,7 @@ class MemoryModel:
         """Bytes that one block keeps for backward."""
         config, element = self.config, self.element
         channels = config.hidden_size
-        rows = 4 + 3 + 7 + 3 + 3 + 2 * config.mlp_ratio
+        rows = 4 + 3 + 7 + 3 + 3 + (1 if self.linear == "quack" else 2) * config.mlp_ratio
         # Spatial attention: one number per token and head for q, k and softmax each; cross-attention: one; three norms:
         # two per token.
         in_float32 = FLOAT * (4 * config.num_heads + 6)
@@ -160,7 +161,9 @@ class MemoryModel:
         share = largest_share(videos, self.sharing)
         stream, tables = self.stream(share), self.modulation(share)
         saved = self.saved_by_block(share) - tables
-        always = self.inputs(videos) + self.saved_outside(share) + depth * tables + BACKWARD_ROWS * stream
+        # Where quack multiplies, the MLP makes the GELU's output again while backward is in it.
+        rows = BACKWARD_ROWS + (self.config.mlp_ratio if self.linear == "quack" else 0)
+        always = self.inputs(videos) + self.saved_outside(share) + depth * tables + int(rows * stream)
 
         def at(block: int) -> int:
             """While backward is in this block."""

@@ -45,6 +45,19 @@ def plan_json(plan):
     return call
 
 
+def test_quack_needs_less_memory_and_says_that_times_are_not_its_own(plan, plan_json):
+    words = ("stage2", "--gpu", "H100", "grad_checkpoint=0")
+    for ours, quack in zip(
+        plan_json(*words)["buckets"], plan_json(*words, "--linear", "quack")["buckets"], strict=True
+    ):
+        assert 0.8 < quack["peak"] / ours["peak"] < 0.97
+        assert quack["fewest_recomputed"] <= ours["fewest_recomputed"]
+    assert "times are those of cuBLAS" in plan(*words, "--linear", "quack")[1]
+    assert "cuBLAS" not in plan(*words)[1]
+    code, _, error = plan(*words, "--linear", "apex")
+    assert code != 0 and "--linear apex: unknown; choose one of torch, quack" in error
+
+
 def test_every_line_with_a_time_says_that_it_is_counted(plan):
     code, out, error = plan("stage1", "--world-size", 64, "--gpu", "H800")
     assert code == 0, error

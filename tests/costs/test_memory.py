@@ -8,6 +8,7 @@ from alike_processes import AlikeProcesses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_memory import LiveBytes, SavedBytes
+from quack_stand_in import QuackStandIn, install
 
 from opensora_fast import STDiT2, STDiT2Config, use_kernels
 from opensora_fast.benchmarks.providers.blocks import block_provider, make_block_work
@@ -17,6 +18,7 @@ from opensora_fast.benchmarks.suites.scale import STORED_BYTES
 from opensora_fast.costs.memory import FLOAT, LARGEST_BATCH, MemoryModel, ModelSize, usable_memory
 from opensora_fast.costs.operations import VideoBatch, largest_share
 from opensora_fast.diffusion import IDDPM
+from opensora_fast.kernels.linear import LINEAR_BACKENDS
 from opensora_fast.parallel import sequence
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.optimizer import gradients
@@ -45,13 +47,16 @@ def measure_size(model: STDiT2) -> ModelSize:
 class Step:
     """Forward and backward of videos of one shape with the Triton ops, and its count."""
 
-    def __init__(self, config: STDiT2Config, dtype: torch.dtype, videos: tuple[int, int, int, int], device) -> None:
+    def __init__(
+        self, config: STDiT2Config, dtype: torch.dtype, videos: tuple[int, int, int, int], device, linear="torch"
+    ) -> None:
         torch.manual_seed(0)
         self.model = STDiT2(config).to(device, dtype).train()
         use_kernels(self.model, backend="triton")
+        self.model.backends = replace(self.model.backends, linear=linear)
         batch, frames, rows, columns = videos
         self.videos = VideoBatch(batch, frames, rows * columns)
-        self.count = MemoryModel(config, measure_size(self.model), TEXT, dtype.itemsize)
+        self.count = MemoryModel(config, measure_size(self.model), TEXT, dtype.itemsize, linear=linear)
         self.inputs = {
             "x": torch.randn(batch, 4, frames, 2 * rows, 2 * columns, device=device),
             "timestep": torch.full((batch,), 500.0),
@@ -75,10 +80,21 @@ class Step:
         return live.peak
 
 
-def test_blocks_of_the_real_width_save_what_is_counted(device):
+@pytest.fixture
+def linear(request, monkeypatch, device) -> str:
+    """What multiplies; without a GPU a stand-in for quack."""
+    if request.param == "quack" and device.type == "cuda":
+        pytest.importorskip("quack")
+    elif request.param == "quack":
+        install(monkeypatch, QuackStandIn())
+    return request.param
+
+
+@pytest.mark.parametrize("linear", LINEAR_BACKENDS, indirect=True)
+def test_blocks_of_the_real_width_save_what_is_counted(device, linear):
     """C = 1152, 16 heads; the difference of two depths is one block, counted to the byte."""
     configs = [STDiT2Config.xl_2(depth=depth, model_max_length=TEXT) for depth in (1, 2)]
-    steps = [Step(config, torch.bfloat16, (2, 4, 6, 8), device) for config in configs]
+    steps = [Step(config, torch.bfloat16, (2, 4, 6, 8), device, linear) for config in configs]
     one, two = (step.saved() for step in steps)
     count, videos = steps[0].count, steps[0].videos
     assert two - one == count.saved_by_block(videos)
@@ -127,10 +143,14 @@ def test_text_and_videos_without_frames_between_them_are_counted_too(device):
 
 
 @pytest.mark.parametrize("recomputed", [0, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-def test_a_whole_step_allocates_what_is_counted(dtype, recomputed, device):
+@pytest.mark.parametrize(
+    ("dtype", "linear"),
+    [(torch.bfloat16, "torch"), (torch.float32, "torch"), (torch.bfloat16, "quack")],
+    indirect=["linear"],
+)
+def test_a_whole_step_allocates_what_is_counted(dtype, linear, recomputed, device):
     """Within 1 %, whatever the number of recomputed blocks; the loss is not in the count."""
-    step = Step(STDiT2Config.small(depth=4, model_max_length=TEXT), dtype, (2, 16, 12, 16), device)
+    step = Step(STDiT2Config.small(depth=4, model_max_length=TEXT), dtype, (2, 16, 12, 16), device, linear)
     counted = step.count.activations(step.videos, recomputed) - step.count.inputs(step.videos)
     assert step.peak(recomputed) == pytest.approx(counted, rel=0.01)
 

@@ -122,6 +122,7 @@ class ClusterPlan:
                 "optimizer": model.optimizer,
                 "encoders": model.encoders,
                 "graphs": model.graphs(self.recomputed),
+                "linear": model.linear,
                 "about_encoders": self.encoders,
                 "recomputed_blocks": self.recomputed,
                 "fewest_recomputed_blocks": self.fewest_recomputed,
@@ -157,6 +158,7 @@ class ClusterPlan:
             f"{self.recomputed} of {model.config.depth} blocks recompute; captions are taken to have all {model.text} "
             "tokens that they may have",
             self.encoders,
+            *(["quack multiplies in the Linears; times are those of cuBLAS"] if model.linear == "quack" else []),
             *([f"each micro-batch is computed by {together} processes together (sp_size)"] if together > 1 else []),
             *self._describe_graphs(),
             "",

@@ -144,7 +144,7 @@ def advise_on_graphs(
     if not small or costs.config.cuda_graph_tokens or costs.config.sp_size > 1:
         return None
     config = costs.config.model_copy(update={"cuda_graph_tokens": SUGGESTED_TOKENS})
-    graphed = RunCosts(config, costs.bucket).get_memory_model(model.processes)
+    graphed = replace(costs, config=config).get_memory_model(model.processes)
     held = replace(graphed, activation_factor=model.activation_factor).graphs(costs.recomputed)
     fits = max(bucket.peak for bucket in buckets) + held <= usable_memory(memory)
     return GraphAdvice(SUGGESTED_TOKENS, small, len(buckets), held, fits, model.processes)
@@ -156,12 +156,13 @@ def warn_of_memory(
     world_size: int,
     device: torch.device,
     report: Callable[[str], None],
+    linear: str = "torch",
 ) -> None:
     """Before step 0 on a GPU, with all that stands already allocated: warn of buckets that will not fit, or tell of
-    room for CUDA graphs."""
+    room for CUDA graphs. `linear`: see `RunCosts`."""
     if device.type != "cuda":
         return
-    costs = RunCosts(config, data.bucket)
+    costs = RunCosts(config, data.bucket, linear)
     model = costs.get_memory_model(world_size)
     # What is allocated is known better than counted: model, optimizer, average and encoders.
     model = replace(model, encoders=torch.cuda.memory_allocated(device) - model.weights - model.optimizer)

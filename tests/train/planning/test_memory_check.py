@@ -43,14 +43,14 @@ def clips(tmp_path) -> str:
     return str(path)
 
 
-def tell(config) -> list[str]:
+def tell(config, linear="torch") -> list[str]:
     lines: list[str] = []
-    warn_of_memory(config, read_data(config), 1, torch.device("cuda", 0), lines.append)
+    warn_of_memory(config, read_data(config), 1, torch.device("cuda", 0), lines.append, linear)
     return lines
 
 
-def warn(config) -> list[str]:
-    return [line for line in tell(config) if line.startswith("warning")]
+def warn(config, linear="torch") -> list[str]:
+    return [line for line in tell(config, linear) if line.startswith("warning")]
 
 
 def test_nothing_is_said_on_a_cpu_or_where_all_fits(clips, gpu):
@@ -74,6 +74,14 @@ def test_a_bucket_that_does_not_fit_is_named_with_fixes_that_work(clips, gpu):
     assert warn(load(overrides[0], f"bucket_config.144p.16=(1.0, {int(match[2]) + 1})")) != []
     assert warn(load(*overrides, f"grad_checkpoint={match[3]}")) == []
     assert warn(load(*overrides, f"grad_checkpoint={int(match[3]) - 1}")) != []
+
+
+def test_quack_has_room_for_more_clips(clips, gpu):
+    gpu(80, allocated=14)
+    line = warn(load(f"dataset.data_path={clips}", "bucket_config.144p.16=(1.0, 40)"))[0]
+    most = int(re.search(r"lower the batch size to (\d+)", line)[1])
+    config = load(f"dataset.data_path={clips}", f"bucket_config.144p.16=(1.0, {most + 1})")
+    assert warn(config) != [] and warn(config, "quack") == []
 
 
 def test_graphs_are_named_where_they_take_the_memory(clips, gpu):
