@@ -7,6 +7,7 @@ itself is measured before, without it.
 from __future__ import annotations
 
 import csv
+import gc
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,6 +89,9 @@ def profile_steps(workloads: Sequence[Workload], provider: str, scale: Scale) ->
         raise ValueError(f"provider {provider!r} is unknown; known: {', '.join(VARIANT_OF)}")
     training = make_training(scale.config, scale.device, scale.dtype)
     for workload in workloads:
+        # What the profiler noted of the workload before, hundreds of thousands of objects, else goes within the steps
+        # that are timed: that takes most of a second.
+        gc.collect()
         fitting = scale.least_recomputing(provider, workload.tokens) if provider in ("ours", "compile") else provider
         yield _profile_step(workload, fitting, scale, training)
 
