@@ -1,1 +1,1 @@
-"""What suites measure that is no provider's call: trainings that are compared, coded clips, assignment to buckets."""
+"""What suites measure that is no provider's call: trainings that are compared, and coded clips."""

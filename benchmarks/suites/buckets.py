@@ -7,9 +7,11 @@ from functools import partial
 
 import numpy as np
 
+from opensora_fast.config import load_train_config
 from opensora_fast.data.buckets.assignment import DROPPED, assign_buckets
+from opensora_fast.data.buckets.bucket import Bucket
+from opensora_fast.train.locate_config import locate_config
 
-from ..jobs.bucket_assignment import CONFIGURATIONS, FRAME_INTERVAL, SEED, make_clip_sizes, read_bucket
 from ..measuring.case import Case, Outcome, make_template
 from ..measuring.provider import own_version
 from ..measuring.race import Check, Entry, run_race
@@ -18,6 +20,8 @@ from ..measuring.timing import Call, Sampling
 from .scale import Scale
 
 VALUE = 380.0
+CONFIGURATIONS = ("stage1", "stage3")
+SEED, FRAME_INTERVAL = 42, 3
 LOOPED_ROWS = 2000  # a loop over Python rows is timed on so many
 CHECKED_ROWS = 200
 
@@ -44,7 +48,7 @@ def _case(scale: Scale, configuration: str, rows: int, providers: tuple[str, ...
 
 
 def _prepare(provider: str, configuration: str, rows: int) -> tuple[Call, Callable[[], Check]]:
-    bucket = read_bucket(configuration)
+    bucket = Bucket(load_train_config(locate_config(configuration)).config.bucket_config)
     clips = make_clip_sizes(rows)
     assigned: list[list[int]] = []
 
@@ -70,3 +74,13 @@ def _prepare(provider: str, configuration: str, rows: int) -> tuple[Call, Callab
         return Check(wrong / len(checked), 0.0)
 
     return {"loop": loop, "vectorised": vectorised}[provider], check
+
+
+def make_clip_sizes(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """num_frames, height and width (pixels) of made-up clips, int32 [rows] each: one in five is an image."""
+    generator = np.random.default_rng(0)
+    num_frames = generator.integers(2, 600, rows, dtype=np.int32)
+    num_frames[generator.random(rows) < 0.2] = 1
+    height = generator.integers(100, 2200, rows, dtype=np.int32)
+    width = generator.integers(100, 3900, rows, dtype=np.int32)
+    return num_frames, height, width

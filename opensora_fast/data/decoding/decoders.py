@@ -38,7 +38,7 @@ def build_decoder(
 
     Of its own codecs DALI does not support files that hide frames, are turned when they are shown, or have 2 GiB. On
     the CPU it runs in a process of its own, so that a crash costs one clip; "auto" leaves it out there, as it gives the
-    same frames more slowly (`benchmarks/test_decode.py`).
+    same frames more slowly (`opensora-fast bench --suite loader`).
 
     Args:
         name: see above.
