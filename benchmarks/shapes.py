@@ -11,7 +11,6 @@ from opensora_fast.kernels import token_grid
 VIDEO_SIZES = {"144p": (144, 256), "240p": (240, 426), "360p": (360, 640), "480p": (480, 854), "720p": (720, 1280)}
 IMAGE_SIZES = {"256": (256, 256), "512": (512, 512), "1024": (1024, 1024)}
 SIZES = VIDEO_SIZES | IMAGE_SIZES
-FRAME_COUNTS = (1, 16, 32, 64, 128)
 LATENT_SCALE = 8  # the VAE's, floor division as upstream
 PATCH = 2
 WIDE = "wide norm weights"  # behind the name of a workload: the softmax needs its running maximum

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-KEYFRAME_DISTANCE = 30
+FPS, KEYFRAME_DISTANCE = 24, 30
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def read_source(frames: int) -> list[np.ndarray]:
     return [frame for _, frame in zip(range(frames), iterate_frames(str(path)), strict=False)]
 
 
-def draw_frame(number: int, size: tuple[int, int] = (720, 1280)) -> np.ndarray:
+def draw_frame(number: int) -> np.ndarray:
     """A moving block over slow waves: something for motion search to find, and sharp edges."""
-    height, width = size
+    height, width = 720, 1280
     rows, columns = np.mgrid[0:height, 0:width]
     picture = np.stack(
         [
@@ -59,7 +59,7 @@ def draw_frame(number: int, size: tuple[int, int] = (720, 1280)) -> np.ndarray:
     return picture.astype(np.uint8)
 
 
-def write_coded(path: Path, source: list[np.ndarray], size: tuple[int, int], coding: Coding, fps: int = 24) -> None:
+def write_coded(path: Path, source: list[np.ndarray], size: tuple[int, int], coding: Coding) -> None:
     """Writes the frames at `size` (height, width).
 
     Raises:
@@ -73,7 +73,7 @@ def write_coded(path: Path, source: list[np.ndarray], size: tuple[int, int], cod
         raise ValueError(f"this build of FFmpeg has no encoder {coding.encoder}") from None
     height, width = size
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(coding.encoder, rate=fps, options=coding.options)
+        stream = container.add_stream(coding.encoder, rate=FPS, options=coding.options)
         stream.height, stream.width, stream.pix_fmt = height, width, coding.pixels
         stream.codec_context.gop_size = KEYFRAME_DISTANCE
         for number, pixels in enumerate(source):

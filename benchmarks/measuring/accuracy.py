@@ -191,9 +191,9 @@ def _tensors(value: Result) -> list[Tensor]:
     return list(value.values() if isinstance(value, Mapping) else value)
 
 
-def weights_like(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+def weights_like(outputs: Sequence[Tensor]) -> list[Tensor]:
     """Random gradients to send back, the same numbers for every dtype."""
-    generator = torch.Generator(outputs[0].device).manual_seed(seed)
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
     return [
         torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32)
         .to(torch.bfloat16)

@@ -60,9 +60,9 @@ class AdamWWork:
         """The same values, all of them in another dtype."""
         return replace(self, flat={name: flat.to(dtype) for name, flat in self.flat.items()})
 
-    def reset(self, seed: int = 0) -> None:
+    def reset(self) -> None:
         """Gives gradients and state their first values: the same in every dtype."""
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(0)
         size = self.layout.size
         element = size**-0.5  # of a gradient of norm 1
 

@@ -49,7 +49,7 @@ class AttentionWork(OpWork):
 
 
 def make_attention_work(
-    kind: str, length: int, device: str, dtype: torch.dtype, tokens: int, heads: int, head_size: int, seed: int = 0
+    kind: str, length: int, device: str, dtype: torch.dtype, tokens: int, heads: int, head_size: int
 ) -> AttentionWork:
     """Random inputs of about `tokens` tokens whose attended length is `length`.
 
@@ -64,7 +64,7 @@ def make_attention_work(
     else:
         count = max(tokens // length, 1)
         shapes, text_lengths = [(count, 1, length)] if kind == "spatial" else [(length, 1, count)], []
-    return make_pack_attention_work(kind, shapes, text_lengths, device, dtype, heads, head_size, seed)
+    return make_pack_attention_work(kind, shapes, text_lengths, device, dtype, heads, head_size)
 
 
 def make_pack_attention_work(
@@ -75,7 +75,6 @@ def make_pack_attention_work(
     dtype: torch.dtype,
     heads: int,
     head_size: int,
-    seed: int = 0,
     norm_weight: float = 1.0,
 ) -> AttentionWork:
     """Random inputs for videos of `shapes` (T, H, W) in tokens.
@@ -89,7 +88,7 @@ def make_pack_attention_work(
     """
     if kind not in KINDS:
         raise ValueError(f"attention kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
@@ -191,7 +190,6 @@ class Sequences:
     """A pack as sequences one after another: q [N, H, D], k and v [N or M, H, D].
 
     Attributes:
-        q_lengths, k_lengths: of each sequence.
         restore: brings an output [N, H, D] back into the order of the pack.
     """
 
