@@ -16,9 +16,6 @@ class EpochLoader(ABC):
     Args:
         sampler: gives the micro-batches.
         prefetch: batches made ahead; 0 makes each when it is asked for.
-
-    Attributes:
-        data_wait: seconds that the consumer has waited for batches, over all epochs.
     """
 
     def __init__(self, sampler: BucketSampler, prefetch: int) -> None:
@@ -36,10 +33,6 @@ class EpochLoader(ABC):
         it comes next. Starting any other ends this one.
         """
         return self._epochs.run_on(lambda *place: self._make_batches(self.sampler.iterate(*place)), epoch, consumed)
-
-    @property
-    def data_wait(self) -> float:
-        return self._epochs.waited
 
     def close(self) -> None:
         """End the thread of the loader."""

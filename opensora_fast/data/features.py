@@ -230,9 +230,6 @@ class FeatureLoader(EpochLoader):
         sampler: a `FeatureSampler`.
         prefetch: batches made ahead; 0 makes each when it is asked for.
         fps_after_interval, pin_memory: as for `ClipLoader`.
-
-    Attributes:
-        data_wait: seconds that the consumer has waited for batches, over all epochs.
     """
 
     def __init__(

@@ -48,9 +48,6 @@ class ClipLoader(EpochLoader):
         pin_memory: put batches in page-locked memory, for copying to a GPU during a step.
         report: told in a sentence of each bad clip.
 
-    Attributes:
-        data_wait: seconds that the consumer has waited for batches, over all epochs.
-
     Raises:
         ValueError: an argument is out of range. Of iterations: a place in a micro-batch could not be filled; something
             is wrong with more than single clips.

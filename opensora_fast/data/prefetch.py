@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -23,15 +22,11 @@ class Prefetcher(Generic[Item]):
     Args:
         make_items: called in the thread; gives the iterator.
         depth: items made ahead, at most; 0 makes them when they are asked for, without a thread.
-
-    Attributes:
-        waited: seconds that the consumer has waited for items.
     """
 
     def __init__(self, make_items: Callable[[], Iterator[Item]], depth: int) -> None:
         if depth < 0:
             raise ValueError(f"prefetch must be 0 or more, got {depth}")
-        self.waited = 0.0
         self._stop = threading.Event()
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=max(1, depth))
         self._thread: threading.Thread | None = None
@@ -48,13 +43,9 @@ class Prefetcher(Generic[Item]):
     def __next__(self) -> Item:
         if self._stop.is_set():
             raise StopIteration
-        started = time.perf_counter()
-        try:
-            if self._items is not None:
-                return next(self._items)
-            kind, value = self._queue.get()
-        finally:
-            self.waited += time.perf_counter() - started
+        if self._items is not None:
+            return next(self._items)
+        kind, value = self._queue.get()
         if kind == "item":
             return value
         self.close()
@@ -104,12 +95,6 @@ class EpochPrefetcher(Generic[Item]):
         self._running: Prefetcher[Any] | None = None
         # Where the running one is at the start of an epoch that was begun ahead: (epoch, 0).
         self._begun: tuple[int, int] | None = None
-        self._waited_before = 0.0
-
-    @property
-    def waited(self) -> float:
-        """Seconds that the consumer has waited for items, over all epochs."""
-        return self._waited_before + (0.0 if self._running is None else self._running.waited)
 
     def run(self, make_items: Callable[[], Iterator[Item]]) -> Iterator[Item]:
         """The items of an iterator. The thread ends with the iterator, or when another epoch or `close` is called for.
@@ -152,7 +137,6 @@ class EpochPrefetcher(Generic[Item]):
         """End the thread, if one runs."""
         if self._running is not None:
             self._running.close()
-            self._waited_before += self._running.waited
             self._running = self._begun = None
 
 

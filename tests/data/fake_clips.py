@@ -1,7 +1,5 @@
 """A loader over clips that need no files: each holds the numbers of its frames."""
 
-import time
-
 import pandas as pd
 import torch
 
@@ -18,16 +16,14 @@ INTERVAL = 2
 class FakeDecoder:
     """Clips that hold the numbers of their frames; rows in `bad` cannot be decoded."""
 
-    def __init__(self, bad=(), seconds=0.0, threads=1):
+    def __init__(self, bad=(), threads=1):
         self.threads = threads
         self.calls = []
         self.bad = set(bad)
-        self.seconds = seconds
         self.requests = []
         self.closed = False
 
     def decode(self, requests):
-        time.sleep(self.seconds)
         self.calls.append(len(requests))
         self.requests += requests
         return [

@@ -219,10 +219,9 @@ def test_runs_ahead_while_the_consumer_works():
     assert len(decoder.requests) == 2 * 4, "two batches wait, the next one is made, and no further"
     decoder.gate.clear()
     assert [next(batches).index for _ in range(3)] == [1, 2, 3], "without any decoding"
-    waited = loader.data_wait
     threading.Timer(0.3, decoder.gate.set).start()
     assert next(batches).index == 4
-    assert 0.25 <= loader.data_wait - waited < 30
+    assert decoder.gate.is_set(), "the next one was waited for"
     batches.close()
     loader.close()
 
@@ -237,15 +236,6 @@ def test_small_batches_are_decoded_together():
     few = FakeDecoder(bad=[4, 13], threads=64)
     assert summarize(take_epoch(make_loader(few, prefetch=2))) == expected
     assert max(few.calls) == 4, "no more batches together than may be made ahead"
-
-
-def test_wait_adds_up_over_epochs():
-    loader = make_loader(FakeDecoder(seconds=0.01), prefetch=0)
-    take_epoch(loader)
-    first = loader.data_wait
-    take_epoch(loader, 1)
-    assert first >= 0.08 and loader.data_wait >= first + 0.08
-    loader.close()
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
