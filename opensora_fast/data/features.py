@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opensora_fast.data.batch import Batch, make_conditions
+from opensora_fast.data.batch import Batch
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.data.buckets.plan import ClipSizes, EpochPlan, balance_plan
 from opensora_fast.data.buckets.sampler import BucketSampler, MicroBatch
@@ -223,33 +223,14 @@ def _shuffle_again(plan: EpochPlan, seed: int, epoch: int) -> EpochPlan:
 class FeatureLoader(EpochLoader):
     """Makes batches from cached features; used like a `ClipLoader`, without a decoder or encoders.
 
-    `Batch.video` is None; `latents`, `text_embeddings` [B, 1, L, C] and `text_mask` [B, L] are set.
-
-    Args:
-        manifest: the table of clips that the features were made from.
-        sampler: a `FeatureSampler`.
-        prefetch: batches made ahead; 0 makes each when it is asked for.
-        fps_after_interval, pin_memory: as for `ClipLoader`.
+    `Batch.video` is None; `latents`, `text_embeddings` [B, 1, L, C] and `text_mask` [B, L] are set. The manifest is
+    that which the features were made from, the sampler a `FeatureSampler`.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        sampler: FeatureSampler,
-        *,
-        prefetch: int = 2,
-        fps_after_interval: bool = False,
-        pin_memory: bool = False,
-    ) -> None:
-        super().__init__(sampler, prefetch)
-        self.manifest = manifest
-        self.pin_memory = pin_memory
-        self._fps_divisor = sampler.frame_interval if fps_after_interval else 1
+    sampler: FeatureSampler
 
     def _make_batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Batch]:
-        for micro_batch in micro_batches:
-            batch = self._read(micro_batch)
-            yield batch.pin_memory() if self.pin_memory else batch
+        return map(self._read, micro_batches)
 
     def _read(self, micro_batch: MicroBatch) -> Batch:
         """One micro-batch. FeatureError if a shard cannot be used."""
@@ -262,16 +243,6 @@ class FeatureLoader(EpochLoader):
         for place, text in enumerate(texts):
             embeddings[place, 0, : len(text)] = text
             mask[place, : len(text)] = 1
-        clips = [self.manifest.clip(row) for row in rows]
-        return Batch(
-            video=None,
-            text=[clip.text for clip in clips],
-            **make_conditions(self.sampler.bucket.get_thw(micro_batch.bucket), clips, self._fps_divisor),
-            bucket=micro_batch.bucket,
-            rows=rows,
-            index=micro_batch.index,
-            epoch=micro_batch.epoch,
-            latents=latents,
-            text_embeddings=embeddings,
-            text_mask=mask,
+        return self._make_batch(
+            micro_batch, rows, video=None, latents=latents, text_embeddings=embeddings, text_mask=mask
         )

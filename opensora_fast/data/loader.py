@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 from opensora_fast.data.bad_clips import BadClipLog
-from opensora_fast.data.batch import Batch, make_conditions
+from opensora_fast.data.batch import Batch
 from opensora_fast.data.buckets.sampler import BucketSampler, MicroBatch
 from opensora_fast.data.decoding.clips import BadClip, ClipRequest, Decoder, choose_frames
 from opensora_fast.data.epoch_loader import EpochLoader
@@ -37,15 +38,11 @@ class ClipLoader(EpochLoader):
     exception: it depends on the machine.)
 
     Args:
-        manifest: the table of clips.
-        sampler: gives the micro-batches; its `frame_interval` is that of the clips.
+        manifest, sampler, fps_after_interval, pin_memory: see `EpochLoader`.
         decoder: decodes them; closed with the loader.
         seed: of the starts of the clips.
         prefetch: batches made ahead; 0 makes each when it is asked for. At most as many more are being decoded.
         bad_clips_path: file in which bad clips are listed (`bad_clips.BadClipLog`), or None.
-        fps_after_interval: True divides the frame rate that the model is told by the `frame_interval`, which is the
-            rate of the clip as it is trained on. Open-Sora 1.1 tells it the rate of the file, and so is the default.
-        pin_memory: put batches in page-locked memory, for copying to a GPU during a step.
         report: told in a sentence of each bad clip.
 
     Raises:
@@ -62,19 +59,15 @@ class ClipLoader(EpochLoader):
         seed: int,
         prefetch: int = 2,
         bad_clips_path: str | os.PathLike[str] | None = None,
-        fps_after_interval: bool = False,
-        pin_memory: bool = False,
         report: Callable[[str], None] = print_line,
+        **options: Any,
     ) -> None:
         if seed < 0 or prefetch < 0:
             raise ValueError(f"seed and prefetch must be 0 or more, got {seed} and {prefetch}")
-        super().__init__(sampler, prefetch)
-        self.manifest = manifest
+        super().__init__(manifest, sampler, prefetch=prefetch, **options)
         self.decoder = decoder
         self.seed = seed
         self.prefetch = prefetch
-        self.fps_after_interval = fps_after_interval
-        self.pin_memory = pin_memory
         self._report = report
         self._log = BadClipLog(bad_clips_path)
 
@@ -85,8 +78,7 @@ class ClipLoader(EpochLoader):
 
     def _make_batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Batch]:
         for group in self._group(micro_batches):
-            for batch in self._load_together(group):
-                yield batch.pin_memory() if self.pin_memory else batch
+            yield from self._load_together(group)
 
     def _group(self, micro_batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
         """Micro-batches that are decoded together, so that small ones do not leave threads of the decoder idle.
@@ -147,7 +139,7 @@ class ClipLoader(EpochLoader):
             for place, clip in zip(bad, replacements, strict=True):
                 clips[place] = clip
             attempt += 1
-        return self._make_batch(micro_batch, rows, clips)
+        return self._make_batch(micro_batch, rows, video=torch.stack(clips))
 
     def _make_request(self, row: int, micro_batch: MicroBatch) -> ClipRequest:
         thw = self.sampler.bucket.get_thw(micro_batch.bucket)
@@ -165,19 +157,6 @@ class ClipLoader(EpochLoader):
     def _record(self, clip: BadClip, micro_batch: MicroBatch) -> None:
         self._log.add(clip, epoch=micro_batch.epoch, micro_batch=micro_batch.index)
         self._report(f"bad clip (row {clip.row}, replaced): {clip.path}: {clip.reason}")
-
-    def _make_batch(self, micro_batch: MicroBatch, rows: list[int], clips: list[torch.Tensor]) -> Batch:
-        described = [self.manifest.clip(row) for row in rows]
-        divisor = self.sampler.frame_interval if self.fps_after_interval else 1
-        return Batch(
-            video=torch.stack(clips),
-            text=[clip.text for clip in described],
-            **make_conditions(self.sampler.bucket.get_thw(micro_batch.bucket), described, divisor),
-            bucket=micro_batch.bucket,
-            rows=tuple(rows),
-            index=micro_batch.index,
-            epoch=micro_batch.epoch,
-        )
 
 
 def _name(micro_batch: MicroBatch) -> str:
