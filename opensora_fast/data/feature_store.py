@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from opensora_fast.files import hash_file, whole_file
+from opensora_fast.files import flush, hash_file, whole_file
 
 VERSION = 1
 INDEX_NAME = "index.json"
@@ -286,16 +286,11 @@ def _flatten(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _write_safely(path: Path, content: bytes) -> None:
     try:
-        with whole_file(path) as part, open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with whole_file(path) as part:
+            part.write_bytes(content)
+            flush(part)
     except OSError as error:  # that of a full disk has no name of a file
         raise FeatureError(
             f"the features {path} could not be written: {error}. Once they can be, the same command goes on with them"
         ) from error
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush(path.parent)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from opensora_fast.files import hash_file
+from opensora_fast.files import flush, hash_file
 
 COMPLETE = "complete.json"
 FOLDER_NAME = re.compile(r"step-(\d{8,})")
@@ -49,7 +49,7 @@ def write_checkpoint(parent: Path, step: int, fill: Callable[[Path], None], keep
         if final.exists():  # a damaged one of the same step, which resuming has passed over
             shutil.rmtree(final)
         os.rename(unfinished, final)
-        _flush(parent)
+        flush(parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise ValueError(
@@ -72,13 +72,13 @@ def _fill_and_seal(folder: Path, step: int, fill: Callable[[Path], None]) -> Non
     fill(folder)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        _flush(path)
+        flush(path)
         name = path.relative_to(folder).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
     marker = folder / COMPLETE
     marker.write_text(json.dumps({"step": step, "files": files}, indent=1))
     for path in (marker, *(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _flush(path)
+        flush(path)
 
 
 def locate_step(parent: Path, step: int) -> Path:
@@ -176,11 +176,3 @@ def read_step(checkpoint: Path) -> int:
     """The step of a whole checkpoint, whatever a person has called its folder."""
     step, _ = _read_marker(checkpoint)
     return step
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
