@@ -19,9 +19,7 @@ def make_model_config(
             model_max_length=model_max_length,
         )
     except ValueError as error:
-        details = getattr(error, "errors", None)
-        text = "; ".join(detail["msg"].removeprefix("Value error, ") for detail in details()) if details else str(error)
-        raise ValueError(f"model: {text}") from None
+        raise ValueError(f"model: {error}") from None
 
 
 def count_recomputed(blocks: bool | int, depth: int) -> int:
