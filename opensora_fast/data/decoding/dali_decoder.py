@@ -119,8 +119,7 @@ class DaliDecoder:
     """Decodes clips with DALI. Still images are read with Pillow, as all decoders do.
 
     Args:
-        device: "cpu" or "gpu".
-        device_id: number of the GPU; the current one by default.
+        device: "cpu" or "gpu", which is the current one.
         threads: of the CPU; by default one for each processor that may be used.
         maximum_batch: clips in one run of the pipeline, at most.
         time_limit: seconds for one clip. A run that takes more than twice that for each of its clips is left behind
@@ -134,7 +133,6 @@ class DaliDecoder:
         self,
         device: str = "gpu",
         *,
-        device_id: int | None = None,
         threads: int | None = None,
         maximum_batch: int = MAXIMUM_BATCH,
         time_limit: float = TIME_LIMIT,
@@ -149,7 +147,7 @@ class DaliDecoder:
             raise ValueError(obstacle)
         self.device = device
         self.codecs = CODECS[device]
-        self.device_id = (torch.cuda.current_device() if device_id is None else device_id) if device == "gpu" else None
+        self.device_id = torch.cuda.current_device() if device == "gpu" else None
         self.threads = count_processors() if threads is None else threads
         self.maximum_batch = maximum_batch
         self.time_limit = time_limit
