@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from opensora_fast.data.buckets.explain import LATENT_SCALE
 from opensora_fast.kernels import token_grid
 
 # 16:9 sizes (height, width) in pixels of the five video resolutions, and the square image sizes.
 VIDEO_SIZES = {"144p": (144, 256), "240p": (240, 426), "360p": (360, 640), "480p": (480, 854), "720p": (720, 1280)}
 IMAGE_SIZES = {"256": (256, 256), "512": (512, 512), "1024": (1024, 1024)}
 SIZES = VIDEO_SIZES | IMAGE_SIZES
-LATENT_SCALE = 8  # the VAE's, floor division as upstream
 PATCH = 2
 WIDE = "wide norm weights"  # behind the name of a workload: the softmax needs its running maximum
 

@@ -32,12 +32,12 @@ from typing import Any
 import torch
 
 from opensora_fast.data.buckets.bucket import Bucket
+from opensora_fast.data.buckets.explain import LATENT_SCALE
 from opensora_fast.device import DTYPES
 from opensora_fast.files import whole_file
 from opensora_fast.kernels import token_grid
 
 from ..processes import end_with_parent
-from ..shapes import LATENT_SCALE
 
 SEEDS = (42, 43, 44)
 EAGER, PERTURBED = "eager", "eager-perturbed"

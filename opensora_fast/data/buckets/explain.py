@@ -11,7 +11,7 @@ from opensora_fast.data.buckets.assignment import DROP_REASONS, DROPPED, find_dr
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.data.buckets.plan import ClipSizes, EpochPlan, count_steps, plan_epoch
 
-LATENT_SCALE = 8
+LATENT_SCALE = 8  # the VAE's, floor division as upstream
 PATCH_SIZE = 2
 FILL_HINT = "lower the batch size or set drop_last=False"
 SHOWN_BUCKETS = 20
