@@ -50,7 +50,6 @@ def _describe(name: str) -> Op:
         (True, True): "Triton, forward and backward",
         (True, False): "Triton, no backward",
         (False, False): "plain PyTorch",
-        (False, True): "Triton, backward only",
     }[tuple(registered)]
     floats = TRITON_DTYPES if registered[0] else (*TRITON_DTYPES, torch.float64)
     return Op(

@@ -27,7 +27,6 @@ class Prediction(NamedTuple):
 
     mean: Tensor
     log_variance: Tensor
-    x_start: Tensor
 
 
 class IDDPM:
@@ -132,7 +131,7 @@ class IDDPM:
             # Beta itself, except at the last step, where it overstates the noise (as in DDPM's decoder).
             is_last = (t == 0).to(x_t.device).view(log_beta.shape)
             log_variance = torch.where(is_last, posterior_log_variance, log_beta)
-        return Prediction(mean, log_variance, x_start)
+        return Prediction(mean, log_variance)
 
     def p_mean_variance(
         self, model: Model, x_t: Tensor, t: Tensor, model_kwargs: dict[str, Any] | None = None
