@@ -10,8 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from opensora_fast.config.overrides import apply_overrides
 from opensora_fast.config.schema import ALIASES, SampleConfig, TrainConfig, find_idle_keys
-from opensora_fast.config.sections import TypedSection, suggest
+from opensora_fast.config.sections import TypedSection
 from opensora_fast.config.upstream_file import ConfigFile, read_config_file
+from opensora_fast.suggest import suggest
 
 ConfigT = TypeVar("ConfigT", TrainConfig, SampleConfig)
 OPTION = "command line"

@@ -1,10 +1,11 @@
 """The sections of a configuration: dataset, bucket table, masks, model, encoders, scheduler."""
 
-import difflib
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from opensora_fast.suggest import suggest
 
 MASK_NAMES = (
     "mask_no",
@@ -72,19 +73,12 @@ def _check_mask_ratios(ratios: Any) -> Any:
         return ratios
     for name, ratio in ratios.items():
         if name not in MASK_NAMES:
-            raise ValueError(f"unknown mask {name!r}; {suggest(str(name), MASK_NAMES)}")
+            raise ValueError(f"unknown mask {name!r}; {suggest(name, MASK_NAMES)}")
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
             raise ValueError(f"{name} is {ratio!r}; a ratio is a number from 0 to 1")
     if not math.isclose(sum(ratios.values()), 1.0, abs_tol=1e-6):
         raise ValueError(f"the ratios sum to {sum(ratios.values()):g}; they must sum to 1")
     return ratios
-
-
-def suggest(name: str, known: Any) -> str:
-    """`did you mean X?` for the nearest of the known names, or the list of all where none is near."""
-    known = [str(item) for item in known]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 MaskRatios = Annotated[dict[str, float], BeforeValidator(_check_mask_ratios)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
+
+from opensora_fast.suggest import suggest
 
 MIB = 2**20
 
@@ -57,9 +58,7 @@ def find_gpu(name: str) -> Gpu:
     """
     by_name = {gpu.name.upper(): gpu for gpu in DATASHEETS.values()}
     if name.upper() not in by_name:
-        near = difflib.get_close_matches(name.upper(), by_name, n=1, cutoff=0.5)
-        hint = f"did you mean {by_name[near[0]].name}? " if near else ""
-        raise ValueError(f"no GPU {name!r}: {hint}known are {', '.join(DATASHEETS)}")
+        raise ValueError(f"no GPU {name!r}: {suggest(name, DATASHEETS)}")
     return by_name[name.upper()]
 
 

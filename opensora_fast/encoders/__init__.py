@@ -7,7 +7,6 @@ does.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from opensora_fast.locate import find_local, fingerprint_files
+from opensora_fast.suggest import suggest
 
 __all__ = [
     "TextEncoder",
@@ -138,21 +138,14 @@ def _build(
     if name is None:
         raise ValueError(f"{owner}.type is missing; known types: {', '.join(known)}")
     if name not in known:
-        raise ValueError(f"{owner}.type: unknown type {name!r}{_nearest(name, known)}")
+        raise ValueError(f"{owner}.type: unknown type {name!r}; {suggest(name, known)}")
     module_name, class_name = known[name]
     encoder_class = getattr(importlib.import_module(f"{__name__}.{module_name}"), class_name)
     allowed = [key for key in inspect.signature(encoder_class.from_pretrained).parameters if key not in BUILD_ARGUMENTS]
     for key in keys:
         if key not in allowed:
-            raise ValueError(f"{owner}.{key}: unknown key of type {name!r}{_nearest(key, allowed)}")
+            raise ValueError(f"{owner}.{key}: unknown key of type {name!r}; {suggest(key, allowed)}")
     return encoder_class.from_pretrained(**keys, device=device, dtype=dtype)
 
 
 BUILD_ARGUMENTS = ("device", "dtype")
-
-
-def _nearest(name: Any, known: Sequence[str] | dict[str, Any]) -> str:
-    names = list(known)
-    lower = {other.lower(): other for other in names}
-    near = difflib.get_close_matches(str(name).lower(), list(lower), n=1)
-    return f"; did you mean {lower[near[0]]!r}?" if near else f"; known: {', '.join(names)}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import warnings
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from opensora_fast.suggest import suggest
 
 # Keys that the released config.json files hold and that say nothing about the computation.
 IGNORED_KEYS = {
@@ -94,9 +95,8 @@ class STDiT2Config(BaseModel):
             elif key in IGNORED_KEYS:
                 keys.pop(key)
             else:
-                nearest = difflib.get_close_matches(key, [*known, *IMPLEMENTATION_KEYS], n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known keys: {', '.join(known)}"
-                raise ValueError(f"STDiT2Config: unknown key {key!r}{hint}")
+                hint = suggest(key, [*known, *IMPLEMENTATION_KEYS])
+                raise ValueError(f"STDiT2Config: unknown key {key!r}; {hint}")
         try:
             super().__init__(**keys)
         except ValidationError as error:

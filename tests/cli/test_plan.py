@@ -323,7 +323,7 @@ def test_committed_rows_are_used_unasked_and_too_few_are_told(plan, rows, monkey
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("stage1", "--gpu", "H20"), "no GPU 'H20': did you mean H200?"),
+        (("stage1", "--gpu", "H20"), "no GPU 'H20': did you mean 'H200'?"),
         (("stage1", "--mix", "a.csv", "--data-path", "b.csv"), "--data-path and --mix both say"),
         (("stage1", "--mix", "missing.csv"), "No such file or directory: missing.csv"),
         (("stage9",), "no shipped configuration of that name"),

@@ -36,7 +36,9 @@ def test_other_devices_are_not_taken_for_those_whose_name_they_hold(name):
 def test_a_wrong_name_is_answered_with_the_nearest():
     assert find_gpu("h200").name == "H200"
     assert find_gpu("h100 pcie").name == "H100 PCIe"
-    with pytest.raises(ValueError, match="no GPU 'H100-PCIe': did you mean H100 PCIe."):
+    with pytest.raises(ValueError, match="no GPU 'H100-PCIe': did you mean 'H100 PCIe'"):
         find_gpu("H100-PCIe")
-    with pytest.raises(ValueError, match="no GPU 'H20': did you mean H200. known are A100, A100 40GB, A100 PCIe, H100"):
-        find_gpu("H20")
+    with pytest.raises(ValueError, match="no GPU 'h20': did you mean 'H200'"):
+        find_gpu("h20")
+    with pytest.raises(ValueError, match="no GPU 'mine': known: A100, A100 40GB, A100 PCIe, H100"):
+        find_gpu("mine")

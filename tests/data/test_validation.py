@@ -194,4 +194,4 @@ def test_buckets_explain(plain_meta, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "144p, 16 frames, 0.56: 5 clips, batch size 9" in error and "lower the batch sizes" in error
     assert run([*command, "bucket_config={'144': {16: (1.0, 9)}}"]) == 1
-    assert 'did you mean "144p"' in capsys.readouterr().err
+    assert "did you mean '144p'" in capsys.readouterr().err

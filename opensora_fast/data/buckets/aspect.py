@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 from dataclasses import dataclass
 from importlib.resources import files
 
 import numpy as np
+
+from opensora_fast.suggest import suggest
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,4 @@ def get_aspect_table(resolution: str) -> AspectTable:
         return tables[resolution]
     if str(resolution) in tables:
         raise ValueError(f'resolution {resolution!r} must be the string "{resolution}": put it in quotes')
-    nearest = difflib.get_close_matches(str(resolution), tables, n=1, cutoff=0.5)
-    hint = f'did you mean "{nearest[0]}"? ' if nearest else ""
-    raise ValueError(f"unknown resolution {resolution!r}: {hint}known are {', '.join(tables)}")
+    raise ValueError(f"unknown resolution {resolution!r}: {suggest(resolution, tables)}")

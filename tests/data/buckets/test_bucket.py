@@ -68,7 +68,7 @@ def test_a_seed_is_asked_for_only_when_a_draw_is_needed():
     ("config", "message"),
     [
         ({}, "at least one resolution"),
-        ({"240": {16: (1.0, 2)}}, 'did you mean "240p"'),
+        ({"240": {16: (1.0, 2)}}, "did you mean '240p'"),
         ({256: {16: (1.0, 2)}}, "quotes"),
         ({"256": {}}, r'bucket_config\["256"\]'),
         ({"256": (1.0, 2)}, r'bucket_config\["256"\]'),
