@@ -141,7 +141,7 @@ def _reads_as_path(source: str) -> bool:
 
 def _missing(folder: Path, needs: tuple[Need, ...]) -> list[str]:
     names = [entry.name for entry in folder.iterdir() if entry.is_file()]
-    hollow = {name: reason for name in names if (reason := _why_hollow(folder / name))}
+    hollow = {name: reason for name in names if (reason := why_hollow(folder / name))}
     missing = []
     for need in needs:
         if not need.match([name for name in names if name not in hollow]):
@@ -150,7 +150,7 @@ def _missing(folder: Path, needs: tuple[Need, ...]) -> list[str]:
     return missing
 
 
-def _why_hollow(path: Path) -> str:
+def why_hollow(path: Path) -> str:
     """Why a file does not count, or "". Of an empty spiece.model transformers makes a tokenizer that knows no word."""
     with open(path, "rb") as file:
         start = file.read(len(LFS_POINTER))

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from opensora_fast.locate import why_hollow
+
 from .weights import WEIGHTS_NAME, read_shard_names, resolve_folder
 
 # What Open-Sora 1.1 added to PixArt-α: an image model cannot have it. Temporal attention starts as the identity (its
@@ -191,6 +193,8 @@ def convert_upstream_state_dict(state: dict[str, Tensor], model: nn.Module) -> t
 
 
 def _load_file(path: Path) -> object:
+    if reason := why_hollow(path):
+        raise ValueError(f"{path} {reason}")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

@@ -37,15 +37,19 @@ def load_pretrained(name: str | Path) -> tuple[STDiT2Config, dict[str, Tensor]]:
         ValueError: a file is missing or unreadable, or the configuration has an unknown key.
     """
     folder = resolve_folder(name)
-    config_path = folder / CONFIG_NAME
-    keys = _read_json(config_path)
+    return read_config(folder), load_state_dict_folder(folder)
+
+
+def read_config(folder: Path) -> STDiT2Config:
+    """Reads `config.json`. ValueError if it is unreadable or has an unknown key."""
+    path = folder / CONFIG_NAME
+    keys = _read_json(path)
     if not isinstance(keys, dict):
-        raise ValueError(f"{config_path}: must hold one JSON object, not {type(keys).__name__}")
+        raise ValueError(f"{path}: must hold one JSON object, not {type(keys).__name__}")
     try:
-        config = STDiT2Config(**keys)
+        return STDiT2Config(**keys)
     except ValueError as error:
-        raise ValueError(f"{config_path}: {error}") from error
-    return config, load_state_dict_folder(folder)
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load_state_dict_folder(folder: Path) -> dict[str, Tensor]:

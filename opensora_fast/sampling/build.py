@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -14,8 +13,8 @@ from opensora_fast.device import DTYPES, choose_device
 from opensora_fast.diffusion import build_scheduler
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.model import STDiT2, STDiT2Config
-from opensora_fast.model.pixart import convert_upstream_state_dict, load_checkpoint_file
-from opensora_fast.model.weights import CONFIG_NAME, load_pretrained, load_strictly
+from opensora_fast.model.pixart import convert_upstream_state_dict, load_checkpoint_file, locate_checkpoint_file
+from opensora_fast.model.weights import CONFIG_NAME, load_strictly, read_config
 from opensora_fast.parallel.join import read_place
 from opensora_fast.sampling.generate import SampleSettings, VideoGenerator
 from opensora_fast.sampling.replayed_model import ReplayedModel
@@ -57,10 +56,10 @@ def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: 
     source = config.model.from_pretrained
     if source is None:
         raise ValueError("there are no weights to sample from; give --ckpt-path or model.from_pretrained")
-    path = Path(source).expanduser()
-    if path.is_file() or (path.is_dir() and not (path / CONFIG_NAME).is_file()):
+    path = locate_checkpoint_file(source)
+    if not (path / CONFIG_NAME).is_file():
         return load_model_file(config, video_encoder, text_encoder)
-    saved, state = load_pretrained(source)
+    saved = read_config(path)
     given = {key: value for key, value in config.model.get_shape_keys().items() if key in config.model.model_fields_set}
     for key, value in given.items():
         if value != getattr(saved, key) and read_place(os.environ).rank == 0:
@@ -77,7 +76,7 @@ def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: 
                 f"gives {value}; use the {owner} that it was trained with"
             )
     model = STDiT2(model_config)
-    load_strictly(model, state, source)
+    load_strictly(model, load_checkpoint_file(path), source)
     return model
 
 

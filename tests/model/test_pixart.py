@@ -264,13 +264,17 @@ def test_unreadable_files_are_named(tmp_path: Path):
     torch.save({"state_dict": pixart_weights()}, tmp_path / "whole.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
     (tmp_path / "empty.pt").touch()
+    for name in ("pointer.bin", "pointer.safetensors"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (tmp_path / "text.pth").write_text("not weights")
     (tmp_path / "text.safetensors").write_text("not weights")
     torch.save({"optimizer": {"lr": 0.1}}, tmp_path / "optimizer.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     for name, reason in {
         "cut.pth": "not a readable PyTorch file",
-        "empty.pt": "not a readable PyTorch file",
+        "empty.pt": "is empty: copy it again",
+        "pointer.bin": "`git lfs pull` fetches it",
+        "pointer.safetensors": "`git lfs pull` fetches it",
         "text.pth": "is no PyTorch file",
         "text.safetensors": "not a readable safetensors file",
         "optimizer.pt": "holds no weights",

@@ -282,6 +282,14 @@ def test_files_are_named_by_number_or_prompt(settings, prompt, expected):
     assert name_sample(Sample(prompt, 3, 1, torch.zeros(3, 1, 1, 1), 8.0), config) == expected
 
 
+def test_the_weights_beside_a_configuration_may_be_a_pytorch_file(folder, tmp_path):
+    shutil.copy(folder / "model" / "config.json", tmp_path)
+    torch.save(STDiT2.from_pretrained(folder / "model").state_dict(), tmp_path / "pytorch_model.bin")
+    for name, weights in (("safetensors", folder / "model"), ("bin", tmp_path)):
+        assert sample(folder, "--prompt", "a", "--save-dir", str(tmp_path / name), weights=weights) == 0
+    assert (tmp_path / "bin/sample_0.mp4").read_bytes() == (tmp_path / "safetensors/sample_0.mp4").read_bytes()
+
+
 def test_weights_without_a_configuration_take_their_shape_from_the_model_section(folder, tmp_path, capsys):
     state = STDiT2.from_pretrained(folder / "model").state_dict()
     torch.save(state, tmp_path / "ema.pt")
