@@ -18,7 +18,13 @@ from torch import Tensor
 
 from opensora_fast.progress import Progress
 from opensora_fast.sampling.prompts import Prompt, parse_prompt
-from opensora_fast.sampling.references import Placement, check_placements, parse_mask_strategy, place_references
+from opensora_fast.sampling.references import (
+    Placement,
+    check_placements,
+    find_source,
+    parse_mask_strategy,
+    place_references,
+)
 
 if TYPE_CHECKING:
     from opensora_fast.encoders import TextEncoder, VideoEncoder
@@ -205,11 +211,16 @@ class VideoGenerator:
                     yield Sample(task.prompt.text, task.index, copy, video, settings.fps / settings.frame_interval)
 
     def _encode_references(self, task: _Task, settings: SampleSettings) -> list[Tensor]:
-        """Latents [C, t, h, w] of each reference."""
+        """Latents [C, t, h, w] of each reference; ValueError where one lacks frames, be it for a later loop."""
         from opensora_fast.data.video_files import read_reference
 
         generator = _make_generator(settings.seed, task.index, 0)
         videos = [read_reference(path, settings.image_size) for path in task.reference_files]
+        for placement in task.placements:
+            try:
+                find_source(placement, videos[placement.reference].shape[1])
+            except ValueError as error:
+                raise _name_prompt(task.index, task.prompt, error) from error
         return [self._encode(video, generator) for video in videos]
 
     def _encode(self, video: Tensor, generator: torch.Generator) -> Tensor:
@@ -322,7 +333,7 @@ def make_tasks(
         try:
             tasks.append(_make_task(index, prompt, paths, strategy, settings))
         except ValueError as error:
-            raise ValueError(f"prompt {index} ({_shorten(prompt.text)}): {error}") from error
+            raise _name_prompt(index, prompt, error) from error
     return tasks
 
 
@@ -340,5 +351,6 @@ def _make_task(index: int, prompt: Prompt, paths: str | None, strategy: str | No
     return _Task(index, prompt, files, placements)
 
 
-def _shorten(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")
+def _name_prompt(index: int, prompt: Prompt, error: ValueError) -> ValueError:
+    text = prompt.text if len(prompt.text) <= 40 else prompt.text[:37] + "..."
+    return ValueError(f"prompt {index} ({text!r}): {error}")

@@ -127,18 +127,23 @@ def place_references(
         if placement.loop != loop:
             continue
         reference = references[placement.reference]
-        source = _resolve(placement, "reference_start", reference.shape[1], f"reference {placement.reference}")
         target = _find_target(placement, frames)
-        if reference.shape[1] == 1:
-            source = slice(0, 1)
-        elif source.stop > reference.shape[1]:
-            raise ValueError(
-                f"mask_strategy tuple '{placement}': frames {source.start} to {source.stop - 1} are asked of reference "
-                f"{placement.reference}, which has {reference.shape[1]}; shorten length or start earlier"
-            )
-        latents[:, target] = reference[:, source].to(latents)
+        latents[:, target] = reference[:, find_source(placement, reference.shape[1])].to(latents)
         mask[target] = placement.edit_ratio
     return mask
+
+
+def find_source(placement: Placement, frames: int) -> slice:
+    """The frames that are taken of a reference of so many; ValueError where it has not got them."""
+    source = _resolve(placement, "reference_start", frames, f"reference {placement.reference}")
+    if frames == 1:
+        return slice(0, 1)
+    if source.stop > frames:
+        raise ValueError(
+            f"mask_strategy tuple '{placement}': frames {source.start} to {source.stop - 1} are asked of reference "
+            f"{placement.reference}, which has {frames}; shorten length or start earlier"
+        )
+    return source
 
 
 def _find_target(placement: Placement, frames: int) -> slice:

@@ -204,6 +204,10 @@ def test_frames_outside_of_a_later_sample_are_named_before_the_first_is_sampled(
     assert not scheduler.calls
 
 
-def test_a_reference_too_short_for_its_strategy_is_named(video):
-    with pytest.raises(ValueError, match=r"frames 8 to 13 are asked of reference 0, which has 10"):
-        generate("a", [video], ["0,0,8,0,6"])
+@pytest.mark.parametrize("loop", [0, 1])
+def test_a_reference_too_short_for_its_strategy_is_named_before_its_prompt_is_sampled(video, loop):
+    scheduler = RecordingScheduler()
+    message = r"prompt 0 \('a'\): .*frames 8 to 13 are asked of reference 0, which has 10"
+    with pytest.raises(ValueError, match=message):
+        generate("a", [video], [f"{loop},0,8,0,6"], scheduler=scheduler, loop=2, condition_frame_length=1)
+    assert not scheduler.calls
