@@ -119,6 +119,11 @@ def open_features(
         if folder.exists() and any(folder.glob("*.safetensors")):
             raise
         index = None
+    if index is not None and needs_fit(config) and not (out / FITTED).is_dir():
+        raise ValueError(
+            f"features={folder} lack {folder / FITTED}, the linear autoencoder that they were made with, and nothing "
+            "else can decode what is trained on them: copy it there, or name a folder that is not there yet"
+        )
     if index is None or not index.complete:
         _write(config, data, out, folder, index, device, dtype, report)  # compares encoders with those of what is there
         index = FeatureIndex.read(folder)

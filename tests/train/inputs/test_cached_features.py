@@ -180,6 +180,16 @@ def test_where_weights_cannot_be_compared_features_are_used_and_a_note_says_so(t
     assert code == 1 and f"vae.from_pretrained: '{vae}' there, 'elsewhere' here" in error
 
 
+def test_features_without_their_autoencoder_are_refused(train, tmp_path):
+    features = tmp_path / "features"
+    assert train(tmp_path / "run", "--steps", 1, f"features={features}")[0] == 0
+    shutil.rmtree(features / "encoders")
+    code, _, error = train(tmp_path / "other", "--steps", 1, f"features={features}")
+    assert code == 1 and f"features={features} lack {features / 'encoders/vae'}" in error
+    # A run that has it goes on.
+    assert train(tmp_path / "run", "--steps", 2, "--resume", "auto", f"features={features}")[0] == 0
+
+
 def test_features_that_do_not_say_what_made_them_are_refused(train, tmp_path):
     """As `write_features` may be called by a program."""
     folder = tmp_path / "features"
