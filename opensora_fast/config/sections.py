@@ -50,10 +50,13 @@ class TypedSection(Section):
         type_name = self.type  # type: ignore[attr-defined]
         allowed = self.get_keys_of_type()
         idle = sorted(self.model_fields_set - allowed)
-        idle = [key for key in idle if getattr(self, key) != type(self).model_fields[key].default]
+        defaults = {key: type(self).model_fields[key].default for key in idle}
+        idle = [key for key in idle if getattr(self, key) != defaults[key]]
         if idle:
+            # To be set where the key is of a file, and the type of the command line.
+            values = ", ".join(f"{key}={defaults[key]!r}" for key in idle)
             raise ValueError(
-                f"{', '.join(idle)} would have no effect with type={type_name!r}; remove it "
+                f"{', '.join(idle)} would have no effect with type={type_name!r}; remove it, or set {values} "
                 f"(keys of this type: {', '.join(sorted(allowed))})"
             )
         return self

@@ -182,7 +182,11 @@ def test_vae_dtype_and_builder_keys(train_file):
         ("dataset=3", r"dataset: .*dictionary"),
         ("grad_checkpoint=-1", r"grad_checkpoint: write True"),
         ("grad_checkpoint=half", r"grad_checkpoint: write True .*'half'"),
-        ("vae.type=linear", r"vae: local_files_only, micro_batch_size would have no effect with type='linear'"),
+        (
+            "vae.type=linear",
+            r"vae: local_files_only, micro_batch_size would have no effect with type='linear'; "
+            r"remove it, or set local_files_only=False, micro_batch_size=None",
+        ),
         ("vae.type=nothing", r"vae\.type: .*'VideoAutoencoderKL'"),
         ("text_encoder.output_dim=32", r"text_encoder: output_dim would have no effect with type='t5'"),
         ("scheduler=dict(type='dpm-solver')", r"dpm-solver' only samples"),
