@@ -59,6 +59,8 @@ def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: 
     path = locate_checkpoint_file(source)
     if not (path / CONFIG_NAME).is_file():
         return load_model_file(config, video_encoder, text_encoder)
+    # Before the configuration: the one in a run that has no checkpoint yet is not of a model.
+    state = load_checkpoint_file(path)
     saved = read_config(path)
     given = {key: value for key, value in config.model.get_shape_keys().items() if key in config.model.model_fields_set}
     for key, value in given.items():
@@ -76,7 +78,7 @@ def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: 
                 f"gives {value}; use the {owner} that it was trained with"
             )
     model = STDiT2(model_config)
-    load_strictly(model, load_checkpoint_file(path), source)
+    load_strictly(model, state, source)
     return model
 
 

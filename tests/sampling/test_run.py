@@ -290,6 +290,12 @@ def test_the_weights_beside_a_configuration_may_be_a_pytorch_file(folder, tmp_pa
     assert (tmp_path / "bin/sample_0.mp4").read_bytes() == (tmp_path / "safetensors/sample_0.mp4").read_bytes()
 
 
+def test_a_run_without_a_checkpoint_holds_no_weights(folder, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"dataset": {}, "bucket_config": {}}))
+    assert sample(folder, "--prompt", "a", "--save-dir", str(tmp_path / "out"), weights=tmp_path) == 1
+    assert f"{tmp_path}: holds no weights" in capsys.readouterr().err
+
+
 def test_weights_without_a_configuration_take_their_shape_from_the_model_section(folder, tmp_path, capsys):
     state = STDiT2.from_pretrained(folder / "model").state_dict()
     torch.save(state, tmp_path / "ema.pt")
