@@ -27,7 +27,7 @@ from opensora_fast.parallel.collectives import do_all
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.optimizer.ema import EMA
 from opensora_fast.train.optimizer.flat import FlatLayout
-from opensora_fast.train.optimizer.gradients import MeanGradient, cut_segments
+from opensora_fast.train.optimizer.gradients import MeanGradient, cut_segments, measure_norm
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -133,7 +133,7 @@ class MasterAdamW:
         gradients, norms = [], []
         for gradient in self._gradient.finish():
             gradients.append(gradient)
-            norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+            norms.append(measure_norm(gradient))
         norm = self.processes.join_norms(norms)
         # Every segment takes the same step: all but the last count it on a copy.
         steps = [*(self._step.clone() for _ in self._segments[1:]), self._step]

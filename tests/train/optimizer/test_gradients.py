@@ -16,7 +16,7 @@ from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.inputs.model_inputs import ModelInputs
 from opensora_fast.train.optimizer import gradients
 from opensora_fast.train.optimizer.flat import ALIGNMENT
-from opensora_fast.train.optimizer.gradients import MeanGradient, cut_segments, order_of_backward
+from opensora_fast.train.optimizer.gradients import MeanGradient, cut_segments, measure_norm, order_of_backward
 from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 from opensora_fast.train.step.losses import compute_losses, draw_inputs
 
@@ -161,3 +161,12 @@ def test_a_process_alone_has_one_segment_and_no_hooks(monkeypatch):
     compute_loss(model, MaskGenerator(MASKS)).backward()
     optimizer.begin_step()
     assert all(parameter.grad is not None for parameter in get_trained(model).values())
+
+
+@pytest.mark.parametrize("size", [0, 1, 70_000, 20_000_000])
+def test_the_norm_of_a_large_model_is_not_too_small(size):
+    """Of 20 million elements PyTorch's own is off by 0.1 % on a CPU."""
+    gradient = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    norm = measure_norm(gradient)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(gradient.double().norm().item(), rel=1e-6)
+    assert measure_norm(gradient.bfloat16()).item() == pytest.approx(norm.item(), rel=4e-3)
