@@ -6,6 +6,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import torch.distributed as dist
 import opensora_fast.parallel.processes as processes_module
 from opensora_fast.parallel.collectives import ProcessLostError, naming_the_loss
 from opensora_fast.parallel.join import Place, join_processes, read_place, take_gpu
-from opensora_fast.parallel.processes import Processes
+from opensora_fast.parallel.processes import JoinedProcesses, Processes
+from opensora_fast.parallel.sequence import FrameRange, FrameShare, SequenceGroup
 
 TORCHRUN = {
     "RANK": "13",
@@ -90,6 +92,58 @@ def test_what_torch_knows_of_a_lost_process_is_told(monkeypatch):
         with join_processes("cpu"):
             pass
     assert not dist.is_initialized()
+
+
+def share_of(processes):
+    """One of two tokens."""
+    return FrameShare(processes.sequence, None, (FrameRange(0, 0, 1),), (1, 1), vain=0)
+
+
+EXCHANGES = {  # of the process of a rank
+    "gather": (0, lambda processes: processes.gather(None)),
+    "average": (0, lambda processes: processes.average(torch.ones(4))()),
+    "join norms": (0, lambda processes: processes.join_norms([torch.ones(())])),
+    "spread": (0, lambda processes: processes.spread(torch.ones(4))()),
+    "take the shards": (0, lambda processes: processes.collect(torch.ones(2))),
+    "give a shard": (1, lambda processes: processes.collect(torch.ones(2))),
+    "tell": (0, lambda processes: processes.sequence.tell(None)),
+    "share": (0, lambda processes: processes.sequence.share({"x": torch.ones(2)}, processes.device)),
+    "give tokens": (0, lambda processes: share_of(processes).give_tokens(torch.ones(1, 2, 8))),
+    "take tokens": (0, lambda processes: share_of(processes).take_tokens(torch.ones(2, 1, 8))),
+    "gather tokens": (0, lambda processes: share_of(processes).gather(torch.ones(1, 8))),
+}
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_a_lost_process_is_named_whatever_is_exchanged_with_it(monkeypatch, name):
+    rank, exchange = EXCHANGES[name]
+    count = SimpleNamespace(made=0, lost_at=None)
+
+    def communicate(*arguments, **options):
+        count.made += 1
+        if count.made == count.lost_at:
+            raise RuntimeError("Connection closed by peer")
+        return SimpleNamespace(wait=communicate)
+
+    def all_gather(output, tensor, **options):
+        output.view(2, -1)[:] = tensor
+        return communicate()
+
+    others = ("reduce_scatter_single", "reduce_scatter_tensor", "all_to_all_single", "broadcast", "send", "recv")
+    for function in others:
+        monkeypatch.setattr(dist, function, communicate, raising=False)
+    for function in ("all_gather_single", "all_gather_into_tensor"):
+        monkeypatch.setattr(dist, function, all_gather, raising=False)
+    for function, number in (("get_rank", rank), ("get_world_size", 2), ("get_global_rank", 0)):
+        monkeypatch.setattr(dist, function, lambda *arguments, number=number: number)
+    processes = JoinedProcesses(torch.device("cpu"), 2, None, None, SequenceGroup(None, None))
+    exchange(processes)
+    times = count.made  # with what waits for one that was begun
+    assert times > 0
+    for number in range(1, times + 1):
+        count.made, count.lost_at = 0, number
+        with pytest.raises(ProcessLostError, match="Connection closed by peer"):
+            exchange(processes)
 
 
 def find_free_port():
