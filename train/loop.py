@@ -159,8 +159,6 @@ class Trainer:
             except BaseException:
                 self._finish_after_error()
                 raise
-            finally:
-                self._progress = None
             return stopped_by
 
     def note(self, text: str) -> None:
