@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ class EMA:
         """The average by parameter name; see `MasterAdamW.collect`."""
         return self._optimizer.collect(self.flat)
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Set the average from a state dict that holds at least its names."""
         self._optimizer.fill(self.flat, state)

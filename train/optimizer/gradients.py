@@ -106,7 +106,6 @@ class MeanGradient:
         # Kept until it has been averaged: another stream reads it.
         self._averaging.append((flat, self._processes.average(flat)))
 
-    @torch.no_grad()
     def begin(self) -> None:
         """Begin to average what backward has not: everything where no hook was called.
 

@@ -118,7 +118,6 @@ class MasterAdamW:
         if self.processes.world_size > 1:
             self._gradient.begin()
 
-    @torch.no_grad()
     def step(self, ema: EMA | None = None) -> Tensor:
         """Average over the processes, clip, apply and clear the gradients of the model; let the EMA follow.
 
@@ -196,7 +195,6 @@ class MasterAdamW:
         """
         return {**self.fixed, **(self.masters if trained is None else trained)}
 
-    @torch.no_grad()
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
         """Set masters, working weights and untrained tensors from a full state dict; ValueError if it does not fit."""
         shapes = {**{name: value.shape for name, value in self.fixed.items()}, **self.shapes}
@@ -234,7 +232,6 @@ class MasterAdamW:
         do_all(partial(take, kind) for kind in MOMENTS)
         return state
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` gave, to any number of processes. ValueError names the first tensor that does not
         fit."""

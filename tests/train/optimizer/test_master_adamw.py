@@ -56,7 +56,7 @@ def test_steps_equal_adamw_on_float32_masters(dtype, grad_clip):
         assert float(optimizer.step()) == pytest.approx(float(norm), rel=1e-5)
         adamw_by_hand(weights, gradients, state, 1e-2, step)
         for name, value in optimizer.masters.items():
-            assert value.dtype == torch.float32
+            assert value.dtype == torch.float32 and not value.requires_grad
             torch.testing.assert_close(value.detach().double(), weights[name], rtol=1e-5, atol=1e-7)
             assert torch.equal(dict(model.named_parameters())[name], value.to(dtype))
     assert all(parameter.grad is None for parameter in model.parameters())
