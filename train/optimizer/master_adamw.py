@@ -79,9 +79,7 @@ class MasterAdamW:
         if not self._parameters:
             raise ValueError("the model has no trainable parameter: check model.freeze")
         self.fixed = {
-            name: value.detach().float().cpu().clone() if value.is_floating_point() else value.detach().cpu().clone()
-            for name, value in model.state_dict().items()
-            if name not in self._parameters
+            name: value.cpu().clone() for name, value in model.state_dict().items() if name not in self._parameters
         }
         self.processes = Processes(device) if processes is None else processes
         self.shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
