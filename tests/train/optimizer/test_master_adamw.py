@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from alike_processes import AlikeProcesses
 from torch import nn
 
 from opensora_fast.train.optimizer.ema import EMA
@@ -171,13 +172,32 @@ def test_ema_is_open_soras_formula_bit_for_bit():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parameters_are_aligned_views_of_one_tensor(dtype):
+def test_parameters_are_aligned_views_of_one_tensor_in_float32_of_the_masters(dtype):
     model = make_model()
-    make_optimizer(model, dtype)
+    optimizer = make_optimizer(model, dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert len({parameter.untyped_storage().data_ptr() for parameter in trained}) == 1
+    places = {parameter.untyped_storage().data_ptr() for parameter in trained}
+    assert len(places) == 1
+    assert (optimizer.master.untyped_storage().data_ptr() in places) == (dtype == torch.float32)
     assert all(parameter.storage_offset() % ALIGNMENT == 0 for parameter in trained)
     assert all(parameter.is_contiguous() for parameter in trained)
+
+
+@pytest.mark.parametrize(("rank", "owned"), [(0, {"2.weight", "2.bias"}), (1, {"0.weight"})])
+def test_every_weight_begins_as_the_process_that_owns_it_has_drawn_it(monkeypatch, rank, owned):
+    """Drawn on processors of different kinds they may differ in the last bit."""
+
+    def spread(self, flat):
+        flat.view(2, -1)[1 - rank] = 7.0
+        return lambda: None
+
+    monkeypatch.setattr(AlikeProcesses, "spread", spread)
+    model = make_model()
+    drawn = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    MasterAdamW(model, dtype=torch.float32, device=CPU, lr=1e-2, grad_clip=1.0, processes=AlikeProcesses(rank, 2))
+    for name, weight in drawn.items():
+        expected = weight if name in owned else torch.full_like(weight, 7.0)
+        assert torch.equal(dict(model.named_parameters())[name], expected), name
 
 
 def test_a_parameter_without_a_gradient_is_an_error():
