@@ -157,7 +157,8 @@ def test_the_only_checkpoint_that_is_kept_is_a_whole_one(train, tmp_path, whole)
 
 
 def test_a_run_that_has_its_steps_says_that_none_is_left(train, tmp_path, whole):
-    code, text, _ = train(tmp_path / "run", "--steps", 5, "--resume", whole)
+    code, text, error = train(tmp_path / "run", "--steps", 5, "--resume", whole)
+    assert "train: 0 steps" in error
     assert code == 0 and "note: no step is left to train: `steps` or --steps is 5, and counts all of a run" in text
     assert not read_losses(tmp_path / "run")
 
