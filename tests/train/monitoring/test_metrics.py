@@ -1,8 +1,10 @@
 import json
+import time
 
 import pytest
+from toy_steps import make_trainer
 
-from opensora_fast.train.monitoring.metrics import MetricsWriter, read_metrics
+from opensora_fast.train.monitoring.metrics import MetricsWriter, join_parts, read_metrics
 
 
 def test_rows_are_on_disk_at_once_and_not_finite_is_null(tmp_path):
@@ -45,3 +47,41 @@ def test_a_damaged_line_is_named(tmp_path, damaged):
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no row of a step: .*; remove that line"):
         MetricsWriter(path, last_step=3)
     assert path.read_text(errors="replace").endswith('{"step": 3}\n')
+
+
+def test_a_row_says_how_long_its_step_has_waited_for_the_batch(tmp_path):
+    trainer = make_trainer(tmp_path, 3)
+    batches = trainer.batches
+
+    def list_batches(epoch, consumed):
+        for batch in batches(epoch, consumed):
+            time.sleep(0.5 if batch.index == 1 else 0)
+            yield batch
+
+    trainer.batches = list_batches
+    trainer.run()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["data_wait"] >= 0.5 for row in rows] == [False, True, False]
+    assert all(row["step_time"] > row["data_wait"] for row in rows)
+
+
+def test_a_row_has_each_micro_batch_once_and_the_worst_of_all_processes():
+    """Of four processes, of which each two share a micro-batch."""
+
+    def describe(loss, bucket, wait, memory, retries):
+        part = {"losses": {"loss": loss, "mse": loss / 2}, "tokens": 100 * bucket, "clips": bucket, "bucket": [bucket]}
+        return part | {"data_wait": wait, "memory": memory, "memory_retries": retries}
+
+    first = [describe(1.0, 1, 0.0, 5, 0), describe(1.0, 1, 2.0, 5, 0)]
+    second = [describe(4.0, 3, 0.0, 5, 1), describe(4.0, 3, 0.0, 6, 0)]
+    assert join_parts(first + second, 2) == {
+        "loss": 2.5,
+        "mse": 1.25,
+        "tokens": 400,
+        "data_wait": 2.0,
+        "bucket": [1],
+        "buckets": [[1], [3]],
+        "batch_size": 4,
+        "memory": 6,
+        "memory_retries": 1,
+    }
