@@ -133,9 +133,11 @@ def test_errors():
     with pytest.raises(ValueError, match="no trainable parameter"):
         make_optimizer(make_model().requires_grad_(False), torch.float32)
     optimizer = make_optimizer(make_model(), torch.float32)
-    with pytest.raises(ValueError, match="no gradient"):
+    with pytest.raises(ValueError, match="no gradient of 0.weight and 2 more: call backward"):
         optimizer.step()
     state = optimizer.full_state()
+    with pytest.raises(ValueError, match="another model: .* is missing; .* is missing; .* is missing and 2 more$"):
+        optimizer.load_weights({})
     with pytest.raises(ValueError, match="2.weight is missing"):
         optimizer.load_weights({name: value for name, value in state.items() if name != "2.weight"})
     with pytest.raises(ValueError, match=r"0.weight has shape \[1\], here \[7, 5\]"):
