@@ -14,12 +14,14 @@ import torch.distributed as dist
 
 from opensora_fast import STDiT2, STDiT2Config
 from opensora_fast.parallel.join import join_sequence
+from opensora_fast.parallel.sequence import SequenceGroup
 
 CHANNELS, TEXT = 32, 16
 SIZES = {  # (videos, frames, rows, columns of the latents), whether some frames are given
     "frames that do not divide evenly": ((2, 3, 5, 6), False),
     "given frames": ((2, 4, 4, 4), True),
     "one frame for all": ((1, 1, 4, 4), False),
+    "one token a frame": ((1, 4, 2, 2), False),
     "images": ((3, 1, 4, 6), True),
 }
 MIXED = ((3, 4, 6), (1, 8, 4), (5, 4, 4), (5, 4, 4))
@@ -91,6 +93,12 @@ def compute(model: STDiT2) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return results
 
 
+def share_turned(group: SequenceGroup) -> torch.Tensor:
+    """A matrix of the first process, which has it column by column in memory."""
+    tensors = {"turned": torch.arange(6).view(2, 3).T} if group.rank == 0 else None
+    return group.share(tensors, torch.device("cpu"))["turned"]
+
+
 def run(rank: int, world_size: int, folder: str) -> None:
     """Compute in groups of two, then all together."""
     torch.set_num_threads(1)
@@ -98,8 +106,10 @@ def run(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=2))
     model = make_model()
     for size in (2, world_size):
-        model.share_frames(join_sequence(size))
+        group = join_sequence(size)
+        model.share_frames(group)
         torch.save(compute(model), Path(folder) / f"{size}-{rank}.pt")
+        assert share_turned(group).tolist() == [[0, 3], [1, 4], [2, 5]]
     dist.barrier()
     dist.destroy_process_group()
 
