@@ -163,6 +163,9 @@ with join_processes("cpu", sequence_size=2) as processes:
     assert processes.gather(processes.rank) == [0, 1]
     assert processes.sequence.tell([processes.rank]) == [0]
     assert processes.average(torch.ones(4))().tolist() == [2.0, 2.0]
+    groups = [processes._host_group, processes._state_group, processes.sequence.host_group]
+    assert all(group._get_backend(torch.device("cpu")).options._timeout.days > 1 for group in groups)
+    del groups
     cycle = [processes]
     cycle.append(cycle)
     del cycle
