@@ -5,11 +5,14 @@ import torch
 from alike_processes import AlikeProcesses
 from torch import nn
 
+from opensora_fast.kernels import calls
 from opensora_fast.train.optimizer.ema import EMA
 from opensora_fast.train.optimizer.flat import ALIGNMENT
-from opensora_fast.train.optimizer.master_adamw import BETAS, EPSILON, MasterAdamW
+from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 
 CPU = torch.device("cpu")
+# HybridAdam's, as Open-Sora gives none.
+BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 def make_model(seed=0):
@@ -20,8 +23,8 @@ def make_model(seed=0):
     return model
 
 
-def make_optimizer(model, dtype, grad_clip=1.0, lr=1e-2):
-    return MasterAdamW(model, dtype=dtype, device=CPU, lr=lr, grad_clip=grad_clip)
+def make_optimizer(model, dtype, grad_clip=1.0, lr=1e-2, device=CPU, **options):
+    return MasterAdamW(model, dtype=dtype, device=device, lr=lr, grad_clip=grad_clip, **options)
 
 
 def take_gradient(model, step, scale=1.0):
@@ -61,6 +64,17 @@ def test_steps_equal_adamw_on_float32_masters(dtype, grad_clip):
             torch.testing.assert_close(value.detach().double(), weights[name], rtol=1e-5, atol=1e-7)
             assert torch.equal(dict(model.named_parameters())[name], value.to(dtype))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_step_runs_on_the_backend_that_is_asked_for(device, backend):
+    model = make_model()
+    optimizer = make_optimizer(model, torch.float32, device=device, backend=backend)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = calls.copy()
+    optimizer.step()
+    assert calls - before == {("adamw", backend): 1}
 
 
 def test_masters_keep_steps_too_small_for_bfloat16():
@@ -196,7 +210,7 @@ def test_every_weight_begins_as_the_process_that_owns_it_has_drawn_it(monkeypatc
     monkeypatch.setattr(AlikeProcesses, "spread", spread)
     model = make_model()
     drawn = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    MasterAdamW(model, dtype=torch.float32, device=CPU, lr=1e-2, grad_clip=1.0, processes=AlikeProcesses(rank, 2))
+    make_optimizer(model, torch.float32, processes=AlikeProcesses(rank, 2))
     for name, weight in drawn.items():
         expected = weight if name in owned else torch.full_like(weight, 7.0)
         assert torch.equal(dict(model.named_parameters())[name], expected), name
