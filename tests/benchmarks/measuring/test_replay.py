@@ -93,6 +93,21 @@ def test_a_replay_that_computes_nothing_is_not_timed():
     assert {row.timed for row in rows} == {"calls: ValueError: a replay does not write all that the call returns"}
 
 
+@pytest.mark.parametrize("written", [(4, 3), (4, 0), (0, 4)])
+def test_a_replay_that_leaves_out_a_part_is_refused(written):
+    def record(call):
+        outputs = call()
+
+        def replay():
+            for output, count in zip(outputs, written, strict=True):
+                output[:count] = 1.0
+
+        return Recording(replay, outputs)
+
+    with pytest.raises(ValueError, match="a replay does not write all that the call returns"):
+        make_replay(lambda: (torch.ones(4), torch.ones(4)), record)
+
+
 def test_a_result_that_is_handed_on_is_left_alone():
     """The gradient of a sum is what was sent back, which the next call needs as well."""
     given = torch.randn(8)
