@@ -1,9 +1,11 @@
 """Processes that share their micro-batches (`sp_size`) train as one process on each would, and stop together."""
 
 import json
+import math
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from joint_runs import LOST, assert_all_end_with, checkpoint_of
 from losses import read_losses
 from safetensors.torch import load_file
 from same_checkpoints import assert_same_weights
+from toy_steps import SHAPES, make_batch
 
+from opensora_fast import STDiT2Config
 from opensora_fast.data.bad_clips import read_bad_clips
 from opensora_fast.train.monitoring.metrics import read_metrics
+from opensora_fast.train.monitoring.not_finite import find_not_finite
 
 STEPS = 4
 
@@ -121,6 +126,12 @@ def test_a_loss_that_is_not_finite_stops_all_before_the_step(train_together, pai
     assert "rank 0: error: step 3: the loss is" in results[0]["error"] and LOST in results[1]["error"]
     assert json.loads((out / "nonfinite.json").read_text())["replay"].startswith("torchrun --standalone ")
     assert_same_weights(checkpoint_of(out, 2), checkpoint_of(pair, 2))
+
+
+def test_a_shared_micro_batch_that_is_not_finite_is_listed_once():
+    batch = make_batch(4, SHAPES[0], STDiT2Config.small())
+    pair = SimpleNamespace(rank=0, gather=lambda own: [own, own | {"rank": 1}])
+    assert [(found["rank"], found["micro_batch"]) for found in find_not_finite(pair, math.nan, batch)] == [(0, 4)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
