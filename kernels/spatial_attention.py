@@ -20,7 +20,7 @@ from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_epsilon, check_head_size, check_reach, check_self_attention
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference
-from .registration import choose_backend, contiguous, empty_as, kernel_op
+from .registration import choose_backend, contiguous, empty_as, kernel_op, promote
 from .sequence_attention import attend_sequences
 
 
@@ -129,17 +129,19 @@ def _spatial_attention_backward(
     """Returns the gradients of qkv, q_weight, k_weight and qkv_bias; those of what is None are empty."""
     from .attention.spatial_backward import launch_backward
 
-    gradients = _allocate_gradients(qkv, q_weight, k_weight, qkv_bias)
-    qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient = gradients
+    qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient = _allocate_gradients(
+        qkv, q_weight, k_weight, None
+    )
     tensors = contiguous(output_gradient, qkv, q_weight, k_weight)
     sums = launch_backward(*tensors, output, statistics, qkv_gradient, runs, eps)
     if qkv_bias is not None:
         # Within the kernels, whose registers are full, the sums took about twice as long as this pass [H200].
-        torch.sum(qkv_gradient, 0, dtype=bias_gradient.dtype, out=bias_gradient)
+        # PyTorch rounds what it adds up to `dtype` first, so that it must not be narrower.
+        bias_gradient = torch.sum(qkv_gradient, 0, dtype=promote(qkv, qkv_bias)).to(qkv_bias.dtype)
     if q_weight is not None:
         torch.mul(sums, k_weight, out=q_weight_gradient)
         torch.mul(sums, q_weight, out=k_weight_gradient)
-    return gradients
+    return qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient
 
 
 @_spatial_attention_backward.register_fake

@@ -92,6 +92,19 @@ def test_a_bias_of_another_dtype_and_layout_keeps_them(op, device) -> None:
     torch.testing.assert_close(d_whole[..., 1], d_x.float().sum(0), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_what_a_bias_of_fewer_bits_receives_is_rounded_once(op, device) -> None:
+    """The gradient of each token is less than a number of float16 may be, their sum is not."""
+    run, tokens, shape = make_op(op, device, [(1, 8, 8)], [1])
+    x, bias = make_inputs(tokens, shape, torch.float32, device)
+    leaves = x, bias.detach().half().requires_grad_()
+    d_x, d_bias = torch.autograd.grad(
+        run(*leaves, "triton"), leaves, torch.full((tokens, HEADS, HEAD_SIZE), 2e-8, device=device)
+    )
+    torch.testing.assert_close(d_bias, d_x.sum(0).half(), rtol=0, atol=6e-8)
+    assert op == "cross_attention" or d_bias[-1].abs().min() > 1e-6
+
+
 @pytest.mark.parametrize("frozen", ["x", "bias"])
 @pytest.mark.parametrize("op", OPS)
 def test_only_wanted_gradients(op, frozen, device) -> None:
