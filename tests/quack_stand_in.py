@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import gelu
 
 gelu_backward = torch.ops.aten.gelu_backward.grad_input
@@ -155,6 +156,19 @@ def check_one_graph(call: Callable[..., Tensor], inputs: list[Tensor], quack: Qu
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference)
     assert len(graphs) == 1 and quack.called == eager_calls
+
+
+def check_autocast(call: Callable[..., Tensor], inputs: list[Tensor], exact: list[Tensor]) -> None:
+    """Under autocast the output [0] is of half precision, and gradients have the dtypes of `inputs`, x and the weight
+    first; `exact` holds output and gradients in float64."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(call, inputs)
+        again = functional.linear(inputs[0], inputs[1])  # autocast's copy of the weight still has its gradient
+        assert again.requires_grad
+    assert found[0].dtype == torch.bfloat16
+    for tensor, ours, reference in zip([found[0], *inputs], found, exact, strict=True):
+        assert ours.dtype == tensor.dtype
+        torch.testing.assert_close(ours.double(), reference, rtol=0.03, atol=0.03)
 
 
 def check_matrix(matrix: Tensor, dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from opensora_fast import kernels
+from opensora_fast.train.optimizer.gradients import measure_norm
 from opensora_fast.train.optimizer.master_adamw import BETAS, EPSILON
 
 from ..measuring.provider import (
@@ -240,7 +241,7 @@ def prepare_own(work: AdamWWork, backend: str) -> Bound:
 
     def call() -> Tensor:
         gradient = work.layout.gather(gradients, work.drawn, torch.device(work.device))
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        norm = measure_norm(gradient)
         kernels.adamw(
             gradient,
             norm,

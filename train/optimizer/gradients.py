@@ -1,4 +1,4 @@
-"""The mean of all processes' gradients, a segment at a time, while backward goes on.
+"""The mean of all processes' gradients, a segment at a time, while backward goes on; and the norm of a segment.
 
 The trainable parameters, in the order in which backward finishes their gradients, are cut into segments. As soon as all
 gradients of a segment are there, and of those before it, they are gathered into a flat tensor and averaged over the
