@@ -89,6 +89,8 @@ def choose_start(
         if newest is not None:
             for folder in set_aside_newer(newest):
                 report(f"note: the damaged checkpoint is now called {folder}")
+            if init_from is not None:
+                report(f"note: the run continues from {newest}; --init-from {init_from} was not read")
             return Start(resume=newest)
         if list_checkpoints(checkpoints):
             raise ValueError(f"{checkpoints} holds no checkpoint that is whole; remove them to start anew")

@@ -91,6 +91,18 @@ def test_from_pretrained_of_the_configuration_is_a_start(train, tmp_path):
     assert stored["model"]["from_pretrained"] == str(average)
 
 
+def test_weights_to_start_from_are_said_to_be_unread_where_a_checkpoint_is_continued(train, tmp_path):
+    """A scheduler repeats the command that began the run."""
+    out = tmp_path / "run"
+    start = ("--resume", "auto", "--init-from", tmp_path / "old.pth")
+    assert train(out, "--steps", 1, *start[:2])[0] == 0
+    code, text, error = train(out, "--steps", 2, *start)
+    assert code == 0, error
+    newest = out / "checkpoints" / "step-00000001"
+    assert f"note: the run continues from {newest}; --init-from {tmp_path / 'old.pth'} was not read" in text
+    assert "--init-from" not in train(out, "--steps", 3, *start[:2])[1]
+
+
 def test_what_computes_is_checked_before_anything_is_made(train, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     out = tmp_path / "run"
