@@ -180,9 +180,11 @@ def test_the_order_goes_on_with_another_number_of_processes(train_together, trai
     code, text, error = train(out, "--steps", 2, "--resume", "auto")
     assert code == 0, error
     assert "note: the number of processes is now 1, the checkpoint was trained with 3" in text
+    assert "note: a step takes 1 micro-batch in place of 3: their order goes on" in text
     results = train_together(2, out, "--steps", 4, "--resume", "auto")
     assert_all_end_with(results, 0)
     assert "note: the number of processes is now 2, the checkpoint was trained with 1" in results[0]["out"]
+    assert "note: a step takes 2 micro-batches in place of 1: their order goes on" in results[0]["out"]
     rows = read_metrics(out / "metrics.jsonl")
     assert [(row["epoch"], row["micro_batch"]) for row in rows] == [(0, 0), (0, 3), (0, 4), (1, 0)]
     sampler = read_data(load_train_config(config, [], {"dataset.data_path": str(table)}).config).sampler

@@ -170,8 +170,8 @@ def check_changes(
         )
     if processes.replicas != world_size // before.sp_size:
         report(
-            f"note: a step takes {processes.replicas} micro-batches in place of {world_size // before.sp_size}: their "
-            "order goes on, and for each of them random numbers are drawn"
+            f"note: a step takes {processes.replicas} micro-batch{'es' * (processes.replicas != 1)} in place of "
+            f"{world_size // before.sp_size}: their order goes on, and for each of them random numbers are drawn"
         )
     values_before = dict(list_values(before))
     for key, value in list_values(config):
