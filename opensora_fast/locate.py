@@ -37,33 +37,34 @@ def locate_pretrained(
     needs: tuple[Need, ...],
     *,
     example: str,
+    setting: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
     """The local folder with the files of `source`, a folder or a hub id such as `stabilityai/sd-vae-ft-ema`.
 
-    `owner` names the configuration entry in messages ("vae", "text_encoder"), `example` is a hub id for them.
+    `owner` is the section of the configuration ("vae", "text_encoder"); messages name `setting`, which is
+    `owner`.from_pretrained if None, and give `example`, a hub id.
     `cache_dir`: None is the usual Hugging Face cache. With `local_files_only` nothing is downloaded; otherwise a
     download is announced on stderr with its size. Every failure is a ValueError with the fix.
     """
+    setting = setting or f"{owner}.from_pretrained"
     if not source:
-        raise ValueError(f"{owner}.from_pretrained is missing: give a local folder, or a hub id such as {example!r}")
+        raise ValueError(f"{setting} is missing: give a local folder, or a hub id such as {example!r}")
     path = Path(source).expanduser()
     if path.is_dir():
         missing = _missing(path, needs)
         if missing:
-            raise ValueError(f"{owner}.from_pretrained: the folder {path} lacks {'; '.join(missing)}")
+            raise ValueError(f"{setting}: the folder {path} lacks {'; '.join(missing)}")
         return path
     if path.exists():
+        raise ValueError(f"{setting}: {path} is a file; give the folder that holds it and its config.json")
+    if reads_as_path(str(source)):
         raise ValueError(
-            f"{owner}.from_pretrained: {path} is a file; give the folder that holds it and its config.json"
-        )
-    if _reads_as_path(str(source)):
-        raise ValueError(
-            f"{owner}.from_pretrained: there is no folder {path}; put the files of {example} there, or give another "
+            f"{setting}: there is no folder {path}; put the files of {example} there, or give another "
             f"folder or a hub id"
         )
-    return _from_hub(owner, str(source), needs, cache_dir, local_files_only)
+    return _from_hub(owner, setting, str(source), needs, cache_dir, local_files_only)
 
 
 def find_local(source: str | Path, needs: tuple[Need, ...], cache_dir: str | Path | None = None) -> Path | None:
@@ -135,7 +136,8 @@ def _comes_from_unpickling(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _reads_as_path(source: str) -> bool:
+def reads_as_path(source: str) -> bool:
+    """Whether a source cannot be a hub id."""
     return source.startswith((".", "~", "/")) or "\\" in source or source.count("/") > 1
 
 
@@ -175,19 +177,19 @@ def _find_cached(hub_id: str, cache: Path) -> Path | None:
 
 
 def _from_hub(
-    owner: str, hub_id: str, needs: tuple[Need, ...], cache_dir: str | Path | None, local_files_only: bool
+    owner: str, setting: str, hub_id: str, needs: tuple[Need, ...], cache_dir: str | Path | None, local_files_only: bool
 ) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     cache = _get_cache(cache_dir)
-    by_hand = f"`hf download {hub_id}` where there is network, then give that folder as {owner}.from_pretrained"
+    by_hand = f"`hf download {hub_id}` where there is network, then give that folder as {setting}"
     cached = _find_cached(hub_id, cache)
     missing = ["every file"] if cached is None else _missing(cached, needs)
     if not missing:
         return cached
     if local_files_only:
         raise ValueError(
-            f"{owner}.from_pretrained: {hub_id!r} is no folder here, and the Hugging Face cache {cache} lacks "
+            f"{setting}: {hub_id!r} is no folder here, and the Hugging Face cache {cache} lacks "
             f"{'; '.join(missing)}. local_files_only=True forbids a download: set {owner}.local_files_only=False, or "
             f"run {by_hand}"
         )
@@ -204,11 +206,11 @@ def _from_hub(
         folder = Path(snapshot_download(hub_id, cache_dir=cache, allow_patterns=sorted(wanted)))
     except Exception as error:  # the hub library's errors share no base class: its HTTP library differs by version
         raise ValueError(
-            f"{owner}.from_pretrained: {hub_id!r} is no folder here, is not in the Hugging Face cache {cache}, and "
+            f"{setting}: {hub_id!r} is no folder here, is not in the Hugging Face cache {cache}, and "
             f"could not be downloaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}). Check "
             f"the name and the network, or run {by_hand}"
         ) from error
     missing = _missing(folder, needs)
     if missing:
-        raise ValueError(f"{owner}.from_pretrained: the hub's {hub_id!r} lacks {'; '.join(missing)}")
+        raise ValueError(f"{setting}: the hub's {hub_id!r} lacks {'; '.join(missing)}")
     return folder

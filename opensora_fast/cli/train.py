@@ -16,7 +16,10 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Output folder of the run.")] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Stop after so many steps in all.")] = None,
     resume: Annotated[str | None, typer.Option(help="auto, or a checkpoint or run to continue.")] = None,
-    init_from: Annotated[str | None, typer.Option(help="Weights to start from: a run, checkpoint or model.")] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(help="Weights to start from: a run, a checkpoint, a folder or file of weights, or a hub id."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
     kernels: Annotated[str, typer.Option(help="triton, reference or auto: triton on cuda only.")] = "auto",
     linear: Annotated[

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from opensora_fast.locate import why_hollow
+from opensora_fast.locate import reads_as_path, why_hollow
 
-from .weights import WEIGHTS_NAME, read_shard_names, resolve_folder
+from .weights import EXAMPLE, WEIGHTS_NAME, read_shard_names, resolve_folder
 
 # What Open-Sora 1.1 added to PixArt-α: an image model cannot have it. Temporal attention starts as the identity (its
 # output projection is zero), so a fresh video model makes PixArt's images frame by frame.
@@ -151,14 +151,23 @@ def load_checkpoint_file(source: str | Path) -> dict[str, Tensor]:
     return _unwrap(_load_file(path) if path.is_file() else _load_folder(path), path)
 
 
-def locate_checkpoint_file(source: str | Path) -> Path:
-    """The path that `load_checkpoint_file` reads; what a hub id names is downloaded. ValueError if there is none."""
+def locate_checkpoint_file(source: str | Path, setting: str = "model.from_pretrained") -> Path:
+    """The path that `load_checkpoint_file` reads; what a hub id names is downloaded.
+
+    Raises:
+        ValueError: there is none; the message names the `setting` that gave the source, and what it takes.
+    """
     path = Path(source).expanduser()
     if str(source) and path.exists():
         return path
-    if path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        raise ValueError(f"{path}: no such file; check the path of the weights to start from")
-    return resolve_folder(source)
+    if str(source) and (
+        "/" not in str(source) or reads_as_path(str(source)) or path.suffix in (".pth", ".pt", ".bin", ".safetensors")
+    ):
+        raise ValueError(
+            f"{setting}: there is no file or folder {path}; give a file or folder of weights, or a hub id such as "
+            f"{EXAMPLE}"
+        )
+    return resolve_folder(source, setting)
 
 
 def convert_upstream_state_dict(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:

@@ -18,16 +18,19 @@ from .config import STDiT2Config
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+EXAMPLE = "hpcai-tech/OpenSora-STDiT-v2-stage3"
 NEEDS = (Need("configuration", (CONFIG_NAME,)), Need("weights", (WEIGHTS_NAME, "model-*-of-*.safetensors")))
 
 
-def resolve_folder(name: str | Path) -> Path:
+def resolve_folder(name: str | Path, setting: str = "model.from_pretrained") -> Path:
     """Returns the local folder of `name`; a hub id such as "hpcai-tech/OpenSora-STDiT-v2-stage3" is downloaded.
+
+    `setting` is what gave the name, for messages.
 
     Raises:
         ValueError: neither a folder nor a hub id, a file is missing in it, or the download failed.
     """
-    return locate_pretrained("model", name, NEEDS, example="hpcai-tech/OpenSora-STDiT-v2-stage3")
+    return locate_pretrained("model", name, NEEDS, example=EXAMPLE, setting=setting)
 
 
 def load_pretrained(name: str | Path) -> tuple[STDiT2Config, dict[str, Tensor]]:

@@ -56,7 +56,7 @@ def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: 
     source = config.model.from_pretrained
     if source is None:
         raise ValueError("there are no weights to sample from; give --ckpt-path or model.from_pretrained")
-    path = locate_checkpoint_file(source)
+    path = locate_checkpoint_file(source, "--ckpt-path or model.from_pretrained")
     if not (path / CONFIG_NAME).is_file():
         return load_model_file(config, video_encoder, text_encoder)
     # Before the configuration: the one in a run that has no checkpoint yet is not of a model.

@@ -180,7 +180,10 @@ def test_the_configuration_is_one_call_from_python(folder):
         (("text_encoder.output_dim=48", "--save-dir", "out", "--prompt", "a"), "trained with caption_channels=32"),
         (("scheduler.type=iddpm-speed", "--save-dir", "out", "--prompt", "a"), "iddpm-speed"),
         (("scheduler.num_sampling_steps=None", "--save-dir", "out", "--prompt", "a"), "num_sampling_steps is missing"),
-        (("--save-dir", "out", "--prompt", "a", "--ckpt-path", "./nothing"), "nothing"),
+        (
+            ("--save-dir", "out", "--prompt", "a", "--ckpt-path", "./nothing"),
+            "--ckpt-path or model.from_pretrained: there is no file or folder nothing;",
+        ),
         (("--save-dir", "out", "--prompt", "a", "--device", "gpu"), "choose cpu or cuda"),
         (("--save-dir", "out", "--prompt", "a", "--image-size", "4", "48"), "image_size (4, 48)"),
         (

@@ -417,12 +417,14 @@ def test_what_cannot_be_built_is_known_before_any_encoder(train, tmp_path, more,
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("weights", ["/nowhere/model", "/nowhere/model.pth", ""])
+@pytest.mark.parametrize("weights", ["/nowhere/model", "nowhere.pth", "nowhere", ""])
 def test_weights_to_start_from_are_looked_for_before_anything_is_made(train, tmp_path, weights):
     """An empty name is that of a shell's variable that is not set, and no wish to start from nothing."""
-    for start in (["--init-from", weights], [f"model.from_pretrained={weights or repr(weights)}"]):
+    from_file = [f"model.from_pretrained={weights or repr(weights)}"]
+    for name, start in (("--init-from", ["--init-from", weights]), ("model.from_pretrained", from_file)):
         code, _, error = train(tmp_path / "run", "--steps", 0, *start)
-        assert code == 1 and (weights or "model.from_pretrained is missing") in error
+        what = f": there is no file or folder {weights}; give a file or folder of weights, or a hub id such as "
+        assert code == 1 and error.startswith(f"opensora-fast: error: {name}{what if weights else ' is missing: '}")
         assert not (tmp_path / "run").exists()
 
 

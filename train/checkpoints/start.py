@@ -108,7 +108,7 @@ def choose_start(
     if (checkpoint := find_checkpoint(source, report)) is not None:
         return Start(weights=str(checkpoint))
     if source is not None:
-        locate_checkpoint_file(source)
+        locate_checkpoint_file(source, "model.from_pretrained" if init_from is None else "--init-from")
     return Start(weights=source)
 
 
