@@ -1,3 +1,6 @@
+import time
+
+import pytest
 import torch
 
 from opensora_fast.train.step.host_values import HostValues
@@ -36,3 +39,18 @@ def test_host_values_are_waited_for_as_long_as_it_takes_within_the_limit():
     values = HostValues(torch.tensor(1.5))
     values._event = Late()
     assert values.get(seconds=5) == [1.5] and values._event.asked == 3
+
+
+def test_host_values_that_never_come_are_given_up_after_the_limit_and_not_before():
+    class Never:
+        """An event of a device that waits for a process that is lost."""
+
+        def query(self):
+            return False
+
+    values = HostValues(torch.tensor(1.5))
+    values._event = Never()
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="has not computed it within 0.2 seconds"):
+        values.get(seconds=0.2)
+    assert time.monotonic() - started >= 0.2
