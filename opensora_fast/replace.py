@@ -32,7 +32,7 @@ class Replacement:
 
     Attributes:
         replaced: op → names of the modules whose computation now uses the chosen backend.
-        backends: op → the chosen backend.
+        backends: op → the chosen backend; of `gelu_tanh` "quack" where quack's products in the MLP end with it.
         undo: restores the model as it was before.
     """
 
@@ -118,14 +118,21 @@ def _is_model(module: nn.Module) -> bool:
 
 def _choose_in_own_model(model: STDiT2, chosen: dict[str, str]) -> Replacement:
     before = model.backends
-    model.backends = replace(before, **chosen)
+    model.backends = after = replace(before, **chosen)
     names = [f"blocks.{index}" for index in range(len(model.blocks))]
     replaced = {op: [*names, "final_layer"] if op == "modulated_norm" else list(names) for op in chosen}
 
     def undo() -> None:
         model.backends = before
 
-    return Replacement(replaced, chosen, undo)
+    return Replacement(replaced, _find_computing(chosen, after), undo)
+
+
+def _find_computing(chosen: dict[str, str], backends: Backends) -> dict[str, str]:
+    """op → what computes it: the chosen backend, but for the GELU that quack's products end with."""
+    if "gelu_tanh" in chosen and backends.linear == "quack":
+        return chosen | {"gelu_tanh": "quack"}
+    return chosen
 
 
 def _is_upstream_block(module: nn.Module) -> bool:
@@ -202,7 +209,7 @@ def _override_upstream_blocks(blocks: dict[str, nn.Module], rope: nn.Module, cho
         for block in blocks.values():
             vars(block).pop("forward", None)
 
-    return Replacement({op: list(blocks) for op in chosen}, chosen, undo)
+    return Replacement({op: list(blocks) for op in chosen}, _find_computing(chosen, backends), undo)
 
 
 def _compute_upstream_block(
