@@ -135,8 +135,11 @@ class Trainer:
     def processes(self) -> Processes:
         return self.optimizer.processes
 
-    def run(self) -> int | None:
+    def run(self, steps_left: int | None = None) -> int | None:
         """Train to the end. Returns the number of the signal, to any process, that stopped the run before it, or None.
+
+        Args:
+            steps_left: to be shown as the total; None where it is not known.
 
         Raises:
             NonFiniteError: after a checkpoint of the step before and `nonfinite.json` have been written; or without
@@ -144,11 +147,10 @@ class Trainer:
             ValueError: there are no batches, or a batch does not fit into memory.
         """
         first = self.position.step
-        total = None if self.limits.steps is None else max(0, self.limits.steps - first)
         with StopSignals() as stop, contextlib.ExitStack() as stack:
             if self.processes.rank == 0:
                 metrics = stack.enter_context(contextlib.closing(MetricsWriter(self.folder / METRICS, last_step=first)))
-                self._progress = stack.enter_context(Progress("train", total=total, unit="steps"))
+                self._progress = stack.enter_context(Progress("train", total=steps_left, unit="steps"))
                 self._rows = StepRows(metrics, self.trackers, self._progress, self.limits.log_every)
             try:
                 with self.background:

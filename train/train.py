@@ -29,10 +29,10 @@ from opensora_fast.train.checkpoints.start import (
     check_changes,
     load_initial_weights,
 )
-from opensora_fast.train.checkpoints.state import load_weights
+from opensora_fast.train.checkpoints.state import Position, load_weights
 from opensora_fast.train.checkpoints.state import resume as resume_state
 from opensora_fast.train.checks import check_run
-from opensora_fast.train.inputs.data import read_data
+from opensora_fast.train.inputs.data import TrainingData, read_data
 from opensora_fast.train.inputs.encoders import (
     FITTED,
     adopt_fitted,
@@ -206,7 +206,8 @@ def train(
             if source is not None:
                 warn_of_memory(config, source.data, processes.world_size, trainer.model.device, report, linear)
             calls_before = calls.copy()
-            signal_number = trainer.run()
+            steps_left = None if source is None else count_steps_left(config, source.data, trainer.position)
+            signal_number = trainer.run(steps_left)
         if processes.rank == 0:
             report_kernels(calls - calls_before, out, report)
             if trainer.graphs is not None:
@@ -219,6 +220,19 @@ def train(
 
 def _report_nothing(text: str) -> None:
     """What processes other than rank 0 report: rank 0 has said it."""
+
+
+def count_steps_left(config: TrainConfig, data: TrainingData, position: Position) -> int | None:
+    """How many steps it takes from a position until `steps` or `epochs` end the run; None where that is not known."""
+    to_epochs = data.sampler.count_steps_left(config.epochs, position.epoch, position.consumed)
+    if config.steps is None:
+        return to_epochs
+    to_steps = max(0, config.steps - position.step)
+    if to_epochs is None:
+        # Draws change the length of an epoch, but do not halve that of many.
+        about = (config.epochs - position.epoch) * data.explanation.steps
+        return to_steps if about >= 2 * to_steps else None
+    return min(to_steps, to_epochs)
 
 
 def make_graphs(config: TrainConfig, model: STDiT2, diffusion: IDDPM) -> StepGraphs | None:

@@ -193,6 +193,9 @@ class FeatureSampler(BucketSampler):
             plan = balance_plan(plan, self.costs, self.seed)
         return plan
 
+    def _has_equal_epochs(self) -> bool:
+        return self.draws == 1
+
     def _find_stored(self, draw: int) -> ClipSizes:
         """The table in which clips without features in this draw have no frames, so that no bucket takes them."""
         stored = np.zeros(len(self.clips.num_frames), bool)

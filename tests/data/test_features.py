@@ -162,6 +162,15 @@ def test_later_epochs_use_the_draws_again_in_another_order(tmp_path):
     assert [batch.rows for batch in take_epoch(again, 5)] == [batch.rows for batch in epochs[5]]
 
 
+@pytest.mark.parametrize("draws", [1, 2])
+def test_only_epochs_of_one_draw_are_known_to_have_as_many_steps(tmp_path, draws):
+    write(tmp_path, draws=draws)
+    loader = open_loader(tmp_path)
+    steps = sum(len(list(loader.sampler.iterate(epoch, 0))) for epoch in range(3))
+    assert loader.sampler.count_steps_left(3, 0, 0) == (steps if draws == 1 else None)
+    loader.close()
+
+
 def test_captions_are_encoded_once_and_clips_once_in_a_draw(tmp_path):
     text = Text()
     index = write(tmp_path, text=text, draws=3)

@@ -15,10 +15,14 @@ from losses import read_losses
 from safetensors.torch import load_file
 from toy_steps import make_trainer
 
+from opensora_fast.config import load_train_config
 from opensora_fast.model import STDiT2
 from opensora_fast.train import loop
+from opensora_fast.train.checkpoints.state import Position
+from opensora_fast.train.inputs.data import read_data
 from opensora_fast.train.inputs.model_inputs import ModelInputs
 from opensora_fast.train.monitoring.metrics import read_metrics
+from opensora_fast.train.train import count_steps_left
 
 
 def test_a_run_writes_what_it_promises(train, tmp_path):
@@ -206,6 +210,23 @@ def test_epochs_end_the_run_where_there_are_no_steps(train, tmp_path):
     out = tmp_path / "runs" / "first"  # neither folder is there yet
     assert train(out, "epochs=2")[0] == 0
     assert [row[6] for row in read_losses(out)] == [0] * 6 + [1] * 6
+
+
+def test_progress_counts_to_what_ends_the_run(train, config, table, tmp_path):
+    """An epoch has 6 steps."""
+    out = tmp_path / "run"
+    assert "train: 5 steps ..." in train(out, "--steps", 5, "epochs=2")[2]
+    error = train(out, "--steps", 20, "epochs=2", "--resume", "auto")[2]
+    assert "train: 7 steps ..." in error and "train: 7/7 steps" in error
+
+    def count(*overrides):
+        loaded = load_train_config(config, overrides, {"dataset.data_path": str(table)}).config
+        return count_steps_left(loaded, read_data(loaded), Position(step=1, consumed=1))
+
+    assert count("epochs=2") == 11 and count("steps=9") == 8 and count("steps=1") == 0
+    draws = "bucket_config={'144p': {1: (0.9, 2), 2: (1.0, 2), 4: (1.0, 1)}}"
+    assert count(draws, "epochs=2") is None and count(draws, "epochs=2", "steps=20") is None
+    assert count(draws, "epochs=100", "steps=20") == 19
 
 
 def test_only_many_epochs_in_a_row_without_a_batch_are_a_mistake(tmp_path):

@@ -89,6 +89,14 @@ class BucketSampler:
         for step in range(self._count_steps(plan, consumed)):
             yield self._get_micro_batch(plan, consumed + step * self.world_size + self.rank)
 
+    def count_steps_left(self, epochs: int, epoch: int, consumed: int) -> int | None:
+        """Steps from a position in an epoch, as in `iterate`, to the end of so many epochs; None where draws make some
+        epochs longer than others."""
+        if not self._has_equal_epochs():
+            return None
+        plan = self.get_plan(0)
+        return self._count_steps(plan, consumed) + (epochs - epoch - 1) * self._count_steps(plan, 0)
+
     def replacement(self, micro_batch: MicroBatch, row: int, attempt: int) -> int:
         """Another row of the same bucket for one that cannot be used.
 
@@ -161,6 +169,10 @@ class BucketSampler:
             drop_last=self.drop_last,
             costs=costs,
         )
+
+    def _has_equal_epochs(self) -> bool:
+        entries = [entry for resolution in self.bucket.resolutions for entry in resolution.frames]
+        return all(entry.keep_probability in (0.0, 1.0) for entry in entries)
 
     def _count_steps(self, plan: EpochPlan, consumed: int) -> int:
         return count_steps(max(0, len(plan) - consumed), self.world_size, self.drop_last)

@@ -263,3 +263,15 @@ def test_more_processes_than_micro_batches():
 def test_a_wrong_rank_is_refused():
     with pytest.raises(ValueError, match="rank 2 and world_size 2"):
         make_sampler(rank=2, world_size=2)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_steps_to_the_end_of_all_epochs_are_known_where_no_draw_changes_them(drop_last):
+    config = {"144p": {1: (1.0, 4), 16: (1.0, 3)}, "240p": {1: (0.0, 2), 16: (1.0, 3)}}
+    options = {"rank": 1, "world_size": 3, "drop_last": drop_last}
+    sampler = make_sampler(config=config, **options)
+    for epoch, consumed in ((0, 0), (1, 7), (3, 2), (4, 0)):
+        places = [(number, consumed if number == epoch else 0) for number in range(epoch, 4)]
+        steps = sum(len(take_epoch(sampler, *place)) for place in places)
+        assert sampler.count_steps_left(4, epoch, consumed) == steps
+    assert make_sampler(**options).count_steps_left(4, 0, 0) is None

@@ -82,7 +82,7 @@ def test_features_in_the_folder_of_the_run_leave_it_held(train, tmp_path, monkey
     lock = f"import fcntl; fcntl.lockf(open({str(out / '.lock')!r}, 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     refused = []
 
-    def run(trainer):
+    def run(trainer, steps_left):
         other = subprocess.run([sys.executable, "-c", lock], capture_output=True, text=True)
         refused.append("BlockingIOError" in other.stderr)
 
