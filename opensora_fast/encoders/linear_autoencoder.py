@@ -113,8 +113,9 @@ class LinearAutoencoder:
 
         if not from_pretrained:
             raise ValueError(
-                "vae.from_pretrained is missing: a linear autoencoder is fitted on the data. Fit one with "
-                "LinearAutoencoder.fit(clips).save_pretrained(folder) and give that folder"
+                "vae.from_pretrained is missing: a linear autoencoder is fitted on the data. `sample --ckpt-path RUN` "
+                "takes that of a run of `train`; or fit one with LinearAutoencoder.fit(clips).save_pretrained(folder) "
+                "and give that folder"
             )
         folder = Path(from_pretrained).expanduser()
         for name in (CONFIG_NAME, WEIGHTS_NAME):

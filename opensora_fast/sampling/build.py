@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -42,23 +43,28 @@ def build_generator(config: SampleConfig, device: torch.device | str | None = No
     device = choose_device(None) if device is None else torch.device(device)
     refuse_without_gpu(config.cuda_graph_tokens, device.type)
     dtype = DTYPES[config.dtype]
+    path = locate_weights(config)  # before encoders, which may be tens of gigabytes to download
     scheduler = build_scheduler(config.scheduler.get_keys())
     video_encoder = build_video_encoder(config.vae.get_keys(), device, dtype)
     text_dtype = choose_text_dtype(config.text_encoder.shardformer, dtype)
     text_encoder = build_text_encoder(config.text_encoder.get_keys(), device, text_dtype)
-    model = load_model(config, video_encoder, text_encoder).to(device, dtype).eval()
+    model = load_model(config, path, video_encoder, text_encoder).to(device, dtype).eval()
     replayed = ReplayedModel(model, config.cuda_graph_tokens) if config.cuda_graph_tokens else None
     return VideoGenerator(model, video_encoder, text_encoder, scheduler, make_settings(config), replayed)
 
 
-def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: TextEncoder) -> STDiT2:
-    """The model of `config.model.from_pretrained`; keys given in the section replace those of its config.json."""
-    source = config.model.from_pretrained
-    if source is None:
+def locate_weights(config: SampleConfig) -> Path:
+    """The folder or file of `config.model.from_pretrained`. ValueError if there is none."""
+    if config.model.from_pretrained is None:
         raise ValueError("there are no weights to sample from; give --ckpt-path or model.from_pretrained")
-    path = locate_checkpoint_file(source, "--ckpt-path or model.from_pretrained")
+    return locate_checkpoint_file(config.model.from_pretrained, "--ckpt-path or model.from_pretrained")
+
+
+def load_model(config: SampleConfig, path: Path, video_encoder: VideoEncoder, text_encoder: TextEncoder) -> STDiT2:
+    """The model whose weights lie there; keys given in the section `model` replace those of its config.json."""
+    source = config.model.from_pretrained
     if not (path / CONFIG_NAME).is_file():
-        return load_model_file(config, video_encoder, text_encoder)
+        return load_model_file(config, path, video_encoder, text_encoder)
     # Before the configuration: the one in a run that has no checkpoint yet is not of a model.
     state = load_checkpoint_file(path)
     saved = read_config(path)
@@ -82,12 +88,11 @@ def load_model(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: 
     return model
 
 
-def load_model_file(config: SampleConfig, video_encoder: VideoEncoder, text_encoder: TextEncoder) -> STDiT2:
+def load_model_file(config: SampleConfig, path: Path, video_encoder: VideoEncoder, text_encoder: TextEncoder) -> STDiT2:
     """The model of a file such as Open-Sora's `ema.pt`, or of a checkpoint folder of its trainer.
 
     They hold no configuration, so the model section gives it.
     """
-    source = config.model.from_pretrained
     model = STDiT2(
         STDiT2Config(
             **config.model.get_shape_keys(),
@@ -96,8 +101,8 @@ def load_model_file(config: SampleConfig, video_encoder: VideoEncoder, text_enco
             model_max_length=text_encoder.model_max_length,
         )
     )
-    state, _ = convert_upstream_state_dict(load_checkpoint_file(source), model)
-    load_strictly(model, state, source)
+    state, _ = convert_upstream_state_dict(load_checkpoint_file(path), model)
+    load_strictly(model, state, path)
     return model
 
 

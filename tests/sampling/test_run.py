@@ -11,7 +11,7 @@ from opensora_fast.cli import run
 from opensora_fast.config import SampleConfig
 from opensora_fast.data.video_files import read_reference, save_image
 from opensora_fast.encoders.linear_autoencoder import LinearAutoencoder
-from opensora_fast.sampling import Sample
+from opensora_fast.sampling import Sample, build
 from opensora_fast.sampling import run as sampling_run
 from opensora_fast.sampling.build import build_generator
 from opensora_fast.sampling.run import name_sample, run_sampling
@@ -239,6 +239,15 @@ def test_weights_that_do_not_fit_into_memory_are_not_put_down_to_the_size_of_a_v
     with pytest.raises(RuntimeError, match="something else"):
         with sampling_run.explain_weights_out_of_memory(config):
             raise RuntimeError("something else")
+
+
+def test_weights_are_looked_for_before_encoders_are_loaded_or_downloaded(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "build_video_encoder", lambda *_: pytest.fail("an encoder was loaded"))
+    arguments = ["sample", str(folder / "sample.json"), "--prompt", "a", "--save-dir", str(tmp_path), "--device", "cpu"]
+    assert run(arguments) == 1
+    assert "there are no weights to sample from; give --ckpt-path" in capsys.readouterr().err
+    assert run([*arguments, "--ckpt-path", "nowhere"]) == 1
+    assert "--ckpt-path or model.from_pretrained: there is no file or folder nowhere;" in capsys.readouterr().err
 
 
 def test_mistakes_in_prompts_and_folders_cost_no_time(folder, tmp_path, monkeypatch, capsys):
