@@ -164,7 +164,8 @@ def _explain(error: ValidationError, schema: type[BaseModel], file: ConfigFile, 
         known, location = _follow(schema, location)
         key = ".".join(location)
         if problem["type"] == "extra_forbidden":
-            text = f"unknown key; {suggest(location[-1], known)}"
+            inside = _find_in_sections(schema, key)
+            text = f"unknown key; {f'did you mean {inside}?' if inside else suggest(location[-1], known)}"
         elif problem["type"] == "missing":
             text = "is missing"
         else:
@@ -174,6 +175,16 @@ def _explain(error: ValidationError, schema: type[BaseModel], file: ConfigFile, 
         problems.setdefault(key, text)  # of a union only the first complaint is shown
     lines = [f"{_locate(key, file, origins)}{key + ': ' if key else ''}{text}" for key, text in problems.items()]
     return "\n".join(lines)
+
+
+def _find_in_sections(schema: type[BaseModel], key: str) -> str:
+    """`'model.depth'`, or several with "or" between them, for a key that only sections have, without a section."""
+    sections = {name: field.annotation for name, field in schema.model_fields.items()}
+    return " or ".join(
+        repr(f"{name}.{key}")
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, BaseModel) and key in section.model_fields
+    )
 
 
 def _follow(schema: type[BaseModel], location: tuple[str, ...]) -> tuple[list[str], tuple[str, ...]]:

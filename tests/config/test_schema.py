@@ -160,6 +160,9 @@ def test_vae_dtype_and_builder_keys(train_file):
     [
         ("model.depht=4", r"command line: model\.depht: unknown key; did you mean 'depth'\?"),
         ("model.enable_flash=True", r"did you mean 'enable_flash_attn'\?"),
+        ("hidden_size=96", r"command line: hidden_size: unknown key; did you mean 'model\.hidden_size'\?"),
+        ("from_pretrained=x", r"did you mean 'model\.from_pretrained' or 'vae\.from_pretrained' or 'text_encoder"),
+        ("learning_rate=1e-4", r"learning_rate: unknown key; known: .*\blr\b"),
         ("bucket_confg={}", r"bucket_confg: unknown key; did you mean 'bucket_config'\?"),
         ("zzz=1", r"zzz: unknown key; known: dataset"),
         ("lr=fast", r"lr: .*number.*'fast'"),
