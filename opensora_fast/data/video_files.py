@@ -18,6 +18,7 @@ import torch
 from opensora_fast.data.decoding.clips import ClipError, ClipRequest, is_image_path
 from opensora_fast.data.decoding.pyav_decoder import decode_image, describe, iterate_frames
 from opensora_fast.data.decoding.resize import resize_frame
+from opensora_fast.files import naming_file
 
 PathLike = str | os.PathLike[str]
 
@@ -101,7 +102,8 @@ def save_image(path: PathLike, image: torch.Tensor) -> None:
         image: float [3, H, W] or [3, 1, H, W] in [-1, 1], any device; values outside are clamped.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _to_pillow(image).save(os.fspath(path), format="PNG")
+    with naming_file(Path(path)):
+        _to_pillow(image).save(os.fspath(path), format="PNG")
 
 
 def make_contact_sheet(clips: Sequence[torch.Tensor], labels: Sequence[str]) -> bytes:

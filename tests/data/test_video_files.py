@@ -73,6 +73,17 @@ def test_image(tmp_path, shape):
         save_image(tmp_path / "b.png", torch.zeros(3, 2, 20, 30))
 
 
+@pytest.mark.parametrize(
+    ("save", "size"), [(save_image, (3, 20, 30)), (lambda *it: save_video(*it, 8), (3, 1, 20, 30))]
+)
+def test_a_file_that_a_full_disk_does_not_take_is_named(tmp_path, save, size):
+    path = tmp_path / "a"
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save(path, torch.zeros(size))
+    assert str(caught.value.filename) == str(path)
+
+
 def test_reference_video_is_resized_as_training_clips(tmp_path):
     path = write_clip(tmp_path, "h264 b-frames", 13, (72, 128))
     reference = read_reference(path, (40, 40))
