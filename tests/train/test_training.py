@@ -261,7 +261,8 @@ def test_init_from_a_run_takes_weights_and_encoder_but_not_the_position(train, t
         code, _, error = train(out, "--steps", 0, "--init-from", start, others)
         assert code == 0, error
         assert (first / fitted).read_bytes() == (out / fitted).read_bytes()
-    assert train(tmp_path / "fourth", "--steps", 0, "--init-from", first, "model.depth=2")[0] == 1
+    code, _, error = train(tmp_path / "fourth", "--steps", 0, "--init-from", first, "model.depth=2")
+    assert code == 1 and error.endswith("more. They were trained with depth=1, here 2\n")
 
 
 def leave_autoencoder(train, folder):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from opensora_fast.config import TrainConfig, list_values, load_train_config
 from opensora_fast.model import STDiT2
 from opensora_fast.model.pixart import initialize_from, locate_checkpoint_file
-from opensora_fast.model.weights import load_strictly
+from opensora_fast.model.weights import load_strictly, read_config
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.checkpoints.checkpoint import (
     COMPLETE,
@@ -149,7 +149,12 @@ def load_initial_weights(model: STDiT2, source: str, report: Callable[[str], Non
         initialize_from(model, source, report)
         return
     state = load_file(Path(source) / "model" / "model.safetensors")
-    load_strictly(model, state, source)
+    try:
+        load_strictly(model, state, source)
+    except ValueError as error:
+        saved, own = read_config(Path(source) / "model").model_dump(), model.config.model_dump()
+        different = [f"{key}={saved[key]!r}, here {own[key]!r}" for key in own if saved[key] != own[key]]
+        raise ValueError(f"{error}. They were trained with {'; '.join(different)}") from error
     report(f"weights: all {len(state)} tensors of {source}")
 
 
