@@ -164,7 +164,9 @@ def locate_checkpoint(path: Path, warn: Callable[[str], None]) -> Path:
         raise ValueError(
             f"{path} is a checkpoint of Open-Sora's own trainer; --init-from {path} starts from its weights"
         )
-    raise ValueError(f"{path} holds no complete checkpoint")
+    raise ValueError(
+        f"{path} holds no complete checkpoint; give a checkpoint (step-...) or the output folder of a run that has one"
+    )
 
 
 def get_step(folder: Path) -> int:

@@ -88,7 +88,7 @@ def test_locate(tmp_path):
     assert locate_checkpoint(moved, print) == moved
     with pytest.raises(ValueError, match="no such folder"):
         locate_checkpoint(tmp_path / "nothing", print)
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint; give a checkpoint"):
         locate_checkpoint(run, print)
     theirs = tmp_path / "epoch0-global_step5"
     theirs.mkdir()
