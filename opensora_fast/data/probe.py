@@ -134,7 +134,7 @@ def find_media(folder: str | Path, leave_out: Callable[[Path, str], None] = lamb
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
+        raise ValueError(f"{folder} is not a folder" if folder.exists() else f"{folder}: no such file or folder")
 
     def tell(error: OSError) -> None:
         leave_out(Path(error.filename), f"cannot be searched: {error.strerror}")

@@ -247,8 +247,10 @@ def test_a_caption_that_may_not_be_read_costs_its_clip(tmp_path, monkeypatch):
 
 def test_nothing_is_written_when_nothing_can_be_read(tmp_path):
     out = tmp_path / "meta.csv"
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
         probe_folder(tmp_path / "nowhere", out)
+    with pytest.raises(ValueError, match="test_probe.py is not a folder"):
+        probe_folder(__file__, out)
     with pytest.raises(ValueError, match="no video or image below"):
         probe_folder(tmp_path, out)
     (tmp_path / "a.mp4").write_bytes(b"x")

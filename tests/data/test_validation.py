@@ -128,7 +128,7 @@ def test_probe_command(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] == 1
     assert len(pd.read_csv(other)) == 1
     assert run(["data", "probe", str(tmp_path / "nowhere"), "--out", str(tmp_path / "third.csv")]) == 1
-    assert "is not a folder" in capsys.readouterr().err
+    assert f"{tmp_path / 'nowhere'}: no such file or folder" in capsys.readouterr().err
 
 
 def test_a_table_that_cannot_be_written_or_is_there_is_refused_at_once(meta, capsys, monkeypatch):
