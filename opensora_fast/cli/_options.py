@@ -5,6 +5,11 @@ from typing import Annotated
 
 import typer
 
+CONFIG_HELP = "Configuration in Open-Sora's format, or the name of a shipped one:"
+FOR_TRAINING, FOR_SAMPLING = "demo, image, stage1, stage2, stage3, video", "sample, demo_sample"
+TRAINING_CONFIG_HELP = f"{CONFIG_HELP} {FOR_TRAINING}."
+SAMPLING_CONFIG_HELP = f"{CONFIG_HELP} {FOR_SAMPLING}."
+ANY_CONFIG_HELP = f"{CONFIG_HELP} {FOR_TRAINING}, {FOR_SAMPLING}."
 OVERRIDES_HELP = "such as lr=1e-4; `opensora-fast config show CONFIG` lists them."
 Overrides = Annotated[
     list[str] | None,

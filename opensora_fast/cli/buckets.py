@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opensora_fast.cli._options import Overrides
+from opensora_fast.cli._options import TRAINING_CONFIG_HELP, Overrides
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -19,7 +19,7 @@ def buckets() -> None:
 @app.command()
 def explain(
     meta: Annotated[Path, typer.Argument(help="Manifest of the clips, .csv or .parquet.")],
-    config: Annotated[Path, typer.Option("--config", help="Training configuration, or the name of a shipped one.")],
+    config: Annotated[Path, typer.Option("--config", help=TRAINING_CONFIG_HELP)],
     overrides: Overrides = None,
     world_size: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
     epoch: Annotated[int, typer.Option(min=0, help="Epoch; each draws the keep probabilities anew.")] = 0,

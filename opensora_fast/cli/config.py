@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from opensora_fast.cli._options import Overrides
+from opensora_fast.cli._options import ANY_CONFIG_HELP, Overrides
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -21,7 +21,7 @@ def config() -> None:
 
 @app.command()
 def show(
-    config: Annotated[Path, typer.Argument(help="Configuration in Open-Sora's format, or the name of a shipped one.")],
+    config: Annotated[Path, typer.Argument(help=ANY_CONFIG_HELP)],
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opensora_fast.cli._options import Overrides
+from opensora_fast.cli._options import TRAINING_CONFIG_HELP, Overrides
 
 if TYPE_CHECKING:
     from opensora_fast.benchmarks.report.step_rows import StepRows
@@ -20,7 +20,7 @@ ASSUMED_GPU = "H200"
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="Training configuration, or the name of a shipped one.")],
+    config: Annotated[Path, typer.Argument(help=TRAINING_CONFIG_HELP)],
     overrides: Overrides = None,
     world_size: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of processes, one a GPU.")] = 1,
     data_path: Annotated[str | None, typer.Option(help="Table of clips, .csv or .parquet.")] = None,

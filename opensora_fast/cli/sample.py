@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opensora_fast.cli._options import Overrides
+from opensora_fast.cli._options import SAMPLING_CONFIG_HELP, Overrides
 
 if TYPE_CHECKING:
     from opensora_fast.config import SampleConfig
@@ -17,7 +17,7 @@ TAKES_OVERRIDES = True
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="Configuration in Open-Sora's format, or the name of a shipped one.")],
+    config: Annotated[Path, typer.Argument(help=SAMPLING_CONFIG_HELP)],
     overrides: Overrides = None,
     ckpt_path: Annotated[
         str | None,

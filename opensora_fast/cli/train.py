@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from opensora_fast.cli._options import Overrides
+from opensora_fast.cli._options import TRAINING_CONFIG_HELP, Overrides
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="Configuration in Open-Sora's format, or the name of a shipped one.")],
+    config: Annotated[Path, typer.Argument(help=TRAINING_CONFIG_HELP)],
     overrides: Overrides = None,
     data_path: Annotated[str | None, typer.Option(help="Table of clips, .csv or .parquet.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Output folder of the run.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Output folder of the run.")] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Stop after so many steps in all.")] = None,
     resume: Annotated[str | None, typer.Option(help="auto, or a checkpoint or run to continue.")] = None,
     init_from: Annotated[
