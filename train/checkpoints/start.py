@@ -154,6 +154,8 @@ def load_initial_weights(model: STDiT2, source: str, report: Callable[[str], Non
     except ValueError as error:
         saved, own = read_config(Path(source) / "model").model_dump(), model.config.model_dump()
         different = [f"{key}={saved[key]!r}, here {own[key]!r}" for key in own if saved[key] != own[key]]
+        if not different:
+            raise
         raise ValueError(f"{error}. They were trained with {'; '.join(different)}") from error
     report(f"weights: all {len(state)} tensors of {source}")
 
