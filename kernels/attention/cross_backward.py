@@ -208,11 +208,7 @@ def launch_backward(
     if chosen is None:
         _launch_queries_and_text(*tensors, bias_gradient, chunks, chunk_tokens, *text, runs)
     else:
-        bias_partials = BiasPartials(bias_gradient, 1, chunks.shape[0])
-        rows = bias_partials.take(chunks.shape[0])[0]
-        launch_short_backward(*tensors, rows, chunks, chunk_tokens, *text, chosen)
-        if bias_gradient is not None:
-            bias_partials.add_up(bias_gradient)
+        launch_short_backward(*tensors, bias_gradient, chunks, chunk_tokens, *text, chosen)
     launch_chunks(partials, kv_gradient, tile_ranges(runs, chunk_tokens, q.device), text_starts, text_lengths)
 
 

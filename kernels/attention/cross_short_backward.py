@@ -6,12 +6,11 @@ letters of cross_backward, each step of ROWS tokens gives
 
     δ = rowsum(g · output)        dQ = dS · K / sqrt(D)        dK += dSᵀ · Q / sqrt(D)        dV += Pᵀ · g
 
-dK and dV of the chunk become float32 partial sums, which the kernel of the chunks adds up. The bias of the queries gets
-Σ dQ = Σ_keys K · rowsum(dSᵀ) / sqrt(D); that row sum is one more column of dSᵀ · Q, as the queries end in a column of
-ones, which meets a zero in the keys. The last column of the head's tail must be padding for it.
+dK and dV of the chunk become float32 partial sums, which the kernel of the chunks adds up; the bias of the queries gets
+Σ dQ. The last four columns of the head's tail must be padding.
 
-What a text has beyond the first tile takes one more launch for each `more_keys` tokens, which adds to the gradient of
-the queries as the one before wrote it, rounded to its dtype; its programs have nothing to do where a text ends before.
+What a text has beyond the first tile takes one more launch, which adds to the gradient of the queries as the one before
+wrote it, rounded to its dtype; its programs have no steps where a text ends before.
 
 Per call: 10·L·H·D FLOPs and 8·H·D bytes (half precision) for each video token, 10·H·D more for each launch after the
 first; and 8·L·H·D bytes of sums for each chunk, which its kernel reads again.
@@ -23,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bias_gradient import BiasPartials
 from ..configurations import CompileCase, Configuration, select
 from ..launch import launch
 from .builds import attention_case
@@ -31,18 +31,18 @@ from .cross_tiles import load_rows_and_text
 from .tiles import (
     LOG2_E,
     add_product,
-    column_sums,
+    append_factors,
+    append_number,
     dot_rows,
-    get_column,
     load_head,
     load_numbers,
-    load_weight,
+    mark_column,
     row_products,
+    row_width,
     scale_head,
     set_column,
+    store_column_sums,
     store_head,
-    store_vector,
-    tail_of,
     to_float32,
     zero_head,
 )
@@ -51,7 +51,7 @@ from .tiles import (
 # the registers, so that one program of eight warps fits on a multiprocessor. With two stages it reads the rows of the
 # next step only when a step is over, with more during it.
 ONE_PASS = tuple(
-    Configuration(ROWS=64, KEYS=128, more_keys=64, chunks=chunks, two_passes=0, num_warps=8, num_stages=num_stages)
+    Configuration(ROWS=64, KEYS=128, chunks=chunks, two_passes=0, num_warps=8, num_stages=num_stages)
     for num_stages, chunks in ((3, 32), (3, 16), (4, 32), (4, 16), (2, 16))
 )
 TWO_PASSES = Configuration(two_passes=1)
@@ -95,9 +95,9 @@ def _backward(
     KEYS: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """Rows of `partials` beyond a video's text are not written.
+    """For the text tokens from `first_text` on. Rows of `partials` beyond a video's text are not written.
 
-    ADD: to what is in q_gradient and bias_partials, by text tokens from `first_text` on.
+    ADD: to what is in q_gradient, unless the text ends before.
     """
     TOKEN_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
     TEXT_STRIDE: tl.constexpr = 2 * HEADS * HEAD_SIZE
@@ -107,56 +107,58 @@ def _backward(
     )
     length = tl.minimum(chunk_tokens, rest)
     if ADD:
-        if first_text >= text_length:
-            return
+        length = tl.where(first_text < text_length, length, 0)
     scale = tl.where(text_length > 1, SCALE, 0.0)  # a lone key has probability one: nothing moves it
 
     text = first_text + tl.arange(0, KEYS)
     real = text < text_length
     k = load_head(keys, text, real, TEXT_STRIDE, HEAD_SIZE)  # [KEYS, D]
     v = load_head(keys + HEADS * HEAD_SIZE, text, real, TEXT_STRIDE, HEAD_SIZE)
-    in_ones = (tl.arange(0, tail_of(HEAD_SIZE)) == tail_of(HEAD_SIZE) - 1)[None, :]
+    # The matrix units subtract log-sums and δ: queries and g carry them in their padding, keys and values the factors.
+    # In the last column are ones, and of the keys what makes the scores beyond the text -inf.
+    padded_v = append_factors(v, HEAD_SIZE)
+    in_ones = mark_column(row_width(HEAD_SIZE) - 1, HEAD_SIZE)
+    padded_k = set_column(append_factors(k, HEAD_SIZE), in_ones, tl.where(real, 0.0, float("-inf"))[:, None])
     # Offsets within a video may pass 2^31 elements, those within a chunk do not.
     in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
     statistics = log_sums + head * num_tokens + first_token
     key_sums = zero_head(KEYS, HEAD_SIZE)
     value_sums = zero_head(KEYS, HEAD_SIZE)
+    bias_sums = zero_head(ROWS, HEAD_SIZE)
+    # Those of the next step wait in registers, as float32: they would go to shared memory and back to be laid out.
+    rows = tl.arange(0, ROWS)
+    outputs = to_float32(load_head(output + in_tokens, rows, rows < length, TOKEN_STRIDE, HEAD_SIZE))
     for start in tl.range(0, length, ROWS):
         # Rows beyond the end are zero in q, g and output, and so in all sums; their probabilities are one.
         rows = start + tl.arange(0, ROWS)
         inside = rows < length
         queries = load_head(q + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
-        queries = set_column(queries, in_ones, 1.0)
-        g = load_head(output_gradient + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
-        delta = row_products(load_head(output + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE), g)
         log_sum = load_numbers(statistics, rows, inside, 0.0)
-        scores = dot_rows(k, queries) * (SCALE * LOG2_E) - log_sum[None, :]  # [KEYS, ROWS]
-        probabilities = tl.exp2(tl.where(real[:, None], scores, float("-inf")))
-        score_gradient = (dot_rows(v, g) - delta[None, :]) * probabilities
-        score_gradient = score_gradient.to(k[0].dtype)
+        padded_queries = append_number(queries, log_sum * (-1.0 / (SCALE * LOG2_E)), HEAD_SIZE)
+        padded_queries = set_column(padded_queries, in_ones, 1.0)
+        g = load_head(output_gradient + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+        padded_g = append_number(g, -row_products(outputs, g), HEAD_SIZE)
+        probabilities = tl.exp2(dot_rows(padded_k, padded_queries) * (SCALE * LOG2_E))  # [KEYS, ROWS]
+        score_gradient = (dot_rows(padded_v, padded_g) * probabilities).to(k[0].dtype)
+        next_rows = rows + ROWS
+        outputs = load_head(output + in_tokens, next_rows, next_rows < length, TOKEN_STRIDE, HEAD_SIZE)
+        outputs = to_float32(outputs)
         # In this order nothing spills, and the first two products run while the gradient is laid out for the third.
         key_sums = add_product(key_sums, score_gradient, queries)
         value_sums = add_product(value_sums, probabilities.to(g[0].dtype), g)
         sums = add_product(zero_head(ROWS, HEAD_SIZE), tl.trans(score_gradient), k)  # [ROWS, D]
         sums = scale_head(sums, scale)
+        bias_sums = bias_sums[0] + sums[0], bias_sums[1] + sums[1]
         if ADD:
             before = to_float32(load_head(q_gradient + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE))
             sums = sums[0] + before[0], sums[1] + before[1]
         store_head(q_gradient + in_tokens, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
 
-    program = tl.program_id(0).to(tl.int64)
-    partial = partials + program // HEADS * max_length * TEXT_STRIDE + head * HEAD_SIZE
+    partial = partials + tl.program_id(0).to(tl.int64) // HEADS * max_length * TEXT_STRIDE + head * HEAD_SIZE
     store_head(partial, scale_head(key_sums, scale), text, real, TEXT_STRIDE, HEAD_SIZE)
     store_head(partial + HEADS * HEAD_SIZE, value_sums, text, real, TEXT_STRIDE, HEAD_SIZE)
     if bias_partials is not None:
-        along = get_column(key_sums, in_ones) * scale  # [KEYS]
-        k = to_float32(load_head(keys, text, real, TEXT_STRIDE, HEAD_SIZE))
-        sums = tl.sum(k[0] * along[:, None], axis=0), tl.sum(k[1] * along[:, None], axis=0)
-        bias = bias_partials + program * HEAD_SIZE
-        if ADD:
-            before = column_sums(load_weight(bias, HEAD_SIZE))
-            sums = sums[0] + before[0], sums[1] + before[1]
-        store_vector(bias, sums, HEAD_SIZE)
+        store_column_sums(bias_partials, bias_sums, None, HEAD_SIZE)
 
 
 def launch_short_backward(
@@ -167,7 +169,7 @@ def launch_short_backward(
     log_sums: Tensor,
     q_gradient: Tensor,
     partials: Tensor,
-    bias_partials: Tensor | None,
+    bias_gradient: Tensor | None,
     chunks: Tensor,
     chunk_tokens: int,
     text_starts: Tensor,
@@ -175,10 +177,11 @@ def launch_short_backward(
     max_length: int,
     configuration: Configuration,
 ) -> None:
-    """Fills q_gradient, partials float32 [chunks, max_length, 2·H·D] and bias_partials float32 [chunks · H, D]."""
+    """Fills q_gradient, that of its bias, and partials float32 [chunks, max_length, 2·H·D]."""
     num_tokens, heads, head_size = q.shape
-    first, more = configuration["KEYS"], configuration["more_keys"]
-    for first_text in (0, *range(first, max_length, more)):
+    firsts = range(0, max(max_length, 1), configuration["KEYS"])
+    bias_partials = BiasPartials(bias_gradient, 1, len(firsts) * chunks.shape[0])
+    for first_text in firsts:
         launch(
             _backward,
             (chunks.shape[0] * heads,),
@@ -191,7 +194,7 @@ def launch_short_backward(
                 log_sums,
                 q_gradient,
                 partials,
-                bias_partials,
+                bias_partials.take(chunks.shape[0])[0],
                 chunks,
                 text_starts,
                 text_lengths,
@@ -204,27 +207,27 @@ def launch_short_backward(
                 "HEADS": heads,
                 "HEAD_SIZE": head_size,
                 "ADD": first_text > 0,
-                **configuration.launch | {"KEYS": more if first_text else first},
+                **configuration.launch,
             },
         )
+    if bias_gradient is not None:
+        bias_partials.add_up(bias_gradient)
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
     if arch != "sm_90":
         return []
     configuration = ONE_PASS[0]
-    cases = []
-    for dtype, add in (("bf16", False), ("bf16", True), ("fp16", False), ("fp16", True)):
-        choices = configuration.choices | ({"KEYS": configuration["more_keys"]} if add else {})
-        cases.append(
-            attention_case(
-                "cross_attention_short_backward",
-                _backward,
-                Configuration(**choices),
-                dtype,
-                {"ADD": add},
-                work=choices["ROWS"] * choices["KEYS"],
-                note="further text" if add else "first tile of text",
-            )
+    return [
+        attention_case(
+            "cross_attention_short_backward",
+            _backward,
+            configuration,
+            dtype,
+            {"ADD": add},
+            work=configuration["ROWS"] * configuration["KEYS"],
+            note="further text" if add else "first tile of text",
         )
-    return cases
+        for dtype in ("bf16", "fp16")
+        for add in (False, True)
+    ]
