@@ -150,7 +150,7 @@ def launches(workload: Workload, builds: dict[tuple[str, str], dict[str, Any]]) 
     yield Launch("cross_attention_forward", note, chunks * HEADS, loops, 2 * row, streamed, 4 * HEAD_SIZE * scores)
     note = "first tile of text"
     config = config_of(builds["cross_attention_short_backward", note])
-    chunks = workload.batch * -(-video // chunk_length(tokens, config["chunks"]))
+    chunks = workload.batch * -(-video // chunk_length((workload.batch, video), HEADS, H200.multiprocessors))
     streamed = 3 * row + chunks * text_bytes / workload.batch
     loops = workload.batch * -(-video // config["ROWS"]) / chunks
     moved = 4 * row + chunks * TEXT * 2 * HIDDEN * 4.0

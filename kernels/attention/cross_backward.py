@@ -23,6 +23,7 @@ from torch import Tensor
 from ..bias_gradient import BiasPartials
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import ceil_divide, launch
+from ..rows.tiles import multiprocessors
 from .builds import attention_case
 from .cross_chunks_backward import chunk_length, launch_chunks
 from .cross_forward import shape_class
@@ -197,10 +198,10 @@ def launch_backward(
 
     All of [N, …] and [M, …] must be contiguous.
     """
-    num_tokens, heads, head_size = q.shape
+    _, heads, head_size = q.shape
     runs, width = tuple(runs), 2 * heads * head_size
     chosen = select_short(q, max_length)
-    chunk_tokens = chunk_length(num_tokens) if chosen is None else chunk_length(num_tokens, chosen["chunks"])
+    chunk_tokens = chunk_length(runs, heads, multiprocessors(q.device))
     chunks = row_tiles(runs, chunk_tokens, q.device)
     partials = torch.empty(chunks.shape[0], max_length, width, dtype=torch.float32, device=q.device)
     tensors = output_gradient, q, kv, output, log_sums, q_gradient, partials

@@ -47,12 +47,11 @@ from .tiles import (
     zero_head,
 )
 
-# `chunks` is what `chunk_length` takes; two_passes=1 are the kernels of cross_backward. Sums and scores fill
-# the registers, so that one program of eight warps fits on a multiprocessor. With two stages it reads the rows of the
-# next step only when a step is over, with more during it.
+# two_passes=1 are the kernels of cross_backward. Sums and scores fill the registers, so that one program of eight
+# warps fits on a multiprocessor. With two stages it reads the rows of the next step only when a step is over, with more
+# during it.
 ONE_PASS = tuple(
-    Configuration(ROWS=64, KEYS=128, chunks=chunks, two_passes=0, num_warps=8, num_stages=num_stages)
-    for num_stages, chunks in ((3, 32), (3, 16), (4, 32), (4, 16), (2, 16))
+    Configuration(ROWS=64, KEYS=128, two_passes=0, num_warps=8, num_stages=num_stages) for num_stages in (3, 4, 2)
 )
 TWO_PASSES = Configuration(two_passes=1)
 CONFIGURATIONS = {

@@ -118,7 +118,7 @@ def _choose_sizes(
     device = torch.device(device_type, device_index)
     forward = select_row_configuration(f"{op}_forward", num_tokens, device)
     backward = select_row_configuration(f"{op}_backward", num_tokens, device)
-    backward_size = fill_rounds(num_tokens, programs, _multiprocessors(device), backward["programs"])
+    backward_size = fill_rounds(num_tokens, programs, multiprocessors(device), backward["programs"])
     return forward["tile_tokens"], backward_size
 
 
@@ -128,7 +128,7 @@ _choose_sizes._dynamo_marked_constant = True
 
 
 @lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opensora_fast.kernels import PackLayout, TextLayout, cross_attention
+from opensora_fast.kernels.attention import cross_backward
 from opensora_fast.kernels.attention.cross_chunks_backward import LONGEST_CHUNK, SHORTEST_CHUNK, chunk_length
 from opensora_fast.kernels.attention.cross_short_forward import class_of_text
 from opensora_fast.kernels.attention.tables import row_tiles, tile_ranges
@@ -123,9 +124,11 @@ def test_other_head_sizes(head_size, device, compare) -> None:
     compare(make_inputs([(1, 3, 7)], [19], torch.float32, device, head_size=head_size))
 
 
-def test_several_chunks(device, compare) -> None:
+def test_several_chunks(device, compare, monkeypatch) -> None:
+    monkeypatch.setattr(cross_backward, "multiprocessors", lambda device: 132)
     shapes = [(2, 11, 13), (1, 1, 1), (1, 16, 17)]
-    assert row_tiles((1, 286, 1, 1, 1, 272), chunk_length(559), device).shape[0] == 5
+    runs = (1, 286, 1, 1, 1, 272)
+    assert row_tiles(runs, chunk_length(runs, 1, 132), device).shape[0] == 5
     compare(make_inputs(shapes, [3, 9, 20], torch.float32, device, head_size=24))
     with force(*TWO_PASSES):
         compare(make_inputs(shapes, [3, 9, 20], torch.float32, device, head_size=24))
@@ -247,14 +250,25 @@ def test_chunks_of_a_video_lie_together(device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "expected"), [(1, SHORTEST_CHUNK), (4608, 256), (46_000, 2048), (10**6, LONGEST_CHUNK)]
+    ("runs", "chunks"),
+    [
+        ((1, 25_440), 8),  # 128 programs, one round
+        ((6, 6480), 24),  # 384 of 396 in three rounds; 66 chunks would fill eight, and cost more around the steps
+        ((16, 2304), 16),  # whole videos: 256 of 264
+        ((1, 256, 1, 6480), 8),  # 7 and 1
+    ],
 )
-def test_chunk_length(tokens, expected) -> None:
-    assert chunk_length(tokens) == expected
+def test_chunks_fill_the_multiprocessors(runs, chunks, device) -> None:
+    length = chunk_length(runs, 16, 132)
+    assert length % 64 == 0
+    assert row_tiles(runs, length, device).shape[0] == chunks
 
 
-def test_more_chunks_are_shorter() -> None:
-    assert [chunk_length(46_000, chunks) for chunks in (16, 32, 64)] == [2048, 1024, 512]
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(1, SHORTEST_CHUNK), (200, SHORTEST_CHUNK), (10 * LONGEST_CHUNK, LONGEST_CHUNK)]
+)
+def test_the_shortest_and_the_longest_chunk(tokens, expected) -> None:
+    assert chunk_length((1, tokens), 1, 1) == expected
 
 
 def test_wrong_arguments_are_named(device) -> None:
