@@ -67,11 +67,16 @@ def _is_sm_90(device: torch.device) -> bool:
 
 @triton.jit
 def _load_text(keys, text, real, TEXT_STRIDE: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """Keys and values [KEYS, D] of one tile; the values end in a column of ones, which sums the probabilities."""
+    """Keys and values [KEYS, D] of one tile, with a column behind them.
+
+    That of the keys, times the ones behind the queries, makes the scores beyond the text -inf; that of the values are
+    ones, which sum the probabilities.
+    """
     values = keys + TEXT_STRIDE // 2
     k = load_head(keys, text, real, TEXT_STRIDE, HEAD_SIZE)
     v = load_head(values, text, real, TEXT_STRIDE, HEAD_SIZE)
-    return k, set_column(v, mark_column(row_width(HEAD_SIZE) - 1, HEAD_SIZE), 1.0)
+    behind = mark_column(row_width(HEAD_SIZE) - 1, HEAD_SIZE)
+    return set_column(k, behind, tl.where(real, 0.0, float("-inf"))[:, None]), set_column(v, behind, 1.0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "chunk_tokens"])
@@ -113,13 +118,14 @@ def _forward(
         rows = start + tl.arange(0, ROWS)
         inside = rows < length
         queries = load_head(q + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
-        scores = tl.where(real[None, :], dot_rows(queries, k), float("-inf"))  # [ROWS, KEYS]
+        queries = set_column(queries, in_ones, 1.0)
+        scores = dot_rows(queries, k)  # [ROWS, KEYS]
         row_max = tl.maximum(tl.max(scores, axis=1) * SCALE, -1e30)  # finite: exp2(-inf - row_max) is then zero
         probabilities = tl.exp2(scores * SCALE - row_max[:, None])
         sums = add_product(zero_head(ROWS, HEAD_SIZE), probabilities.to(v[0].dtype), v)
         if TILES == 2:
             if text_length > KEYS:
-                scores = tl.where(more_real[None, :], dot_rows(queries, more_k), float("-inf"))
+                scores = dot_rows(queries, more_k)
                 new_max = tl.maximum(row_max, tl.max(scores, axis=1) * SCALE)
                 rescale = tl.exp2(row_max - new_max)
                 probabilities = tl.exp2(scores * SCALE - new_max[:, None])
