@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora_fast.kernels.attention.cross_chunks_backward import chunk_length
+from opensora_fast.kernels.attention.cross_backward import CHUNK_SUMS
+from opensora_fast.kernels.attention.cross_tiles import chunk_length
 from opensora_fast.kernels.attention.spatial_forward import LONGEST_MEDIUM_FRAME, LONGEST_SMALL_FRAME, is_prepared
 from opensora_fast.kernels.attention.temporal_backward import tiles_of_a_program
 from opensora_fast.kernels.attention.tiles import row_width
@@ -142,15 +143,16 @@ def launches(workload: Workload, builds: dict[tuple[str, str], dict[str, Any]]) 
     scores = 1.0 * tokens * HEADS * TEXT
     video = workload.frames * length
     text_bytes = workload.batch * TEXT * HEADS * pair  # of keys and values
+    videos = workload.batch, video
     note = "text of 1 tile"
     config = config_of(builds["cross_attention_forward", note])
-    chunks = workload.batch * -(-video // config["chunk_tokens"])
+    chunks = workload.batch * -(-video // chunk_length(videos, HEADS, H200.multiprocessors * config["programs"]))
     streamed = row + chunks * text_bytes / workload.batch
     loops = workload.batch * -(-video // config["ROWS"]) / chunks
     yield Launch("cross_attention_forward", note, chunks * HEADS, loops, 2 * row, streamed, 4 * HEAD_SIZE * scores)
     note = "first tile of text"
     config = config_of(builds["cross_attention_short_backward", note])
-    chunks = workload.batch * -(-video // chunk_length((workload.batch, video), HEADS, H200.multiprocessors))
+    chunks = workload.batch * -(-video // chunk_length(videos, HEADS, H200.multiprocessors, CHUNK_SUMS))
     streamed = 3 * row + chunks * text_bytes / workload.batch
     loops = workload.batch * -(-video // config["ROWS"]) / chunks
     moved = 4 * row + chunks * TEXT * 2 * HIDDEN * 4.0

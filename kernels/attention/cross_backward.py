@@ -25,10 +25,10 @@ from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import ceil_divide, launch
 from ..rows.tiles import multiprocessors
 from .builds import attention_case
-from .cross_chunks_backward import chunk_length, launch_chunks
+from .cross_chunks_backward import launch_chunks
 from .cross_forward import shape_class
 from .cross_short_backward import launch_short_backward, select_short
-from .cross_tiles import load_rows_and_text
+from .cross_tiles import chunk_length, load_rows_and_text
 from .loops import NO_NORM, key_gradient, query_gradient
 from .tables import row_tiles, tile_ranges
 from .tiles import LOG2_E, load_head, row_products, scale_head, store_column_sums, store_head
@@ -56,6 +56,9 @@ CONFIGURATIONS = {
         "float32": (Configuration(ROWS=32, STEP=16, REMAINDER=16, num_warps=8, num_stages=1),),
     },
 }
+# The sums of a chunk in the kernel of the chunks, in the time of a step of cross_short_backward [counted bytes].
+CHUNK_SUMS = 0.1
+TEXT_TILE = 64  # ROWS of the text kernel, but for candidates that are not the default
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -201,7 +204,10 @@ def launch_backward(
     _, heads, head_size = q.shape
     runs, width = tuple(runs), 2 * heads * head_size
     chosen = select_short(q, max_length)
-    chunk_tokens = chunk_length(runs, heads, multiprocessors(q.device))
+    programs, side_by_side = heads, multiprocessors(q.device)
+    if chosen is None:  # a program for each tile of text, and two on a multiprocessor
+        programs, side_by_side = heads * ceil_divide(max(max_length, 1), TEXT_TILE), 2 * side_by_side
+    chunk_tokens = chunk_length(runs, programs, side_by_side, CHUNK_SUMS)
     chunks = row_tiles(runs, chunk_tokens, q.device)
     partials = torch.empty(chunks.shape[0], max_length, width, dtype=torch.float32, device=q.device)
     tensors = output_gradient, q, kv, output, log_sums, q_gradient, partials

@@ -8,8 +8,6 @@ Per call: 8·L·H·D bytes for each chunk. Letters as in cross_attention.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,29 +20,6 @@ CONFIGURATIONS = {
         "any": (Configuration(COLUMNS=256, num_warps=2, num_stages=2),),
     },
 }
-SHORTEST_CHUNK, LONGEST_CHUNK = 256, 8192
-STEP = 64  # tokens, of the programs that walk over chunks
-# What a program takes around its steps, and a chunk in the kernel of this file, in the time of a step of
-# cross_short_backward [counted; the second from its bytes].
-_AROUND, _SUMS = 1.5, 0.1
-
-
-@lru_cache(maxsize=1024)
-def chunk_length(runs: tuple[int, ...], heads: int, multiprocessors: int) -> int:
-    """Tokens of a chunk: such that all chunks should take the least time, one program a head and multiprocessor.
-
-    Args:
-        runs: the videos, as in `tables`; the longest is cut into equal parts, of whole steps.
-    """
-    counts, lengths = runs[::2], runs[1::2]
-
-    def time(tokens: int) -> float:
-        chunks = sum(count * ceil_divide(length, tokens) for count, length in zip(counts, lengths, strict=True))
-        return ceil_divide(chunks * heads, multiprocessors) * (tokens / STEP + _AROUND) + chunks * _SUMS
-
-    longest = max(lengths)
-    parts = (ceil_divide(longest, number) for number in range(1, ceil_divide(longest, SHORTEST_CHUNK) + 1))
-    return min((min(max(ceil_divide(part, STEP) * STEP, SHORTEST_CHUNK), LONGEST_CHUNK) for part in parts), key=time)
 
 
 @triton.jit(do_not_specialize=["max_length"])

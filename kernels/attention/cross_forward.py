@@ -32,21 +32,14 @@ LOOPS = (
 )
 CONFIGURATIONS = {
     "cross_attention_forward": {
-        "text of one tile": (  # those with `chunk_tokens` are of cross_short_forward
-            Configuration(ROWS=64, chunk_tokens=512, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=3),
-            Configuration(ROWS=64, chunk_tokens=512, num_warps=4, num_stages=3),
-            Configuration(ROWS=64, chunk_tokens=256, maxnreg=128, num_warps=4, num_stages=2),
-            Configuration(ROWS=128, chunk_tokens=512, maxnreg=128, num_warps=8, num_stages=2),
-            Configuration(ROWS=128, chunk_tokens=1024, maxnreg=128, num_warps=8, num_stages=2),
+        # Those with `programs`, which fit on a multiprocessor, are of cross_short_forward.
+        "text of one tile": (
+            Configuration(ROWS=64, programs=3, num_warps=4, num_stages=2),
+            Configuration(ROWS=64, programs=2, num_warps=4, num_stages=3),
+            Configuration(ROWS=128, programs=2, maxnreg=128, num_warps=8, num_stages=2),
             *LOOPS,
         ),
-        "text of two tiles": (
-            Configuration(ROWS=64, chunk_tokens=512, num_warps=4, num_stages=2),
-            Configuration(ROWS=64, chunk_tokens=256, num_warps=4, num_stages=2),
-            *LOOPS,
-        ),
+        "text of two tiles": (Configuration(ROWS=64, programs=2, num_warps=4, num_stages=2), *LOOPS),
         "any": LOOPS,
         "any@sm_80": (
             Configuration(ROWS=128, STEP=64, REMAINDER=16, num_warps=8, num_stages=2),
@@ -125,7 +118,7 @@ def launch_forward(
     num_tokens, heads, head_size = q.shape
     size = class_of_text(q, max_length) or shape_class(q)
     configuration = select(CONFIGURATIONS, "cross_attention_forward", size, q.device)
-    if "chunk_tokens" in configuration.choices:
+    if "programs" in configuration.choices:
         launch_short_forward(q, kv, output, log_sums, text_starts, text_lengths, max_length, runs, configuration)
         return
     tiles = row_tiles(tuple(runs), configuration["ROWS"], q.device)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..configurations import CompileCase, Configuration
 from ..launch import launch
+from ..rows.tiles import multiprocessors
 from .builds import attention_case
-from .cross_tiles import load_rows_and_text
+from .cross_tiles import chunk_length, load_rows_and_text
 from .tables import row_tiles
 from .tiles import (
     LOG2_E,
@@ -151,7 +152,9 @@ def launch_short_forward(
 ) -> None:
     """As `cross_forward.launch_forward`, for texts that have a `class_of_text`."""
     num_tokens, heads, head_size = q.shape
-    chunks = row_tiles(tuple(runs), configuration["chunk_tokens"], q.device)
+    runs = tuple(runs)
+    chunk_tokens = chunk_length(runs, heads, multiprocessors(q.device) * configuration["programs"])
+    chunks = row_tiles(runs, chunk_tokens, q.device)
     launch(
         _forward,
         (chunks.shape[0] * heads,),
@@ -165,7 +168,7 @@ def launch_short_forward(
             text_starts,
             text_lengths,
             num_tokens,
-            configuration["chunk_tokens"],
+            chunk_tokens,
         ),
         {
             "HEADS": heads,

@@ -2,8 +2,37 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
+
+from ..launch import ceil_divide
+
+SHORTEST_CHUNK, LONGEST_CHUNK = 256, 8192
+STEP = 64  # tokens, of the programs that walk over chunks
+AROUND = 1.5  # what a program takes before and behind its steps, in the time of one [counted, backward]
+
+
+@lru_cache(maxsize=1024)
+def chunk_length(runs: tuple[int, ...], programs: int, side_by_side: int, beside: float = 0.0) -> int:
+    """Tokens of a chunk such that all chunks should take the least time.
+
+    Args:
+        runs: the videos, as in `tables`; the longest is cut into equal parts, of whole steps.
+        programs: of each chunk.
+        side_by_side: programs that the GPU runs at a time.
+        beside: what a chunk takes in other kernels, in the time of a step.
+    """
+    counts, lengths = runs[::2], runs[1::2]
+
+    def time(tokens: int) -> float:
+        chunks = sum(count * ceil_divide(length, tokens) for count, length in zip(counts, lengths, strict=True))
+        return ceil_divide(chunks * programs, side_by_side) * (tokens / STEP + AROUND) + chunks * beside
+
+    longest = max(lengths)
+    parts = (ceil_divide(longest, number) for number in range(1, ceil_divide(longest, SHORTEST_CHUNK) + 1))
+    return min((min(max(ceil_divide(part, STEP) * STEP, SHORTEST_CHUNK), LONGEST_CHUNK) for part in parts), key=time)
 
 
 @triton.jit

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from opensora_fast.kernels import PackLayout, TextLayout, cross_attention
-from opensora_fast.kernels.attention import cross_backward
-from opensora_fast.kernels.attention.cross_chunks_backward import LONGEST_CHUNK, SHORTEST_CHUNK, chunk_length
+from opensora_fast.kernels.attention import cross_backward, cross_short_forward
 from opensora_fast.kernels.attention.cross_short_forward import class_of_text
+from opensora_fast.kernels.attention.cross_tiles import LONGEST_CHUNK, SHORTEST_CHUNK, chunk_length
 from opensora_fast.kernels.attention.tables import row_tiles, tile_ranges
 from opensora_fast.kernels.configurations import Configuration, force, record_selections
 
@@ -125,7 +125,8 @@ def test_other_head_sizes(head_size, device, compare) -> None:
 
 
 def test_several_chunks(device, compare, monkeypatch) -> None:
-    monkeypatch.setattr(cross_backward, "multiprocessors", lambda device: 132)
+    for module in (cross_short_forward, cross_backward):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     shapes = [(2, 11, 13), (1, 1, 1), (1, 16, 17)]
     runs = (1, 286, 1, 1, 1, 272)
     assert row_tiles(runs, chunk_length(runs, 1, 132), device).shape[0] == 5
@@ -259,7 +260,7 @@ def test_chunks_of_a_video_lie_together(device) -> None:
     ],
 )
 def test_chunks_fill_the_multiprocessors(runs, chunks, device) -> None:
-    length = chunk_length(runs, 16, 132)
+    length = chunk_length(runs, 16, 132, 0.1)
     assert length % 64 == 0
     assert row_tiles(runs, length, device).shape[0] == chunks
 
