@@ -6,20 +6,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ptx_emulator.arithmetic import compute, to_bfloat16, typed
-from ptx_emulator.machine import EmulationError, run
+from ptx_emulator.counting import CountingMachine, count_shared, counts, programs
+from ptx_emulator.machine import EmulationError, Machine, run
 from ptx_emulator.matrices import described_addresses, lanes_of_8x8, matrix_of_lanes
 from ptx_emulator.program import parse
 
 WORDS, SIGNED_WORDS = st.integers(0, 2**32 - 1), st.integers(-(2**31), 2**31 - 1)
 
 
-def emulate(body: str, *tensors: torch.Tensor, threads: int = 64, blocks: int = 1) -> None:
+def emulate(body: str, *tensors: torch.Tensor, threads: int = 64, blocks: int = 1, kind: type = Machine) -> None:
     """Runs a kernel `made_up`, with the addresses of the tensors in %rd0, %rd1, … and the thread in %r0."""
     parameters = ",\n".join(f"\t.param .u64 .ptr .global .align 1 made_up_param_{i}" for i in range(len(tensors)))
     loads = "\n".join(f"ld.param.b64 %rd{i}, [made_up_param_{i}];" for i in range(len(tensors)))
     head = f".visible .entry made_up(\n{parameters}\n)\n.reqntid {threads}\n{{\n.reg .b32 %r<99>;\n"
     text = f"{head}{loads}\nmov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
-    run(parse(text), (blocks, 1, 1), [tensor.data_ptr() for tensor in tensors], tensors, shared=2048)
+    run(parse(text), (blocks, 1, 1), [tensor.data_ptr() for tensor in tensors], tensors, 2048, kind)
 
 
 def number(name: str, *operands: int) -> int:
@@ -240,3 +241,52 @@ def test_described_elements_lie_apart(mode, width, along_rows) -> None:
     addresses = described_addresses(descriptor, 64, along_rows)[0]
     assert len(np.unique(addresses)) == addresses.size
     assert addresses.min() >= 1024 and (addresses % 2 == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("stride", "size", "wavefronts"),
+    [(4, 4, 1), (8, 4, 2), (128, 4, 32), (0, 4, 1), (2, 2, 1), (8, 8, 2), (16, 16, 4), (32, 16, 8), (128, 16, 32)],
+)
+def test_accesses_of_one_bank_follow_each_other(stride, size, wavefronts) -> None:
+    addresses = 1024 + stride * np.arange(32)[None]
+    assert count_shared(addresses, size) == wavefronts
+    assert count_shared(np.where(np.arange(32) < 0, addresses, -1), size) == 0
+
+
+COUNTED = """
+    .loc 1 7 3 // kernel.py:7:3 @[ other.py:2:1 ]
+    cvt.u64.u32 %rd8, %r0;
+    mad.lo.u64 %rd9, %rd8, 48, %rd0;
+    ld.global.b32 %r1, [%rd9];
+    .loc 1 8 3 // kernel.py:8:3
+    mad.lo.u32 %r2, %r0, 8, global_smem;
+    st.shared.b32 [%r2], %r1;
+    bar.sync 0;
+    shfl.sync.bfly.b32 %r3, %r1, 1, 31, -1;
+"""
+
+
+def test_counts_belong_to_lines_of_the_source() -> None:
+    programs.clear(), counts.clear()
+    # Not at the beginning of a line of the host's memory, but of its storage.
+    emulate(COUNTED, torch.zeros(64 * 12 + 3, dtype=torch.int32), blocks=3, kind=CountingMachine)
+    of_load, of_store = counts["made_up", ("kernel.py:7", "other.py:2")], counts["made_up", ("kernel.py:8",)]
+    assert programs == {"made_up": 3}
+    # 32 lanes 48 bytes apart touch 12 lines; four-byte words 8 bytes apart lie in every second bank.
+    assert of_load == {"issue": 3 * 2 * 3, "lines": 3 * 2 * 12}
+    # The return is no instruction that is executed, and has the last line before it.
+    assert of_store == {"issue": 3 * 2 * 4, "shared": 3 * 2 * (2 + 1), "barriers": 3 * 2}
+
+
+def test_counts_of_a_product() -> None:
+    """Its second factor of 8 rows of 16 is read from shared memory, two wavefronts of 128 bytes; the first is not."""
+    programs.clear(), counts.clear()
+    body = PRODUCT
+    for name, instruction in SYNCHRONIZED.items():
+        body = body.replace(name, instruction)
+    emulate(body, torch.zeros(16, 64).bfloat16(), torch.zeros(128, 4), threads=128, kind=CountingMachine)
+    (found,) = counts.values()  # no line of a source is named
+    # 128 threads store 16 bytes each, exchanged so that no bank is asked twice.
+    assert found["shared"] == 128 * 16 / 128 + 2
+    assert found["matrix"] == 2 * 64 * 8 * 16 / 4096
+    assert found["lines"] == 2 * 128 * 16 / 128

@@ -11,6 +11,7 @@ waits for. It does not see what ptxas makes of the PTX, nor how long anything ta
     matrices      instructions of a warp on matrices: ldmatrix, stmatrix, mma, wgmma
     asynchronous  copies and products that go on while other instructions run
     machine       threads, branches, barriers: runs a program
+    counting      what a kernel asks of the pipes of a multiprocessor, line by line of its source
     driver        stands in for Triton's driver, so that `kernel[grid](…)` takes CPU tensors
     plugin        for pytest: the tests that need a GPU, on the emulator
 

@@ -23,13 +23,16 @@ launches: Counter[str] = Counter()
 
 
 @contextmanager
-def emulate() -> Iterator[None]:
-    """Within it Triton's kernels run on CPU tensors, unless Triton was set to interpret when it was imported."""
+def emulate(kind: type[machine.Machine] = machine.Machine) -> Iterator[None]:
+    """Within it Triton's kernels run on CPU tensors, unless Triton was set to interpret when it was imported.
+
+    `kind` is the machine that runs them.
+    """
     initialize = CompiledKernel._init_handles
 
     def keep_ptx(kernel: CompiledKernel) -> None:
         initialize(kernel)
-        kernel._run.ptx = kernel.asm["ptx"]
+        kernel._run.ptx, kernel._run.kind = kernel.asm["ptx"], kind
 
     with patch.object(driver, "_active", _Driver()), patch.object(CompiledKernel, "_init_handles", keep_ptx):
         yield
@@ -48,6 +51,7 @@ class _Launcher:
     """What Triton calls to launch one build of a kernel."""
 
     ptx: str
+    kind: type[machine.Machine]
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self._types = [kind for kind in source.signature.values() if kind != "constexpr"]
@@ -62,7 +66,7 @@ class _Launcher:
         # Triton adds pointers to memory of its own, of which these kernels ask for none.
         bits += [0] * (len(program.parameters) - len(bits))
         tensors = [value for value in arguments if isinstance(value, Tensor)]
-        machine.run(program, (columns, rows, layers), bits, tensors, self._shared)
+        machine.run(program, (columns, rows, layers), bits, tensors, self._shared, self.kind)
         launches[program.name] += 1
 
 

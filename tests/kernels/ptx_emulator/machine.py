@@ -32,7 +32,12 @@ class EmulationError(Exception):
 
 
 def run(
-    program: Program, grid: tuple[int, int, int], arguments: Sequence[int], tensors: Sequence[Tensor], shared: int
+    program: Program,
+    grid: tuple[int, int, int],
+    arguments: Sequence[int],
+    tensors: Sequence[Tensor],
+    shared: int,
+    kind: type[Machine] | None = None,
 ) -> None:
     """Runs a kernel on tensors in the host's memory.
 
@@ -40,6 +45,7 @@ def run(
         arguments: the bits of each parameter.
         tensors: those whose storages may be read and written.
         shared: bytes of shared memory that a block asks for.
+        kind: the machine that runs it, `Machine` if None.
 
     Raises:
         EmulationError: an access that would be wrong or race on a GPU, or an instruction that is not known.
@@ -49,10 +55,10 @@ def run(
     together = max(1, _THREADS_AT_ONCE // program.threads)
     for first in range(0, total, together):
         blocks = np.arange(first, min(first + together, total))
-        _Machine(program, blocks, grid, arguments, memory, shared).run()
+        (kind or Machine)(program, blocks, grid, arguments, memory, shared).run()
 
 
-class _Machine:
+class Machine:
     def __init__(
         self,
         program: Program,
@@ -124,6 +130,7 @@ class _Machine:
         return [(place + 1, here)]
 
     def _execute(self, instruction: Instruction, active: np.ndarray) -> None:
+        """Runs an instruction that is no branch in the `active` threads, of which there is one at least."""
         name, operands = instruction.name, instruction.operands
         first = name[0]
         self.active = active

@@ -32,6 +32,11 @@ class GlobalMemory:
             found[here] = memory[offsets]
         return found
 
+    def offset(self, addresses: np.ndarray) -> np.ndarray:
+        """Where in its storage each address is, int64 [n]: on a GPU storages begin where lines of memory do."""
+        span = np.searchsorted(self._starts, addresses, side="right") - 1
+        return (addresses - self._starts[span]).astype(np.int64)
+
     def store(self, addresses: np.ndarray, values: np.ndarray) -> None:
         """values: bytes [n, size]."""
         for memory, here, offsets in self._places(addresses, values.shape[1]):

@@ -11,6 +11,8 @@ import numpy as np
 # What a program reads and never writes, by PTX's name.
 SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "global_smem")
 _REGISTER = re.compile(r"%(p|rs|r|rd)\d+")
+# What Triton writes behind `.loc`: file.py:12:3 @[ caller.py:34:5 ]
+_PLACE = re.compile(r"(\w+\.py):(\d+):\d+")
 REGISTER_TYPES = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64}
 
 
@@ -40,7 +42,10 @@ Operand = Register | Special | int | Address | tuple | str | None
 
 @dataclass(frozen=True)
 class Instruction:
-    """`name` is split at its dots; `operands` in PTX's order, those in braces as tuples."""
+    """`name` is split at its dots; `operands` in PTX's order, those in braces as tuples.
+
+    `source` is where it comes from: "file.py:line" in the innermost function and in those that it was inlined into.
+    """
 
     name: tuple[str, ...]
     operands: tuple[Operand, ...]
@@ -48,6 +53,7 @@ class Instruction:
     negated: bool
     line: int
     text: str
+    source: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,10 @@ def parse(ptx: str) -> Program:
     """Raises ValueError for what is not understood; every instruction must be."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
-    inside = False
+    inside, source = False, ()
     for number, line in enumerate(ptx.splitlines(), start=1):
+        if line.lstrip().startswith(".loc"):
+            source = tuple(f"{file}:{row}" for file, row in _PLACE.findall(line))
         line = line.partition("//")[0].strip()
         if not inside:
             inside = line == "{"
@@ -75,7 +83,7 @@ def parse(ptx: str) -> Program:
             labels[line[:-1]] = len(instructions)
         elif not line.startswith("."):
             statements = [statement.strip() for statement in line.split(";") if statement.strip()]
-            instructions += [_parse_instruction(statement, number) for statement in statements]
+            instructions += [_parse_instruction(statement, number, source) for statement in statements]
     name = re.search(r"\.entry (\w+)", ptx)[1]
     return Program(
         name=name,
@@ -86,7 +94,7 @@ def parse(ptx: str) -> Program:
     )
 
 
-def _parse_instruction(text: str, line: int) -> Instruction:
+def _parse_instruction(text: str, line: int, source: tuple[str, ...]) -> Instruction:
     match = re.fullmatch(r"(?:@(!?)(%p\d+)\s+)?([\w.:]+)\s*(.*)", text)
     if match is None:
         raise ValueError(f"line {line}: {text!r} is no instruction of PTX")
@@ -98,6 +106,7 @@ def _parse_instruction(text: str, line: int) -> Instruction:
         negated=bool(negated),
         line=line,
         text=" ".join(text.split()),
+        source=source,
     )
 
 
