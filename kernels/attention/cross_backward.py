@@ -31,7 +31,7 @@ from .cross_short_backward import launch_short_backward, select_short
 from .cross_tiles import chunk_length, load_rows_and_text
 from .loops import NO_NORM, key_gradient, query_gradient
 from .tables import row_tiles, tile_ranges
-from .tiles import LOG2_E, load_head, row_products, scale_head, store_column_sums, store_head
+from .tiles import LOG2_E, load_head, row_products, scale_head, store_column_sums, store_head, zero_head
 
 CONFIGURATIONS = {
     "cross_attention_queries_backward": {
@@ -158,23 +158,28 @@ def _text(
     # Offsets within a video may pass 2^31 elements, those within a chunk do not.
     in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
     in_statistics = head * num_tokens + first_token
-    key_sums, value_sums = key_gradient(
-        k,
-        v,
-        None,
-        q + in_tokens,
-        output_gradient + in_tokens,
-        log_sums + in_statistics,
-        deltas + in_statistics,
-        length,
-        STEP=STEP,
-        REMAINDER=REMAINDER,
-        NORM=NO_NORM,
-        SCALE=SCALE * LOG2_E,
-        QUERY_STRIDE=TOKEN_STRIDE,
-        GRADIENT_STRIDE=TOKEN_STRIDE,
-        HEAD_SIZE=HEAD_SIZE,
-    )
+    sums = zero_head(ROWS, HEAD_SIZE), zero_head(ROWS, HEAD_SIZE)
+    for rest in tl.static_range(2):
+        sums = key_gradient(
+            sums,
+            k,
+            v,
+            None,
+            q + in_tokens,
+            output_gradient + in_tokens,
+            log_sums + in_statistics,
+            deltas + in_statistics,
+            length,
+            REST=rest,
+            STEP=STEP,
+            REMAINDER=REMAINDER,
+            NORM=NO_NORM,
+            SCALE=SCALE * LOG2_E,
+            QUERY_STRIDE=TOKEN_STRIDE,
+            GRADIENT_STRIDE=TOKEN_STRIDE,
+            HEAD_SIZE=HEAD_SIZE,
+        )
+    key_sums, value_sums = sums
     scale = tl.where(text_length > 1, SCALE, 0.0)
     key_sums = scale_head(key_sums, scale)
     partial = partials + tl.program_id(0).to(tl.int64) // HEADS * max_length * TEXT_STRIDE + head * HEAD_SIZE

@@ -31,10 +31,8 @@ from .tiles import (
     reciprocal_rms,
     row_width,
     scale_head,
-    scale_rows,
     set_column,
     settle,
-    to_float32,
     zero_head,
 )
 
@@ -154,13 +152,8 @@ def query_gradient(
     outside the sequence: their probabilities are then zero. Where `is_folded`, q carries minus it, `gradient` minus
     delta, keys and values the factors, and rows outside need a gradient and a delta of zero.
 
-    The gradients of a query's logits sum to zero, but for the rounding of the output in `delta`. What is left of the
-    sum is times a mean of keys in the result: more than the result itself where keys, and values, are much alike.
-    CENTERED takes it out again, by the mean of the first keys. Added to `delta`, the sum makes it that of the output
-    before it was rounded.
-
     Returns:
-        (the gradient, the sum of the gradients of each query's logits [m], zero if it is not CENTERED).
+        (the gradient, the sum of the gradients of each query's logits [m], zero if it is not CENTERED: see `center`).
     """
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     ROWS: tl.constexpr = q[0].shape[0]
@@ -192,23 +185,46 @@ def query_gradient(
             if NORM == NORM_LOADED:
                 score_gradient *= factors
             sums = settle(add_product(sums, score_gradient.to(k[0].dtype), k))
-    if CENTERED:
-        if FOLDED:  # beside each key is a one
-            row_sums = get_column(sums, mark_column(number_column(HEAD_SIZE) + ones_column(), HEAD_SIZE))
-        rows = tl.arange(0, REMAINDER)
-        k = to_float32(load_head(keys, rows, rows < length, KEY_STRIDE, HEAD_SIZE, FOLDED))
-        if NORM == NORM_LOADED:
-            k = scale_rows(k, load_numbers(key_factors, rows, rows < length, 0.0))
-        part = row_sums / tl.minimum(length, REMAINDER)
-        sums = (
-            sums[0] - part[:, None] * tl.sum(k[0], axis=0)[None, :],
-            sums[1] - part[:, None] * tl.sum(k[1], axis=0)[None, :],
-        )
+    if CENTERED and FOLDED:  # beside each key is a one
+        row_sums = get_column(sums, mark_column(number_column(HEAD_SIZE) + ones_column(), HEAD_SIZE))
     return sums, row_sums
 
 
 @triton.jit
+def center(
+    sums,
+    row_sums,
+    keys,
+    key_factors,
+    length,
+    STEP: tl.constexpr,
+    NORM: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """What `query_gradient` returns, less its `row_sums` times the mean of the first STEP keys.
+
+    The gradients of a query's logits sum to zero, but for the rounding of the output in `delta`. What is left of the
+    sum is times a mean of keys in the result: more than the result itself where keys, and values, are much alike.
+    Added to `delta`, the sum makes it that of the output before it was rounded.
+
+    It is one more step of the products: a mean of columns would go through shared memory, between barriers.
+    """
+    FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
+    rows = tl.arange(0, STEP)
+    inside = rows < length
+    k = load_head(keys, rows, inside, KEY_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
+    share = (-row_sums / tl.minimum(length, STEP))[:, None]
+    if NORM == NORM_LOADED:
+        shares = share * load_numbers(key_factors, rows, inside, 0.0)[None, :]
+    else:
+        shares = tl.broadcast_to(share, [row_sums.shape[0], STEP])
+    return add_product(sums, shares.to(k[0].dtype), k)
+
+
+@triton.jit
 def key_gradient(
+    sums,
     k,
     v,
     key_factors,
@@ -217,6 +233,7 @@ def key_gradient(
     log_sums,
     deltas,
     length,
+    REST: tl.constexpr,
     STEP: tl.constexpr,
     REMAINDER: tl.constexpr,
     NORM: tl.constexpr,
@@ -225,38 +242,38 @@ def key_gradient(
     GRADIENT_STRIDE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
-    """Sums over `length` queries for the keys k [m, D]; under NORM_LOADED their reciprocal RMS is `key_factors` [m].
+    """Adds to `sums` those over `length` queries for the keys k [m, D]; `key_factors` [m]: their reciprocal RMS.
 
+    The queries are those in whole steps, or with REST those that are left. What a kernel reads in between for use
+    behind both arrives during the second, and what it computes from it and the sums stays in the layout of products.
     Where `is_folded`, queries and gradients carry minus log-sum and minus delta, k and v carry the factors.
 
     Returns:
         (Σ logit gradient · query, Σ probability · output gradient), float32 head tiles [m, D]; the queries as given.
     """
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
-    key_sums = zero_head(k[0].shape[0], HEAD_SIZE)
-    value_sums = zero_head(k[0].shape[0], HEAD_SIZE)
+    key_sums, value_sums = sums
     whole = length // STEP * STEP
-    for masked in tl.static_range(1, -1, -1):
-        begin = whole if masked else 0
-        end = length if masked else whole
-        for start in tl.range(begin, end, REMAINDER if masked else STEP, num_stages=1 if masked else None):
-            rows = start + tl.arange(0, REMAINDER if masked else STEP)
-            inside = rows < end if masked else None
-            q = load_head(queries, rows, inside, QUERY_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
-            gradient = load_head(gradients, rows, inside, GRADIENT_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
-            scores = dot_rows(k, q)  # [m, n]: transposed, keys are the rows
-            if NORM == NORM_LOADED:
-                scores *= key_factors[:, None]
-            if not FOLDED:
-                log_sum = load_numbers(log_sums, rows, inside, float("inf"))[None, :]  # beyond the end: p = 0
-                scores = scores * SCALE - log_sum
-            elif masked:
-                scores = tl.where(inside[None, :], scores, float("-inf"))
-            score_gradient = dot_rows(v, gradient)  # [m, n]
-            probabilities = tl.exp2(scores)
-            if not FOLDED:
-                score_gradient -= load_numbers(deltas, rows, inside, 0.0)[None, :]
-            score_gradient *= probabilities
-            value_sums = add_product(value_sums, probabilities.to(gradient[0].dtype), gradient)
-            key_sums = settle(add_product(key_sums, score_gradient.to(q[0].dtype), q))
+    begin = whole if REST else 0
+    end = length if REST else whole
+    for start in tl.range(begin, end, REMAINDER if REST else STEP, num_stages=1 if REST else None):
+        rows = start + tl.arange(0, REMAINDER if REST else STEP)
+        inside = rows < end if REST else None
+        q = load_head(queries, rows, inside, QUERY_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
+        gradient = load_head(gradients, rows, inside, GRADIENT_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
+        scores = dot_rows(k, q)  # [m, n]: transposed, keys are the rows
+        if NORM == NORM_LOADED:
+            scores *= key_factors[:, None]
+        if not FOLDED:
+            log_sum = load_numbers(log_sums, rows, inside, float("inf"))[None, :]  # beyond the end: p = 0
+            scores = scores * SCALE - log_sum
+        elif REST:
+            scores = tl.where(inside[None, :], scores, float("-inf"))
+        score_gradient = dot_rows(v, gradient)  # [m, n]
+        probabilities = tl.exp2(scores)
+        if not FOLDED:
+            score_gradient -= load_numbers(deltas, rows, inside, 0.0)[None, :]
+        score_gradient *= probabilities
+        value_sums = add_product(value_sums, probabilities.to(gradient[0].dtype), gradient)
+        key_sums = settle(add_product(key_sums, score_gradient.to(q[0].dtype), q))
     return key_sums, value_sums

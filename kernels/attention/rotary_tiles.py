@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import tail_of, to_float32, wide_of
+from .tiles import hand_over, tail_of, to_float32, wide_of
 
 
 @triton.jit
@@ -94,17 +94,6 @@ def rotate_back(head, angles):
     """The inverse of `rotate`, which is also its gradient."""
     cos, sin = angles
     return _rotate_back(head[0], cos[0], sin[0]), _rotate_back(head[1], cos[1], sin[1])
-
-
-@triton.jit
-def hand_over(factors):
-    """The same numbers [m] as a value whose place in the threads the compiler chooses anew.
-
-    The rows of the wide tile lie in other threads than those of the tail. Numbers made from both tiles, such as a
-    norm, would tie them together, and the compiler would move a whole tile through shared memory to where the other
-    lies; handing over m numbers is all it takes [compiled: 250 registers without this, 162 with it].
-    """
-    return tl.gather(factors, tl.arange(0, factors.shape[0]), axis=0)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from .tiles import (
     scale_rows,
     store_head,
     to_float32,
+    zero_head,
 )
 
 CONFIGURATIONS = {
@@ -104,34 +105,42 @@ def spatial_keys_backward(
     factors = None
     if NORM == NORM_LOADED:
         factors = tl.load(statistics + 2 * HEADS * num_tokens + in_statistics + rows, mask=inside, other=0.0)
-    key_sums, value_sums = key_gradient(
-        k,
-        v,
-        factors,
-        streamed_queries,
-        gradients,
-        statistics + in_statistics,
-        deltas + in_statistics,
-        length,
-        STEP=STEP,
-        REMAINDER=REMAINDER,
-        NORM=NORM,
-        SCALE=SCALE * LOG2_E if NORM == NO_NORM else 1.0,
-        QUERY_STRIDE=QUERY_STRIDE,
-        GRADIENT_STRIDE=OUTPUT_STRIDE,
-        HEAD_SIZE=HEAD_SIZE,
-    )
-    head, first_token, length, first_row = load_tile(tiles, HEADS, AGAIN=True)
-    rows = first_row + tl.arange(0, ROWS)
-    inside = rows < length
+    sums = zero_head(ROWS, HEAD_SIZE), zero_head(ROWS, HEAD_SIZE)
+    for rest in tl.static_range(2):
+        if rest:
+            # Read again what the whole steps did not need, so that it does not occupy registers there.
+            head, first_token, length, first_row = load_tile(tiles, HEADS, AGAIN=True)
+            rows = first_row + tl.arange(0, ROWS)
+            inside = rows < length
+            keys = qkv + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
+            raw_keys = load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+        sums = key_gradient(
+            sums,
+            k,
+            v,
+            factors,
+            streamed_queries,
+            gradients,
+            statistics + in_statistics,
+            deltas + in_statistics,
+            length,
+            REST=rest,
+            STEP=STEP,
+            REMAINDER=REMAINDER,
+            NORM=NORM,
+            SCALE=SCALE * LOG2_E if NORM == NO_NORM else 1.0,
+            QUERY_STRIDE=QUERY_STRIDE,
+            GRADIENT_STRIDE=OUTPUT_STRIDE,
+            HEAD_SIZE=HEAD_SIZE,
+        )
+    key_sums, value_sums = sums
     gradient = qkv_gradient + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
     store_head(gradient + HEADS * HEAD_SIZE, value_sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
     scale = tl.where(length > 1, SCALE if NORM == NO_NORM else 1.0 / LOG2_E, 0.0)
-    sums = scale_head(key_sums, scale)
+    key_sums = scale_head(key_sums, scale)
     if NORM != NO_NORM:
-        keys = qkv + first_token * TOKEN_STRIDE + (HEADS + head) * HEAD_SIZE
         key_factors = statistics + (2 * HEADS + head) * num_tokens + first_token + rows
         factors = tl.load(key_factors, mask=inside, other=0.0, cache_modifier=".ca")
-        normed = scale_rows(to_float32(load_head(keys, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), factors)  # k̂
-        sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)
-    store_head(gradient, sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)
+        normed = scale_rows(to_float32(raw_keys), factors)  # k̂
+        key_sums = rms_norm_gradient(key_sums, normed, factors, HEAD_SIZE)
+    store_head(gradient, key_sums, rows, inside, TOKEN_STRIDE, HEAD_SIZE)

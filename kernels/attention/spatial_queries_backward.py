@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..configurations import Configuration
-from .loops import NO_NORM, NORM_DONE, is_folded, query_gradient
+from .loops import NO_NORM, NORM_DONE, center, is_folded, query_gradient
 from .spatial_preparation import place_of_keys_and_values
 from .tiles import (
     LOG2_E,
@@ -32,9 +32,9 @@ from .tiles import (
 CONFIGURATIONS = {
     "spatial_attention_queries_backward": {
         "small": (
-            # One or two warps hardly wait for each other; those of the second spill a little, and were faster still.
-            Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=2, num_stages=2),
+            # One or two warps hardly wait for each other; one was faster on an H200.
             Configuration(ROWS=32, STEP=32, REMAINDER=16, num_warps=1, num_stages=2),
+            Configuration(ROWS=64, STEP=32, REMAINDER=16, num_warps=2, num_stages=2),
             # 168 registers a thread: three programs of four warps fit on a multiprocessor.
             Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
         ),
@@ -89,6 +89,7 @@ def spatial_queries_backward(
 ):
     TOKEN_STRIDE: tl.constexpr = 3 * HEADS * HEAD_SIZE
     OUTPUT_STRIDE: tl.constexpr = HEADS * HEAD_SIZE
+    KEY_STRIDE: tl.constexpr = OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
     CENTERED: tl.constexpr = NORM != NO_NORM and qkv.dtype.element_ty != tl.float32  # which hardly rounds the output
     SCALE: tl.constexpr = 1.0 / HEAD_SIZE**0.5
@@ -135,7 +136,7 @@ def spatial_queries_backward(
         REMAINDER=REMAINDER,
         NORM=NORM,
         SCALE=SCALE * LOG2_E if NORM == NO_NORM else 1.0,
-        KEY_STRIDE=OUTPUT_STRIDE if NORM == NORM_DONE else TOKEN_STRIDE,
+        KEY_STRIDE=KEY_STRIDE,
         VALUE_STRIDE=TOKEN_STRIDE,
         HEAD_SIZE=HEAD_SIZE,
         CENTERED=CENTERED,
@@ -154,13 +155,19 @@ def spatial_queries_backward(
             store_head(left_gradient, append_number(g, -delta, HEAD_SIZE), rows, inside, None, HEAD_SIZE, FOLDED)
         else:
             tl.store(deltas + head * num_tokens + first_token + rows, delta, mask=inside)
-    scale = tl.where(length > 1, SCALE, 0.0)  # a lone key has probability one: nothing moves it
-    sums = scale_head(sums, scale)  # dS · k̂ / sqrt(D)
     if NORM != NO_NORM:
         query_factors = statistics + (HEADS + head) * num_tokens + first_token + rows
         factors = tl.load(query_factors, mask=inside, other=0.0, cache_modifier=".ca")
         frame = qkv + first_token * TOKEN_STRIDE + head * HEAD_SIZE
+        # Before the products of `center`: so sums of theirs and of these rows are left in the layout of products.
         normed = scale_rows(to_float32(load_head(frame, rows, inside, TOKEN_STRIDE, HEAD_SIZE)), factors)  # q̂
+    if CENTERED:
+        keys, _ = place_of_keys_and_values(qkv, prepared, head, num_tokens, first_token, NORM, HEADS, HEAD_SIZE)
+        key_factors = statistics + (2 * HEADS + head) * num_tokens + first_token
+        sums = center(sums, row_sums, keys, key_factors, length, REMAINDER, NORM, KEY_STRIDE, HEAD_SIZE)
+    scale = tl.where(length > 1, SCALE, 0.0)  # a lone key has probability one: nothing moves it
+    sums = scale_head(sums, scale)  # dS · k̂ / sqrt(D)
+    if NORM != NO_NORM:
         store_column_sums(weight_partials, multiply(sums, normed), None, HEAD_SIZE)  # rows outside are zero
         sums = multiply(sums, load_weight_product(q_weight, k_weight, HEAD_SIZE, AGAIN=True))
         sums = rms_norm_gradient(sums, normed, factors, HEAD_SIZE)

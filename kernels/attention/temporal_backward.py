@@ -29,7 +29,6 @@ from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import ceil_divide, launch
 from .builds import attention_case
 from .rotary_tiles import (
-    hand_over,
     load_angles,
     rotate_back,
     round_joined,
@@ -51,6 +50,7 @@ from .tiles import (
     LOG2_E,
     add_product,
     dot_rows,
+    hand_over,
     load_head,
     multiply,
     scale_head,
