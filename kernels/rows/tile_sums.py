@@ -18,12 +18,43 @@ from torch import Tensor
 from ..configurations import CompileCase, Configuration
 from ..launch import ceil_divide, launch
 
-# 32 columns of float32 are one cache line. There are too few programs to hide a wait for memory: many tiles in flight.
-CONFIGURATION = Configuration(BLOCK_TILES=256, BLOCK_COLUMNS=32, num_warps=8, num_stages=1)
+# 32 columns of float32 are one cache line. With 8 warps, to add up what each of them has takes 640 wavefronts of shared
+# memory in place of 188 [counted].
+CONFIGURATION = Configuration(BLOCK_TILES=128, BLOCK_COLUMNS=32, num_warps=4, num_stages=1)
+
+
+@triton.jit
+def _add_up(
+    pointers,  # float32 [columns] of the first tile
+    within,  # bool [columns]
+    tiles,
+    frame_rows,
+    row,
+    start,
+    stop,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Sums [columns] over the tiles from start to stop: those of a row, or with -1 for it all of them."""
+    sums = tl.zeros([16, within.shape[0]], tl.float32)
+    for block in tl.range(start, stop, BLOCK, num_stages=STAGES):
+        tile = block + tl.arange(0, BLOCK)
+        wanted = tile < stop
+        if tiles is not None:
+            asked = wanted & (row >= 0)
+            frame = tl.load(tiles + 3 * tile + 2, mask=asked, other=0)
+            wanted = wanted & ((row < 0) | (tl.load(frame_rows + frame, mask=asked, other=-1) == row))
+        offsets = tile.to(tl.int64) * C
+        mask = wanted[:, None] & within[None, :]
+        added = tl.load(pointers[None, :] + offsets[:, None], mask=mask, other=0.0)
+        # What a thread has of a column is added up at once, so that its registers are free for loads.
+        sums += tl.sum(tl.reshape(added, [BLOCK // 16, 16, within.shape[0]]), axis=0)
+    return tl.sum(sums, axis=0)
 
 
 # Nothing is gained by knowing that these are 1 or multiples of 16, and each would be a build of its own.
-@triton.jit(do_not_specialize=["num_tiles", "num_videos"])
+@triton.jit(do_not_specialize=["num_tiles", "num_rows", "num_videos"])
 def sum_tiles(
     partials,  # float32 [sums, tiles, C]
     tiles,  # int32 [tiles, 3] or None: their third column is the frame
@@ -34,16 +65,17 @@ def sum_tiles(
     third_sum,  # [R, C] out, or None
     total,  # [C] out, or None
     num_tiles,
+    num_rows,
     num_videos,
     C: tl.constexpr,
     ROW_SUMS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Grid (R · blocks of columns, sums). Row r of the tables belongs to video r mod B."""
+    """Grid: the blocks of columns of each row of each sum, then those of the total. Row r belongs to video r mod B."""
     blocks: tl.constexpr = (C + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     columns = tl.program_id(0) % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row, index = tl.program_id(0) // blocks, tl.program_id(1)
+    index, row = tl.program_id(0) // blocks // num_rows, tl.program_id(0) // blocks % num_rows
     within = columns < C
     is_total = index == ROW_SUMS
     start, stop = 0, num_tiles
@@ -51,19 +83,14 @@ def sum_tiles(
         video = row % num_videos
         start = tl.where(is_total, 0, tl.load(video_tiles + video))
         stop = tl.where(is_total, num_tiles, tl.load(video_tiles + video + 1))
-    # One program adds up the total; those of the other rows have nothing to do.
-    stop = tl.where(is_total & (row > 0), start, stop)
-    sums = tl.zeros([BLOCK_TILES, BLOCK_COLUMNS], tl.float32)
-    for block in tl.range(start, stop, BLOCK_TILES):
-        tile = block + tl.arange(0, BLOCK_TILES)
-        wanted = tile < stop
-        if tiles is not None:
-            frame = tl.load(tiles + 3 * tile + 2, mask=wanted, other=0)
-            wanted = wanted & (is_total | (tl.load(frame_rows + frame, mask=wanted, other=-1) == row))
-        offsets = (index * num_tiles + tile).to(tl.int64) * C
-        mask = wanted[:, None] & within[None, :]
-        sums += tl.load(partials + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
-    result = tl.sum(sums, axis=0)  # [columns]
+    pointers = partials + (index * num_tiles).to(tl.int64) * C + columns
+    wanted = tl.where(is_total, -1, row)
+    # Long sums have too few programs to hide a wait for memory: many tiles in flight. Short ones have many, and would
+    # leave most of a large block empty.
+    if stop - start > BLOCK_TILES:
+        result = _add_up(pointers, within, tiles, frame_rows, wanted, start, stop, C, BLOCK_TILES, STAGES=3)
+    else:
+        result = _add_up(pointers, within, tiles, frame_rows, wanted, start, stop, C, BLOCK_TILES // 2, STAGES=1)
     place = row.to(tl.int64) * C + columns
     if first_sum is not None:
         tl.store(first_sum + place, result, mask=within & (index == 0))
@@ -72,7 +99,7 @@ def sum_tiles(
     if third_sum is not None:
         tl.store(third_sum + place, result, mask=within & (index == 2))
     if total is not None:
-        tl.store(total + columns, result, mask=within & is_total & (row == 0))
+        tl.store(total + columns, result, mask=within & is_total)
 
 
 def launch_sum_tiles(
@@ -87,12 +114,14 @@ def launch_sum_tiles(
 
     The tables of the layout say which tile belongs to which row; without them there is one row.
     """
-    sums, num_tiles, channels = partials.shape
+    _, num_tiles, channels = partials.shape
     rows = by_row[0].shape[0] if by_row else 1
+    if video_tiles is not None and rows == video_tiles.shape[0] - 1:
+        tiles = frame_rows = None  # all tiles of a video belong to its one row
     outputs = [*by_row, None, None, None][:3]
     launch(
         sum_tiles,
-        (rows * ceil_divide(channels, CONFIGURATION["BLOCK_COLUMNS"]), sums),
+        ((rows * len(by_row) + (total is not None)) * ceil_divide(channels, CONFIGURATION["BLOCK_COLUMNS"]),),
         partials,
         (
             partials,
@@ -102,6 +131,7 @@ def launch_sum_tiles(
             *outputs,
             total,
             num_tiles,
+            rows,
             1 if video_tiles is None else video_tiles.shape[0] - 1,
         ),
         {
@@ -114,7 +144,7 @@ def launch_sum_tiles(
 
 def compile_cases(arch: str) -> list[CompileCase]:
     """The sums of the backward of the fused norm (three tables, a bias), of tanh-GELU and of attention (biases)."""
-    types = {"partials": "*fp32", "num_tiles": "i32", "num_videos": "i32", "total": "*bf16"}
+    types = {"partials": "*fp32", "num_tiles": "i32", "num_rows": "i32", "num_videos": "i32", "total": "*bf16"}
     tables = {"tiles": "*i32", "frame_rows": "*i32", "video_tiles": "*i32"}
     outputs = {"first_sum": "*bf16", "second_sum": "*bf16", "third_sum": "*bf16"}
 
