@@ -159,7 +159,7 @@ def launches(workload: Workload, builds: dict[tuple[str, str], dict[str, Any]]) 
     useful = 10 * HEAD_SIZE * scores
     yield Launch("cross_attention_short_backward", note, chunks * HEADS, loops, moved, streamed, useful)
 
-    many = "many" if tokens > 16384 else "few"
+    tile = 64  # about what the launcher chooses
     for kernel, parts, rows in (
         ("modulated_norm_forward", "norm", 2),
         ("gate_residual_forward", "branch gate bias", 3),
@@ -168,10 +168,7 @@ def launches(workload: Workload, builds: dict[tuple[str, str], dict[str, Any]]) 
         ("gate_residual_backward", "branch gate bias", 3),
         ("gate_residual_modulated_norm_backward", "branch gate bias norm", 6),
     ):
-        notes = [f"{parts}; {size} tokens" for size in (many, "many", "any")]
-        note = next(note for note in notes if (kernel, note) in builds)
-        tile = config_of(builds[kernel, note]).get("tile_tokens", 64)  # the launcher chooses that of the backward
-        yield Launch(kernel, note, tokens / tile, tile, rows * row)
+        yield Launch(kernel, parts, tokens / tile, tile, rows * row)
     for kernel, element in (("gelu_tanh_forward", 4), ("gelu_tanh_backward", 6)):
         config = config_of(builds[kernel, "with bias"])
         program = config.get("TILE_TOKENS", config["BLOCK_TOKENS"])

@@ -25,15 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configurations import CompileCase, Configuration
+from ..configurations import CompileCase, candidates_of, select
 from ..launch import launch
 from ..registration import contiguous
 from .residual_norm_forward import dense_rows, load_row, row_stride, sum_row
 from .tile_sums import launch_sum_tiles
 from .tiles import (
     COMPILED,
-    compiled_configurations,
-    select_row_configuration,
+    CONFIGURATIONS,
     split_columns,
 )
 
@@ -165,12 +164,12 @@ def launch_backward(
     What is not given leaves its part out, as in the kernel.
     """
     gradient = d_normed if d_residual is None else d_residual
-    num_tokens, channels = gradient.shape
+    channels = gradient.shape[1]
     scale, gate = dense_rows(scale), dense_rows(gate)
     by_row = [output for output in (d_shift, d_scale, d_gate) if output is not None]
     sums = len(by_row) + (d_bias is not None)
     partials = gradient.new_empty(sums, tiles.shape[0], channels, dtype=torch.float32) if sums else None
-    configuration = select_row_configuration(f"{op}_backward", num_tokens, gradient.device)
+    configuration = select(CONFIGURATIONS, f"{op}_backward", "any", gradient.device)
     d_residual, d_normed, residual, branch, bias = contiguous(d_residual, d_normed, residual, branch, bias)
     launch(
         residual_norm_backward,
@@ -207,14 +206,11 @@ def launch_backward(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    return [
-        _compile_case(op, parts, dtype, size, configuration)
-        for op, parts, dtype in COMPILED
-        for size, configuration in compiled_configurations(f"{op}_backward", arch).items()
-    ]
+    return [_compile_case(op, parts, dtype, arch) for op, parts, dtype in COMPILED]
 
 
-def _compile_case(op: str, parts: str, dtype: str, size: str, configuration: Configuration) -> CompileCase:
+def _compile_case(op: str, parts: str, dtype: str, arch: str) -> CompileCase:
+    configuration = candidates_of(CONFIGURATIONS, f"{op}_backward", "any", arch)[0]
     given = parts.split()
     needs = {
         "d_residual": "branch",
@@ -245,7 +241,7 @@ def _compile_case(op: str, parts: str, dtype: str, size: str, configuration: Con
         configuration=configuration,
         dtype=dtype,
         divisible_by_16=strides,
-        note=f"{parts}; {size} tokens",
+        note=parts,
         unit="element",
         work=1152,
     )

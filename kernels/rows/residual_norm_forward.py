@@ -18,13 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configurations import CompileCase, Configuration
+from ..configurations import CompileCase, candidates_of, select
 from ..launch import launch
 from ..registration import contiguous
 from .tiles import (
     COMPILED,
-    compiled_configurations,
-    select_row_configuration,
+    CONFIGURATIONS,
     split_columns,
 )
 
@@ -141,7 +140,7 @@ def launch_forward(
     """
     x, branch, bias = contiguous(x, branch, bias)
     gate, shift, scale = (dense_rows(table) for table in (gate, shift, scale))
-    configuration = select_row_configuration(f"{op}_forward", x.shape[0], x.device)
+    configuration = select(CONFIGURATIONS, f"{op}_forward", "any", x.device)
     launch(
         residual_norm_forward,
         (tiles.shape[0],),
@@ -181,14 +180,11 @@ def row_stride(table: Tensor | None) -> int:
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    return [
-        _compile_case(op, parts, dtype, size, configuration)
-        for op, parts, dtype in COMPILED
-        for size, configuration in compiled_configurations(f"{op}_forward", arch).items()
-    ]
+    return [_compile_case(op, parts, dtype, arch) for op, parts, dtype in COMPILED]
 
 
-def _compile_case(op: str, parts: str, dtype: str, size: str, configuration: Configuration) -> CompileCase:
+def _compile_case(op: str, parts: str, dtype: str, arch: str) -> CompileCase:
+    configuration = candidates_of(CONFIGURATIONS, f"{op}_forward", "any", arch)[0]
     given = parts.split()
     tokens = {"x": "x", "branch": "branch", "gate": "gate", "bias": "bias", "shift": "norm", "scale": "norm"}
     outputs = {"residual": "branch", "normed": "norm", "mean": "norm", "rstd": "norm"}
@@ -205,7 +201,7 @@ def _compile_case(op: str, parts: str, dtype: str, size: str, configuration: Con
         configuration=configuration,
         dtype=dtype,
         divisible_by_16=strides,
-        note=f"{parts}; {size} tokens",
+        note=parts,
         unit="element",
         work=1152,
     )

@@ -23,9 +23,11 @@ twice a row with room for only three or four programs on a multiprocessor. A thr
 so: the two bytes of TAIL that each of 128 threads had were waited for in every row. A TAIL of twice the columns, half
 of them empty, goes with the rest at 128 registers in place of 122; the fused backward took a fifth less time [H200].
 
-The backward's tiles are as long as fills the multiprocessors best. A row takes 0.4 + 0.27·P µs with P programs on a
-multiprocessor (1.3 + 0.22·P with the smaller TAIL), and each program 40 ns of the second step [fitted to 45 shapes and
-tiles on an H200; root mean square of what is left 8 %].
+Tiles are as long as fills the multiprocessors best. A row of the fused backward takes 0.4 + 0.27·P µs with P programs
+on a multiprocessor (1.3 + 0.22·P with the smaller TAIL), and each program 40 ns of the second step [fitted to 45 shapes
+and tiles on an H200; root mean square of what is left 8 %]; one of the fused forward 0.73 + 0.2·P [to 12 shapes in
+tiles of up to 32 tokens; 4 %]. Of that forward 1056 programs fit at a time: 1040 of 240p took 79 µs, and of as many
+tokens of 144p 1120 programs, 64 of them alone at the end, 88.
 """
 
 from __future__ import annotations
@@ -35,32 +37,29 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..configurations import Configuration, candidates_of, select
+from ..configurations import Configuration, select
 from ..launch import ceil_divide
 from ..layout import FRAME_TILE_SIZES, PackLayout
 
-FEW_TOKENS = 16384  # up to here a tile of 64 tokens would leave multiprocessors without work
 
-_FORWARD = {
-    "few": (
-        Configuration(tile_tokens=16, STAGES=3, num_warps=2),
-        Configuration(tile_tokens=16, STAGES=1, num_warps=4),
-        Configuration(tile_tokens=32, STAGES=3, num_warps=4),
-    ),
-    "many": (
-        Configuration(tile_tokens=32, STAGES=3, num_warps=2),
-        Configuration(tile_tokens=16, STAGES=1, num_warps=2),
-        Configuration(tile_tokens=16, STAGES=1, num_warps=1),
-        Configuration(tile_tokens=16, STAGES=1, num_warps=4),
-        Configuration(tile_tokens=64, STAGES=3, num_warps=4),
-    ),
-    # The general default spills 8 bytes there in modulated_norm.
-    "many@sm_80": (
-        Configuration(tile_tokens=16, STAGES=1, num_warps=4),
-        Configuration(tile_tokens=16, STAGES=3, num_warps=2),
-        Configuration(tile_tokens=64, STAGES=3, num_warps=4),
-    ),
-}
+def _forward(programs: int, of_four_warps: int) -> dict[str, tuple[Configuration, ...]]:
+    return {
+        "any": (
+            Configuration(programs=programs, STAGES=3, num_warps=2),
+            Configuration(programs=programs, STAGES=1, num_warps=2),
+            Configuration(programs=programs, STAGES=1, num_warps=1),
+            Configuration(programs=of_four_warps, STAGES=1, num_warps=4),
+            Configuration(programs=of_four_warps, STAGES=3, num_warps=4),
+        ),
+        # The general default spills 8 bytes there in modulated_norm.
+        "any@sm_80": (
+            Configuration(programs=of_four_warps, STAGES=1, num_warps=4),
+            Configuration(programs=programs, STAGES=3, num_warps=2),
+            Configuration(programs=of_four_warps, STAGES=3, num_warps=4),
+        ),
+    }
+
+
 # `programs`: how many fit on a multiprocessor. `tail_bytes`: of a row's TAIL at least, so that each thread has four.
 _BACKWARD = {
     "any": (
@@ -70,12 +69,18 @@ _BACKWARD = {
         Configuration(programs=4, STAGES=3, tail_bytes=0, num_warps=4),
     ),
 }
-# What a row takes beside the rows of other programs, and the sums of a program in the second step, in the time that
-# each program on a multiprocessor adds to a row (0.27 µs on an H200, where the choice is within 6 % of the best tiles).
-_LATENCY = 1.5
-_SUMS = 0.15
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
-CONFIGURATIONS = {f"{op}_forward": _FORWARD for op in OPS} | {f"{op}_backward": _BACKWARD for op in OPS}
+CONFIGURATIONS = {
+    "modulated_norm_forward": _forward(programs=12, of_four_warps=10),
+    "gate_residual_forward": _forward(programs=16, of_four_warps=10),
+    "gate_residual_modulated_norm_forward": _forward(programs=8, of_four_warps=6),
+} | {f"{op}_backward": _BACKWARD for op in OPS}
+
+# What a row takes beside the rows of other programs, and a program beside its rows (in the backward: its sums in the
+# second step), in the time that each program on a multiprocessor adds to a row: on an H200 0.2 µs forward and 0.27 µs
+# backward, where the choice is within 6 % of the best tiles.
+_LATENCY = {"forward": 3.7, "backward": 1.5}
+_PROGRAM = {"forward": 0.03, "backward": 0.15}
 
 # What the model builds at hidden size 1152: (op, parts that are present, dtype).
 COMPILED = (
@@ -86,23 +91,6 @@ COMPILED = (
     ("gate_residual_modulated_norm", "branch gate bias norm", "fp16"),
     ("gate_residual_modulated_norm", "branch gate bias norm", "fp32"),
 )
-
-
-def compiled_configurations(kernel: str, arch: str) -> dict[str, Configuration]:
-    """The defaults of a kernel that need a build of their own, by shape class; tiles are chosen by the launcher."""
-    builds: dict[tuple, tuple[str, Configuration]] = {}
-    for size in ("many", "few") if kernel.endswith("_forward") else ("any",):
-        configuration = candidates_of(CONFIGURATIONS, kernel, size, arch)[0]
-        builds.setdefault(tuple(configuration.launch.items()), (size, configuration))
-    return dict(builds.values())
-
-
-def select_row_configuration(kernel: str, num_tokens: int, device: torch.device) -> Configuration:
-    """As `configurations.select`; a forward's shape class depends on how many tokens there are."""
-    shape_class = "any"
-    if kernel.endswith("_forward"):
-        shape_class = "few" if num_tokens <= FEW_TOKENS else "many"
-    return select(CONFIGURATIONS, kernel, shape_class, device)
 
 
 def choose_tiles(op: str, layout: PackLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,10 +104,12 @@ def _choose_sizes(
     op: str, num_tokens: int, programs: tuple[int, ...], device_type: str, device_index: int | None
 ) -> tuple[int, int]:
     device = torch.device(device_type, device_index)
-    forward = select_row_configuration(f"{op}_forward", num_tokens, device)
-    backward = select_row_configuration(f"{op}_backward", num_tokens, device)
-    backward_size = fill_rounds(num_tokens, programs, multiprocessors(device), backward["programs"])
-    return forward["tile_tokens"], backward_size
+
+    def choose(direction: str) -> int:
+        side_by_side = select(CONFIGURATIONS, f"{op}_{direction}", "any", device)["programs"]
+        return fill_rounds(num_tokens, programs, multiprocessors(device), side_by_side, direction)
+
+    return choose("forward"), choose("backward")
 
 
 # The choice reads a file and asks for the GPU's name, which a compiler cannot trace: it is a constant to it. This mark
@@ -133,20 +123,23 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=1024)
-def fill_rounds(num_tokens: int, programs: tuple[int, ...], multiprocessors: int, side_by_side: int) -> int:
+def fill_rounds(
+    num_tokens: int, programs: tuple[int, ...], multiprocessors: int, side_by_side: int, direction: str = "backward"
+) -> int:
     """The one of FRAME_TILE_SIZES whose programs should take the least time.
 
     Args:
         programs: of each size.
         side_by_side: programs that fit on a multiprocessor.
+        direction: "forward" or "backward".
     """
 
     def time(count: int) -> float:
         rounds, rest = divmod(count, multiprocessors * side_by_side)
-        row = rounds * (_LATENCY + side_by_side)
+        row = rounds * (_LATENCY[direction] + side_by_side)
         if rest:
-            row += _LATENCY + ceil_divide(rest, multiprocessors)
-        return row * num_tokens / count + _SUMS * count
+            row += _LATENCY[direction] + ceil_divide(rest, multiprocessors)
+        return row * num_tokens / count + _PROGRAM[direction] * count
 
     return min(zip(FRAME_TILE_SIZES, programs, strict=True), key=lambda choice: time(choice[1]))[0]
 

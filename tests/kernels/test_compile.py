@@ -7,6 +7,7 @@ look at its difference: `opensora-fast kernels compile --write-budget`.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,9 @@ def test_builds_for_sm_90() -> None:
     assert [name(row) for row in groups if not row["hgmma"]] == [], "these builds use those of older GPUs"
     assert [name(row) for row in builds if row["unwritten_descriptors"]] == [], "they multiply what nothing wrote"
     assert [name(row) for row in builds if row["programs"] < 1] == [], "these builds fit on no multiprocessor"
+    for row in builds:
+        side_by_side = re.search(r"\bprograms=(\d+)", row["config"])  # for which the launcher cuts its tiles
+        assert side_by_side is None or int(side_by_side[1]) <= row["programs"], name(row)
     assert [name(row) for row in builds if row["loop"]["other"]] == [], "sass.CLASSES lacks instructions of these"
     loops = [row for row in attention if row["unit"] == "score"]
     # 80 columns for 72, in two to five products: the counted work is the loop's, and nothing else is in it. (560: five,

@@ -299,3 +299,18 @@ def test_tiles_of_the_backward_fill_the_multiprocessors() -> None:
 
 def test_few_tokens_are_cut_into_as_many_tiles_as_there_can_be() -> None:
     assert tiles_of_backward([(16, 9, 9)]) == (96, 14, 11)
+
+
+def tiles_of_forward(shapes: list[tuple[int, int, int]]) -> tuple[int, int]:
+    """(programs, tokens of the longest) of the fused forward for 132 multiprocessors that hold eight programs each."""
+    layout = PackLayout.of(shapes, "cpu")
+    size = fill_rounds(layout.num_tokens, layout.tile_counts, multiprocessors=132, side_by_side=8, direction="forward")
+    count = layout.frame_tiles(size)[:, 1]
+    return len(count), int(count.max())
+
+
+def test_tiles_of_the_forward_leave_no_programs_alone_at_the_end() -> None:
+    """1056 fit at a time. In tiles of up to 32 tokens these were 1120 programs, 64 of them alone, and 1248."""
+    assert tiles_of_forward([(16, 9, 16)] * 14) == (896, 36)
+    assert tiles_of_forward([(16, 15, 27)] * 6) == (1056, 37)
+    assert tiles_of_forward([(16, 15, 27)] * 5) == (1040, 32)
