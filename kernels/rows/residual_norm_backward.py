@@ -28,7 +28,7 @@ from torch import Tensor
 from ..configurations import CompileCase, candidates_of, select
 from ..launch import launch
 from ..registration import contiguous
-from .residual_norm_forward import dense_rows, load_row, row_stride, sum_row
+from .residual_norm_forward import dense_rows, fold_row, load_row, row_stride
 from .tile_sums import launch_sum_tiles
 from .tiles import (
     COMPILED,
@@ -88,11 +88,10 @@ def residual_norm_backward(
     for step in tl.range(0, count, num_stages=STAGES):
         token = first + step
         row = token * C
-        d_wide, d_tail = tl.zeros([WIDE], tl.float32), tl.zeros([TAIL], tl.float32)
-        if d_residual is not None:
+        if d_normed is None:
             d_wide = load_row(d_residual, row, wide, in_wide)
             d_tail = load_row(d_residual, row, tail, in_tail)
-        if d_normed is not None:
+        else:
             average, scaling = tl.load(mean + token), tl.load(rstd + token)
             out_wide = load_row(d_normed, row, wide, in_wide)
             out_tail = load_row(d_normed, row, tail, in_tail)
@@ -105,10 +104,15 @@ def residual_norm_backward(
                 scale_sum_tail += out_tail * unit_tail
             out_wide *= 1.0 + scale_wide
             out_tail *= 1.0 + scale_tail
-            plain = sum_row(out_wide, out_tail, WIDE, TAIL) / C
-            along = sum_row(out_wide * unit_wide, out_tail * unit_tail, WIDE, TAIL) / C
-            d_wide += scaling * (out_wide - plain - unit_wide * along)
-            d_tail += scaling * (out_tail - plain - unit_tail * along)
+            plain = fold_row(out_wide, out_tail, WIDE, TAIL)
+            along = fold_row(out_wide * unit_wide, out_tail * unit_tail, WIDE, TAIL)
+            # Both at once: two reductions wait at twice as many barriers.
+            plain, along = tl.split(tl.sum(tl.join(plain, along), axis=0) / C)
+            d_wide = scaling * (out_wide - plain - unit_wide * along)
+            d_tail = scaling * (out_tail - plain - unit_tail * along)
+            if d_residual is not None:
+                d_wide += load_row(d_residual, row, wide, in_wide)
+                d_tail += load_row(d_residual, row, tail, in_tail)
         if d_x is not None:
             tl.store(d_x + row + wide, d_wide, mask=in_wide)
             tl.store(d_x + row + tail, d_tail, mask=in_tail)

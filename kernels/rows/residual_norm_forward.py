@@ -38,9 +38,14 @@ def load_row(pointer, row, columns, within):
 
 
 @triton.jit
+def fold_row(wide, tail, WIDE: tl.constexpr, TAIL: tl.constexpr):
+    """Adds WIDE to TAIL [TAIL], so that one reduction across threads gives the sum over the C columns of a row."""
+    return tl.sum(tl.reshape(wide, [TAIL, WIDE // TAIL]), axis=1) + tail
+
+
+@triton.jit
 def sum_row(wide, tail, WIDE: tl.constexpr, TAIL: tl.constexpr):
-    """Sum over the C columns of a row: one reduction across threads for both blocks."""
-    return tl.sum(tl.sum(tl.reshape(wide, [TAIL, WIDE // TAIL]), axis=1) + tail, axis=0)
+    return tl.sum(fold_row(wide, tail, WIDE, TAIL), axis=0)
 
 
 @triton.jit
