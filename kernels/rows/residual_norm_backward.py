@@ -65,6 +65,7 @@ def residual_norm_backward(
     C: tl.constexpr,
     WIDE: tl.constexpr,
     TAIL: tl.constexpr,
+    THREADS: tl.constexpr,
     WANTS_TABLES: tl.constexpr,
     WANTS_GATE: tl.constexpr,
     WANTS_BIAS: tl.constexpr,
@@ -104,8 +105,9 @@ def residual_norm_backward(
                 scale_sum_tail += out_tail * unit_tail
             out_wide *= 1.0 + scale_wide
             out_tail *= 1.0 + scale_tail
-            plain = fold_row(out_wide, out_tail, WIDE, TAIL)
-            along = fold_row(out_wide * unit_wide, out_tail * unit_tail, WIDE, TAIL)
+            BYTES: tl.constexpr = residual.dtype.element_ty.primitive_bitwidth // 8
+            plain = fold_row(out_wide, out_tail, WIDE, TAIL, THREADS, BYTES)
+            along = fold_row(out_wide * unit_wide, out_tail * unit_tail, WIDE, TAIL, THREADS, BYTES)
             # Both at once: two reductions wait at twice as many barriers.
             plain, along = tl.split(tl.sum(tl.join(plain, along), axis=0) / C)
             d_wide = scaling * (out_wide - plain - unit_wide * along)
@@ -202,6 +204,7 @@ def launch_backward(
             "WANTS_GATE": d_gate is not None,
             "WANTS_BIAS": d_bias is not None,
             **split_columns(channels, configuration["tail_bytes"] // gradient.element_size()),
+            "THREADS": 32 * configuration.num_warps,
             **configuration.launch,
         },
     )
@@ -241,6 +244,7 @@ def _compile_case(op: str, parts: str, dtype: str, arch: str) -> CompileCase:
         | dict.fromkeys(strides, "i32"),
         constants=dict.fromkeys(absent)
         | split_columns(1152, configuration["tail_bytes"] // element)
+        | {"THREADS": 32 * configuration.num_warps}
         | {"WANTS_TABLES": "norm" in given, "WANTS_GATE": "gate" in given, "WANTS_BIAS": "bias" in given},
         configuration=configuration,
         dtype=dtype,

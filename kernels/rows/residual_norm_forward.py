@@ -38,14 +38,13 @@ def load_row(pointer, row, columns, within):
 
 
 @triton.jit
-def fold_row(wide, tail, WIDE: tl.constexpr, TAIL: tl.constexpr):
-    """Adds WIDE to TAIL [TAIL], so that one reduction across threads gives the sum over the C columns of a row."""
-    return tl.sum(tl.reshape(wide, [TAIL, WIDE // TAIL]), axis=1) + tail
-
-
-@triton.jit
-def sum_row(wide, tail, WIDE: tl.constexpr, TAIL: tl.constexpr):
-    return tl.sum(fold_row(wide, tail, WIDE, TAIL), axis=0)
+def fold_row(wide, tail, WIDE: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr, BYTES: tl.constexpr):
+    """Sums whose sum is that over the C columns of a row: what each thread has of WIDE, sixteen bytes at a time, and of
+    TAIL, so that nothing passes through shared memory."""
+    SUMS: tl.constexpr = min(THREADS, TAIL)
+    LOADED: tl.constexpr = min(16 // BYTES, WIDE // SUMS)
+    wide = tl.sum(tl.sum(tl.reshape(wide, [WIDE // SUMS // LOADED, SUMS, LOADED]), axis=2), axis=0)
+    return wide + tl.sum(tl.reshape(tail, [SUMS, TAIL // SUMS]), axis=1)
 
 
 @triton.jit
@@ -81,12 +80,14 @@ def residual_norm_forward(
     C: tl.constexpr,
     WIDE: tl.constexpr,
     TAIL: tl.constexpr,
+    THREADS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     tile = tl.program_id(0)
     first = tl.load(tiles + 3 * tile).to(tl.int64)
     count = tl.load(tiles + 3 * tile + 1)
     entry = tl.load(frame_rows + tl.load(tiles + 3 * tile + 2)).to(tl.int64)
+    BYTES: tl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
     wide, tail = tl.arange(0, WIDE), WIDE + tl.arange(0, TAIL)
     in_wide, in_tail = wide < C, tail < C
     gate_wide = load_row(gate, entry * gate_stride, wide, in_wide)
@@ -109,10 +110,11 @@ def residual_norm_forward(
             tl.store(residual + row + tail, stored_tail, mask=in_tail)
             value_wide, value_tail = stored_wide.to(tl.float32), stored_tail.to(tl.float32)
         if normed is not None:
-            average = sum_row(value_wide, value_tail, WIDE, TAIL) / C
+            average = tl.sum(fold_row(value_wide, value_tail, WIDE, TAIL, THREADS, BYTES)) / C
             value_wide -= average
             value_tail = tl.where(in_tail, value_tail - average, 0.0)
-            variance = sum_row(value_wide * value_wide, value_tail * value_tail, WIDE, TAIL) / C
+            squares = fold_row(value_wide * value_wide, value_tail * value_tail, WIDE, TAIL, THREADS, BYTES)
+            variance = tl.sum(squares) / C
             scaling = 1.0 / tl.sqrt(variance + eps)
             tl.store(mean + token, average)
             tl.store(rstd + token, scaling)
@@ -170,6 +172,7 @@ def launch_forward(
         ),
         {
             **split_columns(x.shape[1]),
+            "THREADS": 32 * configuration.num_warps,
             **configuration.launch,
         },
     )
@@ -202,7 +205,7 @@ def _compile_case(op: str, parts: str, dtype: str, arch: str) -> CompileCase:
         signature={name: kind for name, kind in types.items() if name not in absent}
         | {"frame_rows": "*i32", "tiles": "*i32", "eps": "fp32"}
         | dict.fromkeys(strides, "i32"),
-        constants=dict.fromkeys(absent) | split_columns(1152),
+        constants=dict.fromkeys(absent) | split_columns(1152) | {"THREADS": 32 * configuration.num_warps},
         configuration=configuration,
         dtype=dtype,
         divisible_by_16=strides,
