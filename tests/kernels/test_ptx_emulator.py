@@ -1,5 +1,11 @@
 """The emulator computes what PTX says, and finds what would be wrong on a GPU: programs written for the purpose."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +17,7 @@ from ptx_emulator.machine import EmulationError, Machine, run
 from ptx_emulator.matrices import described_addresses, lanes_of_8x8, matrix_of_lanes
 from ptx_emulator.program import parse
 
+FOLDER = Path(__file__).parent
 WORDS, SIGNED_WORDS = st.integers(0, 2**32 - 1), st.integers(-(2**31), 2**31 - 1)
 
 
@@ -290,3 +297,28 @@ def test_counts_of_a_product() -> None:
     assert found["shared"] == 128 * 16 / 128 + 2
     assert found["matrix"] == 2 * 64 * 8 * 16 / 4096
     assert found["lines"] == 2 * 128 * 16 / 128
+
+
+def count(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(FOLDER), *sys.path])}
+    command = [sys.executable, "-m", "ptx_emulator.counting", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_the_command_counts_both_directions_of_an_op() -> None:
+    process = count("gelu_tanh", "1x2x4", "--lines", "1")
+    assert process.returncode == 0, process.stderr
+    for kernel in ("gelu_tanh_forward", "gelu_tanh_backward"):
+        head, columns, total, line = re.search(rf"^{kernel}: .*\n(?:.*\n){{2}}.*$", process.stdout, re.M)[
+            0
+        ].splitlines()
+        assert columns.split() == ["issue", "shared", "lines"]
+        assert total.endswith("  all") and "gelu_tanh.py:" in line
+        # Eight tokens of 4 · 1152 halves are 72 lines, read and written once at least.
+        assert int(total.split()[2]) * int(re.search(r"one of (\d+) programs", head)[1]) >= 8 * 72 * 2
+
+
+@pytest.mark.parametrize("size", ["16x9", "16x9xa", "0x9x16"])
+def test_the_command_refuses_what_is_no_size(size) -> None:
+    process = count("gelu_tanh", size)
+    assert process.returncode == 2 and "give three numbers" in process.stderr
