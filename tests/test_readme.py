@@ -62,8 +62,9 @@ def test_make_targets_exist():
 
 def test_modules_and_paths_exist():
     for text in PAGES.values():
-        for module in re.findall(r"python -m ([\w.]+)", text):
-            assert importlib.util.find_spec(module), module
+        for folder, module in re.findall(r"(?:PYTHONPATH=(\S+) )?python -m ([\w.]+)", text):
+            file = (ROOT / folder / module.replace(".", "/")).with_suffix(".py")
+            assert file.exists() if folder else importlib.util.find_spec(module), module
     paths = [ROOT / word for words in LINES for word in words if word.startswith(("tests/", "benchmarks/"))]
     for page, text in PAGES.items():
         paths += [page.parent / link for link in re.findall(r"\]\((?!https:)([^)]+)\)", text)]

@@ -1,6 +1,6 @@
 """Counts what a kernel asks of the pipes of a multiprocessor, for each line of its source.
 
-    cd tests/kernels; TRITON_INTERPRET=0 PYTHONPATH=. python -m ptx_emulator.counting spatial_attention 1x15x27
+    TRITON_INTERPRET=0 PYTHONPATH=tests/kernels python -m ptx_emulator.counting spatial_attention 1x15x27
 
 builds the kernels of an op for one video in bfloat16, 16 heads of 72 and 120 tokens of text, with the configurations
 measured on an H200, runs them forward and backward, and prints what one program of each needs, in all and by line:
