@@ -12,8 +12,10 @@ them got from Triton.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .registration import on_device
@@ -63,6 +65,12 @@ def launch(
 def ceil_divide(number: int, divisor: int) -> int:
     """As `triton.cdiv`, which is for kernels too and takes 1.5 µs."""
     return -(-number // divisor)
+
+
+@lru_cache(maxsize=64)
+def count_multiprocessors(device: torch.device) -> int:
+    """1 on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _kind(argument: Argument) -> Any:

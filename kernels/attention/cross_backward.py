@@ -22,8 +22,7 @@ from torch import Tensor
 
 from ..bias_gradient import BiasPartials
 from ..configurations import CompileCase, Configuration, candidates_of, select
-from ..launch import ceil_divide, launch
-from ..rows.tiles import multiprocessors
+from ..launch import ceil_divide, count_multiprocessors, launch
 from .builds import attention_case
 from .cross_chunks_backward import launch_chunks
 from .cross_forward import shape_class
@@ -209,7 +208,7 @@ def launch_backward(
     _, heads, head_size = q.shape
     runs, width = tuple(runs), 2 * heads * head_size
     chosen = select_short(q, max_length)
-    programs, side_by_side = heads, multiprocessors(q.device)
+    programs, side_by_side = heads, count_multiprocessors(q.device)
     if chosen is None:  # a program for each tile of text, and two on a multiprocessor
         programs, side_by_side = heads * ceil_divide(max(max_length, 1), TEXT_TILE), 2 * side_by_side
     chunk_tokens = chunk_length(runs, programs, side_by_side, CHUNK_SUMS)

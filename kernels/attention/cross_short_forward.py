@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configurations import CompileCase, Configuration
-from ..launch import launch
-from ..rows.tiles import multiprocessors
+from ..launch import count_multiprocessors, launch
 from .builds import attention_case
 from .cross_tiles import chunk_length, load_rows_and_text
 from .tables import row_tiles
@@ -153,7 +152,7 @@ def launch_short_forward(
     """As `cross_forward.launch_forward`, for texts that have a `class_of_text`."""
     num_tokens, heads, head_size = q.shape
     runs = tuple(runs)
-    chunk_tokens = chunk_length(runs, heads, multiprocessors(q.device) * configuration["programs"])
+    chunk_tokens = chunk_length(runs, heads, count_multiprocessors(q.device) * configuration["programs"])
     chunks = row_tiles(runs, chunk_tokens, q.device)
     launch(
         _forward,

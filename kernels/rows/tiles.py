@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from ..configurations import Configuration, select
-from ..launch import ceil_divide
+from ..launch import ceil_divide, count_multiprocessors
 from ..layout import FRAME_TILE_SIZES, PackLayout
 
 
@@ -116,7 +116,7 @@ def _choose_sizes(
 
     def choose(direction: str) -> int:
         side_by_side = select(CONFIGURATIONS, f"{op}_{direction}", "any", device)["programs"]
-        return fill_rounds(num_tokens, programs, multiprocessors(device), side_by_side, direction)
+        return fill_rounds(num_tokens, programs, count_multiprocessors(device), side_by_side, direction)
 
     return choose("forward"), choose("backward")
 
@@ -124,11 +124,6 @@ def _choose_sizes(
 # The choice reads a file and asks for the GPU's name, which a compiler cannot trace: it is a constant to it. This mark
 # is all that torch.compiler.assume_constant_result sets, but calling that imports the compiler, seconds at every start.
 _choose_sizes._dynamo_marked_constant = True
-
-
-@lru_cache(maxsize=64)
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @lru_cache(maxsize=1024)

@@ -126,7 +126,7 @@ def test_other_head_sizes(head_size, device, compare) -> None:
 
 def test_several_chunks(device, compare, monkeypatch) -> None:
     for module in (cross_short_forward, cross_backward):
-        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+        monkeypatch.setattr(module, "count_multiprocessors", lambda device: 132)
     shapes = [(2, 11, 13), (1, 1, 1), (1, 16, 17)]
     runs = (1, 286, 1, 1, 1, 272)
     assert row_tiles(runs, chunk_length(runs, 1, 132), device).shape[0] == 5
