@@ -22,6 +22,7 @@ from .tiles import (
     carries_number,
     dot_rows,
     get_column,
+    hand_over,
     has_padding,
     load_head,
     load_numbers,
@@ -202,24 +203,27 @@ def center(
     KEY_STRIDE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
-    """What `query_gradient` returns, less its `row_sums` times the mean of the first STEP keys.
+    """What `query_gradient` returns, less its `row_sums` times a mean of the first STEP keys.
 
     The gradients of a query's logits sum to zero, but for the rounding of the output in `delta`. What is left of the
     sum is times a mean of keys in the result: more than the result itself where keys, and values, are much alike.
     Added to `delta`, the sum makes it that of the output before it was rounded.
 
-    It is one more step of the products: a mean of columns would go through shared memory, between barriers.
+    The mean is a product with ones: a sum of columns would go through shared memory, between barriers. `row_sums` are
+    no factor of that product: small ones would vanish in float16.
     """
     FOLDED: tl.constexpr = is_folded(NORM, HEAD_SIZE)
+    ROWS: tl.constexpr = row_sums.shape[0]
     rows = tl.arange(0, STEP)
     inside = rows < length
     k = load_head(keys, rows, inside, KEY_STRIDE, HEAD_SIZE, FOLDED)  # [n, D]
-    share = (-row_sums / tl.minimum(length, STEP))[:, None]
-    if NORM == NORM_LOADED:
-        shares = share * load_numbers(key_factors, rows, inside, 0.0)[None, :]
+    total = add_product(zero_head(ROWS, HEAD_SIZE), tl.full([ROWS, STEP], 1.0, k[0].dtype), k)  # [m, D]
+    if NORM == NORM_LOADED:  # Σ key = Σ RMS · normed key: a mean weighted by the RMS
+        weight = tl.sum(1.0 / load_numbers(key_factors, rows, inside, float("inf")), axis=0)
     else:
-        shares = tl.broadcast_to(share, [row_sums.shape[0], STEP])
-    return add_product(sums, shares.to(k[0].dtype), k)
+        weight = tl.minimum(length, STEP)
+    share = row_sums / weight
+    return sums[0] - total[0] * hand_over(share)[:, None], sums[1] - total[1] * share[:, None]
 
 
 @triton.jit

@@ -173,12 +173,17 @@ def test_small_gradients_keep_their_precision(frame_class, device, compare) -> N
     compare(inputs)
 
 
-def test_gradients_where_tokens_are_alike(frame_class, device) -> None:
-    """The rounding of the output must not drown them, as it does in flash attention: by seven times and more, here."""
-    inputs = make_inputs([(1, 9, 15)], torch.float16, device)
-    alike = 10 * torch.randn(3, 1, 72, generator=torch.Generator().manual_seed(1)).to(device)
-    inputs["qkv"] = (inputs["qkv"].detach() + alike).to(torch.float16).requires_grad_()
-    gradient = torch.randn(135, 1, 72, generator=torch.Generator().manual_seed(2)).to(device, torch.float16)
+def errors_where_tokens_are_alike(shape, near: float, far: float, size: float, device) -> list[float]:
+    """Relative to float64, of the gradients of queries, keys, values and weights in float16.
+
+    Tokens are `near` to each other and `far` from zero; the gradient of the output is of this `size`.
+    """
+    inputs = make_inputs([shape], torch.float16, device)
+    tokens = inputs["layout"].num_tokens
+    alike = far * torch.randn(3, 1, 72, generator=torch.Generator().manual_seed(1)).to(device)
+    inputs["qkv"] = (near * inputs["qkv"].detach() + alike).to(torch.float16).requires_grad_()
+    gradient = torch.randn(tokens, 1, 72, generator=torch.Generator().manual_seed(2)) * size
+    gradient = gradient.to(device, torch.float16)
     exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items() if name != "layout"}
     ours(**inputs).backward(gradient)
     reference(**exact, layout=inputs["layout"]).backward(gradient.double())
@@ -186,8 +191,19 @@ def test_gradients_where_tokens_are_alike(frame_class, device) -> None:
         [*tensors["qkv"].grad.unbind(1), tensors["q_weight"].grad, tensors["k_weight"].grad]
         for tensors in (inputs, exact)
     )
-    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(mine, theirs, strict=True)]
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(mine, theirs, strict=True)]
+
+
+def test_gradients_where_tokens_are_alike(frame_class, device) -> None:
+    """The rounding of the output must not drown them, as it does in flash attention: by seven times and more, here."""
+    errors = errors_where_tokens_are_alike((1, 9, 15), near=1.0, far=10.0, size=1.0, device=device)
     assert all(error < most for error, most in zip(errors, (0.02, 5e-4, 5e-4, 0.02, 0.02), strict=True)), errors
+
+
+def test_small_gradients_where_tokens_are_alike(device) -> None:
+    """What is taken from them for each key is less than the least number of float16."""
+    errors = errors_where_tokens_are_alike((1, 15, 27), near=0.05, far=1.0, size=2.0**-9, device=device)
+    assert all(error < most for error, most in zip(errors, (0.12, 0.015, 5e-4, 0.03, 0.03), strict=True)), errors
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
