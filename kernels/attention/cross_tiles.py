@@ -16,10 +16,10 @@ AROUND = 1.5  # what a program takes before and behind its steps, in the time of
 
 @lru_cache(maxsize=1024)
 def chunk_length(runs: tuple[int, ...], programs: int, side_by_side: int, beside: float = 0.0) -> int:
-    """Tokens of a chunk such that all chunks should take the least time.
+    """Tokens of a chunk, in whole steps, such that all chunks should take the least time.
 
     Args:
-        runs: the videos, as in `tables`; the longest is cut into equal parts, of whole steps.
+        runs: the videos, as in `tables`.
         programs: of each chunk.
         side_by_side: programs that the GPU runs at a time.
         beside: what a chunk takes in other kernels, in the time of a step.
@@ -30,9 +30,8 @@ def chunk_length(runs: tuple[int, ...], programs: int, side_by_side: int, beside
         chunks = sum(count * ceil_divide(length, tokens) for count, length in zip(counts, lengths, strict=True))
         return ceil_divide(chunks * programs, side_by_side) * (tokens / STEP + AROUND) + chunks * beside
 
-    longest = max(lengths)
-    parts = (ceil_divide(longest, number) for number in range(1, ceil_divide(longest, SHORTEST_CHUNK) + 1))
-    return min((min(max(ceil_divide(part, STEP) * STEP, SHORTEST_CHUNK), LONGEST_CHUNK) for part in parts), key=time)
+    longest = min(max(ceil_divide(max(lengths), STEP) * STEP, SHORTEST_CHUNK), LONGEST_CHUNK)
+    return min(range(longest, SHORTEST_CHUNK - 1, -STEP), key=time)
 
 
 @triton.jit

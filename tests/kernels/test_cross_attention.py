@@ -257,6 +257,7 @@ def test_chunks_of_a_video_lie_together(device) -> None:
         ((6, 6480), 24),  # 384 of 396 in three rounds; 66 chunks would fill eight, and cost more around the steps
         ((16, 2304), 16),  # whole videos: 256 of 264
         ((1, 256, 1, 6480), 8),  # 7 and 1
+        ((2, 2304, 2, 6480), 8),  # whole videos and thirds; equal parts of the longer ones would be 24
     ],
 )
 def test_chunks_fill_the_multiprocessors(runs, chunks, device) -> None:
