@@ -285,6 +285,23 @@ def test_counts_belong_to_lines_of_the_source() -> None:
     assert of_store == {"issue": 3 * 2 * 4, "shared": 3 * 2 * (2 + 1), "barriers": 3 * 2}
 
 
+def test_a_copy_of_nothing_touches_no_line() -> None:
+    """Masked loads become such copies; they fill shared memory with zeros."""
+    programs.clear(), counts.clear()
+    body = """
+        mad.lo.u32 %r1, %r0, 4, global_smem;
+        mad.wide.u32 %rd1, %r0, 128, %rd0;
+        setp.lt.u32 %p1, %r0, 5;
+        selp.b32 %r2, 4, 0, %p1;
+        cp.async.ca.shared.global [%r1 + 0], [%rd1 + 0], 0x4, %r2;
+        cp.async.commit_group;
+        cp.async.wait_group 0;
+        """
+    emulate(body, torch.zeros(5 * 32, dtype=torch.int32), threads=32, kind=CountingMachine)
+    (found,) = counts.values()
+    assert (found["shared"], found["lines"]) == (1, 5)
+
+
 def test_counts_of_a_product() -> None:
     """Its second factor of 8 rows of 16 is read from shared memory, two wavefronts of 128 bytes; the first is not."""
     programs.clear(), counts.clear()

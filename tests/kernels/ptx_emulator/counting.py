@@ -67,9 +67,10 @@ class CountingMachine(Machine):
             return {"shared": count_shared(self._addresses(place, active), size)}
         if first == "cp" and len(operands) > 1:
             to, source, size = operands[:3]
+            read = active & (self._read(operands[3]) > 0) if len(operands) > 3 else active  # the others copy zeros
             return {
                 "shared": count_shared(self._addresses(to, active), size),
-                "lines": self._count_lines(source, active),
+                "lines": self._count_lines(source, read),
             }
         if first in ("ldmatrix", "stmatrix"):
             registers, place = operands if first == "ldmatrix" else operands[::-1]
@@ -175,9 +176,12 @@ def main() -> None:
     parser.add_argument("size", metavar="TxRxC", help="frames, rows and columns of the video, in tokens")
     parser.add_argument("--lines", type=int, default=20, help="how many lines of each kernel to show")
     given = parser.parse_args()
-    size = tuple(int(number) for number in given.size.split("x") if number.isdecimal())
-    if len(size) != 3 or min(size) < 1:
+    words = given.size.split("x")
+    if len(words) != 3 or not all(word.isdecimal() and int(word) for word in words):
         parser.error(f"{given.size}: give three numbers, such as 16x9x16")
+    if dispatch.interpreting():
+        parser.error("set TRITON_INTERPRET=0: what Triton interprets is not built")
+    size = tuple(int(word) for word in words)
     with ExitStack() as stack:
         stack.enter_context(emulate(CountingMachine))
         stack.enter_context(patch.object(dispatch, "interpreting", lambda: True))
