@@ -57,7 +57,7 @@ CONFIGURATIONS = {
 }
 # The sums of a chunk in the kernel of the chunks, in the time of a step of cross_short_backward [counted bytes].
 CHUNK_SUMS = 0.1
-TEXT_TILE = 64  # ROWS of the text kernel, but for candidates that are not the default
+TEXT_TILE = 64  # ROWS of the text kernel by default in half precision
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

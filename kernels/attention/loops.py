@@ -5,7 +5,8 @@ units as they lie in memory. Without QK-norm the scale is a factor in the expone
 folded into the query, rounded once, and a key is either normed in memory or its reciprocal RMS is a factor on its
 scores: all three loops then multiply the very same operands, so that the probabilities of the backward pass sum to one
 however large the logits are.
-The rows beyond a whole number of steps come first, masked, in steps of REMAINDER; whole steps of STEP need no mask.
+The rows beyond a whole number of steps come first, in `key_gradient` when they are asked for, masked, in steps of
+REMAINDER; whole steps of STEP need no mask.
 
 Letters: m rows that stay, n rows of one step, D head size. A head tile [m, D] is a pair, see tiles. Pointers
 to streamed rows are those of `load_head` to the first row of the sequence, those to their numbers (one for each row,

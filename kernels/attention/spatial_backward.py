@@ -9,7 +9,7 @@ probabilities, δ = rowsum(g · output), W = q_weight · k_weight, q̂ = q · r_
     d q̂ = W · (dS · k̂) / sqrt(D)     d k̂ = W · (dSᵀ · q̂) / sqrt(D), then the gradient of the RMS norm
 
 Rows of dS sum to zero, but for the rounding of the output in δ. In half precision dS · k̂ is therefore computed as
-dS · (k̂ - c), c the mean of a few keys, and δ is then corrected for dK: where all tokens of a frame are much alike, what
+dS · (k̂ - c), c a mean of a few keys, and δ is then corrected for dK: where all tokens of a frame are much alike, what
 the rounding leaves of the sums would else outweigh the gradients.
 
 The first kernel leaves the queries as the forward pass scaled and rounded them, q' = q̂ · W · log2(e) / sqrt(D), for
