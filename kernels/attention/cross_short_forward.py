@@ -114,10 +114,11 @@ def _forward(
     # Offsets within a video may pass 2^31 elements, those within a chunk do not.
     in_tokens = first_token * TOKEN_STRIDE + head * HEAD_SIZE
     statistics = log_sums + head * num_tokens + first_token
+    read = tl.where(text_length > 0, length, 0)  # without text the output is zero, also where a query is not finite
     for start in tl.range(0, length, ROWS):
         rows = start + tl.arange(0, ROWS)
         inside = rows < length
-        queries = load_head(q + in_tokens, rows, inside, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
+        queries = load_head(q + in_tokens, rows, rows < read, TOKEN_STRIDE, HEAD_SIZE)  # [ROWS, D]
         queries = set_column(queries, in_ones, 1.0)
         scores = dot_rows(queries, k)  # [ROWS, KEYS]
         row_max = tl.maximum(tl.max(scores, axis=1) * SCALE, -1e30)  # finite: exp2(-inf - row_max) is then zero

@@ -89,6 +89,13 @@ def test_the_longest_text_of_a_pack_decides_the_kernels(lengths, forward, backwa
     assert names == [*backward, "cross_attention_chunks_backward"]
 
 
+def test_without_text_the_output_is_zero_whatever_the_queries(device) -> None:
+    inputs = make_inputs([(1, 2, 3), (1, 2, 2)], [0, 5], torch.float16, device)
+    inputs["q"].data[2, 0, 1] = float("nan")
+    inputs["q"].data[3, 0, 1] = float("inf")
+    assert (ours(**inputs)[:6] == 0).all()
+
+
 def test_logits_far_below_zero(device, compare) -> None:
     """The tokens of a tile beyond the text have logits of zero, which must not decide the largest."""
     inputs = make_inputs([(1, 2, 3)], [3], torch.float16, device)
