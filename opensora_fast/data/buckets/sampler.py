@@ -94,7 +94,7 @@ class BucketSampler:
         epochs longer than others."""
         if not self._has_equal_epochs():
             return None
-        plan = self.get_plan(0)
+        plan = self.get_plan(epoch)  # which is kept for the training that follows
         return self._count_steps(plan, consumed) + (epochs - epoch - 1) * self._count_steps(plan, 0)
 
     def replacement(self, micro_batch: MicroBatch, row: int, attempt: int) -> int:
