@@ -1,4 +1,4 @@
-"""Which rows a program of cross-attention has: tokens of one video, and one head of them and of the video's text."""
+"""How cross-attention is cut into programs: chunks of a video's tokens, and one head of these and of the text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl
 from ..launch import ceil_divide
 
 SHORTEST_CHUNK, LONGEST_CHUNK = 256, 8192
-STEP = 64  # tokens, of the programs that walk over chunks
+STEP = 64  # tokens that a program takes at a time as it walks over its chunk
 AROUND = 1.5  # what a program takes before and behind its steps, in the time of one [counted, backward]
 
 

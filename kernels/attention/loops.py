@@ -23,7 +23,6 @@ from .tiles import (
     carries_number,
     dot_rows,
     get_column,
-    hand_over,
     has_padding,
     load_head,
     load_numbers,
@@ -33,6 +32,7 @@ from .tiles import (
     reciprocal_rms,
     row_width,
     scale_head,
+    scale_rows_apart,
     set_column,
     settle,
     zero_head,
@@ -223,8 +223,8 @@ def center(
         weight = tl.sum(1.0 / load_numbers(key_factors, rows, inside, float("inf")), axis=0)
     else:
         weight = tl.minimum(length, STEP)
-    share = row_sums / weight
-    return sums[0] - total[0] * hand_over(share)[:, None], sums[1] - total[1] * share[:, None]
+    part = scale_rows_apart(total, row_sums / weight)
+    return sums[0] - part[0], sums[1] - part[1]
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Rotary embedding of head tiles, and the seam that keeps the two tiles of a head apart.
+"""Rotary embedding of head tiles, and RMS norms of rows whose two tiles stay apart (`tiles.hand_over`).
 
 A head tile is a pair (wide, tail), see tiles. Rotation works on interleaved pairs of columns: a row of sixteen-byte
 pieces is split into its even and odd columns and joined again within the registers of one thread, so
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import hand_over, tail_of, to_float32, wide_of
+from .tiles import hand_over, scale_rows_apart, tail_of, to_float32, wide_of
 
 
 @triton.jit
@@ -101,12 +101,6 @@ def reciprocal_rms_apart(head, eps, HEAD_SIZE: tl.constexpr):
     """`tiles.reciprocal_rms` of a float32 head tile [m, D]."""
     squares = hand_over(tl.sum(head[0] * head[0], axis=1)) + tl.sum(head[1] * head[1], axis=1)
     return tl.rsqrt(squares / HEAD_SIZE + eps)
-
-
-@triton.jit
-def scale_rows_apart(head, factors):
-    """`tiles.scale_rows` for factors [m] that were made from both tiles."""
-    return head[0] * hand_over(factors)[:, None], head[1] * factors[:, None]
 
 
 @triton.jit

@@ -28,14 +28,7 @@ from torch import Tensor
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import ceil_divide, launch
 from .builds import attention_case
-from .rotary_tiles import (
-    load_angles,
-    rotate_back,
-    round_joined,
-    scale_rows_apart,
-    subtract_along,
-    subtract_rows,
-)
+from .rotary_tiles import load_angles, rotate_back, round_joined, subtract_along, subtract_rows
 from .temporal_tiles import (
     add_column_sums,
     builds_of_tiles,
@@ -54,6 +47,7 @@ from .tiles import (
     load_head,
     multiply,
     scale_head,
+    scale_rows_apart,
     store_head,
     to_float32,
     zero_head,

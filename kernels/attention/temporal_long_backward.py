@@ -23,7 +23,7 @@ from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import launch
 from ..layout import PLACE_BLOCK_ROWS
 from .builds import attention_case
-from .rotary_tiles import load_angles, rotate_back, scale_rows_apart, subtract_along
+from .rotary_tiles import load_angles, rotate_back, subtract_along
 from .temporal_tiles import (
     COMPILED_DTYPES,
     block_class,
@@ -40,6 +40,7 @@ from .tiles import (
     load_head,
     multiply,
     row_products,
+    scale_rows_apart,
     store_column_sums,
     store_head,
     store_vector,

@@ -10,15 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .rotary_tiles import (
-    join_columns,
-    load_angles,
-    reciprocal_rms_apart,
-    rotate,
-    scale_rows_apart,
-    split_columns,
-)
-from .tiles import load_head, load_weight_product, scale_head, tail_of, to_float32, wide_of
+from .rotary_tiles import join_columns, load_angles, reciprocal_rms_apart, rotate, split_columns
+from .tiles import load_head, load_weight_product, scale_head, scale_rows_apart, tail_of, to_float32, wide_of
 
 
 def builds_of_tiles(arch: str) -> list[tuple[int, str, bool]]:

@@ -346,6 +346,12 @@ def hand_over(factors):
 
 
 @triton.jit
+def scale_rows_apart(head, factors):
+    """`scale_rows` for factors [m] that were made from both tiles."""
+    return head[0] * hand_over(factors)[:, None], head[1] * factors[:, None]
+
+
+@triton.jit
 def fold_query(q, factors, weight):
     """q · factors (rows [m]) · weight (columns [1, D]), rounded once to q's dtype; the same bits in every kernel.
 
@@ -397,7 +403,5 @@ def rms_norm_gradient(gradient, normed, reciprocal, HEAD_SIZE: tl.constexpr):
     """
     wide = hand_over(tl.sum(gradient[0] * normed[0], axis=1))
     along = (wide + tl.sum(gradient[1] * normed[1], axis=1)) / HEAD_SIZE
-    return (
-        (gradient[0] - normed[0] * hand_over(along)[:, None]) * reciprocal[:, None],
-        (gradient[1] - normed[1] * along[:, None]) * reciprocal[:, None],
-    )
+    part = scale_rows_apart(normed, along)
+    return scale_rows((gradient[0] - part[0], gradient[1] - part[1]), reciprocal)

@@ -18,19 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.rotary_tiles import (
-    load_angles,
-    reciprocal_rms_apart,
-    rotate,
-    rotate_back,
-    scale_rows_apart,
-    subtract_along,
-)
+from ..attention.rotary_tiles import load_angles, reciprocal_rms_apart, rotate, rotate_back, subtract_along
 from ..attention.tiles import (
     column_sums,
     load_head,
     load_weight,
     multiply,
+    scale_rows_apart,
     store_head,
     store_vector,
     to_float32,
