@@ -21,6 +21,7 @@ from .checks import check_epsilon, check_head_size, check_reach, check_self_atte
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference
 from .registration import choose_backend, contiguous, empty_as, kernel_op, promote
+from .rows.tile_sums import launch_sum_tiles
 from .sequence_attention import attend_sequences
 
 
@@ -128,19 +129,21 @@ def _spatial_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of qkv, q_weight, k_weight and qkv_bias; those of what is None are empty."""
     from .attention.spatial_backward import launch_backward
+    from .attention.weight_gradients import launch_weight_gradients
 
     qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient = _allocate_gradients(
         qkv, q_weight, k_weight, None
     )
     tensors = contiguous(output_gradient, qkv, q_weight, k_weight)
-    sums = launch_backward(*tensors, output, statistics, qkv_gradient, runs, eps)
+    parts = launch_backward(*tensors, output, statistics, qkv_gradient, runs, eps)
     if qkv_bias is not None:
         # Within the kernels, whose registers are full, the sums took about twice as long as this pass [H200].
         # PyTorch rounds what it adds up to `dtype` first, so that it must not be narrower.
         bias_gradient = torch.sum(qkv_gradient, 0, dtype=promote(qkv, qkv_bias)).to(qkv_bias.dtype)
-    if q_weight is not None:
-        torch.mul(sums, k_weight, out=q_weight_gradient)
-        torch.mul(sums, q_weight, out=k_weight_gradient)
+    if parts is not None:
+        sums = parts.new_empty(parts.shape[1:])
+        launch_sum_tiles(parts.flatten(1)[None], [], sums)
+        launch_weight_gradients(sums, *tensors[2:], q_weight_gradient, k_weight_gradient)
     return qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient
 
 

@@ -200,6 +200,7 @@ def _temporal_attention_backward(
     """Returns the gradients of qkv, q_weight, k_weight and qkv_bias; those that are not wanted are empty."""
     from .attention.temporal_backward import launch_backward, tiles_of_a_program
     from .attention.temporal_long_backward import launch_long_backward
+    from .attention.weight_gradients import launch_weight_gradients
 
     gradients = _allocate_gradients(qkv, q_weight, k_weight, qkv_bias, wants_weights)
     qkv_gradient, q_weight_gradient, k_weight_gradient, bias_gradient = gradients
@@ -229,12 +230,12 @@ def _temporal_attention_backward(
     launch_long_backward(
         output_gradient, *inputs, blocks, block_rows, output, log_sums, qkv_gradient, part, bias_parts, eps
     )
-    if wants_bias:
-        launch_sum_tiles(sums[:3].flatten(2), bias_gradient.view(3, 1, -1).unbind(), None)
-    if wants_weights:
-        weighted = sums[3].flatten(0, 1).sum(dim=0)
-        torch.mul(weighted, k_weight, out=q_weight_gradient)
-        torch.mul(weighted, q_weight, out=k_weight_gradient)
+    if sums is not None:
+        wanted = sums[0 if wants_bias else 3 : 4 if wants_weights else 3]
+        weighted = sums.new_empty(sums.shape[2:]) if wants_weights else None
+        launch_sum_tiles(wanted.flatten(2), bias_gradient.view(3, 1, -1).unbind() if wants_bias else [], weighted)
+        if weighted is not None:
+            launch_weight_gradients(weighted, *inputs[1:3], q_weight_gradient, k_weight_gradient)
     return gradients
 
 

@@ -16,8 +16,8 @@ The first kernel leaves the queries as the forward pass scaled and rounded them,
 the second, which then needs no weights: d k̂ = dSᵀ · q' / log2(e). In longer frames it leaves a copy of the output's
 gradient, too, and both are padded rows with a number beside each head (see `loops.is_folded`).
 
-Both weights' gradients come from the one sum G = Σ (dS · k̂) · q̂ / sqrt(D) over all rows: dq_weight = k_weight · G,
-dk_weight = q_weight · G. Each program of the first kernel writes its part of G to a row of its own; the rows are summed
+Both weights' gradients come from the one sum G = Σ (dS · k̂) · q̂ / sqrt(D) over all rows and heads, see
+weight_gradients. Each program of the first kernel writes its part of G to a row of its own; the rows are summed
 afterwards.
 
 Per call: 14·S·H·D FLOPs (10 useful) and 28·H·D bytes (half precision) for each token.
@@ -54,17 +54,16 @@ def launch_backward(
     qkv_gradient: Tensor,
     runs: list[int],
     eps: float,
-) -> Tensor:
+) -> Tensor | None:
     """Fills the gradient of qkv [N, 3, H, D].
 
-    Returns G [D] float32 of the module's docstring (empty without QK-norm).
+    Returns the parts of G, float32 [tiles, H, D]; None without QK-norm.
 
     All of [N, …] must be contiguous.
     """
     num_tokens, _, heads, head_size = qkv.shape
     device = qkv.device
     deltas = qkv.new_empty(heads, num_tokens, dtype=torch.float32)
-    partials = []
     classes = shape_classes(qkv, runs)
     prepared = None
     if q_weight is not None and any(is_prepared(name) for name, _ in classes):
@@ -88,13 +87,17 @@ def launch_backward(
         rows = output.new_empty(2, num_tokens * heads * row_width(head_size))
         return rows[0], rows[1]
 
-    for shape_class, configuration, tiles in plan("spatial_attention_queries_backward"):
-        programs = tiles.shape[0] * heads
+    planned = plan("spatial_attention_queries_backward")
+    counts = [tiles.shape[0] for _, _, tiles in planned]
+    partials, parts = None, [None] * len(counts)
+    if q_weight is not None:
+        partials = qkv.new_empty(sum(counts), heads, head_size, dtype=torch.float32)
+        parts = partials.split(counts)
+    for (shape_class, configuration, tiles), part in zip(planned, parts, strict=True):
         left[shape_class] = leave(shape_class)
-        partials.append(qkv.new_empty(0 if q_weight is None else programs, head_size, dtype=torch.float32))
         launch(
             spatial_queries_backward,
-            (programs,),
+            (tiles.shape[0] * heads,),
             qkv,
             (
                 qkv,
@@ -107,7 +110,7 @@ def launch_backward(
                 deltas,
                 *left[shape_class],
                 qkv_gradient,
-                partials[-1],
+                part,
                 tiles,
                 num_tokens,
             ),
@@ -140,9 +143,7 @@ def launch_backward(
                 **configuration.launch,
             },
         )
-    if q_weight is None:
-        return partials[0]
-    return (partials[0] if len(partials) == 1 else torch.cat(partials)).sum(dim=0)
+    return partials
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
@@ -156,7 +157,7 @@ def compile_cases(arch: str) -> list[CompileCase]:
             configuration = candidates_of(_TABLE, name, shape_class, arch)[0]
             absent = [] if norm == NORM_DONE.value else ["prepared"]
             if kernel is spatial_queries_backward and not with_norm:
-                absent += ["q_weight", "k_weight"]
+                absent += ["q_weight", "k_weight", "weight_partials"]
             cases.append(
                 attention_case(
                     name,

@@ -77,7 +77,7 @@ def spatial_queries_backward(
     scaled_queries,  # out, with QK-norm: q', [N, H, D] or padded rows
     padded_gradient,  # out, where scores are folded: padded rows
     qkv_gradient,  # [N, 3, H, D] out: the queries
-    weight_partials,  # float32 [tiles · H, D] out, with QK-norm: parts of G
+    weight_partials,  # float32 [tiles, H, D] out, with QK-norm: parts of G; or None
     tiles,  # int32 [tiles, 4]
     num_tokens,
     HEADS: tl.constexpr,

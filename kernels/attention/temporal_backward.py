@@ -10,10 +10,10 @@ reciprocal RMS, R the rotation and W = q_weight · k_weight,
 
 In small tiles the mean needs no pass over D: with S the logits, d q̂ · q̂ = rowsum(dS · S) and d k̂ · k̂ =
 columnsum(dS · S); a large tile has more logits than columns.
-Both weights' gradients come from the one sum G = Σ (dS · k̂) · q̂ / sqrt(D) over all rows and heads: dq_weight =
-k_weight · G, dk_weight = q_weight · G. Each program writes its part of G, and of the biases' gradients, to rows of its
-own; they are summed afterwards. It sums numbers rounded to the dtype of qkv, as eager PyTorch does; for dV those of g
-in small tiles, as the probabilities of a query add up to one.
+Both weights' gradients come from the one sum G = Σ (dS · k̂) · q̂ / sqrt(D) over all rows and heads, see
+weight_gradients. Each program writes its part of G, and of the biases' gradients, to rows of its own; they are summed
+afterwards. It sums numbers rounded to the dtype of qkv, as eager PyTorch does; for dV those of g in small tiles, as the
+probabilities of a query add up to one.
 Without QK-norm r = W = 1 and the mean is left out.
 
 Bytes for each token: 14·H·D (half precision), and H·D / 4 for the sums; images read g only and write, 8·H·D.
