@@ -156,10 +156,21 @@ def choose_multiply(op: str, backend: str) -> Multiply:
     return quack_product
 
 
+def weight_gradient(d_y: Tensor, x: Tensor) -> Tensor:
+    """dW = d_yᵀ x, contiguous [K, C].
+
+    cuBLAS takes a fifth longer where a gradient has more columns than rows: 570 µs for 1152 × 4608 from 32768 tokens,
+    473 for 4608 × 1152, the same products [H200]. So there the transposed gradient is made, and laid out anew.
+    """
+    if x.shape[1] > d_y.shape[1]:
+        return (x.t() @ d_y).t().contiguous()
+    return d_y.t() @ x
+
+
 class Linear(torch.autograd.Function):
     """x [N, C], weight [K, C], bias [K] or None, multiply → y [N, K], in autocast's dtype where it is on.
 
-    The gradient of the weight is left to PyTorch.
+    The gradient of the weight is left to PyTorch: `weight_gradient`.
     """
 
     @staticmethod
@@ -180,7 +191,7 @@ class Linear(torch.autograd.Function):
         if wants_x:
             d_x = ctx.multiply(d_y, weight.to(d_y.dtype), None, None).to(x.dtype)
         if wants_weight:
-            d_weight = (d_y.t() @ x.to(d_y.dtype)).to(weight.dtype)
+            d_weight = weight_gradient(d_y, x.to(d_y.dtype)).to(weight.dtype)
         if wants_bias:
             d_bias = d_y.sum(0).to(ctx.bias_dtype)
         return d_x, d_weight, d_bias, None

@@ -6,8 +6,8 @@
 "torch" is two Linears of PyTorch with `gelu_tanh` between them. quack's products end with the GELU: forward the first
 writes h and gelu(h), backward the one that makes d_h reads h and writes gelu(h) again. So nothing but h is kept for
 backward, K numbers a token less than "torch" keeps, and no pass of its own reads and writes [N, K] for the GELU; where
-no gradient is to be had, h is not even written. dW1 and dW2 stay with cuBLAS, for the reason in `linear`. N tokens, C
-channels, K hidden channels.
+no gradient is to be had, h is not even written. dW1 and dW2 stay with cuBLAS, for the reason in `linear`, and dW2 is
+made as `linear.weight_gradient` has it. N tokens, C channels, K hidden channels.
 
 CUDA graphs and compilers: as for `linear`. Compilers see each product as one node.
 
@@ -26,7 +26,7 @@ from torch.nn import functional
 from .checks import check_tensor
 from .dispatch import check_backend
 from .gelu_tanh import gelu_tanh
-from .linear import as_quack_reads, choose_multiply, prepare_quack, quack_product
+from .linear import Linear, as_quack_reads, choose_multiply, prepare_quack, quack_product, weight_gradient
 from .registration import empty_as, empty_if, kernel_op, on_device, output_dtype
 
 QUACK_GELU = "gelu_tanh_approx"  # gelu_tanh's formula, by the name it has in quack
@@ -91,10 +91,10 @@ class QuackMLP(torch.autograd.Function):
         d_x = d_weight1 = d_bias1 = d_weight2 = None
         d_h, activated = quack_gelu_backward(d_y, weight2.to(d_y.dtype), h)
         if wants_weight2:
-            d_weight2 = (d_y.t() @ activated).to(weight2.dtype)
+            d_weight2 = weight_gradient(d_y, activated).to(weight2.dtype)
         del activated
         if wants_weight1:
-            d_weight1 = (d_h.t() @ x.to(d_h.dtype)).to(weight1.dtype)
+            d_weight1 = weight_gradient(d_h, x.to(d_h.dtype)).to(weight1.dtype)
         if wants_bias1:
             d_bias1 = d_h.sum(0).to(ctx.bias_dtype)
         if wants_x:
@@ -113,7 +113,7 @@ def mlp(
         bias1: [K].
         weight2: [C, K].
         gelu: the backend of `gelu_tanh` where PyTorch multiplies; quack's products do the GELU themselves.
-        linear: "torch" (or "auto"), which is `torch.nn.functional.linear`, or "quack".
+        linear: "torch" (or "auto") or "quack".
 
     Returns:
         [N, C], in autocast's dtype where it is on.
@@ -122,9 +122,10 @@ def mlp(
         ValueError: an unknown backend; with quack also shapes that do not fit, by the argument's name, and where it is
             not installed or cannot multiply (see `linear.check_quack`).
     """
-    if choose_multiply("mlp", linear) is not quack_product:
+    multiply = choose_multiply("mlp", linear)
+    if multiply is not quack_product:
         hidden = gelu_tanh(functional.linear(x, weight1), bias1, backend=gelu)
-        return functional.linear(hidden, weight2)
+        return Linear.apply(hidden, weight2, None, multiply)
     check_backend("gelu_tanh", gelu)
     check_tensor("mlp", "x", x, (None, None), x.device)
     check_tensor("mlp", "weight1", weight1, (None, x.shape[1]), x.device)

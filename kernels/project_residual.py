@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import Multiply, check_operands, choose_multiply
+from .linear import Multiply, check_operands, choose_multiply, weight_gradient
 from .registration import output_dtype
 
 
@@ -50,7 +50,7 @@ class ProjectResidual(torch.autograd.Function):
                 d_x = ctx.multiply(d_y, weight.to(d_y.dtype), None, None).to(x.dtype)
                 d_x = d_x if d_on is None else d_on + d_x
         if wants_weight:
-            d_weight = (d_y.t() @ x.to(d_y.dtype)).to(weight.dtype)
+            d_weight = weight_gradient(d_y, x.to(d_y.dtype)).to(weight.dtype)
         if wants_bias:
             d_bias = d_y.sum(0).to(ctx.bias_dtype)
         return d_x, d_weight, d_bias, None

@@ -66,6 +66,19 @@ def split_over_tokens(product: Product) -> Bound:
     return call
 
 
+def transpose_product(product: Product) -> Bound:
+    """The transposed gradient of a weight, laid out anew: as ours makes those that have more columns than rows."""
+
+    def call() -> Tensor:
+        return product.output.copy_(torch.mm(product.right.T, product.left.T).T)
+
+    return call
+
+
+def _is_for_weight(product: Product) -> str:
+    return "" if product.direction == OF_WEIGHT else OTHER_DIRECTIONS
+
+
 def _may_be_split(product: Product) -> str:
     if product.direction != OF_WEIGHT:
         return OTHER_DIRECTIONS
@@ -96,6 +109,7 @@ PRODUCT_PROVIDERS = {
     "cuda": (
         CUBLAS,
         Provider("cublas-split", split_over_tokens, _may_be_split, CUBLAS.version),
+        Provider("cublas-transposed", transpose_product, _is_for_weight, CUBLAS.version),
         Provider("quack", partial(_prepare_quack, weight_splits=TOKEN_SPLITS), needs_quack, version_of(QUACK)),
         Provider("quack-unsplit", partial(_prepare_quack, weight_splits=1), _needs_quack_for_weight, version_of(QUACK)),
     ),

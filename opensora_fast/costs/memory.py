@@ -163,7 +163,9 @@ class MemoryModel:
         saved = self.saved_by_block(share) - tables
         # Where quack multiplies, the MLP makes the GELU's output again while backward is in it.
         rows = BACKWARD_ROWS + (self.config.mlp_ratio if self.linear == "quack" else 0)
-        always = self.inputs(videos) + self.saved_outside(share) + depth * tables + int(rows * stream)
+        # The gradient of the MLP's second weight is made transposed first.
+        transposed = int(self.element * self.config.mlp_ratio * self.config.hidden_size**2)
+        always = self.inputs(videos) + self.saved_outside(share) + depth * tables + int(rows * stream) + transposed
 
         def at(block: int) -> int:
             """While backward is in this block."""

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from opensora_fast.kernels import calls, linear, project_residual
-from opensora_fast.kernels.linear import Linear, check_quack, load_quack, multiply_with_quack, quack_product
+from opensora_fast.kernels.linear import (
+    Linear,
+    check_quack,
+    load_quack,
+    multiply_with_quack,
+    quack_product,
+    weight_gradient,
+)
 from opensora_fast.kernels.project_residual import ProjectResidual
 
 TOKENS, CHANNELS, OUTPUTS = 7, 16, 24
@@ -86,6 +93,15 @@ def test_only_the_gradients_that_are_wanted_are_computed(quack) -> None:
     Linear.apply(x, weight.detach(), None, apply).sum().backward()
     assert weight.grad is None and x.grad is not None
     assert quack.called[1:] == [("gemm", TOKENS, CHANNELS, OUTPUTS, False), ("gemm", TOKENS, OUTPUTS, CHANNELS, False)]
+
+
+@pytest.mark.parametrize("widths", [(CHANNELS, OUTPUTS), (OUTPUTS, CHANNELS), (CHANNELS, CHANNELS)])
+def test_the_gradient_of_a_weight_lies_as_the_weight_does(widths) -> None:
+    """So that autograd keeps it as it is, and an optimizer can copy it with those of other weights."""
+    x, d_y = (torch.randn(TOKENS, width, dtype=torch.float64) for width in widths)
+    gradient = weight_gradient(d_y, x)
+    torch.testing.assert_close(gradient, torch.einsum("nk,nc->kc", d_y, x))
+    assert gradient.is_contiguous() and gradient._base is None
 
 
 @pytest.mark.parametrize("broken", ["strided x", "odd address", "strided weight", "expanded gradient"])

@@ -1,4 +1,4 @@
-"""A block's MLP: the three ops bit for bit by default, and where quack is named the GELU as the products' epilogue."""
+"""A block's MLP: the three ops by default, and where quack is named the GELU as the products' epilogue."""
 
 import importlib
 from functools import partial
@@ -49,15 +49,21 @@ def run_exactly(inputs: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("linear", ["torch", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_by_default_it_is_the_three_ops_bit_for_bit(dtype, linear) -> None:
+def test_by_default_it_is_the_three_ops_bit_for_bit_but_for_the_order_of_one_sum(dtype, linear) -> None:
+    """dW2 is made transposed (see `weight_gradient`), so its sums over the tokens may run in another order."""
+
+    def check(ours: list[Tensor], theirs: list[Tensor]) -> None:
+        *others, of_weight2 = zip(ours, theirs, strict=True)
+        for found, expected in others:
+            assert torch.equal(found, expected) and found.dtype == expected.dtype
+        torch.testing.assert_close(*of_weight2)
+
     inputs = make_inputs(dtype)
     calls.clear()
     for function in (mlp, partial(mlp, gelu="reference", linear=linear)):
-        for ours, theirs in zip(run(function, inputs), run(three_ops, inputs), strict=True):
-            assert torch.equal(ours, theirs)
+        check(run(function, inputs), run(three_ops, inputs))
     with torch.autocast("cpu", torch.bfloat16):
-        for ours, theirs in zip(run(mlp, inputs), run(three_ops, inputs), strict=True):
-            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+        check(run(mlp, inputs), run(three_ops, inputs))
     assert set(calls) == {("gelu_tanh", "reference")}
 
 

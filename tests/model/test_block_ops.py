@@ -18,8 +18,9 @@ ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.def
 
 
 # An addition once a step, where the stream enters: the first block's norm is an op of its own, beside the residual
-# connection. In each of the two blocks the gradient of the spatial qkv bias, which a sum of its own finds sooner.
-PLAIN = {"aten::add.Tensor": 1, "aten::sum.dim_IntList": 2}
+# connection. In each of the two blocks the gradient of the spatial qkv bias, which a sum of its own finds sooner, and
+# that of fc2's weight, as large as these few tokens, laid out anew (see `kernels.linear.weight_gradient`).
+PLAIN = {"aten::add.Tensor": 1, "aten::sum.dim_IntList": 2, "aten::clone": 2}
 
 
 class LargeOps(TorchDispatchMode):

@@ -18,6 +18,7 @@ from opensora_fast.benchmarks.providers.products import (
     PRODUCT_PROVIDERS,
     make_product,
     split_over_tokens,
+    transpose_product,
 )
 from opensora_fast.benchmarks.suites import ceilings
 
@@ -58,9 +59,10 @@ def test_the_result_of_another_provider_is_no_excuse():
     assert passed == [True, False]
 
 
-def test_a_sum_over_all_tokens_is_the_sum_of_sums_over_a_part_each():
+@pytest.mark.parametrize("prepare", [split_over_tokens, transpose_product])
+def test_in_parts_of_the_tokens_or_transposed_the_gradient_of_a_weight_is_the_same(prepare):
     product = make_product(OF_WEIGHT, *operands())
-    split_over_tokens(product)()
+    prepare(product)()
     expected = gradients_of_a_linear(*operands())[OF_WEIGHT]
     torch.testing.assert_close(product.output.double(), expected, rtol=1e-5, atol=1e-5)
 
