@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .rows.tile_sums import launch_sum_tiles
-
 
 class _CollectBiasGradient(torch.autograd.Function):
     @staticmethod
@@ -33,35 +31,3 @@ class _CollectBiasGradient(torch.autograd.Function):
 def collect_bias_gradient_reference(x: Tensor, bias: Tensor | None) -> Tensor:
     """x [N, …] unchanged; `bias` [...], which x holds already, receives the sum of x's gradient over the tokens."""
     return x if bias is None else _CollectBiasGradient.apply(x, bias)
-
-
-class BiasPartials:
-    """What the programs of a backward kernel add up for a bias, one row for each tile of tokens and head.
-
-    Args:
-        like: the bias [parts, H, D] or [H, D]; None where no gradient is wanted, and then `take` gives None.
-        parts: how many of the bias's parts these programs make.
-        tiles: tiles of tokens, each with a program for every head.
-    """
-
-    def __init__(self, like: Tensor | None, parts: int, tiles: int) -> None:
-        self._sums = None
-        if like is not None:
-            columns = like.shape[-2] * like.shape[-1]
-            self._sums = torch.empty(parts, tiles, columns, dtype=torch.float32, device=like.device)
-        self._taken = 0
-
-    def take(self, tiles: int) -> list[Tensor | None]:
-        """For the next so many tiles: float32 [tiles · H, D] of each part, to be filled by `store_column_sums`."""
-        if self._sums is None:
-            return [None, None, None]
-        rows = self._sums
-        if tiles != rows.shape[1]:
-            rows = rows[:, self._taken : self._taken + tiles]
-        self._taken += tiles
-        return [rows[part] for part in range(rows.shape[0])]
-
-    def add_up(self, gradients: Tensor) -> None:
-        """Writes the sums over all tiles into `gradients` [parts, H, D], contiguous, always in the same order."""
-        if self._sums is not None:
-            launch_sum_tiles(self._sums, gradients.view(gradients.shape[0], 1, -1).unbind(), None)

@@ -20,6 +20,7 @@ from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_head_size, check_reach, check_table, check_tensor, check_tokens
 from .layout import PackLayout, TextLayout
 from .registration import choose_backend, contiguous, empty_as, kernel_op
+from .rows.tile_sums import launch_sum_tiles
 
 
 def cross_attention_reference(q: Tensor, kv: Tensor, layout: PackLayout, text: TextLayout) -> Tensor:
@@ -138,17 +139,11 @@ def _cross_attention_backward(
     tensors = contiguous(output_gradient, q, kv, output)
     q_gradient, kv_gradient, bias_gradient = gradients = _allocate_gradients(q, kv, q_bias)
     kv_gradient.zero_()
-    launch_backward(
-        *tensors,
-        log_sums,
-        q_gradient,
-        kv_gradient,
-        None if q_bias is None else bias_gradient[None],
-        text_starts,
-        text_lengths,
-        max_length,
-        runs,
+    bias_partials = launch_backward(
+        *tensors, log_sums, q_gradient, kv_gradient, q_bias is not None, text_starts, text_lengths, max_length, runs
     )
+    if bias_partials is not None:
+        launch_sum_tiles(bias_partials[None], [], bias_gradient)
     return gradients
 
 

@@ -9,7 +9,7 @@ output's gradient, P the probabilities and δ = rowsum(g · output),
                      tile of text and head, writing float32 partial sums
     chunks (third):  adds the partial sums of each text token: see cross_chunks_backward
 
-Per call: 14·L·H·D FLOPs (10 useful) and 14·H·D bytes (half precision) for each video token, and 16·L·H·D bytes for
+Per call: 14·L·H·D FLOPs (10 useful) and 12·H·D bytes (half precision) for each video token, and 16·L·H·D bytes for
 each chunk.
 """
 
@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..bias_gradient import BiasPartials
 from ..configurations import CompileCase, Configuration, candidates_of, select
 from ..launch import ceil_divide, count_multiprocessors, launch
 from .builds import attention_case
@@ -194,16 +193,18 @@ def launch_backward(
     log_sums: Tensor,
     q_gradient: Tensor,
     kv_gradient: Tensor,
-    bias_gradient: Tensor | None,
+    wants_bias: bool,
     text_starts: Tensor,
     text_lengths: Tensor,
     max_length: int,
     runs: list[int],
-) -> None:
-    """Fills q_gradient [N, H, D], that of its bias [1, H, D] unless it is None, and in kv_gradient [M, 2, H, D], which
-    holds zeros, the rows of real text.
+) -> Tensor | None:
+    """Fills q_gradient [N, H, D], and in kv_gradient [M, 2, H, D], which holds zeros, the rows of real text.
 
     All of [N, …] and [M, …] must be contiguous.
+
+    Returns:
+        The programs' parts of the gradient of the bias of q, float32 [parts, H·D], if it is wanted.
     """
     _, heads, head_size = q.shape
     runs, width = tuple(runs), 2 * heads * head_size
@@ -217,10 +218,11 @@ def launch_backward(
     tensors = output_gradient, q, kv, output, log_sums, q_gradient, partials
     text = text_starts, text_lengths, max_length
     if chosen is None:
-        _launch_queries_and_text(*tensors, bias_gradient, chunks, chunk_tokens, *text, runs)
+        bias_partials = _launch_queries_and_text(*tensors, wants_bias, chunks, chunk_tokens, *text, runs)
     else:
-        launch_short_backward(*tensors, bias_gradient, chunks, chunk_tokens, *text, chosen)
+        bias_partials = launch_short_backward(*tensors, wants_bias, chunks, chunk_tokens, *text, chosen)
     launch_chunks(partials, kv_gradient, tile_ranges(runs, chunk_tokens, q.device), text_starts, text_lengths)
+    return bias_partials
 
 
 def _launch_queries_and_text(
@@ -231,20 +233,20 @@ def _launch_queries_and_text(
     log_sums: Tensor,
     q_gradient: Tensor,
     partials: Tensor,
-    bias_gradient: Tensor | None,
+    wants_bias: bool,
     chunks: Tensor,
     chunk_tokens: int,
     text_starts: Tensor,
     text_lengths: Tensor,
     max_length: int,
     runs: tuple[int, ...],
-) -> None:
-    """The first two kernels: fills q_gradient, that of its bias, and the partial sums of the chunks."""
+) -> Tensor | None:
+    """The first two kernels: fills q_gradient and the partial sums of the chunks; returns those of the bias."""
     num_tokens, heads, head_size = q.shape
     deltas = torch.empty(heads, num_tokens, dtype=torch.float32, device=q.device)
     configuration = select(CONFIGURATIONS, "cross_attention_queries_backward", shape_class(q), q.device)
     tiles = row_tiles(runs, configuration["ROWS"], q.device)
-    bias_partials = BiasPartials(bias_gradient, 1, tiles.shape[0])
+    bias_partials = q.new_empty(tiles.shape[0], heads * head_size, dtype=torch.float32) if wants_bias else None
     launch(
         _queries,
         (tiles.shape[0] * heads,),
@@ -257,7 +259,7 @@ def _launch_queries_and_text(
             log_sums,
             deltas,
             q_gradient,
-            bias_partials.take(tiles.shape[0])[0],
+            bias_partials,
             tiles,
             text_starts,
             text_lengths,
@@ -269,8 +271,6 @@ def _launch_queries_and_text(
             **configuration.launch,
         },
     )
-    if bias_gradient is not None:
-        bias_partials.add_up(bias_gradient)
     configuration = select(CONFIGURATIONS, "cross_attention_text_backward", shape_class(q), q.device)
     launch(
         _text,
@@ -296,6 +296,7 @@ def _launch_queries_and_text(
             **configuration.launch,
         },
     )
+    return bias_partials
 
 
 def compile_cases(arch: str) -> list[CompileCase]:

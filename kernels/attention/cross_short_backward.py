@@ -18,11 +18,11 @@ first; and 8·L·H·D bytes of sums for each chunk, which its kernel reads again
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..bias_gradient import BiasPartials
 from ..configurations import CompileCase, Configuration, select
 from ..launch import launch
 from .builds import attention_case
@@ -168,19 +168,20 @@ def launch_short_backward(
     log_sums: Tensor,
     q_gradient: Tensor,
     partials: Tensor,
-    bias_gradient: Tensor | None,
+    wants_bias: bool,
     chunks: Tensor,
     chunk_tokens: int,
     text_starts: Tensor,
     text_lengths: Tensor,
     max_length: int,
     configuration: Configuration,
-) -> None:
-    """Fills q_gradient, that of its bias, and partials float32 [chunks, max_length, 2·H·D]."""
+) -> Tensor | None:
+    """Fills q_gradient and partials float32 [chunks, max_length, 2·H·D]; returns those of the bias, if wanted."""
     num_tokens, heads, head_size = q.shape
     firsts = range(0, max(max_length, 1), configuration["KEYS"])
-    bias_partials = BiasPartials(bias_gradient, 1, len(firsts) * chunks.shape[0])
-    for first_text in firsts:
+    shape = len(firsts), chunks.shape[0], heads * head_size
+    bias_partials = q.new_empty(shape, dtype=torch.float32) if wants_bias else None
+    for number, first_text in enumerate(firsts):
         launch(
             _backward,
             (chunks.shape[0] * heads,),
@@ -193,7 +194,7 @@ def launch_short_backward(
                 log_sums,
                 q_gradient,
                 partials,
-                bias_partials.take(chunks.shape[0])[0],
+                None if bias_partials is None else bias_partials[number],
                 chunks,
                 text_starts,
                 text_lengths,
@@ -209,8 +210,7 @@ def launch_short_backward(
                 **configuration.launch,
             },
         )
-    if bias_gradient is not None:
-        bias_partials.add_up(bias_gradient)
+    return None if bias_partials is None else bias_partials.flatten(0, 1)
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
