@@ -2,9 +2,8 @@
 
 One program computes one head of as many whole places as fit into the tile (T = 5: 3 places in 16 rows). Rows are read
 where qkv has them, a mask keeps the places of a tile apart, and all T keys are at hand, so the softmax is the ordinary
-one in one pass: the kernel is bound by memory, and leaving the maximum out, as the kernel for long videos does, would
-gain nothing. Images (T = 1) read v only: their output is v, their probabilities are one. Heads are fastest in the grid:
-neighbours read neighbouring bytes of the same rows.
+one in one pass. Images (T = 1) read v only: their output is v, their probabilities are one. Heads are fastest in the
+grid: neighbours read neighbouring bytes of the same rows.
 
 Bytes for each token: 8·H·D (half precision; images 4·H·D), the least possible. FLOPs for each token: 4·T·H·D useful,
 4·ROWS·H·D done.
