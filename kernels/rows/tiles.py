@@ -7,9 +7,9 @@ while the row's bytes move at 4.3 TB/s (an H200 multiprocessor at 1.755 GHz: 496
 
     kernel                                      one block     two blocks    may issue
     modulated_norm forward                       64;   788      48;  592          993
-    modulated_norm backward                     128;  1164      72;  800         1490
+    modulated_norm backward                     128;  1164      72;  764         1490
     gate_residual_modulated_norm forward        124;  1208      79;  852         1986
-    gate_residual_modulated_norm backward       216;  1724     151; 1148         2979
+    gate_residual_modulated_norm backward       216;  1724     128; 1096         2979
 
 Rows go one at a time, as one-dimensional tensors. Tiles of 2, 4 or 8 rows, tried with the same formulas, make Triton
 give the two blocks different layouts and pass whole blocks through shared memory: modulated_norm forward, 4 warps, one
@@ -18,7 +18,7 @@ registers; the fused backward in tiles of four spills.
 
 Fewer warps share less work across threads and issue fewer instructions a row, but hold more registers; the backward
 needs all of a row's columns spread over the program, since its sums over tokens live in registers. Pipelining (STAGES)
-adds a pass through shared memory (1148 → 1424) and takes the loads' latency out of the loop, which otherwise meets it
+adds a pass through shared memory (1096 → 1392) and takes the loads' latency out of the loop, which otherwise meets it
 twice a row with room for only three or four programs on a multiprocessor. A thread must have four bytes to be copied
 so: the two bytes of TAIL that each of 128 threads had were waited for in every row. A TAIL of twice the columns, half
 of them empty, goes with the rest at 128 registers in place of 122; the fused backward took a fifth less time [H200].
