@@ -4,7 +4,7 @@ import pytest
 
 from opensora_fast.benchmarks.measuring.contest import OP_CALLS, op_results
 from opensora_fast.benchmarks.providers.blocks import BLOCK_PROVIDERS, BLOCK_REFERENCES, make_block_work
-from opensora_fast.benchmarks.providers.model_work import make_model_work, make_training
+from opensora_fast.benchmarks.providers.model_work import TRAINING, make_model_work, make_training
 from opensora_fast.benchmarks.providers.models import (
     MODEL_PROVIDERS,
     MODEL_REFERENCES,
@@ -42,4 +42,4 @@ def test_block(benchmark, scale, pack, provider, direction):
 def test_training_step(benchmark, scale, pack, training, provider):
     benchmark.group = "training step"
     work = make_model_work(training.model, pack.parts[0], scale.text, training)
-    time_provider(benchmark, provider, MODEL_REFERENCES, work, "training", training_call, model_results)
+    time_provider(benchmark, provider, MODEL_REFERENCES, work, TRAINING, training_call, model_results)

@@ -55,8 +55,13 @@ def read_refused(folder: Path) -> list[dict[str, Any]]:
 def format_refused(item: Mapping[str, Any]) -> str:
     """In one line what `read_refused` gives of a provider."""
     error = f"{item['error']:.3g}, over its limit {item['error_limit']:.3g}"
-    parts = ", ".join(str(Part(**part)) for part in item.get("parts", ()))  # earlier lines have none
+    parts = ", ".join(format_parts(item))
     return f"{item['name']}: the error of its {item['result']} is {error}{f'; most of it: {parts}' if parts else ''}"
+
+
+def format_parts(item: Mapping[str, Any]) -> list[str]:
+    """The tensors of a refused result that err most; those of earlier versions have none."""
+    return [str(Part(**part)) for part in item.get("parts", ())]
 
 
 def without_refused_time(row: Row, item: Mapping[str, Any]) -> Row:

@@ -14,6 +14,7 @@ from opensora_fast.train.optimizer.master_adamw import MasterAdamW
 
 from ..shapes import Pack, Workload, text_lengths
 
+TRAINING = "training"  # the direction of the rows
 SEED = 0
 LEARNING_RATE, EMA_DECAY, GRAD_CLIP = 2e-5, 0.9999, 1.0
 FPS = 24.0

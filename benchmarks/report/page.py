@@ -10,7 +10,7 @@ from pathlib import Path
 
 from opensora_fast.html_report import HtmlReport
 
-from ..measuring.accuracy import Part
+from ..measuring.refused import format_parts
 from ..rows import Row
 from ..shapes import VIDEO_SIZES
 from . import ceilings, convergence, loader, memory, ops, predictions, steps
@@ -191,19 +191,14 @@ def _error_numbers(measured: list[Row]) -> list[tuple[str, str]]:
 # ---- what has no time ----
 
 
-def _refused_result(item: dict) -> str:
-    parts = [str(Part(**part)) for part in item.get("parts", ())]  # earlier lines have none
-    return joined(item["result"], *parts)
-
-
 def _add_reasons(report: HtmlReport, results: Results) -> None:
     if results.refused:
         report.paragraph("Wrong results, which get no time:")
         report.table(
             ["row", "result", "error", "may be", "commit", "date"],
             [
-                [item["name"], _refused_result(item), f"{item['error']:.2e}", f"{item['error_limit']:.2e}"]
-                + [item["commit"][:12], item["date"]]
+                [item["name"], joined(item["result"], *format_parts(item))]
+                + [f"{item['error']:.2e}", f"{item['error_limit']:.2e}", item["commit"][:12], item["date"]]
                 for item in results.refused
             ],
         )

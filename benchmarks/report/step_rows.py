@@ -14,12 +14,12 @@ from opensora_fast.costs.operations import Count, VideoBatch, count_recomputatio
 from opensora_fast.costs.step_time import MeasuredStep
 from opensora_fast.model import STDiT2Config
 
+from ..providers.model_work import TRAINING
 from ..providers.variants import RECOMPUTING, VARIANT_OF
 from ..rows import Row
 from .results import Results
 
 OURS = ("ours", *(f"ours{name}" for name in RECOMPUTING))
-TRAINING = "training"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ..measuring.refused import format_refused, read_refused
 from ..measuring.session import DeviceLostError, Session, threads_of
 from ..processes import DONE, ERROR, INTERRUPTED, RESTART, RUNNING_FILE, WRONG, Death, Plan, end_with_parent
 from ..report.mixed import compare_mixed
+from ..report.results import is_ours
 from ..report.summary import format_reasons, format_table
 from ..rows import Key, Row, check_folder, read_folder
 from ..suites import list_cases
@@ -163,7 +164,7 @@ def print_report(report: Report, cases: list[Case], plan: Plan, session: Session
     versions = f"torch {environment.torch}, triton {environment.triton}"
     print(f"\n{environment.device_name}, {versions}, commit {commit}{' with changes' if environment.dirty else ''}")
     print(f"rows: {folder}")
-    return WRONG if any(planned[key].provider.startswith("ours") for key in refused) else DONE
+    return WRONG if any(is_ours(planned[key]) for key in refused) else DONE
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from ..measuring.provider import Bound, Provider, choose_providers
 from ..measuring.race import Check, Entry, relative_check, run_race
 from ..measuring.session import Session
 from ..measuring.timing import Call, Sampling
-from ..providers.model_work import ModelWork
+from ..providers.model_work import TRAINING, ModelWork
 from ..providers.models import BoundModel, step_call
 from ..providers.vae import VAE_PROVIDERS, VaeWork
 from ..shapes import Pack, Workload, text_lengths
-from .models import TRAINING, by_importance, count_step, model_contest, model_sampling, model_template, shared_training
+from .models import by_importance, count_step, model_contest, model_sampling, model_template, shared_training
 from .scale import Scale
 
 if TYPE_CHECKING:

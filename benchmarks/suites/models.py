@@ -16,7 +16,7 @@ from ..measuring.replay import recorder_of
 from ..measuring.session import Session
 from ..measuring.timing import Call, Sampling
 from ..providers.blocks import BLOCK_PROVIDERS, BLOCK_REFERENCES, make_block_work
-from ..providers.model_work import ModelWork, Training, make_model_work, make_training
+from ..providers.model_work import TRAINING, ModelWork, Training, make_model_work, make_training
 from ..providers.models import (
     MODEL_PROVIDERS,
     MODEL_REFERENCES,
@@ -31,7 +31,6 @@ from ..rows import Row
 from ..shapes import Pack, Workload, fill, stage_buckets, text_lengths
 from .scale import Scale
 
-TRAINING = "training"
 BLOCK_VALUE, STEP_VALUE, SAMPLING_VALUE, STAGE_VALUE, OTHER_VALUE = 750.0, 900.0, 600.0, 300.0, 190.0
 SUSTAINED, SUSTAINED_STEPS = "sustained", 10  # steps of one sample
 MIXED_VALUE = 540.0  # packs of mixed shapes, and the uniform ones that they are compared with
