@@ -106,7 +106,7 @@ def _compile_blocks(own: STDiT2, variant: Variant) -> None:
                 x = function(*arguments)
         return x
 
-    own._run_blocks = run_blocks
+    own.run_blocks = run_blocks
 
 
 def model_results(bound: Bound, work: ModelWork) -> tuple[Named, float]:

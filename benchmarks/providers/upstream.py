@@ -151,7 +151,7 @@ class UpstreamSTDiT2(nn.Module):
             "ar": ar,
             "fps": fps,
         }
-        conditions = {name: own._condition(name, value, videos).to(x.device) for name, value in conditions.items()}
+        conditions = {name: own.read_condition(name, value, videos).to(x.device) for name, value in conditions.items()}
         scale = (conditions["height"][0].item() * conditions["width"][0].item()) ** 0.5 / self.config.input_sq_size
 
         x = pad(x.to(weight.dtype), (0, -columns % patch, 0, -rows % patch))
@@ -164,7 +164,7 @@ class UpstreamSTDiT2(nn.Module):
         x = (x.view(videos, frames, S, -1) + position.to(x.dtype)).view(videos, frames * S, -1)
 
         has_given = x_mask is not None
-        noised, given, space, time = own._modulation(conditions, has_given)
+        noised, given, space, time = own.make_modulation(conditions, has_given)
         y = y.squeeze(1).to(weight.dtype)
         if self.training and self.y_embedder.dropout_probability > 0:
             y = self.y_embedder.drop(y, self.y_embedder.draw_dropped(videos))

@@ -239,7 +239,7 @@ class STDiT2(nn.Module):
         conditions = {
             "timestep": timestep, "num_frames": num_frames, "height": height, "width": width, "ar": ar, "fps": fps
         }  # fmt: skip
-        conditions = {name: self._condition(name, value, videos) for name, value in conditions.items()}
+        conditions = {name: self.read_condition(name, value, videos) for name, value in conditions.items()}
         scales = position_scales(conditions["height"], conditions["width"], config.input_sq_size)
         if position_of_first:
             scales = [scales[0]] * videos
@@ -262,21 +262,21 @@ class STDiT2(nn.Module):
         patches = kernels.patchify([batch.to(self.dtype) for batch in batches], self.patch)
         rounded_to = self.dtype if config.upstream_rounding else torch.float32
         x = add_positions(self.x_embedder(patches), scales, layout, rounded_to)
-        noised, given, space_and_mlp, time = self._modulation(conditions, has_given)
+        noised, given, space_and_mlp, time = self.make_modulation(conditions, has_given)
         text, text_layout = self._embed_text(y, mask, dropped)
         cos, sin = rotary_tables(self.rope.freqs, max_frames)
         context = PackContext(
             layout, frame_rows, text, text_layout, space_and_mlp, time, cos, sin, self.backends, share
         )
 
-        x = self._run_blocks(x, context)
+        x = self.run_blocks(x, context)
         tokens = self.final_layer(x, noised, given, context)
         if share is not None:
             tokens = share.gather(tokens)
         outputs = kernels.unpatchify(tokens, batch_shapes, self.patch, config.out_channels)
         return [output.float() for output in outputs]
 
-    def _condition(self, name: str, value: Tensor | None, videos: int) -> Tensor:
+    def read_condition(self, name: str, value: Tensor | None, videos: int) -> Tensor:
         """[B] conditioning scalars, on the device they came on."""
         if value is None:
             raise ValueError(f"{name}: missing; give one number per video")
@@ -284,7 +284,7 @@ class STDiT2(nn.Module):
         value = _repeat_rows(name, value, videos)
         return value.to(self.dtype) if self.config.upstream_rounding else value.float()
 
-    def _modulation(
+    def make_modulation(
         self, conditions: dict[str, Tensor], has_given: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Returns the vectors [B, C] of noised and given frames for the final layer, and the tables [R, 6 or 3, C].
@@ -329,7 +329,8 @@ class STDiT2(nn.Module):
         layout, index = TextLayout.from_mask(mask, y.shape[0], y.shape[1], self.device)
         return self.y_embedder(y.flatten(0, 1)[index]), layout
 
-    def _run_blocks(self, x: Tensor, context: PackContext) -> Tensor:
+    def run_blocks(self, x: Tensor, context: PackContext) -> Tensor:
+        """x [N, C] → [N, C], the residual stream before and behind all blocks."""
         if any(is_wrapped(block) for block in self.blocks):
             return self._run_wrapped_blocks(x, context)
         normed, last = None, len(self.blocks) - 1
@@ -347,7 +348,7 @@ class STDiT2(nn.Module):
         return x
 
     def _run_wrapped_blocks(self, x: Tensor, context: PackContext) -> Tensor:
-        """As `_run_blocks` where others have put something around blocks: each makes its own tables and norm then, from
+        """As `run_blocks` where others have put something around blocks: each makes its own tables and norm then, from
         tensors that it is given one by one."""
         arguments = (None, context, None, None, context.text, context.space_and_mlp, context.time)
         for index, block in enumerate(self.blocks):

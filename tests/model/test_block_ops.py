@@ -71,10 +71,10 @@ def run_two_blocks(
     model.to(device, dtype)
     use_kernels(model, backend=backend, linear=linear)
     given = []
-    real = STDiT2._run_blocks
+    real = STDiT2.run_blocks
     sizes = {"height": 64.0, "width": 64.0, "ar": 1.0, "num_frames": 4.0, "fps": 24.0}
     videos = [torch.randn(4, 4, 8, 8, device=device), torch.randn(4, 3, 6, 10, device=device)]
-    with patch.object(STDiT2, "_run_blocks", lambda self, *given_: given.append(given_) or real(self, *given_)):
+    with patch.object(STDiT2, "run_blocks", lambda self, *given_: given.append(given_) or real(self, *given_)):
         model.forward_packed(
             videos,
             torch.tensor([3.0, 500.0]),
