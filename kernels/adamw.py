@@ -29,16 +29,7 @@ from .registration import choose_backend
 
 NORM_EPSILON = tl.constexpr(1e-6)  # of torch.nn.utils.clip_grad_norm_
 
-CONFIGURATIONS = {
-    "adamw": {
-        "any": (
-            Configuration(BLOCK=1024, num_warps=4, num_stages=1),
-            Configuration(BLOCK=2048, num_warps=4, num_stages=1),
-            Configuration(BLOCK=2048, num_warps=8, num_stages=1),
-            Configuration(BLOCK=4096, num_warps=8, num_stages=1),
-        ),
-    },
-}
+CONFIGURATIONS = {"adamw": {"any": (Configuration(BLOCK=1024, num_warps=4, num_stages=1),)}}
 
 
 def adamw_reference(

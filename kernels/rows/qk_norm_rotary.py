@@ -34,13 +34,7 @@ from ..launch import ceil_divide, launch
 from ..registration import contiguous
 
 CONFIGURATIONS = {
-    name: {
-        "any": (
-            Configuration(ROWS=64, num_warps=4, num_stages=1),
-            Configuration(ROWS=32, num_warps=2, num_stages=1),
-            Configuration(ROWS=128, num_warps=8, num_stages=1),
-        )
-    }
+    name: {"any": (Configuration(ROWS=64, num_warps=4, num_stages=1),)}
     for name in ("qk_norm_rotary_forward", "qk_norm_rotary_backward")
 }
 

@@ -14,7 +14,8 @@ import torch
 
 from opensora_fast.cli import kernels as cli
 from opensora_fast.kernels import autotune
-from opensora_fast.kernels.autotune import Timing, Workload, choose_fastest, make_workload, measure_workload
+from opensora_fast.kernels.autotune import TUNED_OPS, Timing, Workload, choose_fastest, make_workload, measure_workload
+from opensora_fast.kernels.compilation import modules_with
 from opensora_fast.kernels.configurations import Configuration, read_measured
 from opensora_fast.kernels.rows import gelu_tanh, tiles
 
@@ -37,6 +38,12 @@ def test_every_candidate_of_every_kernel_runs_and_agrees(op, device) -> None:
     for kernel in kernels:
         tried = [timing.configuration for timing in timings if timing.kernel == kernel]
         assert tried == list(table[kernel]["any"])
+
+
+def test_what_has_a_choice_has_a_workload() -> None:
+    tables = {name: table for module in modules_with("CONFIGURATIONS") for name, table in module.CONFIGURATIONS.items()}
+    chosen = [name for name, table in tables.items() if any(len(candidates) > 1 for candidates in table.values())]
+    assert [name for name in chosen if not name.startswith(TUNED_OPS)] == []
 
 
 @pytest.mark.parametrize("op", ["spatial_attention", "temporal_attention", "cross_attention"])
