@@ -51,11 +51,7 @@ from .tiles import (
 
 CONFIGURATIONS = {
     "temporal_attention_long_queries_backward": {
-        "half": (
-            Configuration(STEP=32, num_warps=4, num_stages=2),
-            Configuration(STEP=64, num_warps=4, num_stages=2),
-            Configuration(STEP=32, num_warps=4, num_stages=1),
-        ),
+        "half": (Configuration(STEP=32, num_warps=4, num_stages=2),),
         "half@sm_80": (
             Configuration(STEP=32, num_warps=4, num_stages=1),
             Configuration(STEP=32, num_warps=8, num_stages=2),
@@ -63,7 +59,7 @@ CONFIGURATIONS = {
         "float32": (Configuration(STEP=32, num_warps=8, num_stages=1),),
     },
     "temporal_attention_long_keys_backward": {
-        "half": (Configuration(STEP=32, num_warps=4, num_stages=2), Configuration(STEP=32, num_warps=8, num_stages=2)),
+        "half": (Configuration(STEP=32, num_warps=4, num_stages=2),),
         "half@sm_100": (Configuration(STEP=32, maxnreg=255, num_warps=4, num_stages=2),),
         "half@sm_80": (
             Configuration(STEP=16, num_warps=4, num_stages=1),
