@@ -163,6 +163,7 @@ def _gate_residual_modulated_norm_backward(
     video_tiles: Tensor,
     x_dtype: torch.dtype,
     branch_dtype: torch.dtype,
+    shift_dtype: torch.dtype,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns d_x, d_branch [N, C], d_shift, d_scale, d_gate [R, C], d_bias [C]; those that are not wanted are empty.
@@ -171,7 +172,7 @@ def _gate_residual_modulated_norm_backward(
     """
     from .rows.residual_norm_backward import launch_backward
 
-    outputs = _allocate_gradients(residual, scale, gate, bias, x_dtype, branch_dtype, wants)
+    outputs = _allocate_gradients(residual, scale, gate, bias, x_dtype, branch_dtype, shift_dtype, wants)
     wanted = [output if output.numel() else None for output in outputs]
     launch_backward(
         "gate_residual_modulated_norm",
@@ -213,9 +214,10 @@ def _(
     video_tiles,
     x_dtype,
     branch_dtype,
+    shift_dtype,
     wants,
 ):
-    return _allocate_gradients(residual, scale, gate, bias, x_dtype, branch_dtype, wants)
+    return _allocate_gradients(residual, scale, gate, bias, x_dtype, branch_dtype, shift_dtype, wants)
 
 
 def _allocate_gradients(
@@ -225,13 +227,14 @@ def _allocate_gradients(
     bias: Tensor | None,
     x_dtype: torch.dtype,
     branch_dtype: torch.dtype,
+    shift_dtype: torch.dtype,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wants_x, wants_branch, wants_tables, wants_gate, wants_bias = wants
     return (
         empty_if(wants_x, residual, x_dtype),
         empty_if(wants_branch, residual, branch_dtype),
-        empty_if(wants_tables, scale),
+        empty_if(wants_tables, scale, shift_dtype),
         empty_if(wants_tables, scale),
         empty_if(wants_gate, scale if gate is None else gate),
         empty_if(wants_bias, scale if bias is None else bias),
@@ -260,7 +263,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, d_residual, d_normed, d_mean, d_rstd):
-    x_dtype, branch_dtype, shift_dtype = ctx.dtypes
+    x_dtype, branch_dtype, _ = ctx.dtypes
     wants_x, wants_branch, wants_gate, wants_bias, wants_shift, wants_scale, *_ = ctx.needs_input_grad
     gradients = [None] * 13
     if d_residual is None and d_normed is None:
@@ -272,13 +275,13 @@ def _backward(ctx, d_residual, d_normed, d_mean, d_rstd):
     wants_tables = (wants_shift or wants_scale) and d_normed is not None
     wants = [wants_x, wants_branch and not shared, wants_tables, wants_gate, wants_bias]
     d_x, d_branch, d_shift, d_scale, d_gate, d_bias = _gate_residual_modulated_norm_backward(
-        d_residual, d_normed, *saved, x_dtype, branch_dtype, wants
+        d_residual, d_normed, *saved, *ctx.dtypes, wants
     )
     gradients[0] = d_x if wants_x else None
     gradients[1] = d_x if shared else d_branch if wants_branch else None
     gradients[2] = d_gate if wants_gate else None
     gradients[3] = d_bias if wants_bias else None
-    gradients[4] = d_shift.to(shift_dtype) if wants_shift and wants_tables else None
+    gradients[4] = d_shift if wants_shift and wants_tables else None
     gradients[5] = d_scale if wants_scale and wants_tables else None
     return tuple(gradients)
 

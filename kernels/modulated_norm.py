@@ -118,13 +118,14 @@ def _modulated_norm_backward(
     frame_rows: Tensor,
     tiles: Tensor,
     video_tiles: Tensor,
+    shift_dtype: torch.dtype,
     wants_x: bool,
     wants_tables: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (d_x [N, C], d_shift [R, C], d_scale [R, C]); those that are not wanted are empty."""
     from .rows.residual_norm_backward import launch_backward
 
-    outputs = _allocate_gradients(x, scale, wants_x, wants_tables)
+    outputs = _allocate_gradients(x, scale, shift_dtype, wants_x, wants_tables)
     launch_backward(
         "modulated_norm",
         d_normed=d_normed,
@@ -143,12 +144,14 @@ def _modulated_norm_backward(
 
 
 @_modulated_norm_backward.register_fake
-def _(d_normed, x, mean, rstd, scale, frame_rows, tiles, video_tiles, wants_x, wants_tables):
-    return _allocate_gradients(x, scale, wants_x, wants_tables)
+def _(d_normed, x, mean, rstd, scale, frame_rows, tiles, video_tiles, shift_dtype, wants_x, wants_tables):
+    return _allocate_gradients(x, scale, shift_dtype, wants_x, wants_tables)
 
 
-def _allocate_gradients(x: Tensor, scale: Tensor, wants_x: bool, wants_tables: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_if(wants_x, x), empty_if(wants_tables, scale), empty_if(wants_tables, scale)
+def _allocate_gradients(
+    x: Tensor, scale: Tensor, shift_dtype: torch.dtype, wants_x: bool, wants_tables: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_if(wants_x, x), empty_if(wants_tables, scale, shift_dtype), empty_if(wants_tables, scale)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -165,10 +168,10 @@ def _backward(ctx, d_normed, d_mean, d_rstd):
     gradients = [None] * 9
     if d_normed is not None and (wants_x or wants_shift or wants_scale):
         d_x, d_shift, d_scale = _modulated_norm_backward(
-            d_normed, *ctx.saved_tensors, wants_x, wants_shift or wants_scale
+            d_normed, *ctx.saved_tensors, ctx.shift_dtype, wants_x, wants_shift or wants_scale
         )
         gradients[0] = d_x if wants_x else None
-        gradients[1] = d_shift.to(ctx.shift_dtype) if wants_shift else None
+        gradients[1] = d_shift if wants_shift else None
         gradients[2] = d_scale if wants_scale else None
     return tuple(gradients)
 

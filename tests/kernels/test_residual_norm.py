@@ -134,6 +134,16 @@ def test_mixed_dtypes(op, device, compare_with_eager) -> None:
     compare(compare_with_eager, op, layout, frame_rows, inputs)
 
 
+@pytest.mark.parametrize("narrow", ["shift", "scale"])
+@pytest.mark.parametrize("op", ["modulated_norm", "gate_residual_modulated_norm"])
+def test_each_table_receives_its_gradient_in_its_own_dtype(op, narrow, device, compare_with_eager) -> None:
+    """Not rounded to that of the other table on the way."""
+    layout, frame_rows = make_layout([(2, 1, 3)], device, masked=False)
+    inputs = make_inputs(op, layout, rows=1, dtype=torch.float32)
+    inputs[narrow] = inputs[narrow].detach().half().requires_grad_()
+    compare(compare_with_eager, op, layout, frame_rows, inputs)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_only_the_wanted_gradients(op, device) -> None:
     layout, frame_rows = make_layout([(2, 1, 3)], device, masked=False)
