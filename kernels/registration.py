@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .checks import PLAIN_TYPES
@@ -36,6 +37,7 @@ class KernelOp:
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name.partition("::")[2]
         self.function = function
         self.op = torch.library.custom_op(name, mutates_args=())(function)
         self._direct: Callable[..., Any] = function
@@ -69,7 +71,15 @@ class KernelOp:
         seen_by_others = (
             torch.compiler.is_compiling() or is_intercepted() or not _PLAIN_ARGUMENTS.issuperset(map(type, arguments))
         )
-        return (self.op if seen_by_others else self._direct)(*arguments)
+        if not seen_by_others:
+            return self._direct(*arguments)
+        # Tangents do not pass the registered op, which would say nothing of it; `_direct` refuses them itself.
+        if forward_ad._current_level >= 0:
+            raise ValueError(
+                f"{self.name}: it has no derivatives in forward mode (torch.func.jvp, torch.autograd.forward_ad); use "
+                "backend='reference', or backward()"
+            )
+        return self.op(*arguments)
 
 
 def kernel_op(name: str) -> Callable[[Callable[..., Any]], KernelOp]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora_fast.kernels.registration import choose_backend, kernel_op, output_dtype
@@ -111,6 +112,22 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(double(x, 2.0).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_derivatives_in_forward_mode_are_refused_and_never_zero() -> None:
+    """PyTorch's registered ops leave them out without a word."""
+    x = torch.ones(3)
+
+    def differentiate(x):
+        return torch.func.jvp(lambda x: double(x, 2.0), (x,), (x,))
+
+    for function in (differentiate, torch.compile(differentiate, backend="eager")):
+        with pytest.raises(ValueError, match="double: .* forward mode .* use backend='reference', or backward()"):
+            function(x)
+    with pytest.raises(ValueError, match="double: .* forward mode"), forward_ad.dual_level(), Names():
+        double(forward_ad.make_dual(x, x), 2.0)
+    with pytest.raises(NotImplementedError, match="jvp"), forward_ad.dual_level():
+        double(forward_ad.make_dual(x, x), 2.0)
 
 
 def test_auto_takes_the_reference_for_float64() -> None:
