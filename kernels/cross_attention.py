@@ -43,7 +43,8 @@ def cross_attention_reference(q: Tensor, kv: Tensor, layout: PackLayout, text: T
         )
         output = torch.where(has_text[videos], output, 0)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return output.to(q.dtype)
 
 
 def cross_attention(

@@ -197,6 +197,14 @@ def test_text_of_another_dtype(device) -> None:
     assert inputs["kv"].grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("function", [ours, reference], ids=["triton", "reference"])
+def test_under_autocast_the_output_has_the_dtype_of_the_queries(function, device) -> None:
+    inputs = make_inputs([(2, 3, 5), (1, 1, 1)], [6, 0], torch.float32, device)
+    with torch.autocast(device.type, dtype=torch.float16):
+        output = function(**inputs)
+    assert output.dtype == torch.float32
+
+
 @pytest.mark.parametrize("wanted", ["q", "kv"])
 def test_only_the_wanted_gradient(wanted, device) -> None:
     gradients = []
