@@ -36,6 +36,7 @@ from .configurations import (
     force,
     measured_path,
     read_measured,
+    read_rows,
     record_selections,
     replace_measured,
 )
@@ -411,8 +412,7 @@ def write_measured(
         The path, and the earlier rows that stay though these timings give another.
     """
     path = path or measured_path(gpu)
-    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    named = {(row["kernel"], row["shape_class"]): row for row in earlier}
+    named = read_rows(path)
     candidates = {(timing.kernel, timing.shape_class, str(timing.configuration)) for timing in timings}
     stay = []
     for row in choose_fastest(timings):

@@ -236,9 +236,29 @@ def measured_path(gpu: str) -> Path:
 
 @lru_cache(maxsize=16)
 def read_measured(gpu: str) -> dict[tuple[str, str], dict[str, int]]:
-    """(kernel, shape class) → `Configuration.choices`; empty where nobody measured."""
-    path = measured_path(gpu)
+    """(kernel, shape class) → `Configuration.choices`; empty where nobody measured.
+
+    Raises:
+        ValueError: as `read_rows`.
+    """
+    return {key: row["configuration"] for key, row in read_rows(measured_path(gpu)).items()}
+
+
+def read_rows(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """(kernel, shape class) → what a file of measured configurations says of it; empty where there is no file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     if not path.exists():
         return {}
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return {(row["kernel"], row["shape_class"]): row["configuration"] for row in rows}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return {
+            (row["kernel"], row["shape_class"]): {**row, "configuration": dict(row["configuration"])} for row in rows
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: it holds no measured configurations ({type(error).__name__}: {error}); delete it and run "
+            "`opensora-fast kernels autotune`"
+        ) from error

@@ -70,6 +70,28 @@ def test_a_measured_configuration_that_is_no_candidate_is_named(gpu) -> None:
         select(TABLE, "kernel", "any", CUDA)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '<<<<<<< ours\n{"rows": []}',
+        "[]",
+        '{"rows": [7]}',
+        '{"rows": [{"kernel": "kernel", "shape_class": "any"}]}',
+        '{"rows": [{"kernel": "kernel", "shape_class": "any", "configuration": [16]}]}',
+    ],
+)
+def test_a_file_that_holds_no_configurations_is_named(gpu, text) -> None:
+    """To whoever runs a kernel, and to a tuner, which must not write over it."""
+    gpu.write_text(text)
+    message = "nvidia_test_1.json: .*no measured configurations .*; delete it and run"
+    with pytest.raises(ValueError, match=message):
+        select(TABLE, "kernel", "any", CUDA)
+    with pytest.raises(ValueError, match=message):
+        autotune.write_measured([], "NVIDIA Test 1", {})
+    assert gpu.read_text() == text
+
+
 def test_a_tuner_replaces_what_is_no_longer_a_candidate(gpu) -> None:
     """It could not run otherwise, and it is what the error asks for."""
     rows = [{"kernel": "kernel", "shape_class": "any", "configuration": {"BLOCK": 7}, "workloads": 9}]
