@@ -53,11 +53,11 @@ _CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def _sigmoid_of_2u(z):
-    """Returns s and 1 - s, the latter as exp(-2u) · s, without the cancellation near s = 1."""
+    """Returns s and 1 - s, the latter as exp(-2u) · s, without the cancellation near s = 1; zero where s is zero."""
     exponent = z * (-LOG2_E * _SLOPE - LOG2_E * _SLOPE * _CUBIC * z * z)
-    power = tl.exp2(tl.minimum(exponent, 126.0))  # beyond it s is zero in any dtype, and the power would be infinite
+    power = tl.exp2(exponent)
     sigmoid = 1.0 / (1.0 + power)
-    return sigmoid, power * sigmoid
+    return sigmoid, tl.minimum(power, 1e38) * sigmoid  # infinity times zero would be NaN
 
 
 @triton.jit

@@ -45,6 +45,15 @@ def test_large_values(dtype, device) -> None:
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=2e-3, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+def test_values_whose_cubes_are_beyond_float32(dtype, device) -> None:
+    """All or nothing of each passes, of its gradient too."""
+    x = torch.tensor([[-1e18, -1e15, -1e12, 1e12, 1e15, 1e18]], device=device, dtype=dtype, requires_grad=True)
+    output = ours(x)
+    output.backward(torch.ones_like(output))
+    assert torch.equal(output, x.relu()) and torch.equal(x.grad, (x > 0).to(dtype))
+
+
 def test_mixed_dtypes(device, compare_with_eager) -> None:
     inputs = make_inputs(5, 16, torch.float32, device)
     inputs["x"] = inputs["x"].detach().half().requires_grad_()
