@@ -10,7 +10,8 @@ the weights or the bias are wanted, of fewer than 2³¹ / (3·H·D) programs in 
 bits. No gradient of the angles.
 
 Kernels: attention/temporal_forward.py and _backward.py where a tile of 16, 32, 64 or 128 rows holds all frames of a
-place, attention/temporal_long_forward.py and _long_backward.py beyond, and for float32 on a GPU.
+place, attention/temporal_long_forward.py and _long_backward.py beyond, and for float32 on a GPU. Where several places
+share a tile, what is not finite at one of them may spoil the others, of the same video and head.
 
 Letters: N tokens, H heads, D head size, T frames of a video, S tokens of a frame.
 """

@@ -132,6 +132,20 @@ def test_images_return_their_values(dtype, device) -> None:
     assert (inputs["q_weight"].grad.abs() <= 10 * rounding).all()
 
 
+@pytest.mark.parametrize("place", ["q", "k", "v", "gradient"])
+def test_what_is_not_finite_spoils_no_other_head_or_video(place, longest, device) -> None:
+    inputs = make_inputs([(5, 1, 7), (1, 1, 3), (5, 1, 2)], torch.float32, device, heads=2, head_size=24, weight=None)
+    gradient = torch.randn(48, 2, 24, generator=torch.Generator().manual_seed(1)).to(device)
+    spoiled = gradient if place == "gradient" else inputs["qkv"].detach()[:, "qkv".index(place)]
+    spoiled[17, 1, 5] = float("nan")
+    output = ours(**inputs)
+    output.backward(gradient)
+    finite = output.isfinite().all(dim=2) & inputs["qkv"].grad.isfinite().all(dim=3).all(dim=1)  # [N, heads]
+    assert not finite[17, 1]
+    finite[:35, 1] = True
+    assert finite.all()
+
+
 def test_rows_of_zeros(device, compare) -> None:
     """eps keeps the norm of a zero row finite."""
     inputs = make_inputs([(5, 1, 2)], torch.float32, device)
