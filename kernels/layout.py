@@ -320,7 +320,7 @@ class TextLayout:
     """Where the text tokens of each video lie in `text [M, C]`.
 
     Attributes:
-        starts int32 [B]: first text token of each video.
+        starts int32 [B]: first text token of each video. No two videos share one, or its gradient is that of one video.
         lengths int32 [B]: text tokens of each video; 0 is allowed and makes its cross-attention zero.
         max_length: a bound on the lengths that the host knows.
         num_tokens: M.
