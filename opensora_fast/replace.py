@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from .model.stdit2 import STDiT2
 BLOCK_TABLES = ("scale_shift_table", "scale_shift_table_temporal")
 LINEARS = tuple(f"{name}.{linear}" for name, linears in BLOCK_LINEARS.items() for linear in linears)
 QK_NORMS = ("attn.q_norm", "attn.k_norm", "attn_temp.q_norm", "attn_temp.k_norm")
+LAYER_NORMS = ("norm1", "norm2", "norm_temp")
 NORM_EPSILON = 1e-6
 
 
@@ -139,14 +141,17 @@ def _is_upstream_block(module: nn.Module) -> bool:
     return module._modules.keys() >= BLOCK_LINEARS.keys() and all(hasattr(module, name) for name in BLOCK_TABLES)
 
 
-def _find_difference(block: nn.Module) -> str | None:
+def _find_difference(block: nn.Module, rope: nn.Module) -> str | None:
     """What of a block the kernels would not compute, since they read nothing but its parameters."""
     bypassed = find_bypassed(block)
     if bypassed is not None:
         return bypassed
     for name, module in block.named_modules():
-        if name.startswith(tuple(f"{linear}." for linear in (*LINEARS, "parametrizations"))):
+        if "parametrizations" in name.split(".") or name.startswith(tuple(f"{linear}." for linear in LINEARS)):
             continue  # such as the parametrization of a weight
+        foreign = _find_foreign_forward(module)
+        if foreign is not None:
+            return f"{name or 'it'} has {foreign}"
         if isinstance(module, nn.Dropout) and module.p > 0:
             return f"{name} has p={module.p:g}"
         if name in LINEARS:
@@ -157,21 +162,52 @@ def _find_difference(block: nn.Module) -> str | None:
         extra = [own for own, _ in module.named_parameters(recurse=False) if own not in known]
         if extra:
             return f"{name}.{extra[0]} is a parameter that Open-Sora's block lacks".removeprefix(".")
-        if name in QK_NORMS and isinstance(module, nn.LayerNorm):
-            return f"{name} is a LayerNorm"
+        if not _is_expected(name, module):
+            return f"{name} is {module}"
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", NORM_EPSILON))
         if epsilon != NORM_EPSILON:
-            return f"{name} has epsilon {epsilon:g}, not {NORM_EPSILON:g}"
-        if (
-            name == "attn_temp"
-            and not getattr(module, "qk_norm_legacy", True)
-            and not isinstance(module.q_norm, nn.Identity)
-        ):
-            return "attn_temp normalizes queries and keys before it rotates them (qk_norm_legacy=False)"
-        if name == "mlp.act" and not (isinstance(module, nn.GELU) and module.approximate == "tanh"):
-            return f"{name} is {module}"
-    if not isinstance(getattr(block, "drop_path", nn.Identity()), nn.Identity):
-        return "its drop_path is above 0"
+            return f"{name} has epsilon {epsilon}, not {NORM_EPSILON}"
+    return _find_other_attention(block, rope)
+
+
+def _find_foreign_forward(module: nn.Module) -> str | None:
+    """Whether a subclass, or a function put into the class, computes in place of the class that Open-Sora takes."""
+    first, *others = [one for one in type(module).__mro__ if "forward" in vars(one)]  # nn.Module has one
+    if others and others[0] is not nn.Module:
+        return f"{_name(first.forward)} in place of {_name(others[0].forward)}"
+    if _name(first.forward) != f"{_name(first)}.forward" and first is not nn.Module:
+        return f"{_name(first.forward)} in place of {_name(first)}.forward"
+    return None
+
+
+def _name(defined: type | Callable) -> str:
+    return f"{defined.__module__}.{defined.__qualname__}"
+
+
+def _is_expected(name: str, module: nn.Module) -> bool:
+    """Whether a module of a block that is no Linear is what Open-Sora has in this place, or does nothing."""
+    if name in QK_NORMS:
+        return not isinstance(module, nn.LayerNorm)
+    if name in LAYER_NORMS:
+        return isinstance(module, nn.LayerNorm) or type(module).__name__ == "FusedLayerNorm"  # of apex
+    if name == "mlp.act":
+        return isinstance(module, nn.GELU) and module.approximate == "tanh"
+    return name in ("", *BLOCK_LINEARS) or isinstance(module, (nn.Identity, nn.Dropout))
+
+
+def _find_other_attention(block: nn.Module, rope: nn.Module) -> str | None:
+    """What upstream's attention modules say in attributes, where it is not as in Open-Sora 1.1."""
+    for name, rotates in (("attn", False), ("attn_temp", True)):
+        module = getattr(block, name)
+        scale = (module.qkv.out_features / 3 / module.num_heads) ** -0.5
+        if not math.isclose(getattr(module, "scale", scale), scale, rel_tol=1e-6):
+            return f"{name}.scale is {module.scale:g}, not the {scale:g} of its head size"
+        if bool(getattr(module, "rope", rotates)) != rotates:
+            return f"{name}.rope is {module.rope}"
+    if getattr(getattr(block.attn_temp, "rotary_emb", rope.forward), "__self__", None) is not rope:
+        return "attn_temp.rotary_emb is not of the model's rope"
+    if not getattr(block.attn_temp, "qk_norm_legacy", True) and not isinstance(block.attn_temp.q_norm, nn.Identity):
+        return "attn_temp normalizes queries and keys before it rotates them (qk_norm_legacy=False)"
     return None
 
 
@@ -187,9 +223,12 @@ def _override_upstream_blocks(blocks: dict[str, nn.Module], rope: nn.Module, cho
                 if done
                 else f"use_kernels: {name}.forward is replaced by something else; call use_kernels before that"
             )
-        difference = _find_difference(block)
+        difference = _find_difference(block, rope)
         if difference is not None:
-            raise ValueError(f"use_kernels: {name}: {difference}; the kernels compute Open-Sora 1.1's block only")
+            raise ValueError(
+                f"use_kernels: {name}: {difference}; the kernels compute Open-Sora 1.1's block only: change this back, "
+                "or leave use_kernels out"
+            )
     if getattr(rope, "interpolate_factor", 1) != 1:
         raise ValueError(
             f"use_kernels: rope has interpolate_factor {rope.interpolate_factor:g}; the kernels turn by frame index · "

@@ -235,7 +235,10 @@ class Half(nn.Module):
 
 
 @both
-@pytest.mark.parametrize(("place", "tensor"), [("", "scale_shift_table"), ("attn.qkv", "weight"), ("mlp.fc1", "bias")])
+@pytest.mark.parametrize(
+    ("place", "tensor"),
+    [("", "scale_shift_table"), ("attn.qkv", "weight"), ("attn.q_norm", "weight"), ("mlp.fc1", "bias")],
+)
 def test_parametrizations_are_followed(name, place, tensor):
     gradients = []
     for kernels in (False, True):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from opensora_fast import STDiT2, STDiT2Config, use_kernels
-from opensora_fast.benchmarks.providers.upstream import UpstreamSTDiT2
+from opensora_fast.benchmarks.providers.upstream import UpstreamBlock, UpstreamSTDiT2
 from opensora_fast.kernels import calls
 from opensora_fast.replace import OPS
 
@@ -150,10 +150,14 @@ class ScaledLinear(nn.Linear):
         ("adapter", nn.Linear(48, 48), "adapter.weight is a parameter that Open-Sora's block lacks"),
         ("norm1", nn.LayerNorm(48, eps=1e-6), "norm1.weight is a parameter"),
         ("norm2", nn.LayerNorm(48, elementwise_affine=False), "norm2 has epsilon 1e-05"),
-        ("attn.k_norm", nn.LayerNorm(24, eps=1e-6, bias=False), "attn.k_norm is a LayerNorm"),
+        ("norm_temp", nn.RMSNorm(48, eps=1e-6, elementwise_affine=False), "norm_temp is RMSNorm"),
+        ("norm1", nn.Identity(), "norm1 is Identity"),
+        ("attn.k_norm", nn.LayerNorm(24, eps=1e-6, bias=False), "attn.k_norm is LayerNorm"),
+        ("attn.q_norm", nn.RMSNorm(24), "attn.q_norm has epsilon None, not 1e-06"),
         ("mlp.act", nn.SiLU(), "mlp.act is SiLU"),
+        ("mlp.norm", nn.LayerNorm(48, eps=1e-6, elementwise_affine=False), "mlp.norm is LayerNorm"),
         ("attn.attn_drop", nn.Dropout(0.5), "attn.attn_drop has p=0.5"),
-        ("drop_path", nn.Dropout(0.0), "its drop_path is above 0"),
+        ("drop_path", nn.AlphaDropout(0.5), "drop_path is AlphaDropout"),
     ],
 )
 def test_a_block_that_computes_something_else_is_refused(name, module, difference):
@@ -162,6 +166,44 @@ def test_a_block_that_computes_something_else_is_refused(name, module, differenc
     with pytest.raises(ValueError, match=f"blocks.1: {difference}"):
         use_kernels(model)
     assert not any("forward" in vars(block) for block in model.blocks)
+
+
+class HalvedBlock(UpstreamBlock):
+    def forward(self, *arguments):
+        return super().forward(*arguments) / 2
+
+
+def test_a_block_whose_code_is_replaced_is_refused(monkeypatch):
+    model = build(UpstreamSTDiT2)
+    model.blocks[1].__class__ = HalvedBlock
+    with pytest.raises(ValueError, match=r"blocks.1: it has test_replace.HalvedBlock.forward in place of .*Upstream"):
+        use_kernels(model)
+    model.blocks[1].__class__ = UpstreamBlock
+    monkeypatch.setattr(UpstreamBlock, "forward", HalvedBlock.forward)
+    with pytest.raises(ValueError, match=r"blocks.0: it has test_replace.HalvedBlock.forward in place of .*Upstream"):
+        use_kernels(model)
+    monkeypatch.undo()
+    use_kernels(model, backend="reference")
+
+
+@pytest.mark.parametrize(
+    "name, attribute, value, difference",
+    [
+        ("attn", "scale", 0.5, "attn.scale is 0.5, not the 0.117851 of its head size"),
+        ("attn", "rope", True, "attn.rope is True"),
+        ("attn_temp", "rope", False, "attn_temp.rope is False"),
+        ("attn_temp", "rotary_emb", nn.Identity().forward, "attn_temp.rotary_emb is not of the model's rope"),
+    ],
+)
+def test_attention_that_is_told_to_compute_something_else_is_refused(name, attribute, value, difference):
+    model = build(UpstreamSTDiT2)
+    for block in model.blocks:  # which upstream's have
+        block.attn.scale = block.attn_temp.scale = 72**-0.5
+        block.attn.rope, block.attn_temp.rope, block.attn_temp.rotary_emb = False, True, model.rope.forward
+    use_kernels(model, backend="reference").undo()
+    setattr(model.blocks[1].get_submodule(name), attribute, value)
+    with pytest.raises(ValueError, match=f"blocks.1: {difference}.*change this back, or leave use_kernels out"):
+        use_kernels(model)
 
 
 def test_a_rotary_embedding_that_turns_otherwise_is_refused():
