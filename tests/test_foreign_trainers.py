@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora_fast import use_kernels
 from opensora_fast.kernels import calls
+from opensora_fast.model.block import SelfAttention
 from opensora_fast.model.positions import cached_side
 
 ROUNDING = 2e-5
@@ -189,6 +190,15 @@ def wrap_part(block):
     block.mlp = Wrapper(block.mlp)
 
 
+class OtherAttention(SelfAttention):
+    def forward(self, x):
+        return x
+
+
+def derive_part(block):
+    block.attn.__class__ = OtherAttention
+
+
 def ignore(*arguments):
     return None
 
@@ -196,6 +206,7 @@ def ignore(*arguments):
 CHANGES = {
     "attn.qkv is not a plain Linear but test_foreign_trainers.Adapter": put_adapter,
     "mlp is a test_foreign_trainers.Wrapper": wrap_part,
+    "attn is a test_foreign_trainers.OtherAttention with a forward": derive_part,
     "mlp.fc1.forward is replaced": put_forward,
     "attn has a forward hook": lambda block: block.attn.register_forward_hook(ignore),
     "attn_temp.q_norm has a forward hook": lambda block: block.attn_temp.q_norm.register_forward_pre_hook(ignore),

@@ -43,6 +43,8 @@ def find_bypassed(block: nn.Module) -> str | None:
     for name, module in block._modules.items():
         if module is None or name == "parametrizations":
             continue
+        if isinstance(module, PlainLinears) and type(module).forward is not nn.Module.forward:
+            return f"{name} is a {_name_class(module)} with a forward"
         inside = module._modules
         for held_name in BLOCK_LINEARS.get(name, ()):
             held = inside.get(held_name)
