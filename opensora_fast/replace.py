@@ -204,11 +204,17 @@ def _find_other_attention(block: nn.Module, rope: nn.Module) -> str | None:
             return f"{name}.scale is {module.scale:g}, not the {scale:g} of its head size"
         if bool(getattr(module, "rope", rotates)) != rotates:
             return f"{name}.rope is {module.rope}"
-    if getattr(getattr(block.attn_temp, "rotary_emb", rope.forward), "__self__", None) is not rope:
-        return "attn_temp.rotary_emb is not of the model's rope"
+    if not isinstance(getattr(_get_rope(block, rope), "freqs", None), Tensor):
+        return "attn_temp.rotary_emb is no method of a rotary embedding"
     if not getattr(block.attn_temp, "qk_norm_legacy", True) and not isinstance(block.attn_temp.q_norm, nn.Identity):
         return "attn_temp normalizes queries and keys before it rotates them (qk_norm_legacy=False)"
     return None
+
+
+def _get_rope(block: nn.Module, rope: nn.Module) -> nn.Module | None:
+    """What turns a block's queries and keys: the model's rotary embedding, or its own if it was copied alone."""
+    rotate = getattr(block.attn_temp, "rotary_emb", None)
+    return rope if rotate is None else getattr(rotate, "__self__", None)
 
 
 def _override_upstream_blocks(blocks: dict[str, nn.Module], rope: nn.Module, chosen: dict[str, str]) -> Replacement:
@@ -229,20 +235,22 @@ def _override_upstream_blocks(blocks: dict[str, nn.Module], rope: nn.Module, cho
                 f"use_kernels: {name}: {difference}; the kernels compute Open-Sora 1.1's block only: change this back, "
                 "or leave use_kernels out"
             )
-    if getattr(rope, "interpolate_factor", 1) != 1:
-        raise ValueError(
-            f"use_kernels: rope has interpolate_factor {rope.interpolate_factor:g}; the kernels turn by frame index · "
-            "frequency: divide rope.freqs by it instead"
-        )
-    if rope.freqs.requires_grad:
-        raise ValueError(
-            "use_kernels: rope.freqs is to be trained, and the kernels find no gradient of it; call "
-            "rope.freqs.requires_grad_(False) first"
-        )
+    ropes = [_get_rope(block, rope) for block in blocks.values()]
+    for each in ropes:
+        if getattr(each, "interpolate_factor", 1) != 1:
+            raise ValueError(
+                f"use_kernels: rope has interpolate_factor {each.interpolate_factor:g}; the kernels turn by frame "
+                "index · frequency: divide rope.freqs by it instead"
+            )
+        if each.freqs.requires_grad:
+            raise ValueError(
+                "use_kernels: rope.freqs is to be trained, and the kernels find no gradient of it; call "
+                "rope.freqs.requires_grad_(False) first"
+            )
     backends = replace(Backends.all("reference"), **chosen)
-    for block in blocks.values():
+    for block, each in zip(blocks.values(), ropes, strict=True):
         # Not a closure: copies and pickles of the model (its moving average, say) then hold their own parameters.
-        block.forward = partial(_compute_upstream_block, block, rope, backends)
+        block.forward = partial(_compute_upstream_block, block, each, backends)
 
     def undo() -> None:
         for block in blocks.values():
@@ -267,6 +275,12 @@ def _compute_upstream_block(
     S: int | None = None,
 ) -> Tensor:
     """The forward of upstream's block, with its arguments: x [B, T·S, C], y [1, M, C], t [B, 6·C], t_tmp [B, 3·C]."""
+    if x.device != block.scale_shift_table.device:
+        raise ValueError(
+            f"{type(block).__name__}: x is on {x.device}, the parameters that the kernels read on "
+            f"{block.scale_shift_table.device}; move the whole model, and for several GPUs use "
+            "DistributedDataParallel: nn.DataParallel's copies read the parameters of the first"
+        )
     videos, tokens, channels = x.shape
     layout = PackLayout.of([(T, 1, S)] * videos, x.device)
     lengths = mask if mask is not None else [y.shape[1] // videos] * videos

@@ -192,7 +192,7 @@ def test_a_block_whose_code_is_replaced_is_refused(monkeypatch):
         ("attn", "scale", 0.5, "attn.scale is 0.5, not the 0.117851 of its head size"),
         ("attn", "rope", True, "attn.rope is True"),
         ("attn_temp", "rope", False, "attn_temp.rope is False"),
-        ("attn_temp", "rotary_emb", nn.Identity().forward, "attn_temp.rotary_emb is not of the model's rope"),
+        ("attn_temp", "rotary_emb", torch.neg, "attn_temp.rotary_emb is no method of a rotary embedding"),
     ],
 )
 def test_attention_that_is_told_to_compute_something_else_is_refused(name, attribute, value, difference):
@@ -204,6 +204,26 @@ def test_attention_that_is_told_to_compute_something_else_is_refused(name, attri
     setattr(model.blocks[1].get_submodule(name), attribute, value)
     with pytest.raises(ValueError, match=f"blocks.1: {difference}.*change this back, or leave use_kernels out"):
         use_kernels(model)
+
+
+def test_a_block_turns_by_the_rotary_embedding_that_it_has():
+    """As one that was copied alone: upstream's holds a method of it."""
+    expected, model, inputs = build(UpstreamSTDiT2), build(UpstreamSTDiT2), golden_inputs("plain")
+    other = copy.deepcopy(model.rope)
+    with torch.no_grad():
+        other.freqs.mul_(3)
+    expected.blocks[1]._frequencies = [other.freqs]
+    model.blocks[1].attn_temp.rotary_emb = other.forward
+    use_kernels(model, backend="reference")
+    torch.testing.assert_close(model(**inputs), expected(**inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_on_another_device_is_named():
+    model = build(UpstreamSTDiT2)
+    use_kernels(model, backend="reference")
+    model.blocks[1].to("meta")
+    with pytest.raises(ValueError, match=r"UpstreamBlock: x is on .*, the parameters .* on meta; move the whole model"):
+        model(**golden_inputs("plain"))
 
 
 def test_a_rotary_embedding_that_turns_otherwise_is_refused():
