@@ -129,7 +129,8 @@ class STDiT2(nn.Module):
 
         Tensors that describe the videos may lie on the host while x is on the GPU; no value is read back from the GPU.
         Those with fewer rows than x are repeated, as classifier-free guidance needs. As upstream does, positions are
-        scaled by the height and width of the first video.
+        scaled by the height and width of the first video. Numbers of a video are rounded to the model's dtype here,
+        which upstream leaves to its trainer and sampler but for the timestep (`upstream_rounding`).
 
         Args:
             x: [B, in_channels, T, H, W] latents.
