@@ -35,7 +35,7 @@ class Replacement:
     Attributes:
         replaced: op → names of the modules whose computation now uses the chosen backend.
         backends: op → the chosen backend; of `gelu_tanh` "quack" where quack's products in the MLP end with it.
-        undo: restores the model as it was before.
+        undo: restores the model as it was before; ValueError if other code has wrapped what it takes away.
     """
 
     replaced: dict[str, list[str]]
@@ -220,15 +220,13 @@ def _get_rope(block: nn.Module, rope: nn.Module) -> nn.Module | None:
 def _override_upstream_blocks(blocks: dict[str, nn.Module], rope: nn.Module, chosen: dict[str, str]) -> Replacement:
     """Gives each block a `forward` of its own that computes on packs; ops not chosen use the reference."""
     for name, block in blocks.items():
-        forward = vars(block).get("forward")
-        if forward is not None:
-            done = getattr(forward, "func", None) is _compute_upstream_block
+        if _is_overridden(block):
             raise ValueError(
                 f"use_kernels: {name} is replaced already; call undo() of that replacement first (a copy of a changed "
                 "model has none: copy it before)"
-                if done
-                else f"use_kernels: {name}.forward is replaced by something else; call use_kernels before that"
             )
+        if "forward" in vars(block):
+            raise ValueError(f"use_kernels: {name}.forward is replaced by something else; call use_kernels before that")
         difference = _find_difference(block, rope)
         if difference is not None:
             raise ValueError(
@@ -253,10 +251,17 @@ def _override_upstream_blocks(blocks: dict[str, nn.Module], rope: nn.Module, cho
         block.forward = partial(_compute_upstream_block, block, each, backends)
 
     def undo() -> None:
+        for name, block in blocks.items():
+            if "forward" in vars(block) and not _is_overridden(block):
+                raise ValueError(f"undo: {name}.forward was replaced by something else since; take that back first")
         for block in blocks.values():
             vars(block).pop("forward", None)
 
     return Replacement({op: list(blocks) for op in chosen}, _find_computing(chosen, backends), undo)
+
+
+def _is_overridden(block: nn.Module) -> bool:
+    return getattr(vars(block).get("forward"), "func", None) is _compute_upstream_block
 
 
 def _compute_upstream_block(

@@ -65,6 +65,20 @@ def test_a_blocks_forward_may_be_wrapped_by_hand(name):
     assert get_error(train(model, 0), train(make_model(name), 0)) < ROUNDING
 
 
+def test_what_is_wrapped_around_a_forward_is_not_undone_with_it():
+    model = make_model("upstream's")
+    replacement = use_kernels(model, "reference")
+    kernels = model.blocks[1].forward
+    model.blocks[1].forward = lambda *given: kernels(*given)
+    with pytest.raises(ValueError, match=r"undo: blocks.1.forward was replaced by something else since"):
+        replacement.undo()
+    assert all("forward" in vars(block) for block in model.blocks)
+    model.blocks[1].forward = kernels
+    replacement.undo()
+    replacement.undo()
+    assert not any("forward" in vars(block) for block in model.blocks)
+
+
 def test_our_model_recomputes_where_open_soras_helper_asks_for_it():
     model = make_model("own")
 
