@@ -125,7 +125,7 @@ def _choose_in_own_model(model: STDiT2, chosen: dict[str, str]) -> Replacement:
     replaced = {op: [*names, "final_layer"] if op == "modulated_norm" else list(names) for op in chosen}
 
     def undo() -> None:
-        model.backends = before
+        model.backends = replace(model.backends, **{name: getattr(before, name) for name in chosen})
 
     return Replacement(replaced, _find_computing(chosen, after), undo)
 

@@ -89,6 +89,16 @@ def test_only_the_named_ops_change():
     assert {op for op, backend in calls if backend == "triton"} == {"gelu_tanh"}
 
 
+def test_what_is_undone_is_what_that_call_changed():
+    model = build(STDiT2)
+    before = model.backends
+    first, second = use_kernels(model, gelu_tanh=True), use_kernels(model, "reference", spatial_attention=True)
+    first.undo()
+    assert (model.backends.gelu_tanh, model.backends.spatial_attention) == (before.gelu_tanh, "reference")
+    second.undo()
+    assert model.backends == before
+
+
 @pytest.mark.parametrize("model_class", [STDiT2, UpstreamSTDiT2])
 def test_matrix_products_change_where_they_are_named(model_class, monkeypatch):
     stand_in = install(monkeypatch, QuackStandIn())
