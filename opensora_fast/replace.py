@@ -25,6 +25,7 @@ BLOCK_TABLES = ("scale_shift_table", "scale_shift_table_temporal")
 LINEARS = tuple(f"{name}.{linear}" for name, linears in BLOCK_LINEARS.items() for linear in linears)
 QK_NORMS = ("attn.q_norm", "attn.k_norm", "attn_temp.q_norm", "attn_temp.k_norm")
 LAYER_NORMS = ("norm1", "norm2", "norm_temp")
+METHODS = ("forward", "t_mask_select")  # in which its classes compute
 NORM_EPSILON = 1e-6
 
 
@@ -149,7 +150,7 @@ def _find_difference(block: nn.Module, rope: nn.Module) -> str | None:
     for name, module in block.named_modules():
         if "parametrizations" in name.split(".") or name.startswith(tuple(f"{linear}." for linear in LINEARS)):
             continue  # such as the parametrization of a weight
-        foreign = _find_foreign_forward(module)
+        foreign = _find_foreign_code(module)
         if foreign is not None:
             return f"{name or 'it'} has {foreign}"
         if isinstance(module, nn.Dropout) and module.p > 0:
@@ -170,18 +171,22 @@ def _find_difference(block: nn.Module, rope: nn.Module) -> str | None:
     return _find_other_attention(block, rope)
 
 
-def _find_foreign_forward(module: nn.Module) -> str | None:
-    """Whether a subclass, or a function put into the class, computes in place of the class that Open-Sora takes."""
-    first, *others = [one for one in type(module).__mro__ if "forward" in vars(one)]  # nn.Module has one
-    if others and others[0] is not nn.Module:
-        return f"{_name(first.forward)} in place of {_name(others[0].forward)}"
-    if _name(first.forward) != f"{_name(first)}.forward" and first is not nn.Module:
-        return f"{_name(first.forward)} in place of {_name(first)}.forward"
+def _find_foreign_code(module: nn.Module) -> str | None:
+    """What a subclass, or a function put into the class or the module, computes in place of Open-Sora's class."""
+    for method in METHODS:
+        if method in vars(module):
+            return f"{method} replaced"
+        classes = [one for one in type(module).__mro__ if method in vars(one) and one is not nn.Module]
+        if len(classes) > 1:
+            return f"{_name(getattr(classes[0], method))} in place of {_name(getattr(classes[1], method))}"
+        for one in classes:
+            if _name(getattr(one, method)) != f"{_name(one)}.{method}":
+                return f"{_name(getattr(one, method))} in place of {_name(one)}.{method}"
     return None
 
 
 def _name(defined: type | Callable) -> str:
-    return f"{defined.__module__}.{defined.__qualname__}"
+    return f"{defined.__module__}.{defined.__qualname__}" if hasattr(defined, "__qualname__") else repr(defined)
 
 
 def _is_expected(name: str, module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """`use_kernels` changes how a model computes, not what, and only the model it is given."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -192,7 +193,14 @@ def test_a_block_whose_code_is_replaced_is_refused(monkeypatch):
     monkeypatch.setattr(UpstreamBlock, "forward", HalvedBlock.forward)
     with pytest.raises(ValueError, match=r"blocks.0: it has test_replace.HalvedBlock.forward in place of .*Upstream"):
         use_kernels(model)
+    monkeypatch.setattr(UpstreamBlock, "forward", partial(HalvedBlock.forward))
+    with pytest.raises(ValueError, match=r"blocks.0: it has functools.partial.* in place of .*UpstreamBlock.forward"):
+        use_kernels(model)
     monkeypatch.undo()
+    model.blocks[1].t_mask_select = torch.where  # a method of upstream's
+    with pytest.raises(ValueError, match="blocks.1: it has t_mask_select replaced"):
+        use_kernels(model)
+    del model.blocks[1].t_mask_select
     use_kernels(model, backend="reference")
 
 
