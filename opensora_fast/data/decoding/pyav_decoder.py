@@ -5,7 +5,7 @@ to RGB, turned upright, resized and cropped frame by frame, so a long clip never
 
 Color: BT.601 coefficients whatever the file says, the range (limited or full) as the file says, chroma interpolated at
 full precision. Open-Sora's decoder and DALI use the same coefficients, and with these settings PyAV and DALI on the CPU
-agree bit for bit (8-bit levels, before the resize). Open-Sora's has them not: its frames are about one level darker.
+agree bit for bit (8-bit levels, before the resize). Open-Sora's lacks them: its frames are about one level darker.
 """
 
 from __future__ import annotations
