@@ -24,7 +24,7 @@ from .case import Outcome
 from .clocks import watch_clocks
 from .provider import Bound, Outputs, Provider
 from .refused import Refused
-from .replay import Recorder, make_replay, own_stream
+from .replay import CallRecorder, make_replay, own_stream
 from .session import DeviceLostError, Session, telling
 from .timing import Call, Sampling, SamplingStopped, peak_memory, release_memory, time_interleaved
 
@@ -69,7 +69,7 @@ class Contest:
     full_results: Callable[[Bound, Any], tuple[Named, float]] | None = None
     total_memory: bool = False
     calls_per_sample: int = 1
-    make_recorder: Callable[[], Recorder] | None = None
+    make_recorder: Callable[[], CallRecorder] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class _Run:
     # ---- how fast it is ----
 
     def _first_calls(
-        self, provider: Provider, make_call: Callable[[Bound, Any], Call], record: Recorder | None
+        self, provider: Provider, make_call: Callable[[Bound, Any], Call], record: CallRecorder | None
     ) -> _Ready:
         contest = self.contest
         call = make_call(provider.prepare(contest.work), contest.work)

@@ -20,7 +20,7 @@ from .timing import Call
 
 
 @dataclass(frozen=True)
-class Recording:
+class RecordedCall:
     """A call that can be replayed.
 
     Attributes:
@@ -32,15 +32,15 @@ class Recording:
     outputs: object
 
 
-Recorder = Callable[[Call], Recording]  # of a call that has worked before; raises where it cannot be recorded
+CallRecorder = Callable[[Call], RecordedCall]  # of a call that has worked before; raises where it cannot be recorded
 
 
-def recorder_of(device: str) -> Callable[[], Recorder] | None:
+def recorder_of(device: str) -> Callable[[], CallRecorder] | None:
     """What makes the recorder of ops and blocks; None on the CPU, where the host itself computes."""
     return CudaGraphs if device == "cuda" else None
 
 
-def make_replay(call: Call, record: Recorder) -> Call:
+def make_replay(call: Call, record: CallRecorder) -> Call:
     """A call that replays `call`, which has worked before.
 
     Raises:
@@ -108,7 +108,7 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, call: Call) -> Recording:
+    def __call__(self, call: Call) -> RecordedCall:
         _refuse_waiting(call)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the allocator gives nothing back while it records
@@ -123,7 +123,7 @@ class CudaGraphs:
         def replay(kept: object = tables) -> None:
             graph.replay()
 
-        return Recording(replay, outputs)
+        return RecordedCall(replay, outputs)
 
 
 def _refuse_waiting(call: Call) -> None:

@@ -11,7 +11,7 @@ from bench_toys import ToyWork, make_toy_work, toy_contest
 
 from opensora_fast.benchmarks.measuring.contest import OP_CALLS, forward_backward_call, run_contest
 from opensora_fast.benchmarks.measuring.provider import Provider, of_function
-from opensora_fast.benchmarks.measuring.replay import CudaGraphs, Recording, make_replay, own_stream, recorder_of
+from opensora_fast.benchmarks.measuring.replay import CudaGraphs, RecordedCall, make_replay, own_stream, recorder_of
 from opensora_fast.benchmarks.measuring.session import Session
 from opensora_fast.benchmarks.shapes import Pack
 from opensora_fast.benchmarks.suites import models, ops
@@ -44,14 +44,14 @@ class Tape:
             for output, new in zip(pairs, again if isinstance(again, tuple) else (again,), strict=True):
                 output.copy_(new)
 
-        return Recording(replay, outputs)
+        return RecordedCall(replay, outputs)
 
 
 class ForgetfulTape(Tape):
     """Its replays do nothing: the work was done where it did not look, as on another stream."""
 
     def __call__(self, call):
-        return Recording(lambda: None, super().__call__(call).outputs)
+        return RecordedCall(lambda: None, super().__call__(call).outputs)
 
 
 def contest_with(names, tapes, kind=Tape, **options):
@@ -102,7 +102,7 @@ def test_a_replay_that_leaves_out_a_part_is_refused(written):
             for output, count in zip(outputs, written, strict=True):
                 output[:count] = 1.0
 
-        return Recording(replay, outputs)
+        return RecordedCall(replay, outputs)
 
     with pytest.raises(ValueError, match="a replay does not write all that the call returns"):
         make_replay(lambda: (torch.ones(4), torch.ones(4)), record)
@@ -121,7 +121,7 @@ def test_what_a_call_reads_lives_as_long_as_its_replay():
 
     def record(call):  # as a graph, it knows addresses and holds nothing
         outputs = call()
-        return Recording(outputs.zero_, outputs)
+        return RecordedCall(outputs.zero_, outputs)
 
     given = torch.randn(8)
     alive = weakref.ref(given)
