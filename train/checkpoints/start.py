@@ -83,14 +83,14 @@ def choose_start(
                 f"{out} holds later checkpoints than {checkpoint} ({later[0].name}); remove them, or give another --out"
             )
         refuse_rows_of_another(out, checkpoint)
+        note_unread(checkpoint, config, None, report)
         return Start(resume=checkpoint)
     if resume == "auto":
         newest = find_newest(checkpoints, report)
         if newest is not None:
             for folder in set_aside_newer(newest):
                 report(f"note: the damaged checkpoint is now called {folder}")
-            if init_from is not None:
-                report(f"note: the run continues from {newest}; --init-from {init_from} was not read")
+            note_unread(newest, config, init_from, report)
             return Start(resume=newest)
         if list_checkpoints(checkpoints):
             raise ValueError(f"{checkpoints} holds no checkpoint that is whole; remove them to start anew")
@@ -110,6 +110,13 @@ def choose_start(
     if source is not None:
         locate_checkpoint_file(source, "model.from_pretrained" if init_from is None else "--init-from")
     return Start(weights=source)
+
+
+def note_unread(checkpoint: Path, config: TrainConfig, init_from: str | None, report: Callable[[str], None]) -> None:
+    """Say what of the command that began a run is not read where a checkpoint is continued."""
+    for name, value in (("--init-from ", init_from), ("load=", config.load)):
+        if value is not None:
+            report(f"note: the run continues from {checkpoint}; {name}{value} was not read")
 
 
 def refuse_rows_of_another(out: Path, checkpoint: Path) -> None:

@@ -103,6 +103,18 @@ def test_weights_to_start_from_are_said_to_be_unread_where_a_checkpoint_is_conti
     assert "--init-from" not in train(out, "--steps", 3, *start[:2])[1]
 
 
+def test_load_of_the_configuration_is_said_to_be_unread_where_another_checkpoint_is_continued(train, tmp_path):
+    """The configuration that began the run with the state of another stays as it is."""
+    other, out = tmp_path / "other", tmp_path / "run"
+    assert train(other, "--steps", 1)[0] == 0
+    assert train(out, "--steps", 1, f"load={other}", "start_from_scratch=True")[0] == 0
+    newest = out / "checkpoints" / "step-00000001"
+    for resume in (newest, "auto"):
+        code, text, error = train(out, "--steps", 1, "--resume", resume, f"load={other}")
+        assert code == 0, error
+        assert f"note: the run continues from {newest}; load={other} was not read" in text
+
+
 def test_what_computes_is_checked_before_anything_is_made(train, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     out = tmp_path / "run"
