@@ -18,7 +18,7 @@ import torch
 from opensora_fast.data.decoding.clips import ClipError, ClipRequest, is_image_path
 from opensora_fast.data.decoding.pyav_decoder import decode_image, describe, iterate_frames
 from opensora_fast.data.decoding.resize import resize_frame
-from opensora_fast.files import naming_file
+from opensora_fast.files import naming_file, whole_file
 
 PathLike = str | os.PathLike[str]
 
@@ -82,7 +82,11 @@ def save_video(path: PathLike, video: torch.Tensor, fps: float) -> None:
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     rate = Fraction(fps).limit_denominator(1001)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with av.open(os.fspath(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with (
+        naming_file(Path(path)),
+        whole_file(Path(path)) as part,
+        av.open(os.fspath(part), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
         stream = container.add_stream("libx264", rate=rate, options={"crf": str(VIDEO_QUALITY)})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -102,8 +106,8 @@ def save_image(path: PathLike, image: torch.Tensor) -> None:
         image: float [3, H, W] or [3, 1, H, W] in [-1, 1], any device; values outside are clamped.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with naming_file(Path(path)):
-        _to_pillow(image).save(os.fspath(path), format="PNG")
+    with naming_file(Path(path)), whole_file(Path(path)) as part:
+        _to_pillow(image).save(part, format="PNG")
 
 
 def make_contact_sheet(clips: Sequence[torch.Tensor], labels: Sequence[str]) -> bytes:

@@ -76,12 +76,14 @@ def test_image(tmp_path, shape):
 @pytest.mark.parametrize(
     ("save", "size"), [(save_image, (3, 20, 30)), (lambda *it: save_video(*it, 8), (3, 1, 20, 30))]
 )
-def test_a_file_that_a_full_disk_does_not_take_is_named(tmp_path, save, size):
+def test_a_file_that_a_full_disk_does_not_take_is_named_and_leaves_the_one_before(tmp_path, save, size):
     path = tmp_path / "a"
-    path.symlink_to("/dev/full")
+    path.write_text("before")
+    (tmp_path / ".a.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as caught:
         save(path, torch.zeros(size))
     assert str(caught.value.filename) == str(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a"] and path.read_text() == "before"
 
 
 def test_reference_video_is_resized_as_training_clips(tmp_path):
