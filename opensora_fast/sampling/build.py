@@ -15,7 +15,7 @@ from opensora_fast.diffusion import build_scheduler
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.model import STDiT2, STDiT2Config
 from opensora_fast.model.pixart import convert_upstream_state_dict, load_checkpoint_file, locate_checkpoint_file
-from opensora_fast.model.weights import CONFIG_NAME, load_strictly, read_config
+from opensora_fast.model.weights import CONFIG_NAME, WEIGHTS_NAME, load_strictly, read_config
 from opensora_fast.parallel.join import read_place
 from opensora_fast.sampling.generate import SampleSettings, VideoGenerator
 from opensora_fast.sampling.replayed_model import ReplayedModel
@@ -63,6 +63,8 @@ def locate_weights(config: SampleConfig) -> Path:
 def load_model(config: SampleConfig, path: Path, video_encoder: VideoEncoder, text_encoder: TextEncoder) -> STDiT2:
     """The model whose weights lie there; keys given in the section `model` replace those of its config.json."""
     source = config.model.from_pretrained
+    if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file():
+        path = path.parent
     if not (path / CONFIG_NAME).is_file():
         return load_model_file(config, path, video_encoder, text_encoder)
     # Before the configuration: the one in a run that has no checkpoint yet is not of a model.

@@ -149,9 +149,15 @@ def test_a_training_run_is_sampled_with_its_averaged_weights_and_its_autoencoder
     checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints", 5, fill, keep=1)
     arguments = ("--prompt", "a cat", "--num-frames", "1", "--save-dir")
     assert sample(folder, *arguments, str(tmp_path / "a")) == 0
-    for name, weights in (("b", tmp_path / "run"), ("c", checkpoint), ("d", checkpoint / "ema")):
+    sources = {
+        "b": tmp_path / "run",
+        "c": checkpoint,
+        "d": checkpoint / "ema",
+        "e": checkpoint / "ema/model.safetensors",
+    }
+    for name, weights in sources.items():
         assert sample(folder, "vae.from_pretrained=None", *arguments, str(tmp_path / name), weights=weights) == 0
-    first, *others = (read_reference(tmp_path / name / "sample_0.png", (32, 48)) for name in ("a", "b", "c", "d"))
+    first, *others = (read_reference(tmp_path / name / "sample_0.png", (32, 48)) for name in ("a", *sources))
     assert all(torch.equal(first, other) for other in others)
 
 
