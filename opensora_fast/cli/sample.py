@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 
 MULTIPLE_VALUES = ("--prompt", "--reference-path", "--mask-strategy")
 TAKES_OVERRIDES = True
+# What a model has learned to read and to predict; `load_model` compares the rest.
+AS_TRAINED = {
+    "vae": ("type",),
+    "text_encoder": ("type", "clean_captions", "output_dim", "depth", "seed"),
+    "scheduler": ("noise_schedule", "predict_xstart", "learn_sigma", "diffusion_steps"),
+}
 
 
 def command(
@@ -102,28 +109,41 @@ def command(
         "save_dir": save_dir and str(save_dir),
     }
     loaded = load_sample_config(locate_config(config), overrides or [], options)
-    if read_place(os.environ).rank == 0:
-        for note in loaded.notes:
+
+    def report(note: str) -> None:
+        if read_place(os.environ).rank == 0:
             print(f"note: {note}", file=sys.stderr)
+
+    for note in loaded.notes:
+        report(note)
 
     from opensora_fast.sampling.run import run_sampling
 
-    _use_run(loaded.config)
+    _use_run(loaded.config, report)
     for path in run_sampling(loaded.config, device):
         print(path)
 
 
-def _use_run(config: "SampleConfig") -> None:
+def _use_run(config: "SampleConfig", report: Callable[[str], None]) -> None:
     """Where the weights are those of a run or checkpoint of `train`: take their average, unless one of the checkpoint's
-    models is named, and the autoencoder that was fitted for them, unless the configuration names one."""
-    from opensora_fast.train.checkpoints.start import find_checkpoint, find_whole
+    models is named, and the autoencoder that was fitted for them, unless the configuration names one. `report` is told
+    what else they were trained with than the configuration samples with."""
+    from opensora_fast.config import load_train_config
+    from opensora_fast.train.checkpoints.start import CHECKPOINT_CONFIG, find_checkpoint, find_whole
     from opensora_fast.train.inputs.encoders import FITTED, needs_fit
 
     weights = config.model.from_pretrained
-    checkpoint = find_checkpoint(weights, lambda text: print(f"note: {text}", file=sys.stderr))
+    checkpoint = find_checkpoint(weights, report)
     if checkpoint is not None:
         config.model.from_pretrained = str(checkpoint / "ema")
     elif weights:
         checkpoint = find_whole(Path(weights))
     if checkpoint is not None and needs_fit(config) and (checkpoint / FITTED).is_dir():
         config.vae.from_pretrained = str(checkpoint / FITTED)
+    if checkpoint is not None and (checkpoint / CHECKPOINT_CONFIG).is_file():
+        trained = load_train_config(checkpoint / CHECKPOINT_CONFIG).config
+        for section, keys in AS_TRAINED.items():
+            for key in keys:
+                here, there = (getattr(getattr(one, section), key) for one in (config, trained))
+                if here != there:
+                    report(f"{section}.{key} is {here!r}, {checkpoint} was trained with {there!r}")

@@ -161,6 +161,29 @@ def test_a_training_run_is_sampled_with_its_averaged_weights_and_its_autoencoder
     assert all(torch.equal(first, other) for other in others)
 
 
+def test_encoders_and_noise_that_a_run_was_not_trained_with_are_noted(folder, tmp_path, capsys):
+    def fill(checkpoint):
+        shutil.copytree(folder / "model", checkpoint / "ema")
+        (checkpoint / "model").mkdir()
+        trained = {key: json.loads((folder / "sample.json").read_text())[key] for key in ("vae", "text_encoder")}
+        trained["scheduler"] = {"type": "iddpm", "noise_schedule": "squaredcos_cap_v2"}
+        trained["text_encoder"]["seed"] = 7
+        (checkpoint / "train_config.json").write_text(json.dumps(trained | {"bucket_config": {"144p": {1: (1.0, 1)}}}))
+
+    folder_of_run = tmp_path / "run"
+    checkpoint = write_checkpoint(folder_of_run / "checkpoints", 5, fill, keep=1)
+    arguments = ("--prompt", "a cat", "--num-frames", "1", "--save-dir", str(tmp_path))
+    for weights in (folder_of_run, checkpoint / "ema"):
+        assert sample(folder, *arguments, weights=weights) == 0
+        assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")] == [
+            f"note: text_encoder.seed is 0, {checkpoint} was trained with 7",
+            f"note: scheduler.noise_schedule is 'linear', {checkpoint} was trained with 'squaredcos_cap_v2'",
+        ]
+    as_trained = ("text_encoder.seed=7", "scheduler.noise_schedule=squaredcos_cap_v2")
+    assert sample(folder, *arguments, *as_trained, weights=folder_of_run) == 0
+    assert "note" not in capsys.readouterr().err
+
+
 def test_the_configuration_is_one_call_from_python(folder):
     values = json.loads((folder / "sample.json").read_text())
     config = SampleConfig(**values, model={"from_pretrained": str(folder / "model")})
