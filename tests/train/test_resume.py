@@ -181,6 +181,7 @@ def test_another_order_of_batches_is_refused_before_anything_is_made(train, tmp_
     ):
         code, _, error = train(out, "--resume", whole, "--steps", STEPS, override, "drop_last=False")
         assert code == 1 and message in error and f"load={last(whole)} start_from_scratch=True" in error, error
+        assert "an --out that holds no run" in error
         assert not out.exists() and not (tmp_path / "features").exists()
 
 

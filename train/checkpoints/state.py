@@ -128,7 +128,7 @@ def other_order(checkpoint: Path, written_with: str) -> ValueError:
     return ValueError(
         f"{checkpoint} was written with {written_with}, so its order of batches cannot be continued; to take its "
         f"weights and optimizer state into a new order, use load={checkpoint} start_from_scratch=True in place of "
-        "--resume"
+        "--resume, and an --out that holds no run"
     )
 
 
