@@ -115,6 +115,11 @@ class TrainConfig(Section):
             )
         if self.start_from_scratch and self.load is None:
             raise ValueError("start_from_scratch=True needs `load`, the checkpoint whose weights to start from")
+        if self.feature_draws != 1 and self.features is None:
+            raise ValueError(
+                f"feature_draws={self.feature_draws} needs `features`, the folder that the draws are cached in; give "
+                "it, or leave both out"
+            )
         if self.load is not None and self.model.from_pretrained is not None:
             raise ValueError("load and model.from_pretrained both name weights to start from; keep one")
         return self

@@ -203,6 +203,7 @@ def test_vae_dtype_and_builder_keys(train_file):
         ("mask_ratios.mask_no=2", r"mask_ratios: mask_no is 2"),
         ("mask_ratios.mask_no='0.9'", r"mask_ratios: mask_no is '0\.9'; a ratio is a number"),
         ("start_from_scratch=True", r"start_from_scratch=True needs `load`"),
+        ("feature_draws=2", r"feature_draws=2 needs `features`"),
         ("features=''", r"features: .*at least 1 character"),  # not the current folder
         ("load=''", r"load: .*at least 1 character"),
     ],
