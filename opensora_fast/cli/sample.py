@@ -53,7 +53,9 @@ def command(
             '"0" starts with the reference.'
         ),
     ] = None,
-    loop: Annotated[int | None, typer.Option(help="Go on so many times from the last frames.")] = None,
+    loop: Annotated[
+        int | None, typer.Option(help="Loops in all: each goes on from the last frames of the one before.")
+    ] = None,
     condition_frame_length: Annotated[
         int | None, typer.Option(help="How many last frames a loop goes on from.")
     ] = None,
