@@ -401,6 +401,7 @@ def test_dry_run_without_a_table_shows_the_configured_buckets(capsys):
         (["vae.from_pretrained=/nowhere/vae"], "/nowhere/vae"),
         (["--init-from", "/nowhere/model"], "/nowhere/model"),
         (["--resume", "/nowhere/run"], "/nowhere/run: no such folder"),
+        (["--resume", ""], '--resume "": name a checkpoint'),
         (["load=/nowhere/run"], "/nowhere/run: no such folder"),
         (["--device", "tpu"], "tpu"),
         (["--resume", "/nowhere", "--init-from", "/nowhere"], "give one of them"),

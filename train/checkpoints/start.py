@@ -72,6 +72,8 @@ def choose_start(
             not there.
     """
     checkpoints = out / "checkpoints"
+    if resume == "":  # would be the current folder, and is more likely a shell variable that is not set
+        raise ValueError('--resume "": name a checkpoint or a run, or write auto for the newest checkpoint of --out')
     if resume is not None and resume != "auto":
         if init_from is not None:
             raise ValueError("--resume PATH continues a run, --init-from starts a new one: give one of them")
