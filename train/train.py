@@ -109,29 +109,7 @@ def train(
         data = read_data(config, processes.replica, processes.replicas)
         for warning in data.explanation.warnings:
             report(f"warning: {warning}")
-        if (out / COMPLETE).exists():  # even the lock of the folder would be a file too many
-            raise ValueError(f"{out} is a checkpoint, in which a run would spoil it: give another --out")
-        # Before its checkpoints are looked at: another run that writes there would change them meanwhile.
-        if held_before := processes.rank == 0 and out.is_dir():
-            held.enter_context(hold_folder(out, report))
-        start = agree_on_start(processes, config, out, resume, init_from, report)
-        if start.resume is not None:
-            check_changes(start.resume, config, data, processes, report)
-
-        with processes.first():
-            out.mkdir(parents=True, exist_ok=True)
-            if processes.rank == 0 and not held_before:
-                held.enter_context(hold_folder(out, report))
-            if needs_fit(config):
-                if processes.rank == 0 and start.resume is None:
-                    discard_fitted(out, report)
-                if start.origin is not None:
-                    adopt_fitted(start.origin, out)
-                    if holds_other_fitted(start.origin, out):
-                        raise ValueError(
-                            f"{out / FITTED} is not the linear autoencoder that {start.origin} was trained with: "
-                            "remove it, or give another --out"
-                        )
+        start = _prepare_folder(config, data, out, processes, resume, init_from, held, report)
         dtype = DTYPES[config.dtype]
         trainer: Trainer | None = None
 
@@ -216,6 +194,43 @@ def train(
         if signal_number is not None:
             report(f"stopped by signal {signal_number}; --resume auto continues")
         return signal_number
+
+
+def _prepare_folder(
+    config: TrainConfig,
+    data: TrainingData,
+    out: Path,
+    processes: Processes,
+    resume: str | None,
+    init_from: str | None,
+    held: ExitStack,
+    report: Callable[[str], None],
+) -> Start:
+    """Make the run's folder, hold it until `held` is closed, and find where to start from. ValueError as of `train`."""
+    if (out / COMPLETE).exists():  # even the lock of the folder would be a file too many
+        raise ValueError(f"{out} is a checkpoint, in which a run would spoil it: give another --out")
+    # Before its checkpoints are looked at: another run that writes there would change them meanwhile.
+    if held_before := processes.rank == 0 and out.is_dir():
+        held.enter_context(hold_folder(out, report))
+    start = agree_on_start(processes, config, out, resume, init_from, report)
+    if start.resume is not None:
+        check_changes(start.resume, config, data, processes, report)
+
+    with processes.first():
+        out.mkdir(parents=True, exist_ok=True)
+        if processes.rank == 0 and not held_before:
+            held.enter_context(hold_folder(out, report))
+        if needs_fit(config):
+            if processes.rank == 0 and start.resume is None:
+                discard_fitted(out, report)
+            if start.origin is not None:
+                adopt_fitted(start.origin, out)
+                if holds_other_fitted(start.origin, out):
+                    raise ValueError(
+                        f"{out / FITTED} is not the linear autoencoder that {start.origin} was trained with: "
+                        "remove it, or give another --out"
+                    )
+    return start
 
 
 def _report_nothing(text: str) -> None:
