@@ -74,7 +74,10 @@ class FeatureIndex:
                 (index.folder / shard.file).is_file() for shard in index.shards
             )
         except FileNotFoundError:
-            raise FeatureError(f"{path} does not exist: there are no cached features in this folder") from None
+            raise FeatureError(
+                f"{path} does not exist: there are no cached features in this folder; name another one, or delete what "
+                "is left in it and write the features again"
+            ) from None
         except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise FeatureError(
                 f"{path} is damaged ({error!r}): delete the folder and write the features again"
