@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .registration import differentiable_once
 
 
 class _CollectBiasGradient(torch.autograd.Function):
@@ -22,7 +23,7 @@ class _CollectBiasGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("bias_gradient")
     def backward(ctx, d_x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         wants_x, wants_bias = ctx.needs_input_grad
         return d_x if wants_x else None, d_x.sum(0).to(ctx.bias_dtype) if wants_bias else None

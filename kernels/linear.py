@@ -27,11 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import check_tensor
 from .dispatch import calls
-from .registration import kernel_op, on_device, output_dtype
+from .registration import differentiable_once, kernel_op, on_device, output_dtype
 
 LINEAR_BACKENDS = ("torch", "quack")
 QUACK_INSTALL = 'pip install "quack-kernels[cu13]==0.6.5" "nvidia-cutlass-dsl[cu13]==4.8.1"'
@@ -183,7 +182,7 @@ class Linear(torch.autograd.Function):
         return multiply(x.to(dtype), weight.to(dtype).t(), None, None if bias is None else bias.to(dtype))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear")
     def backward(ctx, d_y: Tensor):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad

@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .checks import check_tensor
 from .dispatch import check_backend
 from .gelu_tanh import gelu_tanh
 from .linear import Linear, as_quack_reads, choose_multiply, prepare_quack, quack_product, weight_gradient
-from .registration import empty_as, empty_if, kernel_op, on_device, output_dtype
+from .registration import differentiable_once, empty_as, empty_if, kernel_op, on_device, output_dtype
 
 QUACK_GELU = "gelu_tanh_approx"  # gelu_tanh's formula, by the name it has in quack
 
@@ -84,7 +83,7 @@ class QuackMLP(torch.autograd.Function):
         return quack_product(activated, weight2.to(dtype).t(), None, None)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("mlp")
     def backward(ctx, d_y: Tensor):
         x, weight1, weight2, h = ctx.saved_tensors
         wants_x, wants_weight1, wants_bias1, wants_weight2, _ = ctx.needs_input_grad

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .linear import Multiply, check_operands, choose_multiply, weight_gradient
-from .registration import output_dtype
+from .registration import differentiable_once, output_dtype
 
 
 class ProjectResidual(torch.autograd.Function):
@@ -35,7 +34,7 @@ class ProjectResidual(torch.autograd.Function):
         return x.view_as(x), multiply(x.to(dtype), weight.to(dtype).t(), None, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("project_residual")
     def backward(ctx, d_on: Tensor | None, d_y: Tensor | None):
         x, weight = ctx.saved_tensors
         if d_y is None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from .checks import PLAIN_TYPES
 from .dispatch import choose, is_intercepted
@@ -26,6 +25,28 @@ if __package__ != "opensora_fast.kernels":
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of arguments that are what they look like; a subclass of Tensor may have its numbers elsewhere.
 _PLAIN_ARGUMENTS = frozenset((*PLAIN_TYPES, type(None), bool, int, float, list, torch.dtype))
+
+
+def differentiable_once(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator for `backward` of an `autograd.Function`: refuses to make gradients that are to be differentiated.
+
+    Behind PyTorch's own `once_differentiable` they lead nowhere: `torch.autograd.grad` for some tensors only, or
+    `torch.autograd.functional.jvp`, leaves their part out without a word.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def backward_once(ctx: Any, *gradients: Tensor | None) -> Any:
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    f"{op}: it has no second derivatives, which create_graph=True and torch.autograd.functional.jvp "
+                    "ask for; use the first only"
+                )
+            return backward(ctx, *gradients)
+
+        return backward_once
+
+    return decorate
 
 
 class KernelOp:
@@ -55,13 +76,7 @@ class KernelOp:
             setup_context(ctx, inputs, output)
             return output
 
-        refusing_twice = once_differentiable(backward)
-
-        # What `once_differentiable` adds takes longer than its question whether anything is to be added.
-        def backward_once(ctx: Any, *gradients: Any) -> Any:
-            return (refusing_twice if torch.is_grad_enabled() else backward)(ctx, *gradients)
-
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
+        members = {"forward": staticmethod(forward), "backward": staticmethod(differentiable_once(self.name)(backward))}
         made = type(self.function.__name__, (torch.autograd.Function,), members)
         # The `apply` below that of `Function`, which would look for wrappers of functorch in every argument: `__call__`
         # has asked already.

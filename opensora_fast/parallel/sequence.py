@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opensora_fast.kernels import PackLayout
+from opensora_fast.kernels.registration import differentiable_once
 from opensora_fast.parallel.collectives import all_gather, naming_the_loss
 
 Shapes = tuple[tuple[int, int, int], ...]
@@ -236,7 +236,7 @@ class _Exchange(torch.autograd.Function):
         return there(x, share)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("sequence_parallel")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.back(gradient, ctx.share), None, None, None
 
@@ -254,7 +254,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(received, share.tokens, strict=True)])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("sequence_parallel")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         share = ctx.share
         own = gradient.narrow(0, sum(share.tokens[: share.group.rank]), share.owned)

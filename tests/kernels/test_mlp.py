@@ -169,6 +169,14 @@ def test_under_autocast_quack_gets_half_precision_and_gradients_keep_their_dtype
     check_autocast(by_quack, inputs, run_exactly(inputs))
 
 
+@pytest.mark.parametrize(("linear", "named"), [("torch", "linear"), ("quack", "mlp")])
+def test_a_second_derivative_is_refused(linear, named, installed) -> None:
+    """Behind a sum, too, whose own gradient is a constant: d_x depends on W2."""
+    inputs = make_inputs()
+    with pytest.raises(ValueError, match=f"{named}: it has no second derivatives"):
+        torch.autograd.grad(mlp(*inputs, linear=linear).sum(), inputs[0], create_graph=True)
+
+
 def test_full_graph_compilation(installed) -> None:
     check_one_graph(by_quack, make_inputs(torch.float32), installed)
 

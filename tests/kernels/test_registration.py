@@ -107,11 +107,14 @@ def test_a_subclass_of_tensor_is_unwrapped_before_a_kernel_reads_it(place) -> No
     assert torch.equal(add(*arguments), expected)
 
 
-def test_a_second_derivative_is_refused() -> None:
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["sum", "squares"])
+def test_a_second_derivative_is_refused_and_never_left_out(loss) -> None:
     x = torch.ones(3, requires_grad=True)
-    (gradient,) = torch.autograd.grad(double(x, 2.0).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(ValueError, match="double: it has no second derivatives"):
+        (gradient,) = torch.autograd.grad(loss(double(x, 2.0)), x, create_graph=True)
+        torch.autograd.grad((gradient + x).square().sum(), x)
+    with pytest.raises(ValueError, match=r"double: .* torch\.autograd\.functional\.jvp ask for; use the first only"):
+        torch.autograd.functional.jvp(lambda x: loss(double(x, 2.0)), x, torch.ones(3))
 
 
 def test_derivatives_in_forward_mode_are_refused_and_never_zero() -> None:
