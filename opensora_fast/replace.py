@@ -25,7 +25,7 @@ BLOCK_TABLES = ("scale_shift_table", "scale_shift_table_temporal")
 LINEARS = tuple(f"{name}.{linear}" for name, linears in BLOCK_LINEARS.items() for linear in linears)
 QK_NORMS = ("attn.q_norm", "attn.k_norm", "attn_temp.q_norm", "attn_temp.k_norm")
 LAYER_NORMS = ("norm1", "norm2", "norm_temp")
-METHODS = ("forward", "t_mask_select")  # in which its classes compute
+METHODS = ("forward", "t_mask_select", "rotate_queries_or_keys")  # in which its classes compute
 NORM_EPSILON = 1e-6
 
 
@@ -209,8 +209,12 @@ def _find_other_attention(block: nn.Module, rope: nn.Module) -> str | None:
             return f"{name}.scale is {module.scale:g}, not the {scale:g} of its head size"
         if bool(getattr(module, "rope", rotates)) != rotates:
             return f"{name}.rope is {module.rope}"
-    if not isinstance(getattr(_get_rope(block, rope), "freqs", None), Tensor):
+    turning = _get_rope(block, rope)
+    if not isinstance(getattr(turning, "freqs", None), Tensor):
         return "attn_temp.rotary_emb is no method of a rotary embedding"
+    foreign = _find_foreign_code(turning)
+    if foreign is not None:
+        return f"the rotary embedding of attn_temp has {foreign}"
     if not getattr(block.attn_temp, "qk_norm_legacy", True) and not isinstance(block.attn_temp.q_norm, nn.Identity):
         return "attn_temp normalizes queries and keys before it rotates them (qk_norm_legacy=False)"
     return None

@@ -13,6 +13,7 @@ from torch import nn
 from opensora_fast import STDiT2, STDiT2Config, use_kernels
 from opensora_fast.benchmarks.providers.upstream import UpstreamBlock, UpstreamSTDiT2
 from opensora_fast.kernels import calls
+from opensora_fast.model.embedders import RotaryFrequencies
 from opensora_fast.replace import OPS
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -234,6 +235,29 @@ def test_a_block_turns_by_the_rotary_embedding_that_it_has():
     model.blocks[1].attn_temp.rotary_emb = other.forward
     use_kernels(model, backend="reference")
     torch.testing.assert_close(model(**inputs), expected(**inputs), rtol=1e-4, atol=1e-5)
+
+
+class Rope(RotaryFrequencies):
+    def rotate_queries_or_keys(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class StretchedRope(Rope):
+    """As for videos longer than those that the model was trained with."""
+
+    def rotate_queries_or_keys(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def test_a_rotary_embedding_whose_code_is_replaced_is_refused():
+    model = build(UpstreamSTDiT2)
+    model.rope.__class__ = Rope
+    use_kernels(model, backend="reference").undo()
+    model.rope.__class__ = StretchedRope
+    with pytest.raises(
+        ValueError, match=r"the rotary embedding of attn_temp has test_replace.StretchedRope\.rotate_que"
+    ):
+        use_kernels(model)
 
 
 def test_a_block_on_another_device_is_named():
