@@ -255,13 +255,17 @@ def _override_upstream_blocks(blocks: dict[str, nn.Module], rope: nn.Module, cho
                 "rope.freqs.requires_grad_(False) first"
             )
     backends = replace(Backends.all("reference"), **chosen)
-    for block, each in zip(blocks.values(), ropes, strict=True):
-        # Not a closure: copies and pickles of the model (its moving average, say) then hold their own parameters.
-        block.forward = partial(_compute_upstream_block, block, each, backends)
+    # Not closures: copies and pickles of the model (its moving average, say) then hold their own parameters.
+    forwards = [
+        partial(_compute_upstream_block, block, each, backends)
+        for block, each in zip(blocks.values(), ropes, strict=True)
+    ]
+    for block, forward in zip(blocks.values(), forwards, strict=True):
+        block.forward = forward
 
     def undo() -> None:
-        for name, block in blocks.items():
-            if "forward" in vars(block) and not _is_overridden(block):
+        for (name, block), forward in zip(blocks.items(), forwards, strict=True):
+            if vars(block).get("forward", forward) is not forward:
                 raise ValueError(f"undo: {name}.forward was replaced by something else since; take that back first")
         for block in blocks.values():
             vars(block).pop("forward", None)

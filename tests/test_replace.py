@@ -101,6 +101,18 @@ def test_what_is_undone_is_what_that_call_changed():
     assert model.backends == before
 
 
+def test_what_a_later_call_put_into_upstreams_blocks_is_not_undone_with_an_earlier_one():
+    model = build(UpstreamSTDiT2)
+    first = use_kernels(model, "reference")
+    first.undo()
+    second = use_kernels(model, "reference")
+    with pytest.raises(ValueError, match=r"undo: blocks.0.forward was replaced by something else since"):
+        first.undo()
+    assert all("forward" in vars(block) for block in model.blocks)
+    second.undo()
+    first.undo()  # nothing is left to undo
+
+
 @pytest.mark.parametrize("model_class", [STDiT2, UpstreamSTDiT2])
 def test_matrix_products_change_where_they_are_named(model_class, monkeypatch):
     stand_in = install(monkeypatch, QuackStandIn())
