@@ -28,12 +28,13 @@ def profile():
 
 
 def test_each_product_of_a_block_is_launched_once_in_each_layer_and_direction(profile):
-    """[N, C] @ [C, 4 C]: the MLP's first layer forward, its second backward; [4 C, N] @ [N, C]: the first's weight."""
+    """[N, C] @ [C, 4 C]: the MLP's first layer forward, its second backward; [4 C, N] @ [N, C]: the weights of both."""
     config = scale_of("cpu").config
     tokens, width, hidden = profile.workload.tokens, config.hidden_size, 4 * config.hidden_size
     launches = {row.sizes: row.launches for row in profile.kernels if row.op == "aten::mm"}
     assert launches[f"{tokens}×{width} @ {width}×{hidden}"] == 2 * config.depth
-    assert launches[f"{hidden}×{tokens} @ {tokens}×{width}"] == config.depth
+    assert launches[f"{hidden}×{tokens} @ {tokens}×{width}"] == 2 * config.depth
+    assert f"{width}×{tokens} @ {tokens}×{hidden}" not in launches
 
 
 def test_longest_kernels_come_first_and_add_up_to_the_busy_time(profile):
