@@ -2,8 +2,8 @@
 
     dq_weight = k_weight · Σ G[h]          dk_weight = q_weight · Σ G[h]          sums over the heads h
 
-`rows.tile_sums` adds up the parts of each head beforehand: with all heads side by side its programs are enough to fill
-a GPU, where the columns of one head would be three.
+`rows.tile_sums` adds up the tiles beforehand, with all heads side by side: 36 programs for 16 heads of 72, where the
+columns of one head alone would make three.
 """
 
 from __future__ import annotations

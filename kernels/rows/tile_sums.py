@@ -143,7 +143,8 @@ def launch_sum_tiles(
 
 
 def compile_cases(arch: str) -> list[CompileCase]:
-    """The sums of the backward of the fused norm (three tables, a bias), of tanh-GELU and of attention (biases)."""
+    """The sums of the backward of the fused norm (three tables, a bias), of tanh-GELU and of attention (biases, and for
+    the weights of QK-norms)."""
     types = {"partials": "*fp32", "num_tiles": "i32", "num_rows": "i32", "num_videos": "i32", "total": "*bf16"}
     tables = {"tiles": "*i32", "frame_rows": "*i32", "video_tiles": "*i32"}
     outputs = {"first_sum": "*bf16", "second_sum": "*bf16", "third_sum": "*bf16"}
@@ -163,4 +164,9 @@ def compile_cases(arch: str) -> list[CompileCase]:
         case({**types, **tables, **outputs}, {"C": 1152, "ROW_SUMS": 3}, "shift, scale, gate and bias"),
         case(types, dict.fromkeys((*tables, *outputs)) | {"C": 4608, "ROW_SUMS": 0}, "bias"),
         case(types | outputs, dict.fromkeys((*tables, "total")) | {"C": 1152, "ROW_SUMS": 3}, "bias of qkv"),
+        case(
+            types | outputs | {"total": "*fp32"},
+            dict.fromkeys(tables) | {"C": 1152, "ROW_SUMS": 3},
+            "bias of qkv, weights of QK-norms",
+        ),
     ]
