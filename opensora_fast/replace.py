@@ -179,9 +179,8 @@ def _find_foreign_code(module: nn.Module) -> str | None:
         classes = [one for one in type(module).__mro__ if method in vars(one) and one is not nn.Module]
         if len(classes) > 1:
             return f"{_name(getattr(classes[0], method))} in place of {_name(getattr(classes[1], method))}"
-        for one in classes:
-            if _name(getattr(one, method)) != f"{_name(one)}.{method}":
-                return f"{_name(getattr(one, method))} in place of {_name(one)}.{method}"
+        if classes and _name(getattr(classes[0], method)) != f"{_name(classes[0])}.{method}":
+            return f"{_name(getattr(classes[0], method))} in place of {_name(classes[0])}.{method}"
     return None
 
 

@@ -76,15 +76,14 @@ def transpose_product(product: Product) -> Bound:
 
 
 def _is_for_weight(product: Product) -> str:
+    """Empty, or why it is not."""
     return "" if product.direction == OF_WEIGHT else OTHER_DIRECTIONS
 
 
 def _may_be_split(product: Product) -> str:
-    if product.direction != OF_WEIGHT:
-        return OTHER_DIRECTIONS
     if product.right.shape[0] % TOKEN_SPLITS:
-        return f"needs tokens in multiples of {TOKEN_SPLITS}, not {product.right.shape[0]}"
-    return ""
+        return _is_for_weight(product) or f"needs tokens in multiples of {TOKEN_SPLITS}, not {product.right.shape[0]}"
+    return _is_for_weight(product)
 
 
 def _prepare_quack(product: Product, weight_splits: int) -> Bound:
@@ -99,7 +98,7 @@ needs_quack = needs_module("quack.gemm_interface", QUACK, needs_half)
 
 
 def _needs_quack_for_weight(product: Product) -> str:
-    return needs_quack(product) if product.direction == OF_WEIGHT else OTHER_DIRECTIONS
+    return _is_for_weight(product) or needs_quack(product)
 
 
 LIBRARY = Provider("torch-cpu", _prepare_library)
