@@ -35,7 +35,7 @@ Key = tuple[str, ...]
 
 # What `Row.timed` begins with where samples were to be of replays.
 REPLAYED, CALLED = "graph", "calls"
-LATER_COLUMNS = ("timed",)  # files written before have none; it is empty then
+LATER_COLUMNS = ("timed", "power_w")  # files written before have none; it is empty then
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class Row:
         error: relative error against float64, at the level "convergence" relative distance of loss curves;
             error_limit: what it may be.
         checked_on: the inputs of that comparison, where the timed ones are too large for float64.
-        sm_clock_mhz, memory_clock_mhz: of the GPU, medians while steps were sampled, else right after the samples.
+        sm_clock_mhz, memory_clock_mhz: of the GPU, medians of readings in this row's samples where these are long, else
+            one reading right after them. (Files without `power_w`: in the samples of all providers of the case.)
+        power_w: its power in the former, "" in the latter, as it falls at once.
         timed: "graph": replays of a CUDA graph of the call, so its kernels alone; "calls: " and why there is no such
             graph, or "" where none was to be: single calls, in which the GPU may wait for the host.
     """
@@ -94,6 +96,7 @@ class Row:
     checked_on: str = ""
     sm_clock_mhz: str = ""
     memory_clock_mhz: str = ""
+    power_w: str = ""
     timed: str = ""
     environment: Environment | None = field(default=None)
 

@@ -21,7 +21,7 @@ from opensora_fast.costs.operations import Count
 from ..rows import CALLED, REPLAYED, Row
 from .accuracy import OUTPUT, Judgement, Named, Yardstick, norm, weights_like
 from .case import Outcome
-from .clocks import watch_clocks
+from .gpu_state import watch_gpu
 from .provider import Bound, Outputs, Provider
 from .refused import Refused
 from .replay import CallRecorder, make_replay, own_stream
@@ -232,7 +232,7 @@ class _Run:
             return
         contest, device = self.contest, self.contest.work.device
         alone = [self._row(providers[name], direction) for name in ready] if len(ready) == 1 else []
-        with self.session.watch(alone, "samples"), watch_clocks(device, contest.total_memory) as clocks:
+        with self.session.watch(alone, "samples"), watch_gpu(device, contest.sampling.watched) as watched:
             stopped = None
             try:
                 times = time_interleaved(
@@ -253,7 +253,7 @@ class _Run:
                 ready[name].memory,
                 contest.counts.get(direction, Count()),
                 (judgement.error, judgement.limit),
-                clocks,
+                watched.during(measured.turns),
                 checked_on=contest.check_name if contest.check_work is not None else "",
                 timed=ready[name].timed,
             )

@@ -11,8 +11,8 @@ from opensora_fast.costs.operations import Count
 
 from ..rows import Row
 from .case import Outcome
-from .clocks import watch_clocks
 from .contest import describe, release_or_lose
+from .gpu_state import watch_gpu
 from .refused import Refused
 from .session import Session, telling
 from .timing import Call, Sampling, SamplingStopped, peak_memory, time_interleaved
@@ -114,7 +114,7 @@ def _race(
     if not calls:
         return
     alone = [ready[name][0] for name in calls] if len(calls) == 1 else []
-    with session.watch(alone, "samples"), watch_clocks(clock, during=False) as clocks:
+    with session.watch(alone, "samples"), watch_gpu(clock, sampling.watched) as watched:
         stopped = None
         try:
             times = time_interleaved(
@@ -124,8 +124,8 @@ def _race(
             times, stopped = stop.times, stop
     for name, measured in times.items():
         row, entry, found, memory = ready[name]
-        checked = found.error, found.limit
-        rows.append(session.complete(row, measured, entry.calls_per_sample, memory, entry.count, checked, clocks))
+        checked, state = (found.error, found.limit), watched.during(measured.turns)
+        rows.append(session.complete(row, measured, entry.calls_per_sample, memory, entry.count, checked, state))
     if stopped is not None:
         raise stopped
 

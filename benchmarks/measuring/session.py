@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..environment import describe_environment
 from ..processes import RUNNING_FILE
 from ..roofline import floor_seconds
 from ..rows import Key, Row, append_rows, level_path
+from .gpu_state import GpuState
 from .refused import Refused, append_refused
 from .timing import Times
 
@@ -152,7 +153,7 @@ class Session:
         memory: int,
         count: Count,
         checked: tuple[float, float],
-        clocks: Sequence[str],
+        state: GpuState,
         **others: str,
     ) -> Row:
         """The row with what was measured, and its share of the ceilings known by then.
@@ -161,7 +162,7 @@ class Session:
             times: of samples, each of so many calls.
             memory: bytes.
             checked: (error, limit).
-            clocks: of (multiprocessors, memory), MHz.
+            state: of the GPU in the samples.
             others: further columns.
         """
         row = replace(
@@ -177,8 +178,7 @@ class Session:
             bytes=count.bytes,
             error=checked[0],
             error_limit=checked[1],
-            sm_clock_mhz=clocks[0],
-            memory_clock_mhz=clocks[1],
+            **asdict(state),
             **others,
         )
         self.learn([row])

@@ -18,9 +18,15 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Times:
-    """Sorted times of one implementation in milliseconds."""
+    """Sorted times of one implementation in milliseconds, and when they were taken.
+
+    Attributes:
+        milliseconds: of the samples.
+        turns: (begin, end) of the samples of each turn, as `time.time()`.
+    """
 
     milliseconds: tuple[float, ...]
+    turns: tuple[tuple[float, float], ...] = ()
 
     def percentile(self, percent: float) -> float:
         """Nearest-rank percentile."""
@@ -47,6 +53,7 @@ class Sampling:
         samples_per_turn: samples of one implementation before it is the next one's turn.
         large: implementations that each fill the GPU's memory: a turn begins by giving back what the one before held,
             and with one call that is not counted.
+        watched: samples so long that clocks and power are read while they are taken.
     """
 
     budget_s: float
@@ -54,6 +61,7 @@ class Sampling:
     warm_up: int = 3
     samples_per_turn: int = 1
     large: bool = False
+    watched: bool = False
 
 
 def time_interleaved(
@@ -80,6 +88,7 @@ def time_interleaved(
     """
     take = _cuda_sampler() if device == "cuda" else _cpu_sample
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
 
     def attempt(name: str, action: Callable[[str], None]) -> None:
         try:
@@ -103,8 +112,10 @@ def time_interleaved(
         if sampling.large:
             release_memory(device)
             calls[name]()
+        begin = time.time()
         for _ in range(sampling.samples_per_turn):
             samples[name].append(take(calls[name]))
+        turns[name].append((begin, time.time()))
 
     if not sampling.large:
         for name in calls:
@@ -123,15 +134,21 @@ def time_interleaved(
             if enough and time.perf_counter() - start > sampling.budget_s / 4:
                 break
     except KeyboardInterrupt:
-        raise SamplingStopped(_times(samples, FEWEST_ROUNDS)) from None
+        raise SamplingStopped(_times(samples, turns, FEWEST_ROUNDS)) from None
     finally:
         if enabled:
             gc.enable()
-    return _times(samples)
+    return _times(samples, turns)
 
 
-def _times(samples: Mapping[str, list[float]], fewest: int = 1) -> dict[str, Times]:
-    return {name: Times(tuple(sorted(values))) for name, values in samples.items() if len(values) >= fewest}
+def _times(
+    samples: Mapping[str, list[float]], turns: Mapping[str, list[tuple[float, float]]], fewest: int = 1
+) -> dict[str, Times]:
+    return {
+        name: Times(tuple(sorted(values)), tuple(turns[name]))
+        for name, values in samples.items()
+        if len(values) >= fewest
+    }
 
 
 def peak_memory(call: Call, device: str, total: bool = False) -> int:

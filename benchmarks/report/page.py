@@ -250,6 +250,7 @@ ROW_COLUMNS: tuple[tuple[str, Callable[[Row], object]], ...] = (
     ("checked on", lambda row: row.checked_on),
     ("version", lambda row: row.provider_version),
     ("MHz", lambda row: row.sm_clock_mhz),
+    ("W", lambda row: row.power_w),
     ("commit", lambda row: _commit(row)),
     ("date", lambda row: row.environment.date if row.environment else ""),
 )

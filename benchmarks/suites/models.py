@@ -187,7 +187,7 @@ def sustained_case(scale: Scale, workload: Workload, seconds: float, value: floa
         training = shared_training(scale, session)
         # All of the time is used, however many samples that gives.
         planned = seconds if scale.device == "cuda" else scale.step_seconds
-        sampling = Sampling(session.sampling_seconds(planned), min_samples=10**9, warm_up=1)
+        sampling = Sampling(session.sampling_seconds(planned), min_samples=10**9, warm_up=1, watched=True)
         contest = model_contest(scale, template, pack, training, names, sampling)
         contest = replace(
             contest,
@@ -277,7 +277,7 @@ def model_template(scale: Scale, level: str, pack: Pack, op: str = "") -> Row:
 
 def model_sampling(scale: Scale, session: Session, seconds: float) -> Sampling:
     turn = 2 if scale.device == "cuda" else 1
-    return Sampling(session.sampling_seconds(seconds), samples_per_turn=turn, large=True)
+    return Sampling(session.sampling_seconds(seconds), samples_per_turn=turn, large=True, watched=True)
 
 
 def model_contest(

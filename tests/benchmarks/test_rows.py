@@ -15,7 +15,9 @@ def test_rows_come_back_as_they_were(tmp_path):
     rows = [
         make_row(),
         make_row(provider="flash-attn-3").without_time("unavailable", 'not installed, says "pip"'),
-        make_row(provider="eager", roofline_share=0.5, checked_on="240p×2", sm_clock_mhz="1980", timed="graph"),
+        make_row(
+            provider="eager", roofline_share=0.5, checked_on="240p×2", sm_clock_mhz="1980", power_w="698", timed="graph"
+        ),
     ]
     path = tmp_path / "a-new-device" / "op.csv"
     append_rows(path, rows[:1])
@@ -25,7 +27,7 @@ def test_rows_come_back_as_they_were(tmp_path):
     assert found[0].environment == rows[0].environment
     assert found[1].reason == rows[1].reason
     assert found[2].roofline_share == 0.5 and math.isnan(found[0].roofline_share)
-    assert (found[2].checked_on, found[2].sm_clock_mhz) == ("240p×2", "1980")
+    assert (found[2].checked_on, found[2].power_w) == ("240p×2", "698")
     assert [row.is_replayed for row in found] == [False, False, True]
 
 
@@ -33,7 +35,7 @@ def test_a_row_says_everything_a_reader_asks_for():
     asked = {
         "provider", "provider_version", "shape", "dtype", "p20_ms", "p50_ms", "p80_ms", "memory_bytes", "error",
         "error_limit", "device_name", "driver", "torch", "triton", "commit", "dirty", "date", "roofline_share",
-        "tflops_per_s", "gbytes_per_s", "tokens_per_s", "samples", "sm_clock_mhz",
+        "tflops_per_s", "gbytes_per_s", "tokens_per_s", "samples", "sm_clock_mhz", "power_w",
     }  # fmt: skip
     assert asked <= set(COLUMNS)
 

@@ -5,12 +5,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from bench_toys import make_row, toy_case
 
+from opensora_fast.benchmarks.measuring.gpu_state import GpuState
 from opensora_fast.benchmarks.measuring.race import Check, Entry, relative_check, run_race
 from opensora_fast.benchmarks.measuring.refused import REFUSED_FILE, Refused, append_refused, read_refused
 from opensora_fast.benchmarks.measuring.session import CaseStopped, DeviceLostError, Session, threads_of
@@ -274,7 +276,10 @@ def test_a_row_holds_percentiles_of_one_call_and_the_share_of_the_ceilings_known
     session.learn([make_row(level="copy", bytes=4e9, p50_ms=1.0, dtype="uint8")])
     times = Times(tuple(float(sample) for sample in range(101)))  # of ten calls
     products = make_row(level="gemm")
-    row = session.complete(products, times, 10, 2**20, Count(1e12, 0.0), (0.1, 0.2), ("1980", "3201"), timed="graph")
+    row = session.complete(
+        products, times, 10, 2**20, Count(1e12, 0.0), (0.1, 0.2), GpuState("1740", "3201", "698"), timed="graph"
+    )
+    assert (row.sm_clock_mhz, row.memory_clock_mhz, row.power_w) == ("1740", "3201", "698")
     assert (row.samples, row.p20_ms, row.p50_ms, row.p80_ms) == (101, 2.0, 5.0, 8.0)
     assert (row.status, row.error, row.error_limit, row.memory_bytes, row.timed) == ("ok", 0.1, 0.2, 2**20, "graph")
     assert row.roofline_share == pytest.approx(1.0)
@@ -301,6 +306,9 @@ def test_times_are_taken_in_turn():
     )
     assert order == ["a", "b"] + ["a", "b"] * 3
     assert len(times["a"].milliseconds) == 3
+    turns = sorted((*times["a"].turns, *times["b"].turns))
+    assert [turn in times["a"].turns for turn in turns] == [True, False] * 3
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(turns))
     assert time_interleaved({"a": lambda: None}, "cpu", Sampling(10.0, min_samples=30))["a"].milliseconds[0] >= 0
 
 
@@ -311,7 +319,7 @@ def test_times_are_taken_in_turn():
 )
 def test_sampling_goes_on_for(min_samples, samples, monkeypatch):
     calls = []  # of one second each
-    clock = SimpleNamespace(perf_counter=lambda: 1000 + len(calls))
+    clock = SimpleNamespace(perf_counter=lambda: 1000 + len(calls), time=time.time)
     monkeypatch.setattr("opensora_fast.benchmarks.measuring.timing.time", clock)
     times = time_interleaved({"a": lambda: calls.append(None)}, "cpu", Sampling(100.0, min_samples, warm_up=0))
     assert times["a"].milliseconds == (1e3,) * samples
