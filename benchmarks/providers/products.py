@@ -11,7 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..measuring.provider import Bound, Provider, needs_half, needs_module, version_of
+from opensora_fast.kernels.linear import is_made_transposed
+
+from ..measuring.provider import Bound, Provider, needs_half, needs_module, own_version, version_of
 
 FORWARD, OF_INPUT, OF_WEIGHT = DIRECTIONS = ("forward", "backward of input", "backward of weight")
 
@@ -101,15 +103,35 @@ def _needs_quack_for_weight(product: Product) -> str:
     return _is_for_weight(product) or needs_quack(product)
 
 
+def _prepare_own(product: Product) -> Bound:
+    """As ours multiplies unless it is asked for quack."""
+    if product.direction == OF_WEIGHT and is_made_transposed(*product.output.shape):
+        return transpose_product(product)
+    return _prepare_library(product)
+
+
 LIBRARY = Provider("torch-cpu", _prepare_library)
 CUBLAS = Provider("cublas", _prepare_library, version=lambda: f"CUDA {torch.version.cuda}")
+QUACK_PRODUCTS = Provider("quack", partial(_prepare_quack, weight_splits=TOKEN_SPLITS), needs_quack, version_of(QUACK))
 PRODUCT_PROVIDERS = {
     "cpu": (LIBRARY,),
     "cuda": (
         CUBLAS,
         Provider("cublas-split", split_over_tokens, _may_be_split, CUBLAS.version),
         Provider("cublas-transposed", transpose_product, _is_for_weight, CUBLAS.version),
-        Provider("quack", partial(_prepare_quack, weight_splits=TOKEN_SPLITS), needs_quack, version_of(QUACK)),
+        QUACK_PRODUCTS,
         Provider("quack-unsplit", partial(_prepare_quack, weight_splits=1), _needs_quack_for_weight, version_of(QUACK)),
     ),
+}
+
+# Who makes all products of a block: name → by whom each of DIRECTIONS is made.
+OWN = Provider("ours", _prepare_own, version=own_version)
+BLOCK_PRODUCTS = {
+    "cpu": {"torch-cpu": (LIBRARY,) * 3, "ours": (OWN,) * 3},
+    "cuda": {
+        "cublas": (CUBLAS,) * 3,
+        "ours": (OWN,) * 3,
+        "quack": (QUACK_PRODUCTS,) * 3,
+        "ours-quack": (QUACK_PRODUCTS, QUACK_PRODUCTS, OWN),
+    },
 }

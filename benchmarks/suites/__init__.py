@@ -37,7 +37,7 @@ def list_cases(
     Raises:
         ValueError: an unknown suite, device or provider, or words that no case has.
     """
-    from . import buckets, ceilings, convergence, encoders, loader, models, ops, push
+    from . import block_products, buckets, ceilings, convergence, encoders, loader, models, ops, push
     from .estimates import with_estimate
     from .scale import scale_of
 
@@ -46,7 +46,7 @@ def list_cases(
     scale = scale_of(device, gpu)
     always = ceilings.list_first_cases(scale)
     parts = {
-        "kernels": [ceilings.list_cases, ops.list_cases, models.list_block_cases],
+        "kernels": [ceilings.list_cases, block_products.list_cases, ops.list_cases, models.list_block_cases],
         "step": [models.list_step_cases, models.list_mixed_step_cases, encoders.list_cases, models.list_sampling_cases],
         "loader": [loader.list_cases, buckets.list_cases],
         "convergence": [convergence.list_cases],

@@ -33,19 +33,23 @@ GEMM_LIMIT_IN_EPS = {torch.bfloat16: 1.0, torch.float16: 1.0, torch.float32: 32.
 def list_cases(scale: Scale) -> list[Case]:
     """Copy and square product first, as everything else is compared with them."""
     cases = [_copy_case(scale), _gemm_case(scale, "square", scale.square, scale.square, scale.square, VALUE + 8)]
+    # The number of tokens nearest to a filled step comes first.
+    for index, tokens in enumerate(sorted(scale.gemm_tokens, key=lambda tokens: abs(tokens - scale.tokens))):
+        for name, (width_in, width_out) in linear_widths(scale).items():
+            cases.append(_gemm_case(scale, name, tokens, width_in, width_out, VALUE - 10 if index == 0 else 350))
+    return [*cases, _launch_case(scale)]
+
+
+def linear_widths(scale: Scale) -> dict[str, tuple[int, int]]:
+    """Linear → its width before and behind."""
     channels = scale.config.hidden_size
     hidden = int(channels * scale.config.mlp_ratio)
-    layers = {
+    return {
         "qkv": (channels, 3 * channels),
         "proj": (channels, channels),
         "fc1": (channels, hidden),
         "fc2": (hidden, channels),
     }
-    # The number of tokens nearest to a filled step comes first.
-    for index, tokens in enumerate(sorted(scale.gemm_tokens, key=lambda tokens: abs(tokens - scale.tokens))):
-        for name, (width_in, width_out) in layers.items():
-            cases.append(_gemm_case(scale, name, tokens, width_in, width_out, VALUE - 10 if index == 0 else 350))
-    return [*cases, _launch_case(scale)]
 
 
 def list_first_cases(scale: Scale) -> list[Case]:
@@ -102,24 +106,17 @@ def _gemm_case(
         tokens=tokens,
         dtype=scale.dtype_name,
     )
-    element = dtype.itemsize
-    moved = element * (tokens * width_in + width_in * width_out + tokens * width_out)
-    count = Count(2.0 * tokens * width_in * width_out, float(moved))
+    count = count_product(tokens, width_in, width_out, dtype)
     providers = PRODUCT_PROVIDERS[scale.device]
     directions = DIRECTIONS
     if layer == "square":  # the ceiling itself: what the others are compared with
         providers, directions = providers[:1], DIRECTIONS[:1]
 
     def measure(session: Session, names: Sequence[str]) -> Outcome:
-        generator = torch.Generator(scale.device).manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=scale.device).to(dtype)
-
-        x, weight, gradient = draw(tokens, width_in), draw(width_out, width_in), draw(tokens, width_out)
+        operands = draw_operands(scale, tokens, width_in, width_out)
         entries = []
         for direction in directions:
-            product = make_product(direction, x, weight, gradient)
+            product = make_product(direction, *operands)
             for provider in choose_providers(providers, names):
                 prepare = partial(_prepare_product, provider, product)
                 missing = provider.missing(product)
@@ -129,15 +126,32 @@ def _gemm_case(
     return Case(template, directions, tuple(provider.name for provider in providers), value, measure)
 
 
-def _prepare_product(provider: Provider, product: Product) -> tuple[Call, Callable[[], Check]]:
-    def check() -> Check:
-        limit = GEMM_LIMIT_IN_EPS[product.dtype] * torch.finfo(product.dtype).eps
-        rows = slice(0, CHECKED_ROWS)
-        return relative_check(product.output[rows], product.left[rows].double() @ product.right.double(), limit)
+def count_product(tokens: int, width_in: int, width_out: int, dtype: torch.dtype) -> Count:
+    moved = dtype.itemsize * (tokens * width_in + width_in * width_out + tokens * width_out)
+    return Count(2.0 * tokens * width_in * width_out, float(moved))
 
+
+def draw_operands(scale: Scale, tokens: int, width_in: int, width_out: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [N, K], weight [O, K] and the gradient [N, O] of their product, normal."""
+    generator = torch.Generator(scale.device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=scale.device).to(scale.dtype)
+
+    return draw(tokens, width_in), draw(width_out, width_in), draw(tokens, width_out)
+
+
+def check_product(product: Product) -> Check:
+    """Of some rows of its output."""
+    limit = GEMM_LIMIT_IN_EPS[product.dtype] * torch.finfo(product.dtype).eps
+    rows = slice(0, CHECKED_ROWS)
+    return relative_check(product.output[rows], product.left[rows].double() @ product.right.double(), limit)
+
+
+def _prepare_product(provider: Provider, product: Product) -> tuple[Call, Callable[[], Check]]:
     call = provider.prepare(product)
     product.output.fill_(float("nan"))  # all providers write there, and the check must not find another's result
-    return call, check
+    return call, partial(check_product, product)
 
 
 # ---- launches ----

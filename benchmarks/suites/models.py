@@ -178,8 +178,8 @@ def count_step(scale: Scale, pack: Pack, training: Training) -> Count:
     return sum(parts, count_optimizer(parameters))
 
 
-def sustained_case(scale: Scale, workload: Workload, seconds: float, value: float) -> Case:
-    """Ours, step after step without a pause, for so long that the clocks settle; few blocks recompute if they must."""
+def sustained_case(scale: Scale, workload: Workload, seconds: float, value: float, provider: str = "ours") -> Case:
+    """Step after step without a pause, for so long that power and clocks settle; few blocks recompute if they must."""
     pack = Pack.of(workload)
     template = model_template(scale, "step", pack, op=SUSTAINED)
 
@@ -198,8 +198,9 @@ def sustained_case(scale: Scale, workload: Workload, seconds: float, value: floa
         return run_contest(contest, session)
 
     estimate = seconds + 25.0 if scale.device == "cuda" else 0.0
-    ours = scale.least_recomputing("ours", workload.tokens)
-    return Case(template, (TRAINING,), (ours,), value, measure, estimate)
+    if provider == "ours":
+        provider = scale.least_recomputing(provider, workload.tokens)
+    return Case(template, (TRAINING,), (provider,), value, measure, estimate)
 
 
 def _many_steps(bound: Bound, work: ModelWork) -> Call:

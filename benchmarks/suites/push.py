@@ -5,9 +5,10 @@
 
 The device's ceilings, then whole steps at five resolutions beside Open-Sora with flash attention and torch.compile,
 small steps as CUDA graphs, the memory-bound ops, the attention libraries at head size 72, matrix products, the
-optimizer, attention over length, a sustained step, blocks, Open-Sora as shipped, packs of mixed shapes, the steps
-between eager and ours one technique at a time, other frame counts; then what confirms: further ceilings, lengths and
-the loss curves. Rows of the second run are shares of the ceilings measured in the first, and no row is measured twice.
+optimizer, attention over length, a sustained step, blocks, Open-Sora as shipped, products and steps that each library
+sustains alone (`--only sustained`), packs of mixed shapes, the steps between eager and ours one technique at a time,
+other frame counts; then what confirms: further ceilings, lengths and the loss curves. Rows of the second run are shares
+of the ceilings measured in the first, and no row is measured twice.
 
 A whole step has as many videos as fit with all that torch.compile stores, on a GPU of 80 GB fewer than on one of 141:
 so what stores and what recomputes is compared on the same videos on either.
@@ -21,7 +22,7 @@ from dataclasses import replace
 from ..measuring.case import Case
 from ..providers.variants import WATERFALL
 from ..shapes import Pack, Workload, fill, stage_buckets
-from . import ceilings, convergence, encoders, models, ops
+from . import block_products, ceilings, convergence, encoders, models, ops
 from .scale import Scale
 
 VALUE = 2000.0
@@ -77,6 +78,7 @@ def list_cases(scale: Scale) -> list[Case]:
         blocks[:2],
         [models.step_case(scale, steps[0], (SHIPPED,), 0)],
         [models.step_case(scale, workload, (SHIPPED, *_quack(scale, workload)), 0) for workload in steps[1:3]],
+        [*block_products.list_cases(scale), *_sustained_by_quack(scale, steps[0])],
         [_few(scale, case) for case in models.list_mixed_step_cases(scale)],
         [only(ops.elementwise_case(scale, LIKE_ANOTHER, first, 0), BANDWIDTH)],
         [only(models.block_case(scale, first, 0), OTHER_COMPILED)],
@@ -124,6 +126,12 @@ def _step(scale: Scale, workload: Workload, *others: str) -> Case:
 def _quack(scale: Scale, workload: Workload) -> tuple[str, ...]:
     """Ours with other matrix products, where all its activations fit."""
     return (QUACK,) if workload.tokens <= scale.most_tokens("ours") else ()
+
+
+def _sustained_by_quack(scale: Scale, workload: Workload) -> list[Case]:
+    """With the host's time of its products and without, where only power holds them back."""
+    names = [f"{name}{graph}" for name in _quack(scale, workload) for graph in ("", "-graph")]
+    return [models.sustained_case(scale, workload, LONGEST_S / 3, 0, name) for name in names]
 
 
 def _small_step(scale: Scale, workload: Workload) -> Case:

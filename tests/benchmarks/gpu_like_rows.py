@@ -76,7 +76,10 @@ def _count(row: Row) -> tuple[float, float]:
     if row.level == "copy":
         return 0.0, 2.0 * 4 * 2**30
     if row.level == "gemm":
-        n, k, o = sizes["N"], sizes["K"], sizes["O"]
+        # All products of a block are 3 · 18 of C × C.
+        n, k, o = (
+            (sizes["N"], sizes["K"], sizes["O"]) if row.op != "block" else (sizes["N"], sizes["C"], 54 * sizes["C"])
+        )
         return 2.0 * n * k * o, 2.0 * (n * k + k * o + n * o)
     if row.level in ("step", "sampling", "block"):
         part = {"step": 3.0, "sampling": 1.0, "block": 1 / 28 if row.direction == "forward" else 3 / 28}[row.level]
