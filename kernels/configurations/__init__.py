@@ -30,9 +30,9 @@ from typing import Any
 import torch
 
 MEASURED_FOLDER = Path(__file__).parent
-# GPUs with the multiprocessors of one that was measured, and other memory or links: its choices are the best guess
-# where they have not been measured themselves.
-ALIKE = {"NVIDIA H100 80GB HBM3": "NVIDIA H200", "NVIDIA H800": "NVIDIA H200"}
+# Of GPUs with the same multiprocessors one that was measured: its choices are the best guess for those that were not,
+# such as H100, H800, GH200 and the PCIe and NVL cards, whose memory, links and power are others.
+MEASURED_ALIKE = {"sm_90": "NVIDIA H200"}
 
 Table = Mapping[str, Mapping[str, Sequence["Configuration"]]]  # kernel → shape class → candidates, the default first
 
@@ -145,7 +145,7 @@ _replacers: list[None] = []
 
 
 def select(table: Table, kernel: str, shape_class: str, device: torch.device) -> Configuration:
-    """Returns the configuration to launch `kernel` with: that measured on this GPU or one `ALIKE`, else the default.
+    """Returns the configuration to launch `kernel` with: that measured on this GPU, or on one alike, else the default.
 
     Raises:
         ValueError: the measured file names a configuration that is no longer a candidate, or what is chosen is known to
@@ -155,19 +155,20 @@ def select(table: Table, kernel: str, shape_class: str, device: torch.device) ->
     candidates = candidates_of(table, kernel, shape_class, arch)
     for recorder in _recorders:
         recorder[kernel, shape_class] = candidates
-    chosen = _forced.get((kernel, shape_class)) or _find_measured(kernel, shape_class, candidates, gpu) or candidates[0]
+    chosen = _forced.get((kernel, shape_class))
+    chosen = chosen or _find_measured(kernel, shape_class, candidates, arch, gpu) or candidates[0]
     if arch == "sm_90" and chosen.fault:
         raise ValueError(f"{kernel} / {shape_class}: {chosen} is refused: {chosen.fault}; take it out of its table")
     return chosen
 
 
 def _find_measured(
-    kernel: str, shape_class: str, candidates: Sequence[Configuration], gpu: str | None
+    kernel: str, shape_class: str, candidates: Sequence[Configuration], arch: str | None, gpu: str | None
 ) -> Configuration | None:
-    if gpu is None:
+    if arch is None or gpu is None:
         return None
     if (kernel, shape_class) not in read_measured(gpu):
-        gpu = ALIKE.get(gpu, gpu)
+        gpu = MEASURED_ALIKE.get(arch, gpu)
     measured = read_measured(gpu).get((kernel, shape_class))
     if measured is None:
         return None

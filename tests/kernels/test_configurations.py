@@ -54,13 +54,27 @@ def test_a_measured_configuration_comes_first(gpu) -> None:
 
 
 def test_what_was_measured_on_a_gpu_alike_comes_before_the_default(gpu, monkeypatch) -> None:
-    monkeypatch.setattr(configurations, "ALIKE", {"NVIDIA Test 1": "NVIDIA Test 2"})
+    monkeypatch.setattr(configurations, "MEASURED_ALIKE", {"sm_90": "NVIDIA Test 2"})
     row = {"kernel": "kernel", "shape_class": "any", "configuration": LARGE.choices}
     gpu.with_name("nvidia_test_2.json").write_text(json.dumps({"rows": [row]}))
     assert select(TABLE, "kernel", "any", CUDA) == LARGE
     gpu.write_text(json.dumps({"rows": [row | {"configuration": SMALL.choices}]}))
     configurations.read_measured.cache_clear()
     assert select(TABLE, "kernel", "any", CUDA) == SMALL
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA H200 NVL", "NVIDIA GH200 480GB"])
+def test_hoppers_that_nobody_measured_take_what_the_h200_was_fastest_with(name, monkeypatch) -> None:
+    def choices(gpu: tuple[str, str]) -> dict[tuple[str, str], Configuration]:
+        monkeypatch.setattr(configurations, "_describe_gpu", lambda device: gpu)
+        return {place: select(table, *place, CUDA) for table, place in places}
+
+    tables = [module.CONFIGURATIONS for module in modules_with("CONFIGURATIONS")]
+    measured = configurations.read_measured("NVIDIA H200")
+    places = [(table, place) for table in tables for place in measured if place[0] in table]
+    assert len(places) == len(measured) > 10
+    found = choices(("sm_90", name))
+    assert found == choices(("sm_90", "NVIDIA H200")) != choices(("sm_100", "NVIDIA B200"))
 
 
 def test_a_measured_configuration_that_is_no_candidate_is_named(gpu) -> None:
