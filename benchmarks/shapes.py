@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from opensora_fast.data.buckets.explain import LATENT_SCALE
+from opensora_fast.data.buckets.explain import LATENT_STRIDE
 from opensora_fast.kernels import token_grid
 
 # 16:9 sizes (height, width) in pixels of the five video resolutions, and the square image sizes.
@@ -42,7 +42,7 @@ class Workload:
     def latent(self) -> tuple[int, int, int]:
         """(T, height, width) of the latents."""
         height, width = self.pixels
-        return self.frames, height // LATENT_SCALE, width // LATENT_SCALE
+        return self.frames, height // LATENT_STRIDE, width // LATENT_STRIDE
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -21,10 +21,9 @@ from opensora_fast.costs.operations import (
     largest_share,
 )
 from opensora_fast.data.buckets.bucket import Bucket, BucketId, FrameEntry, ResolutionEntry
-from opensora_fast.data.buckets.explain import LATENT_SCALE
+from opensora_fast.data.buckets.explain import count_tokens
 from opensora_fast.device import DTYPES
 from opensora_fast.encoders import choose_text_dtype
-from opensora_fast.kernels import token_grid
 from opensora_fast.model import STDiT2, STDiT2Config
 from opensora_fast.train.parts import count_recomputed, make_model_config
 from opensora_fast.train.step.graphs import MOST_SHAPES
@@ -86,8 +85,8 @@ class RunCosts:
     def get_videos(self, bucket_id: BucketId) -> VideoBatch:
         """A micro-batch of a bucket."""
         frames, height, width = self.bucket.get_thw(bucket_id)
-        _, rows, columns = token_grid(frames, height // LATENT_SCALE, width // LATENT_SCALE, self.model.patch_size[1])
-        return VideoBatch(self.bucket.get_batch_size(bucket_id) or 0, frames, rows * columns)
+        frame_tokens = count_tokens(1, height, width, self.model.patch_size[1])
+        return VideoBatch(self.bucket.get_batch_size(bucket_id) or 0, frames, frame_tokens)
 
     def get_largest(self, resolution: ResolutionEntry, entry: FrameEntry) -> BucketId:
         """Of the aspect ratios of a (resolution, frames) pair the one with the most tokens."""

@@ -302,13 +302,14 @@ class Trainer:
 
     def _explain_out_of_memory(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
         graphs, step = self.graphs is not None, self.position.step + 1
-        return explain_out_of_memory(batch, step, graphs, self.folder, self.processes, self.memory_history)
+        tokens = count_batch_tokens(batch, self.model.patch)
+        return explain_out_of_memory(batch, tokens, step, graphs, self.folder, self.processes, self.memory_history)
 
     def _describe(self, batch: Batch, losses: dict[str, float], data_wait: float, stop: StopSignals) -> dict[str, Any]:
         """What the other processes should know of this one's part of a step."""
         return {
             "losses": losses,
-            "tokens": count_batch_tokens(batch),
+            "tokens": count_batch_tokens(batch, self.model.patch),
             "clips": len(batch),
             "bucket": list(batch.bucket),
             "data_wait": data_wait,

@@ -27,15 +27,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from opensora_fast.data.buckets.bucket import Bucket
-from opensora_fast.data.buckets.explain import LATENT_SCALE
 from opensora_fast.device import DTYPES
 from opensora_fast.files import whole_file
-from opensora_fast.kernels import token_grid
 
 from ..processes import end_with_parent
 
@@ -247,7 +243,7 @@ def train_once(job: Job, provider: str, seed: int, table: Path) -> Curve:
         settings=job.settings,
         commit=job.commit,
         loss=tuple(row["loss"] for row in rows),
-        tokens=_count_tokens(out / "config.json", rows),
+        tokens=tuple(row["tokens"] for row in rows),
         step_ms=tuple(1e3 * (row["step_time"] - row["data_wait"]) for row in rows),
         memory_bytes=max(row["memory"] for row in rows) if on_gpu else 0,
     )
@@ -282,22 +278,6 @@ def _train(job: Job, backend: str, seed: int, table: Path, out: Path, steps: int
     if stopped is not None:
         raise KeyboardInterrupt
     return out
-
-
-def _count_tokens(path: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    """Tokens of each step; those in the metrics are counted in patches of 2 x 2."""
-    config = json.loads(path.read_text())
-    buckets = {
-        resolution: {int(frames): tuple(pair) for frames, pair in entries.items()}
-        for resolution, entries in config["bucket_config"].items()
-    }
-    bucket = Bucket(buckets)
-    counts = []
-    for row in rows:
-        frames, height, width = bucket.get_thw(tuple(row["bucket"]))
-        grid = token_grid(frames, height // LATENT_SCALE, width // LATENT_SCALE, config["model"]["patch_size"][1])
-        counts.append(row["batch_size"] * math.prod(grid))
-    return tuple(counts)
 
 
 def perturb(run: Path) -> Path:

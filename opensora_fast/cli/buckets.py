@@ -45,6 +45,7 @@ def explain(
         epoch=epoch,
         world_size=count_replicas(world_size, settings.sp_size),
         drop_last=settings.drop_last,
+        patch=settings.model.patch_size[1],
     )
     print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation.to_text())
     if explanation.steps == 0:

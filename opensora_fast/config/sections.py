@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from opensora_fast.suggest import suggest
 
@@ -162,7 +162,7 @@ class ModelConfig(Section):
     depth: int = 28
     num_heads: int = 16
     mlp_ratio: float = 4.0
-    patch_size: tuple[int, int, int] = (1, 2, 2)
+    patch_size: tuple[int, PositiveInt, PositiveInt] = (1, 2, 2)
     class_dropout_prob: float = 0.1
     pred_sigma: bool = True
     drop_path: float = 0.0

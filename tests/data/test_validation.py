@@ -190,6 +190,8 @@ def test_buckets_explain(plain_meta, tmp_path, capsys):
         "micro_batches": 3,
         "tokens": 2 * 16 * 9 * 16,
     }
+    assert run([*command, "model.patch_size=(1, 4, 4)", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["buckets"][0]["tokens"] == 2 * 16 * 5 * 8
     assert run([*command, "bucket_config={'144p': {16: (1.0, 9)}}"]) == 1
     error = capsys.readouterr().err
     assert "144p, 16 frames, 0.56: 5 clips, batch size 9" in error and "lower the batch sizes" in error

@@ -60,7 +60,7 @@ def read_data(config: TrainConfig, rank: int = 0, world_size: int = 1) -> Traini
         drop_last=config.drop_last,
         costs=RunCosts(config, bucket).get_order_costs() if config.balance else None,
     )
-    data = TrainingData(manifest, bucket, sampler, sampler.explain())
+    data = TrainingData(manifest, bucket, sampler, sampler.explain(config.model.patch_size[1]))
     starved = [pair for pair in data.explanation.get_empty_pairs() if pair.clips > 0]
     if starved and not config.allow_empty_buckets:
         names = "\n".join(

@@ -155,7 +155,7 @@ def open_features(
     latents = reader.get_latents(*next(iter(reader.latent_places)))
     report(f"features: {len(reader.latent_places)} clips and {len(reader.text_places)} captions in {folder}")
     return Source(
-        data=replace(data, sampler=sampler, explanation=sampler.explain()),
+        data=replace(data, sampler=sampler, explanation=sampler.explain(config.model.patch_size[1])),
         inputs=ModelInputs(None, None, device),
         in_channels=latents.shape[0],
         caption_channels=index.settings["text_channels"],

@@ -62,10 +62,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def count_batch_tokens(batch: Batch) -> int:
-    """Video tokens of a micro-batch in the model."""
+def count_batch_tokens(batch: Batch, patch: int) -> int:
+    """Video tokens of a micro-batch in a model whose tokens have so many latents to a side."""
     size = (int(values[0]) for values in (batch.num_frames, batch.height, batch.width))
-    return len(batch) * count_tokens(*size)
+    return len(batch) * count_tokens(*size, patch)
 
 
 def join_parts(told: list[dict[str, Any]], replicas: int) -> dict[str, Any]:

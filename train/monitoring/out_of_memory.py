@@ -11,7 +11,6 @@ from opensora_fast.data.batch import Batch
 from opensora_fast.out_of_memory import find_out_of_memory, naming_out_of_memory
 from opensora_fast.parallel.collectives import ProcessLostError
 from opensora_fast.parallel.processes import Processes
-from opensora_fast.train.monitoring.metrics import count_batch_tokens
 
 # The newest so many allocations and releases are kept: those of several steps of the largest model.
 HISTORY_ENTRIES = 100_000
@@ -49,12 +48,12 @@ def refuse_history_without_gpu(wanted: bool, device: str) -> None:
 
 @contextmanager
 def explain_out_of_memory(
-    batch: Batch, step: int, graphs: bool, folder: Path, processes: Processes, history: bool
+    batch: Batch, tokens: int, step: int, graphs: bool, folder: Path, processes: Processes, history: bool
 ) -> Iterator[None]:
     """Take a step during the block: where it does not fit, write what held the memory, and say what to change.
 
     Args:
-        batch: of the step.
+        batch, tokens: of the step.
         graphs: whether CUDA graphs take memory, too.
         folder, processes, history: see `write_memory`.
 
@@ -64,7 +63,7 @@ def explain_out_of_memory(
     try:
         yield
     except (RuntimeError, CaptureError, ProcessLostError) as error:  # others have something else to say
-        happened = describe_out_of_memory(batch, step, graphs, error)
+        happened = describe_out_of_memory(batch, tokens, step, graphs, error)
         if happened is None:
             raise
         raise ValueError(f"{happened}\n{write_memory(happened, folder, processes, history)}") from error
@@ -84,7 +83,7 @@ def explain_parts_out_of_memory(parts: str) -> AbstractContextManager[None]:
     )
 
 
-def describe_out_of_memory(batch: Batch, step: int, graphs: bool, error: Exception) -> str | None:
+def describe_out_of_memory(batch: Batch, tokens: int, step: int, graphs: bool, error: Exception) -> str | None:
     """What did not fit and what to change, of the batch of a step; None where memory has not run out.
 
     In the capture of a CUDA graph it may have without a word of it: what the allocator tries last, before it says so,
@@ -103,7 +102,7 @@ def describe_out_of_memory(batch: Batch, step: int, graphs: bool, error: Excepti
         what = "out of GPU memory in the capture of a CUDA graph"
         if ran_out is None:
             what = "a CUDA graph could not be captured, as also happens where GPU memory runs out,"
-        fixes.insert(0, f"lower cuda_graph_tokens below {count_batch_tokens(batch)}, the tokens of this step")
+        fixes.insert(0, f"lower cuda_graph_tokens below {tokens}, the tokens of this step")
     elif ran_out is None:
         return None
     elif graphs:

@@ -11,8 +11,8 @@ from opensora_fast.data.buckets.assignment import DROP_REASONS, DROPPED, find_dr
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.data.buckets.plan import ClipSizes, EpochPlan, count_steps, plan_epoch
 
-LATENT_SCALE = 8  # the VAE's, floor division as upstream
-PATCH_SIZE = 2
+LATENT_STRIDE = 8  # pixels to a side of a latent; the VAE's, floor division as upstream
+PATCH = 2  # latents to a side of a token, in the published model
 FILL_HINT = "lower the batch size or set drop_last=False"
 SHOWN_BUCKETS = 20
 
@@ -107,10 +107,9 @@ class Explanation:
         return "\n".join(lines)
 
 
-def count_tokens(num_frames: int, height: int, width: int) -> int:
-    """Tokens of one clip in the model: one for 2 x 2 latents of 8 x 8 pixels each, in every frame."""
-    rows = -(-(height // LATENT_SCALE) // PATCH_SIZE)
-    columns = -(-(width // LATENT_SCALE) // PATCH_SIZE)
+def count_tokens(num_frames: int, height: int, width: int, patch: int) -> int:
+    """Tokens of one clip in the model: one for patch x patch latents of 8 x 8 pixels each, in every frame."""
+    rows, columns = (-(-(size // LATENT_STRIDE) // patch) for size in (height, width))
     return num_frames * rows * columns
 
 
@@ -123,20 +122,23 @@ def explain_buckets(
     epoch: int = 0,
     world_size: int = 1,
     drop_last: bool = False,
+    patch: int = PATCH,
 ) -> Explanation:
-    """Explain an epoch; the arguments are those of `BucketSampler`."""
+    """Explain an epoch; the arguments are those of `BucketSampler` and of its `explain`."""
     arguments = {"frame_interval": frame_interval, "seed": seed, "epoch": epoch, "drop_last": drop_last}
     plan = plan_epoch(clips, bucket, shuffle=False, **arguments)
-    return explain_plan(plan, clips, frame_interval=frame_interval, world_size=world_size, drop_last=drop_last)
+    return explain_plan(
+        plan, clips, frame_interval=frame_interval, world_size=world_size, drop_last=drop_last, patch=patch
+    )
 
 
 def explain_plan(
-    plan: EpochPlan, clips: ClipSizes, *, frame_interval: int, world_size: int, drop_last: bool
+    plan: EpochPlan, clips: ClipSizes, *, frame_interval: int, world_size: int, drop_last: bool, patch: int
 ) -> Explanation:
     """Explain a plan that has been made already."""
     batches = plan.count_batches()
     used = np.minimum(plan.clips, batches * plan.batch_size)
-    buckets = _list_buckets(plan, batches)
+    buckets = _list_buckets(plan, batches, patch)
     pairs = _list_pairs(plan, batches)
     steps = count_steps(len(plan), world_size, drop_last)
     dropped = _count_dropped(plan, clips, frame_interval)
@@ -183,7 +185,7 @@ def describe_no_batches(explanation: Explanation) -> str:
     return "\n".join(lines)
 
 
-def _list_buckets(plan: EpochPlan, batches: np.ndarray) -> list[BucketLine]:
+def _list_buckets(plan: EpochPlan, batches: np.ndarray, patch: int) -> list[BucketLine]:
     lines = []
     for index in np.flatnonzero(plan.clips):
         resolution, frames, ratio = plan.bucket.ids[index]
@@ -199,7 +201,7 @@ def _list_buckets(plan: EpochPlan, batches: np.ndarray) -> list[BucketLine]:
                 clips=int(plan.clips[index]),
                 batch_size=batch_size,
                 micro_batches=int(batches[index]),
-                tokens=batch_size * count_tokens(frames, height, width),
+                tokens=batch_size * count_tokens(frames, height, width, patch),
             )
         )
     return lines

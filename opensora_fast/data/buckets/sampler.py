@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opensora_fast.data.buckets.bucket import Bucket, BucketId
-from opensora_fast.data.buckets.explain import Explanation, describe_no_batches, explain_plan
+from opensora_fast.data.buckets.explain import PATCH, Explanation, describe_no_batches, explain_plan
 from opensora_fast.data.buckets.plan import ClipSizes, EpochPlan, count_steps, plan_epoch
 
 # Plans kept: a loader that reads ahead may be in the next epoch while a clip of this one still needs a replacement.
@@ -138,14 +138,19 @@ class BucketSampler:
             if other.bucket != micro_batch.bucket:
                 yield dataclasses.replace(other, index=micro_batch.index)
 
-    def explain(self) -> Explanation:
-        """The first epoch: batches, tokens, what is left out."""
+    def explain(self, patch: int = PATCH) -> Explanation:
+        """The first epoch: batches, tokens, what is left out.
+
+        Args:
+            patch: latents to a side of the model's tokens.
+        """
         return explain_plan(
             self.get_plan(0),
             self.clips,
             frame_interval=self.frame_interval,
             world_size=self.world_size,
             drop_last=self.drop_last,
+            patch=patch,
         )
 
     def get_plan(self, epoch: int) -> EpochPlan:

@@ -84,12 +84,13 @@ def test_counts_add_up_to_the_plan(rows, config, drop_last, world_size):
 
 
 @pytest.mark.parametrize(
-    ("size", "tokens"),
+    ("size", "patch", "tokens"),
     [
-        ((1, 256, 256), 16 * 16),
-        ((16, 240, 426), 16 * 15 * 27),  # 30 x 53 latents: the odd column is padded
-        ((1, 141, 260), 9 * 16),  # 17 x 32 latents: what is less than 8 pixels is cut, the odd row padded
+        ((1, 256, 256), 2, 16 * 16),
+        ((16, 240, 426), 2, 16 * 15 * 27),  # 30 x 53 latents: the odd column is padded
+        ((1, 141, 260), 2, 9 * 16),  # 17 x 32 latents: what is less than 8 pixels is cut, the odd row padded
+        ((16, 240, 426), 8, 16 * 4 * 7),
     ],
 )
-def test_tokens(size, tokens):
-    assert count_tokens(*size) == tokens
+def test_tokens(size, patch, tokens):
+    assert count_tokens(*size, patch) == tokens

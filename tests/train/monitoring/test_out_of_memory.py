@@ -150,7 +150,7 @@ def test_only_memory_that_runs_out_is_explained(tmp_path, kind, text, found, ins
     if found:
         told = f"step 5: out of GPU memory with 2 clips .* cuda_graph_tokens=0. {re.escape(text)}"
     with pytest.raises(ValueError if found or inside else kind, match=told):
-        with explain_out_of_memory(batch, 5, True, tmp_path, Processes(torch.device("cpu")), False):
+        with explain_out_of_memory(batch, 24, 5, True, tmp_path, Processes(torch.device("cpu")), False):
             try:
                 fail(kind, text)
             except kind as error:
