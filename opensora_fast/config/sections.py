@@ -1,6 +1,7 @@
 """The sections of a configuration: dataset, bucket table, masks, model, encoders, scheduler."""
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
@@ -71,20 +72,25 @@ class TypedSection(Section):
         return {name: value for name, value in self.model_dump().items() if name in allowed and value is not None}
 
 
-def _check_mask_ratios(ratios: Any) -> Any:
-    if not isinstance(ratios, dict):
-        return ratios
+def check_mask_ratios(ratios: Mapping[str, Any]) -> None:
+    """ValueError where a mask is unknown, a ratio is none, or they do not sum to 1."""
     for name, ratio in ratios.items():
         if name not in MASK_NAMES:
             raise ValueError(f"unknown mask {name!r}; {suggest(name, MASK_NAMES)}")
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
             raise ValueError(f"{name} is {ratio!r}; a ratio is a number from 0 to 1")
-    if not math.isclose(sum(ratios.values()), 1.0, abs_tol=1e-6):
-        raise ValueError(f"the ratios sum to {sum(ratios.values()):g}; they must sum to 1")
-    return ratios
+    total = math.fsum(ratios.values())
+    if abs(total - 1.0) > 1e-6:
+        raise ValueError(f"the ratios sum to {total:g}; they must sum to 1: mask_no takes what the others leave")
 
 
-MaskRatios = Annotated[dict[str, float], BeforeValidator(_check_mask_ratios)]
+def _check_mask_section(value: Any) -> Any:
+    if isinstance(value, dict):
+        check_mask_ratios(value)
+    return value
+
+
+MaskRatios = Annotated[dict[str, float], BeforeValidator(_check_mask_section)]
 
 
 def _check_bucket_entry(value: Any) -> Any:

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-MASK_KINDS = (
-    "mask_no",
-    "mask_quarter_random",
-    "mask_quarter_head",
-    "mask_quarter_tail",
-    "mask_quarter_head_tail",
-    "mask_image_random",
-    "mask_image_head",
-    "mask_image_tail",
-    "mask_image_head_tail",
-)
+from opensora_fast.config.sections import check_mask_ratios
 
 
 class MaskGenerator:
@@ -32,14 +21,10 @@ class MaskGenerator:
     """
 
     def __init__(self, mask_ratios: Mapping[str, float]) -> None:
-        for kind, ratio in mask_ratios.items():
-            if kind not in MASK_KINDS:
-                raise ValueError(f"mask_ratios: {kind!r} is not a kind of mask; the kinds are {', '.join(MASK_KINDS)}")
-            if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
-                raise ValueError(f"mask_ratios: {kind} must be a number from 0 to 1, got {ratio!r}")
-        total = math.fsum(mask_ratios.values())
-        if abs(total - 1.0) > 1e-6:
-            raise ValueError(f"mask_ratios must sum to 1, got {total:.6g}; mask_no takes what the others leave")
+        try:
+            check_mask_ratios(mask_ratios)
+        except ValueError as error:
+            raise ValueError(f"mask_ratios: {error}") from None
         self.mask_ratios = dict(mask_ratios)
 
     def get_masks(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:

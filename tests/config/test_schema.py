@@ -7,8 +7,7 @@ import pytest
 
 from opensora_fast.config import list_values, load_any_config, load_sample_config, load_train_config, to_json
 from opensora_fast.config.schema import SampleConfig, TrainConfig
-from opensora_fast.config.sections import MASK_NAMES, ModelConfig
-from opensora_fast.diffusion.masks import MASK_KINDS
+from opensora_fast.config.sections import ModelConfig
 from opensora_fast.model.config import STDiT2Config
 
 CONFIGS = Path(__file__).parents[2] / "train" / "configs"
@@ -415,7 +414,3 @@ def test_model_keys_and_defaults_are_those_of_the_model():
         name: field.default for name, field in STDiT2Config.model_fields.items() if name not in given_by_encoders
     }
     assert ModelConfig().get_shape_keys() == model_defaults
-
-
-def test_mask_names_are_those_of_the_mask_generator():
-    assert MASK_NAMES == MASK_KINDS

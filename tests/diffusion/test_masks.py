@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opensora_fast.config.sections import MASK_NAMES
 from opensora_fast.diffusion import MaskGenerator
-from opensora_fast.diffusion.masks import MASK_KINDS
 
 STAGE_RATIOS = {
     "mask_no": 0.75,
@@ -28,7 +28,7 @@ def given_runs(mask):
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-@given(kind=st.sampled_from(MASK_KINDS), frames=st.integers(1, 70), seed=st.integers(0, 2**31))
+@given(kind=st.sampled_from(MASK_NAMES), frames=st.integers(1, 70), seed=st.integers(0, 2**31))
 def test_each_kind_gives_the_frames_it_names(kind, frames, seed):
     mask = MaskGenerator({kind: 1.0}).draw(frames, torch.Generator().manual_seed(seed))
     assert mask.shape == (frames,) and mask.dtype == torch.bool
@@ -47,7 +47,7 @@ def test_each_kind_gives_the_frames_it_names(kind, frames, seed):
         assert end == frames if kind.endswith("tail") else True
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MASK_KINDS if "quarter" in kind])
+@pytest.mark.parametrize("kind", [kind for kind in MASK_NAMES if "quarter" in kind])
 @pytest.mark.parametrize("frames", [2, 3])
 def test_quarter_kinds_give_one_frame_of_short_clips(kind, frames):
     for seed in range(20):
@@ -99,11 +99,11 @@ def test_masks_come_from_the_generator():
     ("ratios", "named"),
     [
         ({"mask_none": 1.0}, "mask_none"),
-        ({"mask_no": 1.5, "mask_image_head": -0.5}, "mask_no must be a number from 0 to 1"),
+        ({"mask_no": 1.5, "mask_image_head": -0.5}, "mask_ratios: mask_no is 1.5; a ratio is a number from 0 to 1"),
         ({"mask_no": float("nan")}, "mask_no"),
         ({"mask_no": "1"}, "mask_no"),
-        ({"mask_no": 0.7, "mask_image_head": 0.2}, "sum to 1, got 0.9"),
-        ({}, "sum to 1, got 0"),
+        ({"mask_no": 0.7, "mask_image_head": 0.2}, "sum to 0.9; they must sum to 1"),
+        ({}, "sum to 0; they must sum to 1"),
     ],
 )
 def test_broken_ratios_are_named(ratios, named):
