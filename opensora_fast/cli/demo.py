@@ -57,7 +57,7 @@ def command(
         )  # fmt: skip
 
     from opensora_fast.benchmarks.rows import read_rows
-    from opensora_fast.demo_report import mean_loss, write_demo_report
+    from opensora_fast.cli._demo_report import mean_loss, write_demo_report
     from opensora_fast.train.monitoring.metrics import read_metrics
 
     metrics = read_metrics(run_folder / "metrics.jsonl")

@@ -10,9 +10,9 @@ from page_in_browser import open_browser
 
 from opensora_fast.benchmarks.report.page import ROW_COLUMNS, write_report
 from opensora_fast.benchmarks.rows import append_rows, level_path
+from opensora_fast.cli._demo_report import write_demo_report
 from opensora_fast.data.buckets.explain import BucketLine, Explanation
 from opensora_fast.data.video_files import save_video
-from opensora_fast.demo_report import write_demo_report
 from opensora_fast.html_report import SHOWN_ROWS
 
 TYPING_S = 2.0  # for one word, on a busy machine; a quiet one takes a tenth
