@@ -24,8 +24,8 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from .checks import check_tensor
 from .configurations import CompileCase, Configuration, candidates_of, select
+from .dispatch import choose_backend
 from .launch import ceil_divide, launch
-from .registration import choose_backend
 
 NORM_EPSILON = tl.constexpr(1e-6)  # of torch.nn.utils.clip_grad_norm_
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_head_size, check_reach, check_table, check_tensor, check_tokens
+from .dispatch import choose_backend
 from .layout import PackLayout, TextLayout
-from .registration import choose_backend, contiguous, empty_as, kernel_op
+from .registration import contiguous, empty_as, kernel_op
 from .rows.tile_sums import launch_sum_tiles
 
 

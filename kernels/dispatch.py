@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "reference", "triton")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # (op, backend) → how often it was called in this process; a run prints it. Calls from a graph of torch.compile are not
 # counted: the graph would depend on the count and be compiled anew for every call.
@@ -46,19 +47,22 @@ def check_backend(op: str, backend: str) -> None:
         raise ValueError(f"{op}: backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
 
-def choose(op: str, backend: str, tensor: Tensor, has_triton: bool = True) -> str:
-    """Returns "reference" or "triton" for a call of `op` on `tensor`, and counts it.
+def choose_backend(op: str, backend: str, tensor: Tensor, *others: Tensor | None) -> str:
+    """Returns "reference" or "triton" for a call of `op` on these tensors, and counts it; "auto" takes the reference
+    where one of them is float64.
 
     Raises:
-        ValueError: an unknown backend, or Triton asked for where it cannot run.
+        ValueError: an unknown backend, or Triton asked for where it cannot run: no CUDA, or a dtype it does not take.
     """
     check_backend(op, backend)
-    if backend == "auto":
-        backend = "triton" if tensor.is_cuda and has_triton else "reference"
-    elif backend == "triton":
-        if not has_triton:
-            raise ValueError(f"{op}: it has no Triton kernel; use backend='reference'")
-        check_triton(op, tensor.device)
+    if backend != "reference":
+        refused = [each.dtype for each in (tensor, *others) if each is not None and each.dtype not in TRITON_DTYPES]
+        if backend == "auto":
+            backend = "triton" if tensor.is_cuda and not refused else "reference"
+        elif refused:
+            raise ValueError(f"{op}: its Triton kernel takes float32, float16 and bfloat16, got {refused[0]}")
+        else:
+            check_triton(op, tensor.device)
     if not torch.compiler.is_compiling():
         calls[op, backend] += 1
     return backend

@@ -17,8 +17,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .checks import check_modulation, check_tensor, check_tokens
+from .dispatch import choose_backend
 from .layout import PackLayout
-from .registration import choose_backend, empty_as, empty_if, kernel_op, promote
+from .registration import empty_as, empty_if, kernel_op, promote
 from .rows.tiles import choose_tiles
 from .token_rows import token_rows
 

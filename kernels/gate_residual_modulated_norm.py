@@ -17,10 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import choose_backend
 from .gate_residual import check_branch, gate_residual_reference
 from .layout import PackLayout
 from .modulated_norm import allocate_norm, modulated_norm_reference
-from .registration import choose_backend, empty_as, empty_if, kernel_op, output_dtype, promote
+from .registration import empty_as, empty_if, kernel_op, output_dtype, promote
 from .rows.tiles import choose_tiles
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_tensor
-from .registration import choose_backend, empty_as, empty_if, kernel_op, output_dtype
+from .dispatch import choose_backend
+from .registration import empty_as, empty_if, kernel_op, output_dtype
 
 
 def gelu_tanh_reference(x: Tensor, bias: Tensor | None = None) -> Tensor:

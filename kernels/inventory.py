@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .registration import TRITON_DTYPES
+from .dispatch import TRITON_DTYPES
 
 # In the order in which a block uses them, then the optimizer.
 OPS = (

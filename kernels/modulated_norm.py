@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_modulation
+from .dispatch import choose_backend
 from .layout import PackLayout
-from .registration import choose_backend, empty_as, empty_if, kernel_op, output_dtype
+from .registration import empty_as, empty_if, kernel_op, output_dtype
 from .rows.tiles import choose_tiles
 from .token_rows import token_rows
 

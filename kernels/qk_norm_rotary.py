@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_angles, check_epsilon, check_head_size, check_qk_weights, check_tensor, check_tokens
+from .dispatch import choose_backend
 from .layout import PackLayout
-from .registration import choose_backend, empty_as, empty_if, kernel_op
+from .registration import empty_as, empty_if, kernel_op
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,5 @@
-"""What the registered Triton ops share: which dtypes they take, and the device they are launched on.
+"""What the registered Triton ops share: how they are registered, the dtypes of what they return, and the device they
+are launched on.
 
 An op `<op>` is registered as `opensora_fast::<op>` with `kernel_op`, `register_fake` and `register_autograd`; its
 backward is an op of its own, `opensora_fast::<op>_backward`, so that compilers see both as one node each. Registered
@@ -17,12 +18,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .checks import PLAIN_TYPES
-from .dispatch import choose, is_intercepted
+from .dispatch import TRITON_DTYPES, is_intercepted
 
 if __package__ != "opensora_fast.kernels":
     raise ImportError(f"{__package__}: import opensora_fast.kernels; an op can be registered under one name only")
 
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of arguments that are what they look like; a subclass of Tensor may have its numbers elsewhere.
 _PLAIN_ARGUMENTS = frozenset((*PLAIN_TYPES, type(None), bool, int, float, list, torch.dtype))
 
@@ -100,24 +100,6 @@ class KernelOp:
 def kernel_op(name: str) -> Callable[[Callable[..., Any]], KernelOp]:
     """Decorator: `@kernel_op("opensora_fast::<op>")` in the place of `@torch.library.custom_op(…, mutates_args=())`."""
     return functools.partial(KernelOp, name)
-
-
-def choose_backend(op: str, backend: str, *tensors: Tensor | None) -> str:
-    """As `dispatch.choose` for the first tensor; "auto" takes the reference where a tensor is float64.
-
-    Raises:
-        ValueError: an unknown backend, or Triton asked for where it cannot run: no CUDA, or a dtype it does not take.
-    """
-    first, other = None, None
-    for tensor in tensors:
-        if tensor is not None:
-            first = tensor if first is None else first
-            if tensor.dtype not in TRITON_DTYPES:
-                other = tensor.dtype
-                break
-    if other is not None and backend == "triton":
-        raise ValueError(f"{op}: its Triton kernel takes float32, float16 and bfloat16, got {other}")
-    return choose(op, backend, first, has_triton=other is None)
 
 
 _AS_IT_IS = nullcontext()

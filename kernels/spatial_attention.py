@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_epsilon, check_head_size, check_reach, check_self_attention
+from .dispatch import choose_backend
 from .layout import PackLayout
 from .qk_norm_rotary import rms_norm_reference
-from .registration import choose_backend, contiguous, empty_as, kernel_op, promote
+from .registration import contiguous, empty_as, kernel_op, promote
 from .rows.tile_sums import launch_sum_tiles
 from .sequence_attention import attend_sequences
 

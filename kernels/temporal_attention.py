@@ -25,10 +25,11 @@ from torch import Tensor
 
 from .bias_gradient import collect_bias_gradient_reference
 from .checks import check_angles, check_epsilon, check_head_size, check_self_attention
+from .dispatch import choose_backend
 from .launch import ceil_divide
 from .layout import PLACE_BLOCK_ROWS, PLACE_TILE_ROWS, PackLayout
 from .qk_norm_rotary import rms_norm_reference, rotary_reference
-from .registration import choose_backend, contiguous, empty_as, kernel_op
+from .registration import contiguous, empty_as, kernel_op
 from .rows.tile_sums import launch_sum_tiles
 from .sequence_attention import attend_sequences
 

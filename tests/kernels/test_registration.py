@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opensora_fast.kernels.registration import choose_backend, kernel_op, output_dtype
+from opensora_fast.kernels.dispatch import choose_backend
+from opensora_fast.kernels.registration import kernel_op, output_dtype
 
 calls: list[str] = []
 
