@@ -1,4 +1,4 @@
-"""Starting from other weights: PixArt-α, earlier Open-Sora models, and files as their trainers wrote them.
+"""Starting from other weights: PixArt-α and earlier Open-Sora models.
 
 `STDiT2.from_pretrained` is strict: every weight must be there. A start is not: PixArt-α knows no time, so what it lacks
 keeps its initial values, and a report says what was and was not loaded.
@@ -7,20 +7,15 @@ keeps its initial values, and a report says what was and was not loaded.
 from __future__ import annotations
 
 import fnmatch
-import pickle
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from opensora_fast.locate import reads_as_path, why_hollow
-
-from .weights import EXAMPLE, WEIGHTS_NAME, read_shard_names, resolve_folder
+from .checkpoint_files import load_checkpoint_file
 
 # What Open-Sora 1.1 added to PixArt-α: an image model cannot have it. Temporal attention starts as the identity (its
 # output projection is zero), so a fresh video model makes PixArt's images frame by frame.
@@ -36,9 +31,6 @@ ADDED_PARTS = (
 
 # Tables of positions that older models stored and this one computes.
 COMPUTED_TABLES = ("pos_embed", "pos_embed_temporal", "temp_embed")
-
-# Entries under which trainers keep the weights, the best first: averaged weights are the ones to use.
-WRAPPERS = ("ema", "state_dict", "model", "module")
 
 # Below this share of the parameters outside ADDED_PARTS, a start is a mistake.
 MIN_MATCHED = 0.5
@@ -134,42 +126,6 @@ def initialize_from(model: nn.Module, source: str | Path, report: Callable[[str]
     return result
 
 
-def load_checkpoint_file(source: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, on the CPU, by name; no code in it is executed.
-
-    Args:
-        source: a `.pth`, `.pt`, `.bin` or `.safetensors` file; a folder with one of these files of weights, or with
-            shards and their index; a checkpoint folder of Open-Sora's trainer (weights in `model/`); or a hub id.
-
-    Weights under an entry such as "state_dict" or "ema" are taken out of it ("ema" first), a common prefix "module." is
-    removed.
-
-    Raises:
-        ValueError: missing, unreadable, without weights, or only readable by executing what is in it.
-    """
-    path = locate_checkpoint_file(source)
-    return _unwrap(_load_file(path) if path.is_file() else _load_folder(path), path)
-
-
-def locate_checkpoint_file(source: str | Path, setting: str = "model.from_pretrained") -> Path:
-    """The path that `load_checkpoint_file` reads; what a hub id names is downloaded.
-
-    Raises:
-        ValueError: there is none; the message names the `setting` that gave the source, and what it takes.
-    """
-    path = Path(source).expanduser()
-    if str(source) and path.exists():
-        return path
-    if str(source) and (
-        "/" not in str(source) or reads_as_path(str(source)) or path.suffix in (".pth", ".pt", ".bin", ".safetensors")
-    ):
-        raise ValueError(
-            f"{setting}: there is no file or folder {path}; give a file or folder of weights, or a hub id such as "
-            f"{EXAMPLE}"
-        )
-    return resolve_folder(source, setting)
-
-
 def convert_upstream_state_dict(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """Adapts weights of PixArt-α or an earlier Open-Sora to the keys and shapes of `model`, as upstream does.
 
@@ -199,66 +155,6 @@ def convert_upstream_state_dict(state: dict[str, Tensor], model: nn.Module) -> t
             converted[caption] = torch.cat([converted[caption], last])
             changes.append(f"{caption} extended from {rows} to {wanted} rows by its last one")
     return converted, changes
-
-
-def _load_file(path: Path) -> object:
-    if reason := why_hollow(path):
-        raise ValueError(f"{path} {reason}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: holds more than tensors, or is no PyTorch file; reading it could execute code, so it is refused. "
-            f"If you trust it, save its weights alone, torch.save(state_dict, ...), or as safetensors "
-            f"({str(error).strip().splitlines()[0]:.150})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path}: not a readable PyTorch file ({error}); copy it again") from error
-
-
-def _load_folder(folder: Path) -> dict[str, Tensor]:
-    """Weights of a folder: `model.safetensors`, else shards by their index, those in `model/`, or its only file."""
-    if (folder / WEIGHTS_NAME).is_file():
-        return _unwrap(_load_file(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
-    indices = sorted(folder.glob("*.index.json"))
-    if indices:
-        state: dict[str, Tensor] = {}
-        for name in read_shard_names(indices[0]):
-            if (folder / name).parent != folder or not (folder / name).is_file():
-                raise ValueError(f"{folder / name}: missing; the folder is incomplete, copy it again")
-            state.update(_unwrap(_load_file(folder / name), folder / name))
-        return state
-    if (folder / "model").is_dir():
-        return _load_folder(folder / "model")
-    for pattern in ("*.safetensors", "*.pth", "*.pt", "*.bin"):
-        files = sorted(folder.glob(pattern))
-        if len(files) > 1:
-            raise ValueError(f"{folder}: holds {', '.join(file.name for file in files[:4])}; name the one to load")
-        if files:
-            return _unwrap(_load_file(files[0]), files[0])
-    raise ValueError(f"{folder}: holds no weights (.safetensors, .pth, .pt or .bin)")
-
-
-def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, dict):
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict) and content[key]), None)
-        if wrapper is None:
-            break
-        content = content[wrapper]
-    state = {}
-    if isinstance(content, dict):
-        state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    if not state:
-        held = f"entries {', '.join(map(str, content))[:100]}" if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path}: holds no weights ({held}); expected tensors by name, bare or under {WRAPPERS}")
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state
 
 
 def _is_added(key: str) -> bool:

@@ -68,14 +68,24 @@ def load_state_dict_folder(folder: Path) -> dict[str, Tensor]:
         names = read_shard_names(folder / INDEX_NAME)
     state: dict[str, Tensor] = {}
     for name in names:
-        path = folder / name
-        if path.parent != folder or not path.is_file():
-            raise ValueError(f"{path}: missing; the folder is incomplete, copy it again")
-        try:
-            state.update(load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
+        state.update(load_safetensors(require_file(folder, name)))
     return state
+
+
+def require_file(folder: Path, name: str) -> Path:
+    """The path of a file that lies in the folder itself. ValueError if it is missing."""
+    path = folder / name
+    if path.parent != folder or not path.is_file():
+        raise ValueError(f"{path}: missing; the folder is incomplete, copy it again")
+    return path
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file. ValueError if it is unreadable."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
 
 
 def read_shard_names(index: Path) -> list[str]:

@@ -14,7 +14,8 @@ from opensora_fast.device import DTYPES, choose_device
 from opensora_fast.diffusion import build_scheduler
 from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
 from opensora_fast.model import STDiT2, STDiT2Config
-from opensora_fast.model.pixart import convert_upstream_state_dict, load_checkpoint_file, locate_checkpoint_file
+from opensora_fast.model.checkpoint_files import load_checkpoint_file, locate_checkpoint_file
+from opensora_fast.model.pixart import convert_upstream_state_dict
 from opensora_fast.model.weights import CONFIG_NAME, WEIGHTS_NAME, load_strictly, read_config
 from opensora_fast.parallel.join import read_place
 from opensora_fast.sampling.generate import SampleSettings, VideoGenerator

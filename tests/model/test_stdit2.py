@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from opensora_fast import STDiT2, STDiT2Config
-from opensora_fast.model.pixart import load_checkpoint_file
+from opensora_fast.model.checkpoint_files import load_checkpoint_file
 from opensora_fast.model.positions import position_embedding
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from opensora_fast.config import TrainConfig, list_values, load_train_config
 from opensora_fast.model import STDiT2
-from opensora_fast.model.pixart import initialize_from, locate_checkpoint_file
+from opensora_fast.model.checkpoint_files import locate_checkpoint_file
+from opensora_fast.model.pixart import initialize_from
 from opensora_fast.model.weights import load_strictly, read_config
 from opensora_fast.parallel.processes import Processes
 from opensora_fast.train.checkpoints.checkpoint import (
