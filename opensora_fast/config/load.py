@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from opensora_fast.config.overrides import apply_overrides
+from opensora_fast.config.overrides import apply_overrides, parse_override
 from opensora_fast.config.schema import ALIASES, SampleConfig, TrainConfig, find_idle_keys
 from opensora_fast.config.sections import TypedSection
 from opensora_fast.config.upstream_file import ConfigFile, read_config_file
@@ -90,17 +90,14 @@ def load_config(
 
     Raises ValueError that names every unknown key with the nearest known one, and every value that does not fit.
     """
-    values, given = apply_overrides(file.values, list(overrides))
+    chosen = [(tuple(key.split(".")), value) for key, value in (options or {}).items() if value is not None]
+    values, given = apply_overrides(file.values, [*map(parse_override, overrides), *chosen])
     origins = {key: f"{file.path.name}:{line}" for key, line in file.lines.items()}
     if not file.lines:  # JSON
         origins = dict.fromkeys(_list_keys(file.values), file.path.name)
     for key, value in given.items():
         origins = {name: origin for name, origin in origins.items() if not name.startswith(f"{key}.")}
         origins |= dict.fromkeys([key, *(f"{key}.{name}" for name in _list_keys(value))], OPTION)
-    for key, value in (options or {}).items():
-        if value is not None:
-            _set(values, key.split("."), value)
-            origins[key] = OPTION
     notes = _resolve_aliases(values, origins)
     try:
         config = schema.model_validate(values)
@@ -125,14 +122,6 @@ def list_values(config: BaseModel) -> Iterator[tuple[str, Any]]:
 def to_json(config: BaseModel) -> str:
     """The whole configuration as JSON that `read_config_file` reads back."""
     return json.dumps(config.model_dump(mode="json"), indent=2)
-
-
-def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        if not isinstance(values.get(part), dict):
-            values[part] = {}
-        values = values[part]
-    values[path[-1]] = value
 
 
 def _list_keys(value: Any) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """`key.sub=value` of the command line, laid over the values of a configuration file."""
 
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -26,26 +27,27 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
         return path, value
 
 
-def apply_overrides(values: dict[str, Any], overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Lay the overrides over the values, in order; returns a new dictionary and {dotted key: its new value}.
+def apply_overrides(
+    values: dict[str, Any], overrides: Iterable[tuple[tuple[str, ...], Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Lay (path, value) over the values, in order; returns a new dictionary and {dotted key: its new value}.
 
     A dictionary given as a value replaces the one that was there. Raises ValueError for a key below something that is
     not a dictionary.
     """
     values = deepcopy(values)
     given: dict[str, Any] = {}
-    for text in overrides:
-        path, value = parse_override(text)
+    for path, value in overrides:
+        dotted = ".".join(path)
         parent = values
         for depth, part in enumerate(path[:-1], start=1):
             name = _find_name(parent, part)
             if parent.get(name) is None:
                 parent[name] = {}
             if not isinstance(parent[name], dict):
-                raise ValueError(f"override {text!r}: {'.'.join(path[:depth])} has no keys below it")
+                raise ValueError(f"override of {dotted}: {'.'.join(path[:depth])} has no keys below it")
             parent = parent[name]
         parent[_find_name(parent, path[-1])] = value
-        dotted = ".".join(path)
         given = {key: old for key, old in given.items() if not key.startswith(f"{dotted}.")} | {dotted: value}
     return values, given
 

@@ -31,20 +31,24 @@ def test_malformed(text):
         parse_override(text)
 
 
+def apply(values, *texts):
+    return apply_overrides(values, map(parse_override, texts))
+
+
 def test_apply_replaces_inside_and_leaves_the_input_alone():
     values = {"bucket_config": {"144p": {1: (0.5, 48), 16: (1.0, 6)}}, "lr": 1.0}
-    changed, given = apply_overrides(values, ["bucket_config.144p.16=(1.0, 2)", "model.depth=3", "lr=2", "lr=3"])
+    changed, given = apply(values, "bucket_config.144p.16=(1.0, 2)", "model.depth=3", "lr=2", "lr=3")
     assert changed == {"bucket_config": {"144p": {1: (0.5, 48), 16: (1.0, 2)}}, "lr": 3, "model": {"depth": 3}}
     assert given == {"bucket_config.144p.16": (1.0, 2), "model.depth": 3, "lr": 3}
     assert values == {"bucket_config": {"144p": {1: (0.5, 48), 16: (1.0, 6)}}, "lr": 1.0}
 
 
 def test_a_dictionary_replaces_the_one_before():
-    changed, given = apply_overrides({"vae": {"type": "t", "x": 1}}, ["vae.x=2", "vae=dict(type='linear')"])
+    changed, given = apply({"vae": {"type": "t", "x": 1}}, "vae.x=2", "vae=dict(type='linear')")
     assert changed == {"vae": {"type": "linear"}}
     assert given == {"vae": {"type": "linear"}}
 
 
 def test_key_below_a_plain_value():
     with pytest.raises(ValueError, match="lr has no keys below it"):
-        apply_overrides({"lr": 1.0}, ["lr.x=2"])
+        apply({"lr": 1.0}, "lr.x=2")
