@@ -132,7 +132,7 @@ def train(
                 if sequence is None or sequence.rank == 0:
                     source = stack.enter_context(closing(open_source(config, data, out, processes.device, dtype, tell)))
             facts, batches = find_batches(source, sequence)
-            model_config = make_model_config(config, facts.in_channels, facts.caption_channels, facts.model_max_length)
+            model_config = make_model_config(config, **facts.model_keys)
             model = build_model(model_config, config.seed, config.grad_checkpoint)
             model.share_frames(sequence)
             use_kernels(model, backend, linear=linear)

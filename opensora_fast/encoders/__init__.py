@@ -26,6 +26,7 @@ __all__ = [
     "build_video_encoder",
     "choose_text_dtype",
     "fingerprint_weights",
+    "get_model_keys",
 ]
 
 
@@ -66,6 +67,15 @@ class TextEncoder(Protocol):
     def encode(self, texts: Sequence[str]) -> TextEncoding: ...
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder: ...
+
+
+def get_model_keys(video_encoder: VideoEncoder, text_encoder: TextEncoder) -> dict[str, int]:
+    """The keys of a model's configuration that its encoders decide."""
+    return {
+        "in_channels": video_encoder.out_channels,
+        "caption_channels": text_encoder.output_dim,
+        "model_max_length": text_encoder.model_max_length,
+    }
 
 
 # Configuration type -> (module, class). The class's from_pretrained says which keys the configuration may hold.

@@ -12,7 +12,7 @@ from opensora_fast.cuda_graphs import refuse_without_gpu
 from opensora_fast.data.reporting import print_line
 from opensora_fast.device import DTYPES, choose_device
 from opensora_fast.diffusion import build_scheduler
-from opensora_fast.encoders import TextEncoder, VideoEncoder, build_text_encoder, build_video_encoder, choose_text_dtype
+from opensora_fast.encoders import build_text_encoder, build_video_encoder, choose_text_dtype, get_model_keys
 from opensora_fast.model import STDiT2, STDiT2Config
 from opensora_fast.model.checkpoint_files import load_checkpoint_file, locate_checkpoint_file
 from opensora_fast.model.pixart import convert_upstream_state_dict
@@ -49,7 +49,7 @@ def build_generator(config: SampleConfig, device: torch.device | str | None = No
     video_encoder = build_video_encoder(config.vae.get_keys(), device, dtype)
     text_dtype = choose_text_dtype(config.text_encoder.shardformer, dtype)
     text_encoder = build_text_encoder(config.text_encoder.get_keys(), device, text_dtype)
-    model = load_model(config, path, video_encoder, text_encoder).to(device, dtype).eval()
+    model = load_model(config, path, get_model_keys(video_encoder, text_encoder)).to(device, dtype).eval()
     replayed = ReplayedModel(model, config.cuda_graph_tokens) if config.cuda_graph_tokens else None
     return VideoGenerator(model, video_encoder, text_encoder, scheduler, make_settings(config), replayed)
 
@@ -61,13 +61,14 @@ def locate_weights(config: SampleConfig) -> Path:
     return locate_checkpoint_file(config.model.from_pretrained, "--ckpt-path or model.from_pretrained")
 
 
-def load_model(config: SampleConfig, path: Path, video_encoder: VideoEncoder, text_encoder: TextEncoder) -> STDiT2:
-    """The model whose weights lie there; keys given in the section `model` replace those of its config.json."""
+def load_model(config: SampleConfig, path: Path, model_keys: dict[str, int]) -> STDiT2:
+    """The model whose weights lie there, which must be of the `model_keys` of its encoders; keys given in the section
+    `model` replace those of its config.json."""
     source = config.model.from_pretrained
     if path.name == WEIGHTS_NAME and (path.parent / CONFIG_NAME).is_file():
         path = path.parent
     if not (path / CONFIG_NAME).is_file():
-        return load_model_file(config, path, video_encoder, text_encoder)
+        return load_model_file(config, path, model_keys)
     # Before the configuration: the one in a run that has no checkpoint yet is not of a model.
     state = load_checkpoint_file(path)
     saved = read_config(path)
@@ -76,12 +77,9 @@ def load_model(config: SampleConfig, path: Path, video_encoder: VideoEncoder, te
         if value != getattr(saved, key) and read_place(os.environ).rank == 0:
             print_line(f"note: model.{key}={value!r} replaces {getattr(saved, key)!r}, with which {source} was trained")
     model_config = STDiT2Config(**(saved.model_dump() | given))
-    for key, value, owner in (
-        ("in_channels", video_encoder.out_channels, "vae"),
-        ("caption_channels", text_encoder.output_dim, "text_encoder"),
-        ("model_max_length", text_encoder.model_max_length, "text_encoder"),
-    ):
+    for key, value in model_keys.items():
         if getattr(model_config, key) != value:
+            owner = "vae" if key == "in_channels" else "text_encoder"
             raise ValueError(
                 f"{source} was trained with {key}={getattr(model_config, key)}, but the {owner} of the configuration "
                 f"gives {value}; use the {owner} that it was trained with"
@@ -91,19 +89,12 @@ def load_model(config: SampleConfig, path: Path, video_encoder: VideoEncoder, te
     return model
 
 
-def load_model_file(config: SampleConfig, path: Path, video_encoder: VideoEncoder, text_encoder: TextEncoder) -> STDiT2:
+def load_model_file(config: SampleConfig, path: Path, model_keys: dict[str, int]) -> STDiT2:
     """The model of a file such as Open-Sora's `ema.pt`, or of a checkpoint folder of its trainer.
 
     They hold no configuration, so the model section gives it.
     """
-    model = STDiT2(
-        STDiT2Config(
-            **config.model.get_shape_keys(),
-            in_channels=video_encoder.out_channels,
-            caption_channels=text_encoder.output_dim,
-            model_max_length=text_encoder.model_max_length,
-        )
-    )
+    model = STDiT2(STDiT2Config(**config.model.get_shape_keys(), **model_keys))
     state, _ = convert_upstream_state_dict(load_checkpoint_file(path), model)
     load_strictly(model, state, path)
     return model

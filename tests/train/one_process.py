@@ -25,8 +25,7 @@ class OneProcess:
         ]
         self.batches = [stack.enter_context(closing(source.loader.iterate(0, 0))) for source in sources]
         source = sources[0]
-        channels = source.in_channels, source.caption_channels, source.model_max_length
-        self.model = build_model(make_model_config(config, *channels), config.seed, False)
+        self.model = build_model(make_model_config(config, **source.model_keys), config.seed, False)
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         self.weights = {name: value.detach().double() for name, value in trained.items()}
         self.average = {name: value.clone() for name, value in self.weights.items()}

@@ -14,7 +14,7 @@ from opensora_fast.data.decoding.decoders import build_decoder
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, describe_differences
 from opensora_fast.data.features import FeatureLoader, FeatureSampler, write_features
 from opensora_fast.data.loader import ClipLoader
-from opensora_fast.encoders import fingerprint_weights
+from opensora_fast.encoders import fingerprint_weights, get_model_keys
 from opensora_fast.folder_lock import hold_folder
 from opensora_fast.train.inputs.data import TrainingData
 from opensora_fast.train.inputs.encoders import FITTED, adopt_fitted, build_encoders, holds_other_fitted, needs_fit
@@ -28,14 +28,12 @@ class SourceFacts:
     """What one must know of batches without reading them.
 
     Attributes:
-        in_channels, caption_channels, model_max_length: what the model has to fit.
+        model_keys: of the model's configuration, which their encoders decided.
         steps: of the first epoch.
         fingerprint: of their order, see `TrainingData`.
     """
 
-    in_channels: int
-    caption_channels: int
-    model_max_length: int
+    model_keys: dict[str, int]
     steps: int
     fingerprint: str
 
@@ -47,21 +45,18 @@ class Source:
     Attributes:
         data: table, buckets and the sampler that gives the order.
         inputs: encodes batches, or passes on their features.
-        in_channels, caption_channels, model_max_length: what the model has to fit.
+        model_keys: of the model's configuration, which the encoders decide.
         loader: yields the batches, epoch by epoch.
     """
 
     data: TrainingData
     inputs: ModelInputs
-    in_channels: int
-    caption_channels: int
-    model_max_length: int
+    model_keys: dict[str, int]
     loader: ClipLoader | FeatureLoader
 
     def get_facts(self) -> SourceFacts:
         """Of the batches of this source."""
-        channels = self.in_channels, self.caption_channels, self.model_max_length
-        return SourceFacts(*channels, self.data.explanation.steps, self.data.get_fingerprint())
+        return SourceFacts(self.model_keys, self.data.explanation.steps, self.data.get_fingerprint())
 
     def close(self) -> None:
         """End threads and processes of loader and decoder."""
@@ -81,9 +76,7 @@ def open_clips(
     return Source(
         data=data,
         inputs=ModelInputs(video_encoder, text_encoder, device),
-        in_channels=video_encoder.out_channels,
-        caption_channels=text_encoder.output_dim,
-        model_max_length=text_encoder.model_max_length,
+        model_keys=get_model_keys(video_encoder, text_encoder),
         loader=ClipLoader(
             data.manifest,
             data.sampler,
@@ -157,9 +150,11 @@ def open_features(
     return Source(
         data=replace(data, sampler=sampler, explanation=sampler.explain(config.model.patch_size[1])),
         inputs=ModelInputs(None, None, device),
-        in_channels=latents.shape[0],
-        caption_channels=index.settings["text_channels"],
-        model_max_length=index.settings["text_length"],
+        model_keys={
+            "in_channels": latents.shape[0],
+            "caption_channels": index.settings["text_channels"],
+            "model_max_length": index.settings["text_length"],
+        },
         loader=FeatureLoader(
             data.manifest,
             sampler,
