@@ -20,7 +20,7 @@ from .checks import check_modulation, check_tensor, check_tokens
 from .dispatch import choose_backend
 from .layout import PackLayout
 from .registration import empty_as, empty_if, kernel_op, promote
-from .rows.tiles import choose_tiles
+from .rows.residual_norm_tiles import choose_tiles
 from .token_rows import token_rows
 
 

@@ -22,7 +22,7 @@ from .gate_residual import check_branch, gate_residual_reference
 from .layout import PackLayout
 from .modulated_norm import allocate_norm, modulated_norm_reference
 from .registration import empty_as, empty_if, kernel_op, output_dtype, promote
-from .rows.tiles import choose_tiles
+from .rows.residual_norm_tiles import choose_tiles
 
 
 def gate_residual_modulated_norm_reference(

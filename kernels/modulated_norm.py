@@ -18,7 +18,7 @@ from .checks import check_modulation
 from .dispatch import choose_backend
 from .layout import PackLayout
 from .registration import empty_as, empty_if, kernel_op, output_dtype
-from .rows.tiles import choose_tiles
+from .rows.residual_norm_tiles import choose_tiles
 from .token_rows import token_rows
 
 

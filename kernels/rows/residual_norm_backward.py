@@ -29,12 +29,12 @@ from ..configurations import CompileCase, candidates_of, select
 from ..launch import launch
 from ..registration import contiguous
 from .residual_norm_forward import dense_rows, fold_row, load_row, row_stride
-from .tile_sums import launch_sum_tiles
-from .tiles import (
+from .residual_norm_tiles import (
     COMPILED,
     CONFIGURATIONS,
     split_columns,
 )
+from .tile_sums import launch_sum_tiles
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..configurations import CompileCase, candidates_of, select
 from ..launch import launch
 from ..registration import contiguous
-from .tiles import (
+from .residual_norm_tiles import (
     COMPILED,
     CONFIGURATIONS,
     split_columns,

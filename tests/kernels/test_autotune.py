@@ -17,7 +17,7 @@ from opensora_fast.kernels import autotune
 from opensora_fast.kernels.autotune import TUNED_OPS, Timing, Workload, choose_fastest, make_workload, measure_workload
 from opensora_fast.kernels.compilation import modules_with
 from opensora_fast.kernels.configurations import Configuration, read_measured
-from opensora_fast.kernels.rows import gelu_tanh, tiles
+from opensora_fast.kernels.rows import gelu_tanh, residual_norm_tiles
 
 FIRST, SECOND = Configuration(BLOCK=1), Configuration(BLOCK=2)
 
@@ -34,7 +34,7 @@ def test_every_candidate_of_every_kernel_runs_and_agrees(op, device) -> None:
     timings = measure_workload(workload, time=lambda run: float(next(ticks)))
     kernels = {f"{op}_forward", f"{op}_backward"}
     assert {timing.kernel for timing in timings} == kernels
-    table = tiles.CONFIGURATIONS | gelu_tanh.CONFIGURATIONS
+    table = residual_norm_tiles.CONFIGURATIONS | gelu_tanh.CONFIGURATIONS
     for kernel in kernels:
         tried = [timing.configuration for timing in timings if timing.kernel == kernel]
         assert tried == list(table[kernel]["any"])

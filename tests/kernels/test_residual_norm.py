@@ -9,8 +9,8 @@ from torch import Tensor
 from opensora_fast import kernels
 from opensora_fast.kernels import PackLayout
 from opensora_fast.kernels.configurations import force
+from opensora_fast.kernels.rows.residual_norm_tiles import CONFIGURATIONS, fill_rounds
 from opensora_fast.kernels.rows.tile_sums import CONFIGURATION
-from opensora_fast.kernels.rows.tiles import CONFIGURATIONS, fill_rounds
 
 OPS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
 CHANNELS = 88  # two blocks, 64 and 24 of 32

@@ -1,4 +1,4 @@
-"""The kernels that walk the rows of x [N, C], seen from the host: their configurations, tiles and column blocks.
+"""The residual norms, which go over x [N, C] row by row, seen from the host: configurations, tiles and column blocks.
 
 A row of C columns is two blocks: WIDE, the largest power of two below C, and TAIL, the rest rounded up to a power of
 two: 1024 + 128 at C = 1152. A single block of 2048 would leave 44 % of the lanes idle. Compiled for sm_90 in bf16 at
