@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from opensora_fast.locate import find_local, fingerprint_files
+from opensora_fast.pretrained import find_local, fingerprint_files
 from opensora_fast.suggest import suggest
 
 __all__ = [

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opensora_fast.locate import Need
+from opensora_fast.pretrained import Need
 
 from .vae import check_video, latent_size
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_fast.device import send
-from opensora_fast.locate import Need, load_completely, locate_pretrained
+from opensora_fast.pretrained import Need, load_completely, locate_pretrained
 
 from .captions import clean_caption
 

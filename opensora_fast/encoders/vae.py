@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from opensora_fast.locate import Need, load_completely, locate_pretrained
+from opensora_fast.pretrained import Need, load_completely, locate_pretrained
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opensora_fast.locate import reads_as_path, why_hollow
+from opensora_fast.pretrained import reads_as_path, why_hollow
 
 from .weights import EXAMPLE, WEIGHTS_NAME, load_safetensors, read_shard_names, require_file, resolve_folder
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from opensora_fast.locate import Need, locate_pretrained
+from opensora_fast.pretrained import Need, locate_pretrained
 
 from .config import STDiT2Config
 

@@ -10,7 +10,7 @@ import torch
 
 from opensora_fast.encoders import build_text_encoder, build_video_encoder, choose_text_dtype, fingerprint_weights
 from opensora_fast.encoders.vae import NEEDS
-from opensora_fast.locate import locate_pretrained
+from opensora_fast.pretrained import locate_pretrained
 
 
 @pytest.mark.parametrize(
