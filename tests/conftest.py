@@ -48,6 +48,19 @@ def interpreter() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def code(tmp_path) -> Iterator[object]:
+    """Something to put into a file of weights: reading it must not run what it holds, which would leave a file."""
+    left = tmp_path / "executed"
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (left,)
+
+    yield Code()
+    assert not left.exists()
+
+
 @pytest.fixture(scope="session")
 def launcher() -> Iterator[subprocess.Popen]:
     """See `tests/train/forked_processes.py`."""

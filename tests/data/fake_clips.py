@@ -1,5 +1,7 @@
 """A loader over clips that need no files: each holds the numbers of its frames."""
 
+import threading
+
 import pandas as pd
 import torch
 
@@ -35,6 +37,19 @@ class FakeDecoder:
 
     def close(self):
         self.closed = True
+
+
+class GatedDecoder(FakeDecoder):
+    """Decodes while `gate` is set, as it is at first, and else waits for that."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def decode(self, requests):
+        assert self.gate.wait(30)
+        return super().decode(requests)
 
 
 def make_manifest(folder=".", videos=12, images=4):

@@ -1,11 +1,10 @@
 """Epochs that follow each other: the next one is begun while the last batches of this one are used, and nothing else
 is different."""
 
-import threading
 import time
 
 import pytest
-from fake_clips import FakeDecoder, make_loader, summarize, take_epoch
+from fake_clips import FakeDecoder, GatedDecoder, make_loader, summarize, take_epoch
 
 
 def take_epochs(epochs, **options):
@@ -36,16 +35,8 @@ def test_batches_are_those_of_epochs_loaded_by_themselves(prefetch, drop_last):
 
 
 def test_the_next_epoch_is_begun_while_the_last_batches_are_used():
-    class Gated(FakeDecoder):
-        gate = threading.Event()
-
-        def decode(self, requests):
-            assert self.gate.wait(30)
-            return super().decode(requests)
-
     expected = take_epochs(2)
-    decoder = Gated(bad=[4])
-    decoder.gate.set()
+    decoder = GatedDecoder(bad=[4])
     loader = make_loader(decoder, prefetch=2)
     batches = loader.iterate(0, 0)
     first = [next(batches) for _ in expected[0]]

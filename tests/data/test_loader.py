@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from coded_clips import draw_frames, read_all, write_clip
-from fake_clips import BUCKETS, INTERVAL, FakeDecoder, make_loader, make_manifest, summarize, take_epoch
+from fake_clips import BUCKETS, INTERVAL, FakeDecoder, GatedDecoder, make_loader, make_manifest, summarize, take_epoch
 from PIL import Image
 
 from opensora_fast.data.bad_clips import read_bad_clips
@@ -200,15 +200,7 @@ def test_every_bad_clip_of_a_bucket_that_is_given_up_is_told():
 
 
 def test_runs_ahead_while_the_consumer_works():
-    class Gated(FakeDecoder):
-        gate = threading.Event()
-
-        def decode(self, requests):
-            assert self.gate.wait(30)
-            return super().decode(requests)
-
-    decoder = Gated()
-    decoder.gate.set()
+    decoder = GatedDecoder()
     loader = make_loader(decoder, prefetch=2)
     batches = loader.iterate(0, 0)
     next(batches)
