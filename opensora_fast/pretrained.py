@@ -67,7 +67,7 @@ def locate_pretrained(
     return _from_hub(owner, setting, str(source), needs, cache_dir, local_files_only)
 
 
-def find_local(source: str | Path, needs: tuple[Need, ...], cache_dir: str | Path | None = None) -> Path | None:
+def find_local(source: str | Path, needs: tuple[Need, ...], cache_dir: str | Path | None) -> Path | None:
     """The folder that `locate_pretrained` would take if nothing may be downloaded; None if there is none."""
     path = Path(source).expanduser()
     folder = path if path.is_dir() else _find_cached(str(source), _get_cache(cache_dir))

@@ -14,11 +14,11 @@ from opensora_fast.train.inputs.data import read_data
 
 def print_plan(
     loaded: LoadedConfig[TrainConfig],
-    device: str | None = None,
-    backend: str = "auto",
-    linear: str = "torch",
-    trace_steps: tuple[int, int] | None = None,
-    memory_history: bool = False,
+    device: str | None,
+    backend: str,
+    linear: str,
+    trace_steps: tuple[int, int] | None,
+    memory_history: bool,
 ) -> None:
     """Print the effective configuration with the origin of each value, and the buckets of the first epoch.
 

@@ -24,6 +24,8 @@ from ..suites.scale import scale_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TRACED_CALLS = 3
+
 
 def profile_attention(
     kind: str,
@@ -31,7 +33,7 @@ def profile_attention(
     providers: Sequence[str] | None,
     device: str,
     out: Path,
-    budget_s: float = 60.0,
+    budget_s: float,
 ) -> Report:
     """Measures forward, and forward with backward, of every provider at every length, and writes rows and plot.
 
@@ -77,7 +79,7 @@ def profile_paths(kind: str, out: Path) -> tuple[Path, Path]:
     return out / f"attention_{kind}.csv", out / f"attention_{kind}.svg"
 
 
-def trace_attention(rows: Sequence[Row], kind: str, length: int, device: str, out: Path, calls: int = 3) -> list[Path]:
+def trace_attention(rows: Sequence[Row], kind: str, length: int, device: str, out: Path) -> list[Path]:
     """Writes a trace of forward and backward of each provider that has a time at a length, for https://ui.perfetto.dev.
 
     Returns:
@@ -96,7 +98,7 @@ def trace_attention(rows: Sequence[Row], kind: str, length: int, device: str, ou
         call = forward_backward_call(provider.prepare(work), work)
         call()
         with profile(activities=activities) as profiler:
-            for _ in range(calls):
+            for _ in range(TRACED_CALLS):
                 call()
         paths.append(out / f"trace_{kind}_{length}_{provider.name}.json")
         profiler.export_chrome_trace(str(paths[-1]))

@@ -27,6 +27,7 @@ from ..shapes import Workload
 from ..suites.scale import Scale
 
 WARM_UP, TIMED, PROFILED = 3, 10, 3
+SHOWN = 60  # kernels, of those that a file holds
 # The profiler's own, where the host had to wait for room in the queue: their kernels stand under an op as well.
 ANNOTATIONS = ("Command Buffer Full",)
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear")  # shown by the sizes of their operands
@@ -157,7 +158,7 @@ def _format_sizes(shapes: Sequence[Sequence[int]]) -> str:
     return " @ ".join("×".join(map(str, shape)) for shape in shapes if shape)
 
 
-def format_profile(profile: StepProfile, lines: int = 60) -> str:
+def format_profile(profile: StepProfile) -> str:
     """A line for each of the longest kernels: share of the step, ns for each token, launches."""
     tokens, step = profile.workload.tokens, profile.milliseconds
     text = [
@@ -169,7 +170,7 @@ def format_profile(profile: StepProfile, lines: int = 60) -> str:
             f"{profile.memory_retries} times in {TIMED} steps torch found no room and waited to give memory back. The "
             "time of a step has that in it: profile this one alone, or with PYTORCH_ALLOC_CONF=expandable_segments:True"
         )
-    for row in profile.kernels[:lines]:
+    for row in profile.kernels[:SHOWN]:
         share, nanoseconds = row.microseconds / 10 / step, 1e3 * row.microseconds / tokens
         name = row.op if row.kernel == row.op else f"{row.op} {row.kernel[:60]}"
         text.append(f"{share:5.1f} % {nanoseconds:8.1f} ns {row.launches:7.1f} × {name} {row.sizes}".rstrip())

@@ -132,7 +132,7 @@ class CompileCase:
     work: int = 0
 
 
-def candidates_of(table: Table, kernel: str, shape_class: str, arch: str | None = None) -> Sequence[Configuration]:
+def candidates_of(table: Table, kernel: str, shape_class: str, arch: str | None) -> Sequence[Configuration]:
     """The candidates of a shape class, those of the architecture ("sm_80") before the general ones; default first."""
     classes = table[kernel]
     return classes.get(f"{shape_class}@{arch}") or classes[shape_class]

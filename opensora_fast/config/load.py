@@ -77,7 +77,7 @@ def _is_for_training(file: ConfigFile) -> bool:
 def load_config(
     schema: type[ConfigT],
     file: ConfigFile,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str],
     options: Mapping[str, Any] | None = None,
 ) -> LoadedConfig[ConfigT]:
     """Check the values of a file with the command line laid over them.

@@ -41,7 +41,7 @@ def _approximate_normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def mean_per_video(values: Tensor, mask: Tensor | None = None) -> Tensor:
+def mean_per_video(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over everything but the batch, of the noised frames only.
 
     Args:

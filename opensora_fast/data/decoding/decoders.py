@@ -81,7 +81,7 @@ class RoutedDecoder:
         report: told, once for each codec that occurs, who decodes it, and why where it is PyAV for one of DALI's.
     """
 
-    def __init__(self, dali: DaliDecoder, pyav: PyAVDecoder, report: Callable[[str], None] = print_line) -> None:
+    def __init__(self, dali: DaliDecoder, pyav: PyAVDecoder, report: Callable[[str], None]) -> None:
         self.threads = max(dali.threads, pyav.threads)
         self.dali = dali
         self.pyav = pyav

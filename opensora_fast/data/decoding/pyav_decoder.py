@@ -125,7 +125,7 @@ def decode_image(request: ClipRequest) -> torch.Tensor:
         raise ClipError(f"cannot be read as an image: {describe(error)}") from None
 
 
-def decode_video(request: ClipRequest, time_limit: float = TIME_LIMIT, threads: int = 1) -> torch.Tensor:
+def decode_video(request: ClipRequest, time_limit: float, threads: int) -> torch.Tensor:
     """Decode the frames of one video file: float32 [3, T, H, W] in [-1, 1].
 
     Raises:
