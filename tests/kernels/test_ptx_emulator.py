@@ -100,6 +100,45 @@ def test_branches_meet_again() -> None:
     assert output.tolist() == [max(3, -(-thread // 3) * 3) for thread in range(64)]
 
 
+def test_a_way_round_may_lie_behind_the_barrier_at_which_it_ends() -> None:
+    """Of a warp only some threads go it; the others wait."""
+    output = torch.zeros(64, dtype=torch.int32)
+    emulate(
+        """
+        mov.b32 %r1, 0;
+        setp.lt.u32 %p1, %r0, 5;
+        @%p1 bra $L_round;
+        $L_back:
+        bar.sync 0;
+        add.s32 %r1, %r1, %r0;
+        mad.wide.u32 %rd1, %r0, 4, %rd0;
+        st.global.b32 [%rd1], %r1;
+        bra.uni $L_end;
+        $L_round:
+        mov.b32 %r1, 100;
+        bra.uni $L_back;
+        $L_end:
+        """,
+        output,
+    )
+    assert output.tolist() == [thread + (100 if thread < 5 else 0) for thread in range(64)]
+
+
+@pytest.mark.parametrize("threads", [5, 32])
+def test_a_barrier_that_some_never_reach_is_refused(threads) -> None:
+    body = f"""
+        setp.lt.u32 %p1, %r0, {threads};
+        @%p1 bra $L_round;
+        bar.sync 0;
+        bra.uni $L_end;
+        $L_round:
+        bar.sync 0;
+        $L_end:
+        """
+    with pytest.raises(EmulationError, match="not all threads of a (warp are here|block reach a barrier)"):
+        emulate(body)
+
+
 @pytest.mark.parametrize("barrier", ["bar.sync 0;", ""])
 def test_what_another_warp_wrote_takes_a_barrier(barrier) -> None:
     output = torch.zeros(64, dtype=torch.int32)

@@ -25,6 +25,8 @@ from .program import Address, Instruction, Operand, Program, Register, Special
 # Threads that are computed at once; more take more memory, fewer more steps of Python.
 _THREADS_AT_ONCE = 2048
 _MOST_STEPS = 10_000_000
+# First words of what all threads of a warp execute together; at barriers those of a block do.
+_OF_A_WARP = ("shfl", "ldmatrix", "stmatrix", "mma", "wgmma")
 
 
 class EmulationError(Exception):
@@ -94,9 +96,8 @@ class Machine:
         instructions, waiting = self.program.instructions, {0: self.alive.copy()}
         steps = 0
         with np.errstate(all="ignore"):
-            # Those that are furthest behind go first, so that the ways of a branch meet again where they join.
             while waiting:
-                place = min(waiting)
+                place = self._next_place(waiting)
                 here = waiting.pop(place)
                 instruction = instructions[place]
                 try:
@@ -109,6 +110,22 @@ class Machine:
                 steps += 1
                 if steps > _MOST_STEPS:
                     raise EmulationError(f"{self.program.name} does not end")
+
+    def _next_place(self, waiting: dict[int, np.ndarray]) -> int:
+        """Those that are furthest behind go first, so that the ways of a branch meet again where they join.
+
+        Some join at a place before theirs: at an instruction that threads execute together the others wait for them.
+        """
+        places = sorted(waiting)
+        ready = (place for place in places if self._all_here(self.program.instructions[place], waiting[place]))
+        return next(ready, places[0])
+
+    def _all_here(self, instruction: Instruction, here: np.ndarray) -> bool:
+        """Whether nobody is elsewhere of those that execute the instruction together."""
+        first = instruction.name[0]
+        together = self.program.threads if first == "bar" else 32 if first in _OF_A_WARP else 1
+        groups, alive = here.reshape(-1, together), self.alive.reshape(-1, together)
+        return not (groups.any(axis=1) & (groups != alive).any(axis=1)).any()
 
     def _step(self, instruction: Instruction, place: int, here: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Runs an instruction in the threads `here`; returns where they go on."""
