@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora_fast.kernels import PackLayout, TextLayout, cross_attention
 from opensora_fast.kernels.attention import cross_backward, cross_short_forward
@@ -94,6 +95,29 @@ def test_without_text_the_output_is_zero_whatever_the_queries(device) -> None:
     inputs["q"].data[2, 0, 1] = float("nan")
     inputs["q"].data[3, 0, 1] = float("inf")
     assert (ours(**inputs)[:6] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("place", ["q", "k", "v", "gradient"])
+def test_what_is_not_finite_spoils_what_depends_on_it(place, value, dtype, device) -> None:
+    """No more and no less than in the reference: other tokens, heads and videos stay as they are."""
+    results = []
+    for function in (ours, reference):
+        inputs = make_inputs([(1, 3, 5), (1, 2, 2)], [7, 3], dtype, device, heads=2, head_size=24)
+        gradient = torch.randn(19, 2, 24, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        if place == "gradient":
+            gradient[11, 1, 5] = value
+        elif place == "q":
+            inputs["q"].detach()[11, 1, 5] = value
+        else:
+            inputs["kv"].detach()[4, "kv".index(place), 1, 5] = value
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fused kernel for CPUs makes 0 of a row of NaN
+            output = function(**inputs)
+            output.backward(gradient)
+        results.append([tensor.isfinite() for tensor in (output, inputs["q"].grad, inputs["kv"].grad)])
+    assert not all(finite.all() for finite in results[0])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
 
 
 def test_logits_far_below_zero(device, compare) -> None:
