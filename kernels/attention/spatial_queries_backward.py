@@ -53,7 +53,6 @@ CONFIGURATIONS = {
             Configuration(ROWS=64, STEP=64, REMAINDER=16, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=64, REMAINDER=32, maxnreg=168, num_warps=4, num_stages=2),
             Configuration(ROWS=64, STEP=128, REMAINDER=32, num_warps=4, num_stages=2),
-            Configuration(ROWS=128, STEP=128, REMAINDER=32, num_warps=8, num_stages=3),
             Configuration(ROWS=128, STEP=64, REMAINDER=32, num_warps=8, num_stages=3),
         ),
         # Steps of 128 need more tensor memory than there is, and the build is a kernel that only traps.
