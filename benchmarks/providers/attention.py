@@ -2,6 +2,9 @@
 
 On a pack of different lengths, libraries with kernels for sequences of any lengths use them; the others are called once
 for each run of equal videos. FlexAttention gets one block mask for the pack.
+
+No library has ST-DiT-2's QK-norm. On a GPU each gets it, with the rotary embedding, from torch.compile, as who uses a
+library and cares for speed would write it; rows up to commit ea700ad had it from eager PyTorch, in several passes.
 """
 
 from __future__ import annotations
@@ -22,18 +25,30 @@ from opensora_fast.kernels.sequence_attention import FLASH_ELEMENTS, count_flash
 
 from ..measuring.provider import (
     Bound,
+    Missing,
     Provider,
     compiled,
     compiles_on_cuda,
     needs_cuda,
     needs_half,
     needs_module,
+    nothing_missing,
     of_function,
     own_version,
+    torch_version,
     version_of,
 )
-from .attention_work import Attend, AttentionWork, attend_run_by_run, sequence_lengths, to_sequences
+from .attention_work import (
+    Attend,
+    AttentionWork,
+    Normalize,
+    attend_run_by_run,
+    normalize,
+    sequence_lengths,
+    to_sequences,
+)
 from .flex import flex_attention_of
+from .variants import ONE_ORDER
 
 # (q, k, v [tokens, H, D], starts of the sequences of q and of k, int32, longest of each) → [tokens, H, D]
 AttendVarlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
@@ -84,8 +99,19 @@ def sdpa_of(work: AttentionWork) -> Callable[[], AbstractContextManager[object]]
     return partial(sdpa_kernel, [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
+def norm_for_libraries(work: AttentionWork) -> Normalize:
+    """One compiled function; eager on the CPU, where nothing is timed for its speed.
+
+    What cannot be compiled as one graph raises, as does one shape more than torch.compile takes: nothing of it may run
+    in eager PyTorch instead. The gradients of the weights are sums over rows of what is summed along rows.
+    """
+    if work.device != "cuda":
+        return normalize
+    return compiled(normalize, fullgraph=True, options=dict(ONE_ORDER))
+
+
 def _run_by_run(attend: Attend) -> Callable[[AttentionWork], Bound]:
-    return of_function(lambda work: attend_run_by_run(work, attend))
+    return lambda work: partial(attend_run_by_run, work, attend, norm_for_libraries(work))
 
 
 def _sdpa(backend: str) -> Callable[[AttentionWork], Bound]:
@@ -156,9 +182,10 @@ def _prepare_varlen(attend: AttendVarlen, work: AttentionWork) -> Bound:
     q_lengths, k_lengths = sequence_lengths(work)
     starts = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (q_lengths, k_lengths)]
     q_starts, k_starts = (tensor.to(work.layout.device) for tensor in starts)
+    norm = norm_for_libraries(work)
 
     def call() -> Tensor:
-        sequences = to_sequences(work)
+        sequences = to_sequences(work, norm)
         output = attend(sequences.q, sequences.k, sequences.v, q_starts, k_starts, max(q_lengths), max(k_lengths))
         return sequences.restore(output)
 
@@ -167,19 +194,20 @@ def _prepare_varlen(attend: AttendVarlen, work: AttentionWork) -> Bound:
 
 def _dense_or_varlen(dense: Attend, varlen: AttendVarlen) -> Callable[[AttentionWork], Bound]:
     def prepare(work: AttentionWork) -> Bound:
-        return partial(attend_run_by_run, work, dense) if work.is_uniform else _prepare_varlen(varlen, work)
+        return _run_by_run(dense)(work) if work.is_uniform else _prepare_varlen(varlen, work)
 
     return prepare
 
 
 def _prepare_xformers(work: AttentionWork) -> Bound:
     if work.is_uniform:
-        return partial(attend_run_by_run, work, _dense_library("xformers.ops", "memory_efficient_attention"))
+        return _run_by_run(_dense_library("xformers.ops", "memory_efficient_attention"))(work)
     operations = importlib.import_module("xformers.ops")
     mask = operations.fmha.BlockDiagonalMask.from_seqlens(*sequence_lengths(work))
+    norm = norm_for_libraries(work)
 
     def call() -> Tensor:
-        sequences = to_sequences(work)
+        sequences = to_sequences(work, norm)
         inputs = (z[None] for z in (sequences.q, sequences.k, sequences.v))
         return sequences.restore(operations.memory_efficient_attention(*inputs, attn_bias=mask)[0])
 
@@ -188,12 +216,13 @@ def _prepare_xformers(work: AttentionWork) -> Bound:
 
 def _prepare_flex(work: AttentionWork) -> Bound:
     if work.is_uniform:
-        return partial(attend_run_by_run, work, flex_attention_of(None))
+        return _run_by_run(flex_attention_of(None))(work)
     q_lengths, k_lengths = sequence_lengths(work)
     attend = flex_attention_of((q_lengths, k_lengths, work.layout.device))
+    norm = norm_for_libraries(work)
 
     def call() -> Tensor:
-        sequences = to_sequences(work)
+        sequences = to_sequences(work, norm)
         inputs = (z.transpose(0, 1)[None] for z in (sequences.q, sequences.k, sequences.v))
         return sequences.restore(attend(*inputs)[0].transpose(0, 1))
 
@@ -227,23 +256,34 @@ def _has_varlen(work: AttentionWork) -> str:
 FLASH_2, FLASH_3, FLASH_4 = ("flash-attn",), ("flash-attn-3", "flash_attn_3"), ("flash-attn-4", "flash-attn-cute")
 XFORMERS = ("xformers",)
 
+
+def _library(
+    name: str,
+    prepare: Callable[[AttentionWork], Bound],
+    missing: Missing = nothing_missing,
+    version: Callable[[], str] = torch_version,
+) -> Provider:
+    """A provider of the attention alone, whose rows say whose norm it had."""
+    return Provider(name, prepare, missing, lambda: f"{version()}, QK-norm compiled on CUDA")
+
+
 ATTENTION_PROVIDERS = (
-    Provider("upstream", _run_by_run(naive_attend)),
+    Provider("upstream", of_function(lambda work: attend_run_by_run(work, naive_attend))),
     Provider("eager", of_function(lambda work: own_call(work, "reference"))),
-    Provider("sdpa-math", _sdpa("MATH")),
-    Provider("sdpa-flash", _sdpa("FLASH_ATTENTION"), _fits_flash),
-    Provider("sdpa-efficient", _sdpa("EFFICIENT_ATTENTION"), needs_cuda),
-    Provider("sdpa-cudnn", _sdpa("CUDNN_ATTENTION"), needs_half),
-    Provider("torch-varlen", partial(_prepare_varlen, _torch_varlen), _has_varlen),
-    Provider("flex", _prepare_flex, compiles_on_cuda),
+    _library("sdpa-math", _sdpa("MATH")),
+    _library("sdpa-flash", _sdpa("FLASH_ATTENTION"), _fits_flash),
+    _library("sdpa-efficient", _sdpa("EFFICIENT_ATTENTION"), needs_cuda),
+    _library("sdpa-cudnn", _sdpa("CUDNN_ATTENTION"), needs_half),
+    _library("torch-varlen", partial(_prepare_varlen, _torch_varlen), _has_varlen),
+    _library("flex", _prepare_flex, compiles_on_cuda),
     Provider("compile", _prepare_compiled, compiles_on_cuda),
-    Provider(
+    _library(
         "flash-attn-2",
         _dense_or_varlen(_dense_library("flash_attn", "flash_attn_func"), _flash_varlen("flash_attn")),
         needs_module("flash_attn", FLASH_2, needs_half),
         version_of(FLASH_2),
     ),
-    Provider(
+    _library(
         "flash-attn-3",
         _dense_or_varlen(
             _dense_library("flash_attn_interface", "flash_attn_func"), _flash_varlen("flash_attn_interface")
@@ -251,13 +291,13 @@ ATTENTION_PROVIDERS = (
         needs_module("flash_attn_interface", FLASH_3, needs_half),
         version_of(FLASH_3),
     ),
-    Provider(
+    _library(
         "flash-attn-4",
         _dense_or_varlen(_dense_library("flash_attn.cute", "flash_attn_func"), _flash_varlen("flash_attn.cute")),
         needs_module("flash_attn.cute", FLASH_4, needs_half),
         version_of(FLASH_4),
     ),
-    Provider(
+    _library(
         "flash-attn-4-padded",
         _dense_or_varlen(
             _dense_library("flash_attn.cute", "flash_attn_func", padded=True),
@@ -266,7 +306,7 @@ ATTENTION_PROVIDERS = (
         needs_module("flash_attn.cute", FLASH_4, _needs_padding),
         version_of(FLASH_4),
     ),
-    Provider("xformers", _prepare_xformers, needs_module("xformers.ops", XFORMERS, needs_half), version_of(XFORMERS)),
+    _library("xformers", _prepare_xformers, needs_module("xformers.ops", XFORMERS, needs_half), version_of(XFORMERS)),
     Provider("ours", of_function(lambda work: own_call(work, "triton")), needs_cuda, own_version),
 )
 ATTENTION_REFERENCE = ATTENTION_PROVIDERS[1]

@@ -1,8 +1,8 @@
 """Inputs of ST-DiT-2's three attentions, and what every implementation does around its core.
 
 A provider takes what the op takes (packed qkv and the norm weights) and returns what the op returns, so each does the
-same work: rotary embedding and QK-norm in upstream's order, then attention. Libraries without a fused norm get it from
-eager PyTorch.
+same work: rotary embedding and QK-norm in upstream's order, then attention. Libraries have no such norm: what computes
+it for them is the argument `norm` of the functions here.
 
 Letters: N tokens of the pack, M text tokens, H heads, D head size.
 """
@@ -142,47 +142,8 @@ def count_attention(
     return forward, forward + backward
 
 
-def attend_run_by_run(work: AttentionWork, attend: Attend) -> Tensor:
-    """The op with `attend` as its core, called once for each run of equal videos (cross-attention of ragged texts:
-    once for each video). Returns [N, H, D]."""
-    if work.kind == "cross":
-        return _cross_run_by_run(work, attend)
-    outputs = []
-    for run in work.layout.runs:
-        qkv = work.leaves["qkv"][run.first_token : run.first_token + run.tokens]
-        qkv = qkv.unflatten(0, (run.videos, run.frames, run.frame_tokens))
-        if work.kind == "spatial":
-            q, k, v = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4).unbind(0)
-        else:
-            q, k, v = (z.flatten(0, 1) for z in qkv.permute(3, 0, 2, 4, 1, 5).unbind(0))
-        output = attend(*normalize(work, q, k, run.frames), v)
-        if work.kind == "spatial":
-            outputs.append(output.transpose(1, 2).flatten(0, 1))
-        else:
-            output = output.unflatten(0, (run.videos, run.frame_tokens)).permute(0, 3, 1, 2, 4)
-            outputs.append(output.flatten(0, 2))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def normalize(work: AttentionWork, q: Tensor, k: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-    """Rotary embedding (temporal attention; q, k [..., T, D]) and QK-norm."""
-    if work.kind == "temporal":
-        q, k = (rotary_reference(z, work.cos[:frames], work.sin[:frames]) for z in (q, k))
-    return rms_norm_reference(q, work.leaves["q_weight"]), rms_norm_reference(k, work.leaves["k_weight"])
-
-
-def _cross_run_by_run(work: AttentionWork, attend: Attend) -> Tensor:
-    q, kv = work.leaves["q"], work.leaves["kv"]
-    if work.is_uniform:
-        videos = work.layout.num_videos
-        k, v = kv.unflatten(0, (videos, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return attend(q.unflatten(0, (videos, -1)).transpose(1, 2), k, v).transpose(1, 2).flatten(0, 1)
-    tokens = [frames * height * width for frames, height, width in work.layout.shapes]
-    outputs = []
-    for rows, text in zip(q.split(tokens), kv.split(list(work.text_lengths)), strict=True):
-        k, v = text[None].permute(2, 0, 3, 1, 4).unbind(0)
-        outputs.append(attend(rows[None].transpose(1, 2), k, v).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+# (work, q, k [N, H, D] of the pack) → q, k, as `normalize`
+Normalize = Callable[[AttentionWork, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -199,42 +160,86 @@ class Sequences:
     restore: Callable[[Tensor], Tensor]
 
 
+def equal_sequences(work: AttentionWork) -> list[tuple[int, int, int]]:
+    """(sequences, tokens of the queries of each, of the keys) of those that are alike and follow each other."""
+    layout = work.layout
+    if work.kind == "cross":
+        if work.is_uniform:
+            return [(layout.num_videos, layout.num_tokens // layout.num_videos, work.text_lengths[0])]
+        tokens = [frames * height * width for frames, height, width in layout.shapes]
+        return [(1, *lengths) for lengths in zip(tokens, work.text_lengths, strict=True)]
+    if work.kind == "spatial":
+        return [(run.videos * run.frames, run.frame_tokens, run.frame_tokens) for run in layout.runs]
+    return [(run.videos * run.frame_tokens, run.frames, run.frames) for run in layout.runs]
+
+
 def sequence_lengths(work: AttentionWork) -> tuple[list[int], list[int]]:
     """Lengths of the sequences of queries and of keys, in the order of `to_sequences`."""
-    shapes = work.layout.shapes
-    if work.kind == "cross":
-        return [frames * height * width for frames, height, width in shapes], list(work.text_lengths)
-    if work.kind == "spatial":
-        lengths = [height * width for frames, height, width in shapes for _ in range(frames)]
-    else:
-        lengths = [frames for frames, height, width in shapes for _ in range(height * width)]
-    return lengths, lengths
+    groups = equal_sequences(work)
+    queries, keys = ([length for group in groups for length in [group[index]] * group[0]] for index in (1, 2))
+    return queries, keys
 
 
-def to_sequences(work: AttentionWork) -> Sequences:
-    """Rotary embedding, QK-norm, and tokens in the order of their sequences."""
+def normalize(work: AttentionWork, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding (temporal attention) and QK-norm of q and k [N, H, D], in the order of `to_sequences`."""
+    if work.kind == "temporal":
+        q, k = (_by_place(work, z, rotated=True) for z in (q, k))
+    return rms_norm_reference(q, work.leaves["q_weight"]), rms_norm_reference(k, work.leaves["k_weight"])
+
+
+def to_sequences(work: AttentionWork, norm: Normalize = normalize) -> Sequences:
+    """Rotary embedding, QK-norm, and tokens in the order of their sequences; `norm` computes as `normalize`."""
     if work.kind == "cross":
         k, v = work.leaves["kv"].unbind(1)
         return Sequences(work.leaves["q"], k, v, lambda output: output)
+    q, k, v = work.leaves["qkv"].unbind(1)
+    q, k = norm(work, q, k)
     if work.kind == "spatial":
-        q, k, v = work.leaves["qkv"].unbind(1)
-        q, k = normalize(work, q, k, 0)
         return Sequences(q, k, v, lambda output: output)
-    parts: list[list[Tensor]] = [[], [], []]
-    for run in work.layout.runs:
-        qkv = work.leaves["qkv"][run.first_token : run.first_token + run.tokens]
-        qkv = qkv.unflatten(0, (run.videos, run.frames, run.frame_tokens))
-        q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).unbind(0)  # each [videos, S, H, T, D]
-        q, k = normalize(work, q, k, run.frames)
-        for part, z in zip(parts, (q, k, v), strict=True):
-            part.append(z.transpose(2, 3).flatten(0, 2))
 
     def restore(output: Tensor) -> Tensor:
         pieces = []
-        for run, piece in zip(work.layout.runs, output.split([run.tokens for run in work.layout.runs]), strict=True):
+        for run, piece in zip(work.layout.runs, _split(output, _run_tokens(work)), strict=True):
             piece = piece.unflatten(0, (run.videos, run.frame_tokens, run.frames))
             pieces.append(piece.transpose(1, 2).flatten(0, 2))
-        return torch.cat(pieces)
+        return _join(pieces)
 
-    q, k, v = (torch.cat(part) for part in parts)
-    return Sequences(q, k, v, restore)
+    return Sequences(q, k, _by_place(work, v), restore)
+
+
+def attend_run_by_run(work: AttentionWork, attend: Attend, norm: Normalize = normalize) -> Tensor:
+    """The op with `attend` as its core, called once for each run of equal videos (cross-attention of ragged texts:
+    once for each video). Returns [N, H, D]."""
+    sequences = to_sequences(work, norm)
+    groups = equal_sequences(work)
+    sizes = [[count * queries for count, queries, _ in groups], *[[count * keys for count, _, keys in groups]] * 2]
+    parts = (_split(z, tokens) for z, tokens in zip((sequences.q, sequences.k, sequences.v), sizes, strict=True))
+    outputs = []
+    for (count, _, _), *part in zip(groups, *parts, strict=True):
+        output = attend(*(z.unflatten(0, (count, -1)).transpose(1, 2) for z in part))
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return sequences.restore(_join(outputs))
+
+
+def _by_place(work: AttentionWork, z: Tensor, rotated: bool = False) -> Tensor:
+    """Tokens [N, H, D] of a pack with the frames of each place one after another, embedded if asked for."""
+    parts = []
+    for run, part in zip(work.layout.runs, _split(z, _run_tokens(work)), strict=True):
+        part = part.unflatten(0, (run.videos, run.frames, run.frame_tokens)).transpose(1, 2)  # [videos, S, T, H, D]
+        if rotated:
+            part = rotary_reference(part, work.cos[: run.frames, None], work.sin[: run.frames, None])
+        parts.append(part.flatten(0, 2))
+    return _join(parts)
+
+
+def _run_tokens(work: AttentionWork) -> list[int]:
+    return [run.tokens for run in work.layout.runs]
+
+
+def _split(z: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """As torch.split, whose gradient would be a copy even of a single part."""
+    return z.split(sizes) if len(sizes) > 1 else (z,)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -30,6 +30,9 @@ RECOMPUTING = {
     "-recompute-three-quarters": 0.75,
     "-recompute": 1.0,
 }
+# Options of torch.compile: without the kernels that sum one tensor along its rows and along its columns at once, in
+# which torch 2.10 to 2.13 have known faults.
+ONE_ORDER = (("triton.mix_order_reduction", False),)
 NORMS = ("modulated_norm", "gate_residual", "gate_residual_modulated_norm")
 
 
@@ -106,9 +109,8 @@ VARIANTS = (
     Variant("eager-flash", REFERENCE, sdpa="FLASH"),
     Variant("eager-cudnn", REFERENCE, sdpa="CUDNN"),
     Variant("compile", REFERENCE, compiled=True),
-    # Without the kernels that sum one tensor along its rows and along its columns at once, in which torch 2.10 to 2.13
-    # have known faults: tells whether those are why the gradients of "compile" were infinite on an H200.
-    Variant("compile-one-order", REFERENCE, compiled=True, options=(("triton.mix_order_reduction", False),)),
+    # Tells whether those kernels are why the gradients of "compile" were infinite on an H200.
+    Variant("compile-one-order", REFERENCE, compiled=True, options=ONE_ORDER),
     *(Variant(f"compile{name}", REFERENCE, compiled=True, recompute=share) for name, share in RECOMPUTING.items()),
     Variant("ours-norms", _with(*NORMS)),
     Variant("ours-norms-gelu", _with(*NORMS, "gelu_tanh")),

@@ -15,7 +15,9 @@ class Graphs:
             return module
 
         monkeypatch.setattr(
-            torch, "compile", lambda function, **options: compile_(function, **options, backend=backend, fullgraph=True)
+            torch,
+            "compile",
+            lambda function, **options: compile_(function, **options | {"backend": backend, "fullgraph": True}),
         )
         torch._dynamo.reset()
 

@@ -15,7 +15,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from opensora_fast.benchmarks.measuring.contest import op_results
 from opensora_fast.benchmarks.measuring.provider import needs_module
 from opensora_fast.benchmarks.providers import attention, flex
-from opensora_fast.benchmarks.providers.attention_work import KINDS, make_pack_attention_work, sequence_lengths
+from opensora_fast.benchmarks.providers.attention_work import (
+    KINDS,
+    make_pack_attention_work,
+    normalize,
+    sequence_lengths,
+)
 from opensora_fast.kernels import PackLayout
 
 SHAPES = [(2, 3, 5), (2, 3, 5), (1, 4, 4), (3, 2, 2)]
@@ -96,6 +101,58 @@ def test_flash_attention_4_gets_heads_as_they_are_or_padded(name, size, kind, un
     provider = next(provider for provider in attention.ATTENTION_PROVIDERS if provider.name == name)
     assert_same(op_results(provider.prepare(work), work)[0], expected)
     assert set(flash_attention_4) == {size}
+
+
+LIBRARIES_HERE = ("sdpa-math", "flash-attn-4", "flash-attn-4-padded")
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_libraries_get_their_norm_compiled_on_a_gpu_and_all_the_same_one(monkeypatch, kind, uniform, flash_attention_4):
+    """What prepares them takes this CPU for a GPU."""
+    work = attention_work(kind, uniform)
+    expected, _ = op_results(partial(attention.own_call, work, "reference"), work)
+    graphs = Graphs(monkeypatch)
+    monkeypatch.setattr(attention.AttentionWork, "device", "cuda")
+    for provider in attention.ATTENTION_PROVIDERS:
+        if provider.name in LIBRARIES_HERE:
+            bound = provider.prepare(work)
+            for _ in range(2):
+                assert_same(op_results(bound, work)[0], expected)
+            assert provider.version().endswith(", QK-norm compiled on CUDA")
+    assert graphs.options == ([] if kind == "cross" else [{"triton.mix_order_reduction": False}])
+    for provider in attention.ATTENTION_PROVIDERS:
+        if provider.name in ("upstream", "eager"):
+            op_results(provider.prepare(work), work)
+            assert "compiled" not in provider.version()
+    assert graphs.count == (kind != "cross")
+
+
+def test_a_norm_that_cannot_be_compiled_is_no_eager_one(monkeypatch):
+    def broken(work, q, k):
+        torch._dynamo.graph_break()
+        return normalize(work, q, k)
+
+    monkeypatch.setattr(attention.AttentionWork, "device", "cuda")
+    monkeypatch.setattr(attention, "normalize", broken)
+    library = next(provider for provider in attention.ATTENTION_PROVIDERS if provider.name == "sdpa-math")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        library.prepare(attention_work("spatial"))()
+
+
+def test_a_norm_is_not_eager_for_more_shapes_than_the_compiler_takes(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        attention,
+        "compiled",
+        lambda f, **options: torch.compile(f, backend="eager", fullgraph=options["fullgraph"], dynamic=False),
+    )
+    monkeypatch.setattr(attention.AttentionWork, "device", "cuda")
+    library = next(provider for provider in attention.ATTENTION_PROVIDERS if provider.name == "sdpa-math")
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        for length in range(2, 20):
+            library.prepare(make_pack_attention_work("spatial", [(1, 1, length)], [], "cpu", torch.float32, 2, 8))()
+    torch._dynamo.reset()
 
 
 def test_heads_of_a_multiple_of_32_need_no_padding():
