@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -170,11 +171,13 @@ def apex_norm(x: Tensor) -> Tensor:
     return fused_layer_norm(x, (x.shape[-1],), EPS)
 
 
-def liger_norm(x: Tensor) -> Tensor:
+def _prepare_liger(work: ElementwiseWork) -> Bound:
+    """Liger's norm has an affine part; ones and zeros make it plain."""
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
-    # Liger's norm has an affine part; ones and zeros make it plain.
-    return LigerLayerNormFunction.apply(x, x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1]), EPS)
+    x = work.leaves["x"]
+    ones, zeros = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
+    return partial(with_norm(lambda x: LigerLayerNormFunction.apply(x, ones, zeros, EPS)), work)
 
 
 def _prepare_compiled(work: ElementwiseWork) -> Bound:
@@ -206,7 +209,7 @@ ELEMENTWISE_PROVIDERS = (
     ),
     Provider(
         "liger",
-        of_function(with_norm(liger_norm)),
+        _prepare_liger,
         needs_module("liger_kernel.ops.layer_norm", LIGER, _has_norm),
         version_of(LIGER),
     ),

@@ -90,12 +90,13 @@ def own_call(work: MLPWork, backend: str, linear: str = "torch") -> Tensor:
     return kernels.mlp(x, weight1, bias1, weight2, gelu=backend, linear=linear)
 
 
-def apex_call(work: MLPWork) -> Tensor:
+def prepare_apex(work: MLPWork) -> Bound:
     """cuBLASLt's epilogues. Its GELU is the tanh approximation, and its second bias is not optional."""
     from apex.fused_dense import fused_dense_gelu_dense_function
 
     x, weight1, bias1, weight2 = work.leaves.values()
-    return fused_dense_gelu_dense_function(x, weight1, bias1, weight2, weight2.new_zeros(weight2.shape[0]))
+    zeros = weight2.new_zeros(weight2.shape[0])
+    return lambda: fused_dense_gelu_dense_function(x, weight1, bias1, weight2, zeros)
 
 
 def quack_call(work: MLPWork) -> Tensor:
@@ -118,7 +119,7 @@ def _prepare_compiled(work: MLPWork) -> Bound:
 MLP_PROVIDERS = (
     Provider("eager", of_function(eager_call)),
     Provider("compile", _prepare_compiled, compiles_on_cuda),
-    Provider("apex", of_function(apex_call), needs_module("apex.fused_dense", APEX), version_of(APEX)),
+    Provider("apex", prepare_apex, needs_module("apex.fused_dense", APEX), version_of(APEX)),
     Provider("quack", of_function(quack_call), needs_module("quack.mlp", QUACK, needs_half), version_of(QUACK)),
     Provider("ours", of_function(lambda work: own_call(work, "triton")), needs_cuda, own_version),
     Provider(

@@ -10,7 +10,7 @@ from quack_stand_in import QuackStandIn, install
 from torch.nn.functional import gelu, linear
 
 from opensora_fast.benchmarks.measuring.contest import op_results
-from opensora_fast.benchmarks.measuring.provider import Provider
+from opensora_fast.benchmarks.measuring.provider import Provider, of_function
 from opensora_fast.benchmarks.providers import mlp
 from opensora_fast.benchmarks.providers.products import (
     DIRECTIONS,
@@ -115,7 +115,11 @@ def module_with(monkeypatch, name, **functions):
 
 @pytest.fixture
 def mlp_libraries(monkeypatch):
-    """quack and apex with the signatures of their releases (quack-kernels 0.6.5, apex of GitHub), in plain PyTorch."""
+    """quack and apex with the signatures of their releases (quack-kernels 0.6.5, apex of GitHub), in plain PyTorch.
+
+    Returns the second biases that apex has got.
+    """
+    second_biases = []
 
     def mlp_func(
         x,
@@ -133,25 +137,36 @@ def mlp_libraries(monkeypatch):
         return linear(gelu(linear(x, weight1, bias1), approximate="tanh"), weight2, bias2)
 
     def fused_dense_gelu_dense_function(input, weight1, bias1, weight2, bias2):
+        second_biases.append(bias2)
         return linear(gelu(linear(input, weight1, bias1), approximate="tanh"), weight2, bias2)
 
     module_with(monkeypatch, "quack.mlp", mlp_func=mlp_func)
     module_with(monkeypatch, "apex.fused_dense", fused_dense_gelu_dense_function=fused_dense_gelu_dense_function)
+    return second_biases
 
 
 @pytest.mark.parametrize(
-    "call",
-    [mlp.eager_call, partial(mlp.own_call, backend="reference"), mlp.quack_call, mlp.apex_call],
+    "prepare",
+    [
+        *(of_function(call) for call in (mlp.eager_call, partial(mlp.own_call, backend="reference"), mlp.quack_call)),
+        mlp.prepare_apex,
+    ],
     ids=["eager", "ours", "quack", "apex"],
 )
-def test_every_mlp_is_the_same(call, mlp_libraries):
+def test_every_mlp_is_the_same(prepare, mlp_libraries):
     work = mlp.make_mlp_work(TOKENS, 6, 24, "cpu", torch.float32)
     wide = work.to(torch.float64)
     expected, _ = op_results(partial(mlp.eager_call, wide), wide)
     assert set(expected) == {"output", *(f"gradient of {name}" for name in ("x", "weight1", "bias1", "weight2"))}
-    found, _ = op_results(partial(call, work), work)
+    found, _ = op_results(prepare(work), work)
     for name, value in expected.items():
         torch.testing.assert_close(found[name].double(), value.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_apex_gets_the_same_zeros_in_every_call(mlp_libraries):
+    call = mlp.prepare_apex(mlp.make_mlp_work(TOKENS, 6, 24, "cpu", torch.float32))
+    call(), call()
+    assert mlp_libraries[0] is mlp_libraries[1]
 
 
 def test_quack_may_multiply_for_our_mlp(monkeypatch):

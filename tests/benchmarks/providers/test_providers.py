@@ -1,8 +1,10 @@
 """Every way to compute something equals the others; what only runs on a GPU is tested for its arithmetic here."""
 
+import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +53,29 @@ def test_a_librarys_norm_with_our_modulation(op):
     call = elementwise.with_norm(lambda x: layer_norm(x, x.shape[-1:], eps=elementwise.EPS))
     expected, _ = op_results(partial(elementwise.own_call, work, "reference"), work)
     assert_same(op_results(partial(call, work), work)[0], expected)
+
+
+@pytest.mark.parametrize("op", ["modulated_norm", "gate_residual_modulated_norm"])
+def test_ligers_norm_gets_the_same_ones_and_zeros_in_every_call(monkeypatch, op):
+    affine = []
+
+    class LigerLayerNormFunction:
+        @staticmethod
+        def apply(x, weight, bias, eps):
+            affine.append((weight, bias))
+            return layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    library = SimpleNamespace(LigerLayerNormFunction=LigerLayerNormFunction)
+    for name, module in (("liger_kernel", None), ("liger_kernel.ops", None), ("liger_kernel.ops.layer_norm", library)):
+        monkeypatch.setitem(sys.modules, name, module or SimpleNamespace(__path__=[]))
+    work = elementwise.make_elementwise_work(op, PACK, "cpu", torch.float32, 24)
+    expected, _ = op_results(partial(elementwise.own_call, work, "reference"), work)
+    (liger,) = (provider for provider in elementwise.ELEMENTWISE_PROVIDERS if provider.name == "liger")
+    bound = liger.prepare(work)
+    for _ in range(2):
+        assert_same(op_results(bound, work)[0], expected)
+    (ones, zeros), again = affine
+    assert again[0] is ones and again[1] is zeros
 
 
 def test_given_frames_are_for_videos_of_one_shape():
