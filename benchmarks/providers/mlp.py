@@ -3,7 +3,7 @@
 `ours` leaves the matrix products to cuBLAS and does the bias and GELU between them in one pass of its own. Libraries
 whose products end with an epilogue save that pass: 4 of the 12 rows of C elements that go to memory between the two
 products forward, and 8 of 16 backward. `quack` is its own MLP; `ours-quack` leaves it all but the gradients of the
-weights, which cuBLAS does faster.
+weights, which cuBLAS does faster. Both have quack's default configuration, untuned (see `products.quack_version`).
 
 Letters: N tokens, C channels, K channels between the two Linears.
 """
@@ -33,7 +33,7 @@ from ..measuring.provider import (
 )
 from .elementwise import APEX
 from .op_work import OpWork
-from .products import QUACK, needs_quack
+from .products import QUACK, needs_quack, quack_version
 from .variants import VARIANT_OF
 
 
@@ -120,7 +120,7 @@ MLP_PROVIDERS = (
     Provider("eager", of_function(eager_call)),
     Provider("compile", _prepare_compiled, compiles_on_cuda),
     Provider("apex", prepare_apex, needs_module("apex.fused_dense", APEX), version_of(APEX)),
-    Provider("quack", of_function(quack_call), needs_module("quack.mlp", QUACK, needs_half), version_of(QUACK)),
+    Provider("quack", of_function(quack_call), needs_module("quack.mlp", QUACK, needs_half), quack_version),
     Provider("ours", of_function(lambda work: own_call(work, "triton")), needs_cuda, own_version),
     Provider(
         "ours-quack",

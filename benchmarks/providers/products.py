@@ -88,8 +88,17 @@ def _may_be_split(product: Product) -> str:
     return _is_for_weight(product)
 
 
+def quack_version() -> str:
+    """As in rows, "" where it is not installed: all of them have it untuned.
+
+    It is measured, and used by ours, in its default configuration; finding the best of dozens takes minutes for each
+    shape, and a training of many buckets has many.
+    """
+    version = version_of(QUACK)()
+    return f"{version}, untuned" if version else ""
+
+
 def _prepare_quack(product: Product, weight_splits: int) -> Bound:
-    """Its default configuration: finding the best of dozens takes minutes for each shape."""
     from quack.gemm_interface import gemm
 
     splits = weight_splits if product.direction == OF_WEIGHT else 1
@@ -112,7 +121,7 @@ def _prepare_own(product: Product) -> Bound:
 
 LIBRARY = Provider("torch-cpu", _prepare_library)
 CUBLAS = Provider("cublas", _prepare_library, version=lambda: f"CUDA {torch.version.cuda}")
-QUACK_PRODUCTS = Provider("quack", partial(_prepare_quack, weight_splits=TOKEN_SPLITS), needs_quack, version_of(QUACK))
+QUACK_PRODUCTS = Provider("quack", partial(_prepare_quack, weight_splits=TOKEN_SPLITS), needs_quack, quack_version)
 PRODUCT_PROVIDERS = {
     "cpu": (LIBRARY,),
     "cuda": (
@@ -120,7 +129,7 @@ PRODUCT_PROVIDERS = {
         Provider("cublas-split", split_over_tokens, _may_be_split, CUBLAS.version),
         Provider("cublas-transposed", transpose_product, _is_for_weight, CUBLAS.version),
         QUACK_PRODUCTS,
-        Provider("quack-unsplit", partial(_prepare_quack, weight_splits=1), _needs_quack_for_weight, version_of(QUACK)),
+        Provider("quack-unsplit", partial(_prepare_quack, weight_splits=1), _needs_quack_for_weight, quack_version),
     ),
 }
 

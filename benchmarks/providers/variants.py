@@ -13,7 +13,7 @@ from opensora_fast.model.backends import Backends
 
 from ..measuring.provider import own_version, torch_version, version_of
 from .open_sora import OPEN_SORA
-from .products import QUACK
+from .products import quack_version
 
 REFERENCE, TRITON = Backends.all("reference"), Backends.all("triton")
 WITH_QUACK = Backends.all("triton", linear="quack")
@@ -79,7 +79,7 @@ class Variant:
         if self.installed:
             return f"{torch_version()} opensora {version_of(OPEN_SORA)()}"
         own = own_version() if self.uses_triton else torch_version()
-        return f"{own} quack {version_of(QUACK)()}" if self.uses_quack else own
+        return f"{own} quack {quack_version()}" if self.uses_quack else own
 
     @property
     def sdpa_order(self) -> tuple[str, ...]:

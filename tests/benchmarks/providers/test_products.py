@@ -12,11 +12,13 @@ from torch.nn.functional import gelu, linear
 from opensora_fast.benchmarks.measuring.contest import op_results
 from opensora_fast.benchmarks.measuring.provider import Provider, of_function
 from opensora_fast.benchmarks.providers import mlp
+from opensora_fast.benchmarks.providers.blocks import BLOCK_PROVIDERS
 from opensora_fast.benchmarks.providers.products import (
     DIRECTIONS,
     OF_WEIGHT,
     PRODUCT_PROVIDERS,
     make_product,
+    quack_version,
     split_over_tokens,
     transpose_product,
 )
@@ -179,6 +181,19 @@ def test_quack_may_multiply_for_our_mlp(monkeypatch):
     for name, value in expected.items():
         torch.testing.assert_close(found[name].double(), value.double(), rtol=1e-5, atol=1e-5)
     assert [name for name, *_ in stand_in.called] == ["gemm_act", "gemm", "gemm_dact", "gemm"]
+
+
+def test_rows_say_that_quack_is_not_tuned(monkeypatch):
+    installed = {"quack-kernels": "0.6.5", "opensora_fast": "0.1.0"}
+    monkeypatch.setattr(
+        "opensora_fast.benchmarks.measuring.provider.installed_version", lambda name: installed.get(name, "")
+    )
+    providers = (*PRODUCT_PROVIDERS["cuda"], *mlp.MLP_PROVIDERS, *BLOCK_PROVIDERS)
+    versions = {(provider.name, provider.version()) for provider in providers if "quack" in provider.name}
+    alone = {(name, "0.6.5, untuned") for name in ("quack", "quack-unsplit")}
+    assert versions == alone | {("ours-quack", "0.1.0 quack 0.6.5, untuned")}
+    installed.clear()
+    assert quack_version() == ""
 
 
 def test_the_products_of_an_mlp_are_counted():
