@@ -18,7 +18,7 @@ from opensora_fast.model.embedders import RotaryFrequencies, rotary_tables
 from ..measuring.provider import Bound, Provider, compiled, compiles_on_cuda, needs_cuda
 from ..shapes import Pack, text_lengths
 from .open_sora import missing_open_sora
-from .upstream import UpstreamBlock
+from .upstream import UpstreamBlock, varlen_starts
 from .variants import REFERENCE, VARIANT_OF, VARIANTS, Variant, attention_by
 
 ONE_SHAPE = "takes videos of one shape only"
@@ -118,6 +118,8 @@ def _prepare_upstream(variant: Variant, work: BlockWork) -> Bound:
     function = compiled(block.forward) if variant.compiled else block
     inputs = work.inputs
     run = work.layout.runs[0]
+    lengths = list(work.text_lengths)
+    starts = varlen_starts(inputs["x"].unflatten(0, (run.videos, -1)), lengths) if variant.flash else None
 
     def call() -> Tensor:
         output = function(
@@ -125,9 +127,10 @@ def _prepare_upstream(variant: Variant, work: BlockWork) -> Bound:
             inputs["text"][None],
             inputs["space"].flatten(1),
             inputs["time"].flatten(1),
-            list(work.text_lengths),
+            lengths,
             T=run.frames,
             S=run.frame_tokens,
+            starts=starts,
         )
         return output.flatten(0, 1)
 

@@ -3,13 +3,16 @@
 Written for this project from what upstream does, in its order of operations: dense batches only, each elementwise step
 on its own, given and noised frames modulated separately and then selected, attention that materializes its scores with
 a float32 softmax. As shipped, its configurations never turn flash attention on; `flash=True` is what they meant, with
-upstream's rule that it serves only sequences longer than the batch. Text lengths are read back by the host, as upstream
-does.
+upstream's rule that it serves only sequences longer than the batch. Text lengths are read back by the host, and
+cross-attention is one call for all videos where PyTorch has one, as upstream does both.
 
 Parameter names and shapes are upstream's, so the state dict of `STDiT2` loads.
 """
 
 from __future__ import annotations
+
+import importlib.util
+from itertools import accumulate
 
 import torch
 import torch.utils.checkpoint
@@ -18,6 +21,8 @@ from torch.nn.functional import gelu, layer_norm, pad, scaled_dot_product_attent
 
 from opensora_fast.model import STDiT2, STDiT2Config
 from opensora_fast.model.positions import position_embedding
+
+Starts = tuple[Tensor, Tensor]  # of each video's tokens and of its text's, int32 [B + 1]
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -61,17 +66,48 @@ def self_attention(module: nn.Module, x: Tensor, frequencies: Tensor | None, fla
     return module.proj(attended.transpose(1, 2).reshape(sequences, length, channels))
 
 
-def cross_attention(module: nn.Module, x: Tensor, text: Tensor, text_lengths: list[int]) -> Tensor:
-    """x [B, N, C]; text [M, C], the real tokens of all videos one after another."""
-    q = module.q_linear(x).unflatten(2, (module.num_heads, -1)).transpose(1, 2)
-    k, v = module.kv_linear(text).view(1, text.shape[0], 2, module.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    pieces = []
-    first = 0
-    for video, length in enumerate(text_lengths):
-        last = first + length
-        pieces.append(scaled_dot_product_attention(q[video : video + 1], k[:, :, first:last], v[:, :, first:last]))
-        first = last
-    return module.proj(torch.cat(pieces).transpose(1, 2).flatten(2))
+def varlen_starts(x: Tensor, text_lengths: list[int]) -> Starts | None:
+    """What cross-attention needs for one call of PyTorch's attention for sequences of any lengths.
+
+    None where one ordinary call takes all videos (texts equally long), and where PyTorch's takes nothing: on a CPU, in
+    other types than those of half precision, before torch 2.10.
+
+    Args:
+        x: [B, N, C].
+    """
+    takes = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    if len(set(text_lengths)) == 1 or not takes or importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None
+    videos, tokens = x.shape[:2]
+    lengths = [tokens] * videos, text_lengths
+    of_videos, of_texts = (
+        torch.tensor([0, *accumulate(each)], dtype=torch.int32).to(x.device, non_blocking=True) for each in lengths
+    )
+    return of_videos, of_texts
+
+
+def cross_attention(
+    module: nn.Module, x: Tensor, text: Tensor, text_lengths: list[int], starts: Starts | None = None
+) -> Tensor:
+    """x [B, N, C]; text [M, C], the real tokens of all videos one after another.
+
+    One call for all videos where there is one (see `varlen_starts`), as upstream's of xformers; else one for each.
+    """
+    videos, tokens = x.shape[:2]
+    q = module.q_linear(x).unflatten(2, (module.num_heads, -1))
+    k, v = module.kv_linear(text).view(text.shape[0], 2, module.num_heads, -1).unbind(1)
+    if len(set(text_lengths)) == 1:
+        k, v = (z.unflatten(0, (videos, -1)).transpose(1, 2) for z in (k, v))
+        attended = scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
+    elif starts is not None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        attended = varlen_attn(q.flatten(0, 1), k, v, *starts, tokens, max(text_lengths)).unflatten(0, (videos, -1))
+    else:
+        texts = (z.transpose(0, 1)[None].split(text_lengths, dim=2) for z in (k, v))
+        pieces = zip(q.transpose(1, 2).split(1), *texts, strict=True)
+        attended = torch.cat([scaled_dot_product_attention(*piece) for piece in pieces]).transpose(1, 2)
+    return module.proj(attended.flatten(2))
 
 
 class UpstreamBlock(nn.Module):
@@ -87,7 +123,7 @@ class UpstreamBlock(nn.Module):
         self.flash = flash
         self._frequencies = [frequencies]  # in a list, so that it is not a parameter of every block
 
-    def forward(self, x, y, t, t_tmp, mask=None, x_mask=None, t0=None, t0_tmp=None, T=None, S=None):
+    def forward(self, x, y, t, t_tmp, mask=None, x_mask=None, t0=None, t0_tmp=None, T=None, S=None, starts=None):
         """x [B, T·S, C]; y [1, M, C]; t, t0 [B, 6·C]; t_tmp, t0_tmp [B, 3·C]; mask: text lengths; x_mask [B, T]."""
         videos = x.shape[0]
         space = (self.scale_shift_table + t.view(videos, 6, -1)).chunk(6, dim=1)
@@ -113,7 +149,7 @@ class UpstreamBlock(nn.Module):
         h = self_attention(self.attn_temp, h, self._frequencies[0], self.flash)
         h = h.view(videos, S, T, -1).transpose(1, 2).reshape(videos, T * S, -1)
         x = x + self.drop_path(gated(h, time[2], time_given[2]))
-        x = x + cross_attention(self.cross_attn, x, y[0], mask)
+        x = x + cross_attention(self.cross_attn, x, y[0], mask, starts)
         h = modulated(x, *space[3:5], *space_given[3:5])
         h = self.mlp.fc2(gelu(self.mlp.fc1(h), approximate="tanh"))
         return x + self.drop_path(gated(h, space[5], space_given[5]))
@@ -132,6 +168,7 @@ class UpstreamSTDiT2(nn.Module):
             if name != "blocks":
                 self.add_module(name, module)
         self.config = config
+        self.flash = flash
         self.checkpointing = checkpointing
         self.blocks = nn.ModuleList(UpstreamBlock(block, own.rope.freqs, flash) for block in own.blocks)
         self._own = [own]  # for its embedders and conditioning; in a list, so that its names do not come twice
@@ -179,11 +216,14 @@ class UpstreamSTDiT2(nn.Module):
         space, time = space.flatten(1), time.flatten(1)
         arguments = (text[None], space[:videos], time[:videos], lengths, x_mask)
         arguments += (space[videos:], time[videos:]) if has_given else (None, None)
+        # Without flash attention it is what others are checked against, and leaves no part of that to a newer kernel.
+        starts = varlen_starts(x, lengths) if self.flash else None
+        options = {} if starts is None else {"starts": starts}
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, *arguments, frames, S, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, *arguments, frames, S, use_reentrant=False, **options)
             else:
-                x = block(x, *arguments, frames, S)
+                x = block(x, *arguments, frames, S, **options)
 
         shift, scale = (self.final_layer.scale_shift_table + noised[:, None]).chunk(2, dim=1)
         x = modulate(x, shift, scale)
