@@ -15,13 +15,23 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora_fast.model import STDiT2
 
-from ..measuring.provider import needs_module
+from ..measuring.provider import needs_module, nothing_missing, torch_version, version_of
+from .elementwise import APEX
 
 OPEN_SORA, FLASH_ATTENTION = ("opensora",), ("flash-attn",)
 MODULE = "opensora.models.stdit.stdit2"
 # Its training calls .cuda(), its cross-attention xformers.
 _needs_open_sora = needs_module(MODULE, OPEN_SORA)
 _needs_flash_attention = needs_module("flash_attn.flash_attn_interface", FLASH_ATTENTION)
+
+# What its LayerNorm imports where the configurations' `enable_layernorm_kernel=True` is followed.
+_lacks_layer_norm = needs_module("fused_layer_norm_cuda", APEX, nothing_missing)
+
+
+def open_sora_version() -> str:
+    """As in rows, with apex where its LayerNorm is used."""
+    names = {"opensora": OPEN_SORA} | ({} if _lacks_layer_norm(None) else {"apex": APEX})
+    return " ".join([torch_version(), *(f"{name} {version_of(each)()}" for name, each in names.items())])
 
 
 def missing_open_sora(flash: bool, work: Any) -> str:
@@ -44,12 +54,16 @@ class _Recomputed(nn.Module):
 def open_sora_view(model: STDiT2, flash: bool, recompute: bool) -> Callable[..., Tensor]:
     """Open-Sora's model on the parameters of `model`, called as `STDiT2.forward`.
 
-    As in its trainer all arguments are on the device, and sizes and frame rates in the model's dtype.
+    As in its trainer all arguments are on the device, and sizes and frame rates in the model's dtype; as in the
+    configurations of all its stages LayerNorm is apex's, where apex is there.
     """
     library = importlib.import_module(MODULE)
     keys = model.config.model_dump(exclude={"upstream_rounding"})
     with torch.device(model.device):
-        view = library.STDiT2(library.STDiT2Config(**keys, enable_flash_attn=flash)).to(model.dtype)
+        config = library.STDiT2Config(
+            **keys, enable_flash_attn=flash, enable_layernorm_kernel=not _lacks_layer_norm(None)
+        )
+        view = library.STDiT2(config).to(model.dtype)
     state = model.state_dict(keep_vars=True)
     # Its rotated queries have the dtype of the frequencies, which ours keep in float32 where they do not round.
     state["rope.freqs"] = state["rope.freqs"].to(model.dtype)

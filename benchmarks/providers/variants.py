@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora_fast.model.backends import Backends
 
-from ..measuring.provider import own_version, torch_version, version_of
-from .open_sora import OPEN_SORA
+from ..measuring.provider import own_version, torch_version
+from .open_sora import open_sora_version
 from .products import quack_version
 
 REFERENCE, TRITON = Backends.all("reference"), Backends.all("triton")
@@ -77,7 +77,7 @@ class Variant:
     def version(self) -> str:
         """Of what computes."""
         if self.installed:
-            return f"{torch_version()} opensora {version_of(OPEN_SORA)()}"
+            return open_sora_version()
         own = own_version() if self.uses_triton else torch_version()
         return f"{own} quack {quack_version()}" if self.uses_quack else own
 

@@ -23,7 +23,9 @@ class StandIn(UpstreamSTDiT2):
 
     def __init__(self, config: SimpleNamespace):
         keys = dict(vars(config))
-        super().__init__(STDiT2Config(**keys | {"enable_flash_attn": False}), flash=keys["enable_flash_attn"])
+        unused = {"enable_flash_attn": False, "enable_layernorm_kernel": False}
+        super().__init__(STDiT2Config(**keys | unused), flash=keys["enable_flash_attn"])
+        self.enable_layernorm_kernel = keys["enable_layernorm_kernel"]
         self.built.append(self)
 
     def forward(self, x, timestep, y, mask, num_frames, height, width, ar, fps):
@@ -61,6 +63,21 @@ def test_its_own_model_computes_on_the_parameters_of_the_work(installed, work, n
     before = [parameter.detach().clone() for parameter in own.values()]
     training_call(bound, work)()
     assert not all(torch.equal(old, new) for old, new in zip(before, own.values(), strict=True))
+
+
+def test_it_has_the_layer_norm_of_its_configurations_where_apex_is_there(installed, work, monkeypatch):
+    """Their `enable_layernorm_kernel=True`; without apex upstream cannot follow it."""
+    present = {"opensora": "1.1.0"}
+    monkeypatch.setattr(provider, "installed_version", lambda name: present.get(name, ""))
+    own = model_provider(VARIANT_OF["open-sora"])
+    own.prepare(work)
+    assert own.version() == f"{torch.__version__} opensora 1.1.0"
+    present["apex"] = "0.1"
+    own.prepare(work)  # without the extension, as `pip install apex` without its build options leaves it
+    monkeypatch.setitem(sys.modules, "fused_layer_norm_cuda", SimpleNamespace())
+    own.prepare(work)
+    assert [view.enable_layernorm_kernel for view in StandIn.built] == [False, False, True]
+    assert own.version() == f"{torch.__version__} opensora 1.1.0 apex 0.1"
 
 
 def test_it_says_why_it_cannot_run(installed, work, monkeypatch):
