@@ -17,8 +17,8 @@ from opensora_fast import kernels
 from .jobs.convergence import AGAINST_ROUNDING
 from .providers.variants import VARIANT_OF
 from .report.results import Results, Work, is_ours
-from .report.training_figure import NOT_MEASURED, build_figure, thousands
-from .report.training_lines import AS_SHIPPED, FRAMES, PEERS, PUBLISHED_ON, Line, training_lines
+from .report.training_figure import NOT_MEASURED, NOTHING, build_figure, thousands, wrong
+from .report.training_lines import AS_SHIPPED, FRAMES, PEERS, PUBLISHED_ON, Line, OnGpu, training_lines
 from .rows import Row, read_folder
 
 BEGIN = "<!-- measured: begin; `python -m opensora_fast.benchmarks.readme` writes what follows -->"
@@ -87,14 +87,19 @@ def _training_text(lines: Sequence[Line]) -> str:
             [f"**ours on one {gpu}**", *ours],
         ]
         for attribute, name in PEERS:
-            rows = [getattr(on, attribute) for on in measured]
-            if any(rows):
-                table.append([f"{name}, same {gpu} and run", *(thousands(row and row.tokens_per_s) for row in rows)])
+            cells = [_peer_cell(on, attribute) for on in measured]
+            if any(cell != NOTHING for cell in cells):
+                table.append([f"{name}, same {gpu} and run", *cells])
     table += [
         [f"limit of one {PUBLISHED_ON}, counted", *(thousands(line.published_floor) for line in lines)],
         [f"Open-Sora on {PUBLISHED_ON}, published", *(thousands(line.published) for line in lines)],
     ]
     return f"{_wrap(_caption(lines))}\n\n{_table(table)}"
+
+
+def _peer_cell(on: OnGpu, attribute: str) -> str:
+    row = getattr(on, attribute)
+    return wrong(on.refused[attribute]) if attribute in on.refused else thousands(row and row.tokens_per_s)
 
 
 def _caption(lines: Sequence[Line]) -> str:

@@ -6,7 +6,7 @@ What the README's table and figure show.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,8 +24,10 @@ FRAMES = 16
 WORKLOADS = {f"{resolution}×{FRAMES}" for resolution in VIDEO_SIZES}
 GOALS_FOR, PUBLISHED_ON = "H200", "H800"
 # Of each the fastest that is right: Open-Sora's own code and this project's writing of it, ways to compile.
-AS_SHIPPED, WITH_FLASH = ("open-sora", "upstream"), ("open-sora-flash", "upstream-flash")
+AS_SHIPPED = ("open-sora", "upstream")
+WITH_FLASH = ("open-sora-flash", "upstream-flash", "upstream-flash-stored")
 COMPILED = ("compile", "compile-one-order", *(f"compile{name}" for name in RECOMPUTING))
+PROVIDERS = {"compiled": COMPILED, "with_flash": WITH_FLASH, "as_shipped": AS_SHIPPED}
 # What stands beside ours where it was measured in the same run: an attribute of `OnGpu`, and its name.
 PEERS = (
     ("compiled", "torch.compile"),
@@ -45,6 +47,7 @@ class OnGpu:
         compiled: by torch.compile, on the same videos in the same run; None: not measured.
         with_flash: likewise Open-Sora's model, with the flash attention that its configurations mean to turn on.
         as_shipped: likewise Open-Sora's model as it is shipped.
+        refused: of these three those that were measured, beside ours, and wrong: what was, "gradients" or "results".
     """
 
     gpu: str
@@ -53,6 +56,7 @@ class OnGpu:
     compiled: Row | None = None
     with_flash: Row | None = None
     as_shipped: Row | None = None
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,16 +112,19 @@ def _steps(folders: Sequence[Results], gpu: str) -> list[Row]:
 
 def _on_gpu(folders: Sequence[Results], gpu: str, workload: str, floor: float) -> OnGpu:
     rows = [row for row in _steps(folders, gpu) if row.workload == workload]
-    found = [
-        OnGpu(
-            gpu,
-            floor,
-            row,
-            *(_fastest_beside(folders, row, names) for names in (COMPILED, WITH_FLASH, AS_SHIPPED)),
-        )
-        for row in rows
-    ]
+    found = [_beside(folders, OnGpu(gpu, floor, row)) for row in rows]
     return max(found, key=_worth, default=OnGpu(gpu, floor))
+
+
+def _beside(folders: Sequence[Results], on: OnGpu) -> OnGpu:
+    assert on.ours is not None
+    peers = {name: _fastest_beside(folders, on.ours, providers) for name, providers in PROVIDERS.items()}
+    refused = {
+        name: wrong
+        for name, providers in PROVIDERS.items()
+        if peers[name] is None and (wrong := _refused_beside(folders, on.ours, providers))
+    }
+    return replace(on, **peers, refused=refused)
 
 
 def _worth(found: OnGpu) -> tuple[int, float]:
@@ -131,6 +138,22 @@ def _fastest_beside(folders: Sequence[Results], ours: Row, providers: Sequence[s
     rows = [row for results in folders for row in results.select("step", "") if row.provider in providers]
     alike = [row for row in rows if row.status == "ok" and _same_run(row, ours)]
     return min(alike, key=lambda row: row.p50_ms, default=None)
+
+
+def _refused_beside(folders: Sequence[Results], ours: Row, providers: Sequence[str]) -> str:
+    """What was wrong of one of the providers that was measured beside ours, "" where none was."""
+    assert ours.environment is not None
+    keys = {replace(ours, provider=provider).key for provider in providers}
+    run = ours.environment.device_name, ours.environment.commit, ours.environment.dirty
+    wrong = [
+        item["result"]
+        for results in folders
+        for item in results.refused
+        if tuple(item["key"]) in keys and (item["device_name"], item["commit"], item["dirty"]) == run
+    ]
+    if not wrong:
+        return ""
+    return "gradients" if all(result.startswith("gradient") for result in wrong) else "results"
 
 
 def _same_run(row: Row, other: Row) -> bool:

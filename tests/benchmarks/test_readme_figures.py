@@ -126,6 +126,43 @@ def test_a_row_with_peers_stands_before_a_faster_one_without():
     assert "blocks recompute them: 240p on one H200 (compile half)." in " ".join(block.split())
 
 
+def refused_beside(row, result, **change) -> dict:
+    """A line of refused.jsonl of what was measured in the run of a row."""
+    environment = row.environment
+    refused = {
+        "key": list(replace(row, provider="compile").key),
+        "result": result,
+        "error": 2.0,
+        "error_limit": 1.0,
+        "device_name": environment.device_name,
+        "commit": environment.commit,
+        "dirty": environment.dirty,
+        "date": environment.date,
+    }
+    return refused | change
+
+
+@pytest.mark.parametrize(("result", "what"), [("gradient of the parameters", "gradients"), ("output", "results")])
+def test_what_was_measured_wrong_is_not_called_unmeasured(result, what):
+    ours = make_row(**STEP, p50_ms=300.0)
+    folders = [Results(None, (ours,), (refused_beside(ours, result),))]
+    assert f"| torch.compile, same H200 and run | – | wrong {what}, no time | – | – | – |" in build_block(folders)
+    figure = build_figure(training_lines(folders))
+    assert figure.count(f"torch.compile, same H200: wrong {what}, no time") == 1
+    assert figure.count(f"torch.compile, same H200: {NOT_MEASURED}") == 4
+    right = make_row(**STEP, p50_ms=400.0, provider="compile-one-order")
+    assert "| torch.compile, same H200 and run | – | 81.0 | – | – | – |" in build_block(
+        [Results(None, (ours, right), folders[0].refused)]
+    )
+
+
+@pytest.mark.parametrize("change", [{"commit": "b" * 40}, {"device_name": "nvidia-h100-80gb-hbm3"}, {"dirty": True}])
+def test_what_was_wrong_in_another_run_says_nothing_of_this(change):
+    ours = make_row(**STEP, p50_ms=300.0)
+    refused = refused_beside(ours, "gradient of the parameters", **change)
+    assert "torch.compile" not in build_block([Results(None, (ours,), (refused,))])
+
+
 def test_only_the_block_is_rewritten():
     text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
     assert replace_block(text, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
