@@ -104,8 +104,8 @@ def _peer_cell(on: OnGpu, attribute: str) -> str:
 
 def _caption(lines: Sequence[Line]) -> str:
     text = (
-        f"Training ST-DiT-2 on videos of {FRAMES} frames. The limits are counted operations and bytes at the rates of "
-        "the datasheets; nothing reaches them. The published figures include the VAE and T5, ours do not."
+        f"Training ST-DiT-2 on videos of {FRAMES} frames. The limits are counted operations and bytes at the "
+        "datasheets' rates; nothing reaches them. The published figures include VAE and T5, ours do not."
     )
     everywhere = [on for line in lines for on in line.measured]
     commits = {on.gpu: set() for on in everywhere if on.ours}
@@ -121,21 +121,38 @@ def _caption(lines: Sequence[Line]) -> str:
         if (shares := _recomputed(on.ours, on.compiled))
     ]
     if again:
-        text += f" Where activations do not fit, blocks recompute them: {'; '.join(again)}."
+        text += f" Blocks recompute what does not fit: {'; '.join(again)}."
+    text += _recomputed_by_open_sora(lines)
     shipped = [on.as_shipped for on in everywhere if on.as_shipped]
     if shipped:
         names = {row.provider for row in shipped}
         whose = "in our writing" if AS_SHIPPED[0] not in names else "its own code"
         whose = f"{whose}, or our writing where that is faster" if len(names) > 1 else whose
         text += (
-            f" As shipped ({whose}): all blocks recomputed, and plain attention, as v1.1.0's configurations give flash "
-            "attention a name that its model no longer knows. The published figures are older than that change, and so "
-            "had flash attention on."
+            f" As shipped ({whose}): plain attention, as v1.1.0's configurations give flash attention a name that its "
+            "model no longer knows. The published figures are older than that change, and so had flash attention on."
         )
     lacking = [gpu for gpu in commits if not any(on.with_flash for on in everywhere if on.gpu == gpu)]
     if shipped and lacking:
         text += f" **Open-Sora with flash attention has not been measured on one {' or '.join(lacking)} yet.**"
     return text
+
+
+def _recomputed_by_open_sora(lines: Sequence[Line]) -> str:
+    """Which of Open-Sora's rows recompute all blocks whether they must or not, "" for none."""
+    rows = [
+        (line.resolution, VARIANT_OF[row.provider].recompute)
+        for line in lines
+        for on in line.measured
+        for row in (on.with_flash, on.as_shipped)
+        if row
+    ]
+    again = dict.fromkeys(resolution for resolution, share in rows if share)
+    kept = dict.fromkeys(resolution for resolution, share in rows if not share)
+    if not again:
+        return ""
+    text = " Open-Sora's rows recompute all blocks, as its stages 2 and 3 do"
+    return f"{text}; with flash attention none at {', '.join(kept)}, as in its stage 1." if kept else f"{text}."
 
 
 def _recomputed(*rows: Row | None) -> str:

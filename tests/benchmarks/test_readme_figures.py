@@ -123,7 +123,21 @@ def test_a_row_with_peers_stands_before_a_faster_one_without():
     block = build_block([Results(None, (alone, beside, slower, peer))])
     assert f"| **ours on one H200** | {NOT_MEASURED} | **97.2** |" in block
     assert "| torch.compile, same H200 and run | – | 64.8 | – | – | – |" in block
-    assert "blocks recompute them: 240p on one H200 (compile half)." in " ".join(block.split())
+    assert "Blocks recompute what does not fit: 240p on one H200 (compile half)." in " ".join(block.split())
+    assert "Open-Sora's rows" not in block
+
+
+def test_it_says_that_open_sora_recomputes_where_it_need_not():
+    rows = [make_row(**STEP, p50_ms=300.0), make_row(**STEP, provider="upstream-flash", p50_ms=900.0)]
+    every = "Open-Sora's rows recompute all blocks, as its stages 2 and 3 do"
+    assert f"{every}." in " ".join(build_block([Results(None, tuple(rows))]).split())
+    large = STEP | {"workload": "720p×16", "tokens": 57600}
+    rows += [make_row(**large, p50_ms=700.0), make_row(**large, provider="upstream-flash", p50_ms=2000.0)]
+    rows.append(make_row(**STEP, provider="upstream-flash-stored", p50_ms=800.0))
+    block = build_block([Results(None, tuple(rows))])
+    assert f"{every}; with flash attention none at 240p, as in its stage 1." in " ".join(block.split())
+    # The fastest of them stands in the table.
+    assert "Open-Sora's model with flash attention, same H200 and run | – | 40.5 | – | – | 28.8 |" in block
 
 
 def refused_beside(row, result, **change) -> dict:
