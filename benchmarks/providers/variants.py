@@ -111,6 +111,7 @@ VARIANTS = (
     Variant("compile", REFERENCE, compiled=True),
     # Tells whether those kernels are why the gradients of "compile" were infinite on an H200.
     Variant("compile-one-order", REFERENCE, compiled=True, options=ONE_ORDER),
+    Variant("compile-graph", REFERENCE, compiled=True, graphed=True),
     *(Variant(f"compile{name}", REFERENCE, compiled=True, recompute=share) for name, share in RECOMPUTING.items()),
     Variant("ours-norms", _with(*NORMS)),
     Variant("ours-norms-gelu", _with(*NORMS, "gelu_tanh")),

@@ -302,6 +302,17 @@ def test_results_of_a_graphed_model_are_those_of_a_replay(model_work):
     assert not torch.equal(wrong["output"][0], sampled["output"][0])
 
 
+def test_a_compiled_model_is_replayed_too(model_work, monkeypatch):
+    graphs, recorder = Graphs(monkeypatch), RunAgain()
+    expected, _ = model_results(EAGER.prepare(model_work), model_work)
+    sampled, _ = sampling_output(EAGER.prepare(model_work), model_work)
+    bound = replace(replayed(model_work, "compile-graph"), record=recorder)
+    assert_same(model_results(bound, model_work)[0], expected, 5e-6)
+    assert graphs.count == recorder.replays == 1
+    assert_same(sampling_output(bound, model_work)[0], sampled, 5e-6)
+    assert graphs.count == 2 and recorder.replays == 3  # without gradients, of other latents first
+
+
 def test_sampling_steps_of_a_graphed_model_are_replayed_and_draw_as_others_do(model_work):
     recorder, steps = RunAgain(), []
     assert model_work.model.training  # with dropout of captions, which a sampler does not have
@@ -346,7 +357,10 @@ def test_graphs_are_for_videos_of_one_shape_on_a_gpu(model_work, mixed_work):
     assert provider.missing(model_work) == "needs a CUDA GPU"
     assert provider.missing(mixed_work) == "takes videos of one shape only"
     assert isinstance(provider.prepare(model_work), GraphedModel)
-    assert "ours-graph" not in {provider.name for provider in BLOCK_PROVIDERS}
+    assert not any("graph" in provider.name for provider in BLOCK_PROVIDERS)
+    compiled = next(provider for provider in MODEL_PROVIDERS if provider.name == "compile-graph")
+    assert compiled.missing(model_work) == "torch.compile is measured on CUDA only"
+    assert compiled.missing(mixed_work) == "takes videos of one shape only"
 
 
 def test_the_waterfall_adds_one_technique_at_a_time():
