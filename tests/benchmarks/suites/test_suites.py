@@ -5,6 +5,7 @@ import math
 import weakref
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 from bench_toys import make_row
@@ -12,11 +13,14 @@ from bench_toys import make_row
 from opensora_fast import STDiT2Config
 from opensora_fast.benchmarks.measuring.session import Session
 from opensora_fast.benchmarks.predictions import predict
+from opensora_fast.benchmarks.providers.attention_work import KINDS
 from opensora_fast.benchmarks.providers.variants import VARIANT_OF
+from opensora_fast.benchmarks.rows import read_folder
 from opensora_fast.benchmarks.running.runner import run_cases
 from opensora_fast.benchmarks.shapes import VIDEO_SIZES, Pack, Workload
 from opensora_fast.benchmarks.suites import NAMES, encoders, list_cases, models
-from opensora_fast.benchmarks.suites.estimates import STARTUP_S, with_estimate
+from opensora_fast.benchmarks.suites.attention_lengths import DEFAULT_LENGTHS
+from opensora_fast.benchmarks.suites.estimates import STARTUP_S, mean_frame_tokens, step_seconds, with_estimate
 from opensora_fast.benchmarks.suites.scale import STORED_BYTES, scale_of
 from opensora_fast.costs.hardware import DATASHEETS
 from opensora_fast.costs.memory import MemoryModel, ModelSize, usable_memory
@@ -70,16 +74,17 @@ PUSHED = [
     ("op", "vae_encode", "240p×4", {"eager", "eager-channels-last", "compile"}),
     ("op", "adamw", "767.5 M parameters", {"upstream", "torch-fused", "compile-flat", "ours"}),
     *(("op", op, "240p×16", {"compile", "ours"}) for op in ("modulated_norm", "gate_residual_modulated_norm")),
-    ("op", "spatial_attention", "240p×16", {"sdpa-cudnn", "sdpa-flash", "flash-attn-4-padded", "ours"}),
+    ("op", "spatial_attention", "240p×16", {"compile", "sdpa-cudnn", "sdpa-flash", "flash-attn-4-padded", "ours"}),
     ("op", "spatial_attention", "240p×16 wide", {"sdpa-cudnn", "ours"}),
     ("op", "spatial_attention", "480p×16", {"ours"}),  # with a head of 128
     *(("op", "spatial_attention", f"length {length}", {"sdpa-cudnn", "ours"}) for length in (144, 920, 1590, 3600)),
     ("op", "temporal_attention", "240p×16", {"ours"}),
-    *(("block", "", name, {"upstream", "eager", "eager-cudnn", "compile", "ours"}) for name in ("240p×16", "720p×16")),
+    ("block", "", "240p×16", {"upstream", "eager", "eager-cudnn", "compile", "ours"}),
     *(("step", "", f"{name}×16", {"upstream-flash", "ours"}) for name in VIDEO_SIZES),
     *(("step", "", f"{name}×16", {"compile"}) for name in VIDEO_SIZES),
-    ("step", "", "240p×16", {"open-sora", "upstream-flash", "compile", "compile-one-order", "ours-quack"}),
-    *(("step", "", f"{name}×16", {"upstream"}) for name in ("240p", "720p")),
+    ("step", "", "240p×16", {"upstream-flash-stored", "compile", "compile-one-order", "ours-quack"}),
+    ("step", "", "480p×16", {"compile", "compile-one-order"}),
+    ("step", "", "240p×16", {"upstream"}),
     *(("step", "", name, {"eager", "compile", "ours", "ours-graph"}) for name in ("144p×16", "240p×16")),
     ("step", "sustained", "240p×16", {"ours"}),
 ]
@@ -114,16 +119,45 @@ def planned(gpu: str):
 
 
 @pytest.mark.parametrize("gpu", ["H200", "H100"])
-def test_the_first_run_of_nine_minutes_has_the_five_resolutions_and_small_steps_beside_their_peers(gpu):
+def test_the_first_run_of_nine_minutes_has_the_five_resolutions_and_the_second_begins_with_small_steps(gpu):
     first, total = [], STARTUP_S
     for case in planned(gpu):
         total += case.seconds
         first += [case] if total < 540 else []
     assert [case.template.level for case in first[:3]] == ["copy", "gemm", "launch"]  # what the shares are of
-    steps = first[3:10]
-    assert [case.template.workload for case in steps[:5]] == ["240p×16", "720p×16", "144p×16", "480p×16", "360p×16"]
-    assert all({"upstream-flash", "compile", "ours"} <= recomputing_or_not(case.providers) for case in steps[:5])
-    assert ["ours-graph" in case.providers for case in steps] == 5 * [False] + 2 * [True]
+    steps = first[3:]
+    assert [case.template.workload for case in steps] == ["240p×16", "720p×16", "144p×16", "480p×16", "360p×16"]
+    assert all({"upstream-flash", "compile", "ours"} <= recomputing_or_not(case.providers) for case in steps)
+    small = planned(gpu)[len(first) : len(first) + 2]
+    assert [(case.template.workload, "ours-graph" in case.providers) for case in small] == [
+        ("144p×16", True),
+        ("240p×16", True),
+    ]
+
+
+def test_open_sora_stores_activations_as_in_its_stage_1_where_they_fit():
+    def steps_with_stored(gpu: str) -> list[str]:
+        steps = [case for case in planned(gpu) if case.template.level == "step"]
+        return [case.template.shape.partition(" L=")[0] for case in steps if "upstream-flash-stored" in case.providers]
+
+    small = ["B=6 T=16 S=144", "B=2 T=16 S=405", "B=48 T=1 S=144"]
+    assert steps_with_stored("H200") == ["B=5 T=16 S=405", "B=14 T=16 S=144", *small]
+    assert steps_with_stored("H100") == ["B=3 T=16 S=405", "B=48 T=1 S=144"]
+
+
+@pytest.mark.parametrize("folder", [".", "ebc1d03"])
+def test_no_step_is_estimated_shorter_than_it_was(folder):
+    rows = read_folder(Path(__file__).parents[3] / "benchmarks/results/nvidia-h200" / folder)
+    steps = [row for row in rows if (row.level, row.op, row.status) == ("step", "", "ok")]
+    assert steps
+    for row in steps:
+        estimate = step_seconds(row.provider, row.tokens, mean_frame_tokens(row.shape), DATASHEETS["H200"])
+        assert 0.8 * estimate < row.p50_ms / 1e3 < 1.07 * estimate, (row.name, estimate)
+
+
+def test_the_frames_of_a_mixed_pack_count_by_their_tokens():
+    assert mean_frame_tokens("B=5 T=16 S=405 L=120 C=1152 layers=28") == 405
+    assert mean_frame_tokens("B=4 T=16 S=144 + B=1 T=1 S=4096 L=120") == (9216 * 144 + 4096 * 4096) / (9216 + 4096)
 
 
 def test_the_small_steps_of_stage_1_and_of_samplers_are_timed_beside_their_graphs():
@@ -134,7 +168,17 @@ def test_the_small_steps_of_stage_1_and_of_samplers_are_timed_beside_their_graph
         [("256×1", "B=1"), ("144p×16", "B=1")],
     )
     assert sizes == [("step", *size) for size in steps] + [("sampling", *size) for size in samples]
-    assert all(case.providers == ("eager", "compile", "ours", "ours-graph") for case in replayed)
+    both = ("eager", "compile", "ours", "ours-graph", "compile-graph")
+    for case in replayed:
+        assert case.providers == (both if case.template.level == "sampling" else ("upstream-flash-stored", *both))
+
+
+def test_attention_has_a_compiler_beside_the_libraries_and_every_length_once():
+    cases = [case for case in planned("H200") if case.template.op.endswith("_attention")]
+    compiled = [case.name for case in cases if "compile" in case.providers]
+    assert compiled == [f"op {kind}_attention 240p×16" for kind in ("spatial", "temporal", "cross")]
+    lengths = [case.name for case in cases if "length" in case.name]
+    assert len(set(lengths)) == len(lengths) == sum(len(DEFAULT_LENGTHS[kind, "cuda"]) for kind in KINDS)
 
 
 def test_other_matrix_products_are_measured_where_they_weigh_most():
@@ -200,7 +244,7 @@ def test_each_resolution_has_its_peers_in_one_step_that_fits_the_gpu(suite, gpu)
         fitting = {scale.least_recomputing(name, workload.tokens) for name in ("compile", "ours")}
         assert any({"upstream-flash", *fitting} <= set(case.providers) for case in own)
     # The techniques stand on top of each other where all of them fit.
-    (waterfall,) = [case for case in steps if "upstream-flash-stored" in case.providers]
+    (waterfall,) = [case for case in steps if "ours-norms" in case.providers]
     assert waterfall.template.workload == "240p×16" and waterfall.template.tokens <= scale.most_tokens("eager")
     same = [case for case in steps if case.template.shape == waterfall.template.shape]
     assert {*models.WATERFALL, "compile"} <= {name for case in same for name in case.providers}
@@ -243,7 +287,7 @@ def test_what_stays_in_the_memory_beside_a_step_is_counted():
     for case in planned("H100"):
         name = case.template.level, case.template.workload
         if "ours-graph" in case.providers and name in (("step", "144p×16"), ("step", "240p×16")):
-            assert case.providers == ("eager-recompute", "compile", "ours", "ours-graph")
+            assert case.providers == ("upstream-flash", "eager-recompute", "compile", "ours", "ours-graph")
     (encoded,) = [case for case in planned("H100") if case.template.op == "with encoders"]
     assert encoded.template.tokens == 19440 and "eager-recompute" in encoded.providers
 
