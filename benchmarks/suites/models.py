@@ -39,7 +39,7 @@ SAMPLED_VIDEOS = 2
 Results = Callable[[Any, Any], tuple[Mapping[str, Any], float]]
 # Of a training step; of all its tokens the output alone.
 RESULTS: tuple[Results, Results] = (model_results, model_output)
-SMALL_SAMPLING = ("upstream-flash", "eager", "compile", "ours", "ours-graph")
+SMALL_SAMPLING = ("upstream-flash", "eager", "compile", "ours", "ours-graph", "compile-graph")
 
 
 def list_block_cases(scale: Scale) -> list[Case]:
