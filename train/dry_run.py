@@ -1,6 +1,8 @@
 """What a run would do, without doing it."""
 
 import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -8,8 +10,12 @@ from opensora_fast.config import LoadedConfig, TrainConfig, format_values
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.device import check_device_name
 from opensora_fast.parallel.join import count_replicas, read_place
+from opensora_fast.train.checkpoints.start import check_changes, choose_start, find_fitted, refuse_checkpoint
+from opensora_fast.train.checkpoints.state import read_position, refuse_other_data
 from opensora_fast.train.checks import check_run
 from opensora_fast.train.inputs.data import read_data
+from opensora_fast.train.inputs.encoders import needs_fit
+from opensora_fast.train.inputs.sources import find_features, sample_features
 
 
 def print_plan(
@@ -19,19 +25,25 @@ def print_plan(
     linear: str,
     trace_steps: tuple[int, int] | None,
     memory_history: bool,
+    out: Path | None,
+    resume: str | None,
+    init_from: str | None,
 ) -> None:
     """Print the effective configuration with the origin of each value, and the buckets of the first epoch.
 
-    Of several processes that torchrun has started only rank 0 prints, for all of them.
+    Of several processes that torchrun has started only rank 0 prints, for all of them. Nothing is downloaded: whether
+    a hub has the weights that are named is not known.
 
     Args:
         loaded: the configuration.
         device: that of the run; None where it is not known, for the run may be on another machine.
-        backend, linear, trace_steps, memory_history: as for `train`.
+        backend, linear, trace_steps, memory_history, resume, init_from: as for `train`.
+        out: output folder of the run; None for a new one.
 
     Raises:
         ValueError: what would also stop the run: what `check_run` refuses, a device of an unknown name, broken
-            buckets, a broken table, entries that give no batch.
+            buckets, a broken table, entries that give no batch, a run or weights to start from that cannot be, features
+            of something else.
     """
     place = read_place(os.environ)
     if place.rank != 0:
@@ -44,12 +56,32 @@ def print_plan(
     for note in loaded.notes:
         print(f"note: {note}")
     print()
+    with TemporaryDirectory() as new:
+        print(_explain(config, out or Path(new), resume, init_from, place.world_size, replicas))
+
+
+def _explain(
+    config: TrainConfig, out: Path, resume: str | None, init_from: str | None, world_size: int, replicas: int
+) -> str:
+    """What falls into the buckets, after all that `train` looks at before it writes, in its own words."""
+    refuse_checkpoint(out)
+    start = choose_start(config, out, resume, init_from, print)
     if config.dataset.data_path is None:
-        print(format_table(config))
-        print("no table of clips is given (--data-path META), so what falls into the buckets is not known")
-        return
+        unknown = "no table of clips is given (--data-path META), so what falls into the buckets is not known"
+        return f"{format_table(config)}\n{unknown}"
     data = read_data(config, world_size=replicas)
-    print(data.explanation.to_text())
+    if start.resume is not None:
+        check_changes(start.resume, config, data, world_size, replicas, print)
+    fitted = find_fitted(start, out) if needs_fit(config) else None
+    if config.features is not None:
+        index = find_features(config, data, fitted, print)
+        if index is None or not index.complete:
+            print(f"features: not all are in {config.features} yet; the run would make them first")
+            return data.explanation.to_text()
+        data = sample_features(config, data, index)
+        if start.resume is not None:
+            refuse_other_data(start.resume, read_position(start.resume), data.get_fingerprint())
+    return data.explanation.to_text()
 
 
 def format_table(config: TrainConfig) -> str:

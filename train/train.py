@@ -21,24 +21,23 @@ from opensora_fast.kernels import calls
 from opensora_fast.model import STDiT2
 from opensora_fast.parallel.join import join_processes
 from opensora_fast.parallel.processes import Processes
-from opensora_fast.train.checkpoints.checkpoint import COMPLETE
 from opensora_fast.train.checkpoints.start import (
     CHECKPOINT_CONFIG,
     Start,
     agree_on_start,
     check_changes,
+    find_fitted,
     load_initial_weights,
+    refuse_checkpoint,
 )
 from opensora_fast.train.checkpoints.state import Position, load_weights
 from opensora_fast.train.checkpoints.state import resume as resume_state
 from opensora_fast.train.checks import check_run
 from opensora_fast.train.inputs.data import TrainingData, read_data
 from opensora_fast.train.inputs.encoders import (
-    FITTED,
     adopt_fitted,
     copy_fitted,
     discard_fitted,
-    holds_other_fitted,
     needs_fit,
 )
 from opensora_fast.train.inputs.followers import find_batches
@@ -207,14 +206,15 @@ def _prepare_folder(
     report: Callable[[str], None],
 ) -> Start:
     """Make the run's folder, hold it until `held` is closed, and find where to start from. ValueError as of `train`."""
-    if (out / COMPLETE).exists():  # even the lock of the folder would be a file too many
-        raise ValueError(f"{out} is a checkpoint, in which a run would spoil it: give another --out")
+    refuse_checkpoint(out)
     # Before its checkpoints are looked at: another run that writes there would change them meanwhile.
     if held_before := processes.rank == 0 and out.is_dir():
         held.enter_context(hold_folder(out, report))
     start = agree_on_start(processes, config, out, resume, init_from, report)
     if start.resume is not None:
-        check_changes(start.resume, config, data, processes, report)
+        check_changes(start.resume, config, data, processes.world_size, processes.replicas, report)
+    if needs_fit(config):
+        find_fitted(start, out)
 
     with processes.first():
         out.mkdir(parents=True, exist_ok=True)
@@ -225,11 +225,6 @@ def _prepare_folder(
                 discard_fitted(out, report)
             if start.origin is not None:
                 adopt_fitted(start.origin, out)
-                if holds_other_fitted(start.origin, out):
-                    raise ValueError(
-                        f"{out / FITTED} is not the linear autoencoder that {start.origin} was trained with: "
-                        "remove it, or give another --out"
-                    )
     return start
 
 

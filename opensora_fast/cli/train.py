@@ -67,7 +67,7 @@ def command(
     if dry_run:
         from opensora_fast.train.dry_run import print_plan
 
-        print_plan(loaded, device, kernels, linear, traced, memory_history)
+        print_plan(loaded, device, kernels, linear, traced, memory_history, out, resume, init_from)
         return
     if out is None:
         raise ValueError("--out is missing: the folder for metrics, checkpoints and all that the run writes")

@@ -148,6 +148,21 @@ def fingerprint(manifest: Manifest) -> str:
     return digest.hexdigest()
 
 
+def refuse_other_clips(index: FeatureIndex, manifest: Manifest, bucket: Bucket) -> None:
+    """FeatureError if features were made from another table, or for other buckets."""
+    settings = index.settings
+    if settings["manifest"] != fingerprint(manifest):
+        raise FeatureError(
+            f"the features in {index.folder} belong to another table than {manifest.source}: paths, captions or "
+            "sizes differ; use the table they were made from, or make them anew in another folder"
+        )
+    if settings["buckets"] != describe_buckets(bucket):
+        raise FeatureError(
+            f"the features in {index.folder} belong to other buckets: {settings['buckets']}, here "
+            f"{describe_buckets(bucket)}; batch sizes may differ, nothing else"
+        )
+
+
 class FeatureSampler(BucketSampler):
     """Micro-batches of the clips whose features are stored; used like a `BucketSampler`.
 
@@ -166,16 +181,7 @@ class FeatureSampler(BucketSampler):
         settings = index.settings
         if not index.complete:
             raise FeatureError(f"the features in {index.folder} are not complete: run what writes them again")
-        if settings["manifest"] != fingerprint(manifest):
-            raise FeatureError(
-                f"the features in {index.folder} belong to another table than {manifest.source}: paths, captions or "
-                "sizes differ; use the table they were made from, or make them anew in another folder"
-            )
-        if settings["buckets"] != describe_buckets(bucket):
-            raise FeatureError(
-                f"the features in {index.folder} belong to other buckets: {settings['buckets']}, here "
-                f"{describe_buckets(bucket)}; batch sizes may differ, nothing else"
-            )
+        refuse_other_clips(index, manifest, bucket)
         self.reader = reader
         self.draws = int(settings["draws"])
         super().__init__(

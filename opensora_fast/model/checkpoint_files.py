@@ -34,22 +34,27 @@ def load_checkpoint_file(source: str | Path) -> dict[str, Tensor]:
 
 
 def locate_checkpoint_file(source: str | Path, setting: str = "model.from_pretrained") -> Path:
-    """The path that `load_checkpoint_file` reads; what a hub id names is downloaded.
+    """The path that `load_checkpoint_file` reads; what a hub id names is downloaded. ValueError if there is none."""
+    return find_checkpoint_file(source, setting) or resolve_folder(source, setting)
+
+
+def find_checkpoint_file(source: str | Path, setting: str) -> Path | None:
+    """The path of a source that is on this machine; None where it can only be a hub id.
 
     Raises:
         ValueError: there is none; the message names the `setting` that gave the source, and what it takes.
     """
+    if not str(source):
+        raise ValueError(f"{setting} is missing: give a file or folder of weights, or a hub id such as {EXAMPLE}")
     path = Path(source).expanduser()
-    if str(source) and path.exists():
+    if path.exists():
         return path
-    if str(source) and (
-        "/" not in str(source) or reads_as_path(str(source)) or path.suffix in (".pth", ".pt", ".bin", ".safetensors")
-    ):
+    if "/" not in str(source) or reads_as_path(str(source)) or path.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         raise ValueError(
             f"{setting}: there is no file or folder {path}; give a file or folder of weights, or a hub id such as "
             f"{EXAMPLE}"
         )
-    return resolve_folder(source, setting)
+    return None
 
 
 def _load_file(path: Path) -> object:

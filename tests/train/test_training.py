@@ -398,7 +398,6 @@ def test_dry_run_without_a_table_shows_the_configured_buckets(capsys):
         (["bucket_config.144p.1=(1.0, 50)"], r"zero batches(.|\n)*\['144p'\]\[1\]: 4 clips, batch size 50"),
         (["bucket_config={'720p': {16: (1.0, 1)}}"], "no micro-batch from 10 clips"),
         (["--data-path", "/nowhere/meta.csv"], "/nowhere/meta.csv"),
-        (["vae.from_pretrained=/nowhere/vae"], "/nowhere/vae"),
         (["--init-from", "/nowhere/model"], "/nowhere/model"),
         (["--resume", "/nowhere/run"], "/nowhere/run: no such folder"),
         (["--resume", ""], '--resume "": name a checkpoint'),
@@ -413,11 +412,18 @@ def test_mistakes_are_one_message_and_leave_no_folder(train, tmp_path, more, mes
     import re
 
     out = tmp_path / "run"
-    code, _, error = train(out, "--steps", 2, *more)
-    assert code == 1
-    assert re.search(message, error), error
-    assert "Traceback" not in error and "unexpected" not in error
-    assert not (out / "checkpoints").exists() and not (out / "metrics.jsonl").exists()
+    for dry in ([], ["--dry-run"]):
+        code, _, error = train(out, "--steps", 2, *more, *dry)
+        assert code == 1
+        assert re.search(message, error), error
+        assert "Traceback" not in error and "unexpected" not in error
+        assert not (out / "checkpoints").exists() and not (out / "metrics.jsonl").exists()
+
+
+def test_an_autoencoder_that_is_not_there_is_one_message(train, tmp_path):
+    code, _, error = train(tmp_path / "run", "--steps", 2, "vae.from_pretrained=/nowhere/vae")
+    assert code == 1 and "/nowhere/vae" in error and "unexpected" not in error
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
@@ -438,6 +444,32 @@ def test_what_cannot_be_built_is_known_before_any_encoder(train, tmp_path, more,
         code, _, error = train(tmp_path / "run", "--steps", 2, *more, *dry)
         assert code == 1 and message in error
         assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_refuses_the_start_that_the_run_would_and_changes_nothing(train, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert train(run, "--steps", 2, "ckpt_every=1")[0] == 0
+    assert train(other, "--steps", 1, "bucket_config={'144p': {1: (1.0, 2)}}")[0] == 0
+    (run / "checkpoints" / "step-00000002" / "state.json").unlink()  # damaged, so that `auto` passes it over
+
+    def list_files():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    checkpoint = run / "checkpoints" / "step-00000001"
+    for out, more, message in (
+        (run, [], "holds a run already: add --resume auto"),
+        (checkpoint, [], "is a checkpoint, in which a run would spoil it"),
+        (run, ["--resume", "auto", "seed=7"], "was written with seed=42, and it is now 7"),
+        (run, ["--resume", "auto", "drop_last=False"], "was written with another table of clips"),
+        (tmp_path / "new", ["--resume", run, f"features={tmp_path / 'f'}"], "was written with clips, not features"),
+        (tmp_path / "new", [f"load={other}"], "was written with another table of clips"),
+    ):
+        before = list_files()
+        code, _, told = train(out, "--steps", 2, *more, "--dry-run")
+        assert code == 1 and message in told
+        assert list_files() == before
+        code, _, error = train(out, "--steps", 2, *more)
+        assert code == 1 and error == told
 
 
 @pytest.mark.parametrize("weights", ["/nowhere/model", "nowhere.pth", "nowhere", ""])

@@ -7,8 +7,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from opensora_fast.config import TrainConfig, list_values, load_train_config
+from opensora_fast.data.feature_store import INDEX_NAME
 from opensora_fast.model import STDiT2
-from opensora_fast.model.checkpoint_files import locate_checkpoint_file
+from opensora_fast.model.checkpoint_files import find_checkpoint_file, locate_checkpoint_file
 from opensora_fast.model.pixart import initialize_from
 from opensora_fast.model.weights import load_strictly, read_config
 from opensora_fast.parallel.processes import Processes
@@ -23,6 +24,7 @@ from opensora_fast.train.checkpoints.checkpoint import (
 )
 from opensora_fast.train.checkpoints.state import other_order, read_position, refuse_other_data
 from opensora_fast.train.inputs.data import TrainingData
+from opensora_fast.train.inputs.encoders import FITTED, holds_other_fitted
 from opensora_fast.train.monitoring.metrics import METRICS, read_metrics
 
 CHECKPOINT_CONFIG = "train_config.json"
@@ -44,6 +46,12 @@ class Start:
         return find_whole(Path(self.weights))
 
 
+def refuse_checkpoint(out: Path) -> None:
+    """ValueError where the folder of a run would be a checkpoint: even the lock would be a file too many in it."""
+    if (out / COMPLETE).exists():
+        raise ValueError(f"{out} is a checkpoint, in which a run would spoil it: give another --out")
+
+
 def agree_on_start(
     processes: Processes,
     config: TrainConfig,
@@ -52,10 +60,16 @@ def agree_on_start(
     init_from: str | None,
     report: Callable[[str], None],
 ) -> Start:
-    """The same decision on every process: rank 0 makes it, see `choose_start`."""
+    """The same decision on every process: rank 0 makes it, see `choose_start`, puts damaged checkpoints aside and
+    downloads weights."""
     chosen = None
     if processes.rank == 0:
         start = choose_start(config, out, resume, init_from, report)
+        if start.resume is not None and start.resume.parent == out / "checkpoints":
+            for folder in set_aside_newer(start.resume):
+                report(f"note: the damaged checkpoint is now called {folder}")
+        if start.weights is not None:
+            locate_checkpoint_file(start.weights, _name_weights(init_from))
         chosen = {"resume": start.resume and str(start.resume), "state": start.state and str(start.state)}
         chosen["weights"] = start.weights
     chosen = processes.gather(chosen)[0]
@@ -66,7 +80,7 @@ def agree_on_start(
 def choose_start(
     config: TrainConfig, out: Path, resume: str | None, init_from: str | None, report: Callable[[str], None]
 ) -> Start:
-    """Decide where a run begins, and refuse to write over another one.
+    """Decide where a run begins, and refuse to write over another one. Nothing is written or downloaded.
 
     Raises:
         ValueError: `out` holds a run that is not to be continued, options contradict each other, or what they name is
@@ -91,8 +105,6 @@ def choose_start(
     if resume == "auto":
         newest = find_newest(checkpoints, report)
         if newest is not None:
-            for folder in set_aside_newer(newest):
-                report(f"note: the damaged checkpoint is now called {folder}")
             note_unread(newest, config, init_from, report)
             return Start(resume=newest)
         if list_checkpoints(checkpoints):
@@ -111,8 +123,13 @@ def choose_start(
     if (checkpoint := find_checkpoint(source, report)) is not None:
         return Start(weights=str(checkpoint))
     if source is not None:
-        locate_checkpoint_file(source, "model.from_pretrained" if init_from is None else "--init-from")
+        find_checkpoint_file(source, _name_weights(init_from))
     return Start(weights=source)
+
+
+def _name_weights(init_from: str | None) -> str:
+    """What names the weights to start from, for messages."""
+    return "model.from_pretrained" if init_from is None else "--init-from"
 
 
 def note_unread(checkpoint: Path, config: TrainConfig, init_from: str | None, report: Callable[[str], None]) -> None:
@@ -170,25 +187,54 @@ def load_initial_weights(model: STDiT2, source: str, report: Callable[[str], Non
     report(f"weights: all {len(state)} tensors of {source}")
 
 
+def find_fitted(start: Start, out: Path) -> Path | None:
+    """The run or checkpoint whose fitted autoencoder a run in `out` takes; it may hold none, and then one is fitted.
+
+    Raises:
+        ValueError: `out` has another than the run starts from.
+    """
+    # Cached features that lie in `out` need theirs; what else a run without a step has left is not used.
+    if start.resume is None and not (out / INDEX_NAME).exists():
+        return start.origin
+    if start.origin is not None and holds_other_fitted(start.origin, out):
+        raise ValueError(
+            f"{out / FITTED} is not the linear autoencoder that {start.origin} was trained with: remove it, or give "
+            "another --out"
+        )
+    return out if (out / FITTED).is_dir() else start.origin
+
+
 def check_changes(
-    checkpoint: Path, config: TrainConfig, data: TrainingData, processes: Processes, report: Callable[[str], None]
+    checkpoint: Path,
+    config: TrainConfig,
+    data: TrainingData,
+    world_size: int,
+    replicas: int,
+    report: Callable[[str], None],
 ) -> None:
     """Say which values, and whether the number of processes, differ from those that the checkpoint was trained with.
+
+    Args:
+        checkpoint: is continued.
+        config, data: of the run.
+        world_size, replicas: see `Processes`.
+        report: is told of each difference.
 
     Raises:
         ValueError: its order of batches cannot go on, as far as that is known before features are opened.
     """
     before = load_train_config(checkpoint / CHECKPOINT_CONFIG).config
     position = read_position(checkpoint)
-    world_size = position["world_size"]
-    if processes.world_size != world_size:
+    world_size_before = position["world_size"]
+    replicas_before = world_size_before // before.sp_size
+    if world_size != world_size_before:
         report(
-            f"note: the number of processes is now {processes.world_size}, the checkpoint was trained with {world_size}"
+            f"note: the number of processes is now {world_size}, the checkpoint was trained with {world_size_before}"
         )
-    if processes.replicas != world_size // before.sp_size:
+    if replicas != replicas_before:
         report(
-            f"note: a step takes {processes.replicas} micro-batch{'es' * (processes.replicas != 1)} in place of "
-            f"{world_size // before.sp_size}: their order goes on, and for each of them random numbers are drawn"
+            f"note: a step takes {replicas} micro-batch{'es' * (replicas != 1)} in place of {replicas_before}: their "
+            "order goes on, and for each of them random numbers are drawn"
         )
     values_before = dict(list_values(before))
     for key, value in list_values(config):

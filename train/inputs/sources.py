@@ -12,7 +12,7 @@ from opensora_fast.config import TrainConfig
 from opensora_fast.data.buckets.sampler import BucketSampler
 from opensora_fast.data.decoding.decoders import build_decoder
 from opensora_fast.data.feature_store import FeatureError, FeatureIndex, FeatureReader, describe_differences
-from opensora_fast.data.features import FeatureLoader, FeatureSampler, write_features
+from opensora_fast.data.features import FeatureLoader, FeatureSampler, refuse_other_clips, write_features
 from opensora_fast.data.loader import ClipLoader
 from opensora_fast.encoders import fingerprint_weights, get_model_keys
 from opensora_fast.folder_lock import hold_folder
@@ -100,55 +100,17 @@ def open_features(
         ValueError: the folder holds features of other clips, buckets or encoders.
     """
     folder = Path(config.features)
+    index = find_features(config, data, out, report)
     adopt_fitted(folder, out)
-    if needs_fit(config) and holds_other_fitted(folder, out):
-        raise ValueError(
-            f"features={folder} were made with another linear autoencoder than this run has, in {out / FITTED}: name a "
-            "folder that is not there yet, and they are made with this one"
-        )
-    try:
-        index = FeatureIndex.read(folder)
-    except FeatureError:
-        if folder.exists() and any(folder.glob("*.safetensors")):
-            raise
-        index = None
-    if index is not None and needs_fit(config) and not (out / FITTED).is_dir():
-        raise ValueError(
-            f"features={folder} lack {folder / FITTED}, the linear autoencoder that they were made with, and nothing "
-            "else can decode what is trained on them: copy it there, or name a folder that is not there yet"
-        )
     if index is None or not index.complete:
-        _write(config, data, out, folder, index, device, dtype, report)  # compares encoders with those of what is there
+        _write(config, data, out, folder, index, device, dtype, report)
         index = FeatureIndex.read(folder)
-    else:
-        made_with = index.settings["encoders"]
-        if different := describe_differences(made_with, _describe_as_known(config, folder, made_with, report)):
-            raise ValueError(
-                f"features={folder} were made with other encoders ({different}): use the same encoders, or another "
-                "folder"
-            )
-    for key, value in (("frame_interval", config.dataset.frame_interval), ("draws", config.feature_draws)):
-        if index.settings[key] != value:
-            raise ValueError(f"features={folder} were made with {key}={index.settings[key]}, not {value}")
-    if (seed := index.settings["seed"]) != config.seed:
-        report(
-            f"note: features={folder} were made with seed={seed}, which decides which clips come when; "
-            f"seed={config.seed} decides the rest: weights, times and noise"
-        )
-    reader = FeatureReader(index)
-    sampler = FeatureSampler(
-        data.manifest,
-        data.bucket,
-        reader,
-        rank=data.sampler.rank,
-        world_size=data.sampler.world_size,
-        drop_last=config.drop_last,
-        costs=data.sampler.costs,
-    )
+    data = sample_features(config, data, index)
+    reader = data.sampler.reader
     latents = reader.get_latents(*next(iter(reader.latent_places)))
     report(f"features: {len(reader.latent_places)} clips and {len(reader.text_places)} captions in {folder}")
     return Source(
-        data=replace(data, sampler=sampler, explanation=sampler.explain(config.model.patch_size[1])),
+        data=data,
         inputs=ModelInputs(None, None, device),
         model_keys={
             "in_channels": latents.shape[0],
@@ -157,12 +119,78 @@ def open_features(
         },
         loader=FeatureLoader(
             data.manifest,
-            sampler,
+            data.sampler,
             prefetch=config.prefetch,
             fps_after_interval=config.dataset.fps_after_interval,
             pin_memory=device.type == "cuda",
         ),
     )
+
+
+def find_features(config: TrainConfig, data: TrainingData, holder: Path | None, report: Report) -> FeatureIndex | None:
+    """What there is of the features that the configuration names; None where all of them are still to be made.
+
+    Args:
+        config, data: of the run.
+        holder: the folder with its fitted autoencoder, if it has one yet.
+        report: is told what cannot be compared.
+
+    Raises:
+        ValueError: the folder holds features of other clips, buckets or encoders.
+    """
+    folder = Path(config.features)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"features={folder} is a file; name the folder that holds them, or where to make them")
+    if needs_fit(config) and holder is not None and holds_other_fitted(folder, holder):
+        raise ValueError(
+            f"features={folder} were made with another linear autoencoder than this run has, in {holder / FITTED}: "
+            "name a folder that is not there yet, and they are made with this one"
+        )
+    try:
+        index = FeatureIndex.read(folder)
+    except FeatureError:
+        if folder.exists() and any(folder.glob("*.safetensors")):
+            raise
+        return None
+    if needs_fit(config) and not any(place and (place / FITTED).is_dir() for place in (folder, holder)):
+        raise ValueError(
+            f"features={folder} lack {folder / FITTED}, the linear autoencoder that they were made with, and nothing "
+            "else can decode what is trained on them: copy it there, or name a folder that is not there yet"
+        )
+    made_with = index.settings["encoders"]
+    if different := describe_differences(made_with, _describe_as_known(config, folder, made_with, report)):
+        raise ValueError(
+            f"features={folder} were made with other encoders ({different}): use the same encoders, or another folder"
+        )
+    for key, value in (("frame_interval", config.dataset.frame_interval), ("draws", config.feature_draws)):
+        if index.settings[key] != value:
+            raise ValueError(f"features={folder} were made with {key}={index.settings[key]}, not {value}")
+    refuse_other_clips(index, data.manifest, data.bucket)
+    if (seed := index.settings["seed"]) != config.seed:
+        if not index.complete:
+            raise ValueError(
+                f"features={folder} are not complete, and were begun with seed={seed}: go on with that seed until they "
+                "are, or name a folder that is not there yet"
+            )
+        report(
+            f"note: features={folder} were made with seed={seed}, which decides which clips come when; "
+            f"seed={config.seed} decides the rest: weights, times and noise"
+        )
+    return index
+
+
+def sample_features(config: TrainConfig, data: TrainingData, index: FeatureIndex) -> TrainingData:
+    """The data of a run on complete features of its clips. FeatureError where a file of them cannot be read."""
+    sampler = FeatureSampler(
+        data.manifest,
+        data.bucket,
+        FeatureReader(index),
+        rank=data.sampler.rank,
+        world_size=data.sampler.world_size,
+        drop_last=config.drop_last,
+        costs=data.sampler.costs,
+    )
+    return replace(data, sampler=sampler, explanation=sampler.explain(config.model.patch_size[1]))
 
 
 def _describe_as_known(config: TrainConfig, folder: Path, made_with: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -224,7 +252,8 @@ def _write(
                 clips.inputs.text_encoder,
                 folder,
                 draws=config.feature_draws,
-                encoders=_describe_as_known(config, folder, made_with, report),
+                # Again, since weights may have been downloaded; what cannot be compared has been told.
+                encoders=_describe_as_known(config, folder, made_with, report=lambda note: None),
                 device=device,
             )
         finally:

@@ -105,8 +105,40 @@ def test_features_of_something_else_are_refused(train, tmp_path, more, message):
 
     folder = tmp_path / "features"
     assert train(tmp_path / "first", "--steps", 0, f"features={folder}")[0] == 0
-    code, _, error = train(tmp_path / "second", "--steps", 1, f"features={folder}", *more)
-    assert code == 1 and re.search(message, error) and str(folder) in error, error
+    index = folder / "index.json"
+    for _ in ("complete", "not complete"):
+        for dry in (["--dry-run"], []):
+            code, _, error = train(tmp_path / "second", "--steps", 1, f"features={folder}", *more, *dry)
+            assert code == 1 and re.search(message, error) and str(folder) in error, error
+        index.write_text(index.read_text().replace('"complete": true', '"complete": false'))
+
+
+def test_features_that_are_not_complete_go_on_with_their_seed_only(train, tmp_path):
+    folder = tmp_path / "features"
+    assert train(tmp_path / "first", "--steps", 0, f"features={folder}")[0] == 0
+    index = folder / "index.json"
+    index.write_text(index.read_text().replace('"complete": true', '"complete": false'))
+    for dry in (["--dry-run"], []):
+        code, _, error = train(tmp_path / "second", "--steps", 1, f"features={folder}", "seed=7", *dry)
+        assert code == 1 and f"features={folder} are not complete, and were begun with seed=42: go on with" in error
+
+
+def test_dry_run_shows_what_the_features_of_a_run_give(train, tmp_path):
+    folder = tmp_path / "features"
+    code, text, error = train(tmp_path / "run", "--steps", 1, f"features={folder}", "--dry-run")
+    assert code == 0, error
+    assert f"features: not all are in {folder} yet; the run would make them first" in text and not folder.exists()
+    assert train(tmp_path / "run", "--steps", 1, f"features={folder}")[0] == 0
+    more = ["--resume", "auto", f"features={folder}", "--dry-run"]
+    code, text, error = train(tmp_path / "run", "--steps", 1, *more)
+    assert code == 0, error
+    assert "6 steps of 1 micro-batch" in text and "not all" not in text
+    code, _, error = train(tmp_path / "run", "--steps", 1, *more, "drop_last=False")
+    assert code == 1 and "was written with another table of clips" in error
+    (tmp_path / "file").touch()
+    for dry in (["--dry-run"], []):
+        code, _, error = train(tmp_path / "other", "--steps", 1, f"features={tmp_path / 'file'}", *dry)
+        assert code == 1 and f"features={tmp_path / 'file'} is a file; name the folder" in error
 
 
 def test_features_of_another_autoencoder_are_refused(train, tmp_path):
@@ -146,7 +178,7 @@ def test_features_are_refused_where_other_weights_lie_in_the_folder_of_an_encode
         (tmp_path / "features" / "index.json").read_text().replace('"complete": true', '"complete": false')
     )
     code, _, error = train(tmp_path / "second", "--steps", 2, *more)
-    assert code == 1 and "holds features made in another way (encoders.vae.weights: '" in error
+    assert code == 1 and "were made with other encoders (vae.weights: '" in error
     shutil.copytree(tmp_path / "kept", vae, dirs_exist_ok=True)
     code, _, error = train(tmp_path / "third", "--steps", 2, *more)
     assert code == 0, error
