@@ -18,12 +18,12 @@ def naming_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write what takes the place of a file behind the block; an OSError leaves what was there before it."""
+    """Where to write what takes the place of a file behind the block; an error leaves what was there before it."""
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
         os.replace(part, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             part.unlink()
         raise

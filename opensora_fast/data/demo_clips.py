@@ -12,11 +12,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opensora_fast.files import naming_file, whole_file, write_whole
 from opensora_fast.progress import Progress
 
 if TYPE_CHECKING:
@@ -128,10 +130,11 @@ class DemoClips:
 
 
 def write_demo_clips(out_dir: str | os.PathLike[str]) -> DemoClips:
-    """Write the demo clips, images and captions into a folder, which is made; some seconds.
+    """Write the demo clips, images and captions into a folder, which is made; some seconds. Each file appears whole.
 
     Raises:
         ValueError: the source videos are not installed; the message says how to get them.
+        OSError: a file could not be written; its name is in it.
     """
     sources = find_source_videos()
     folder = Path(out_dir)
@@ -141,7 +144,7 @@ def write_demo_clips(out_dir: str | os.PathLike[str]) -> DemoClips:
             cuts = [cut for cut in CUTS if cut.source == name]
             for cut in cuts:
                 # A video and an image or a VP9 copy may share a stem; they then share the scene and the caption, too.
-                (folder / cut.name).with_suffix(".txt").write_text(cut.text + "\n", encoding="utf-8")
+                write_whole((folder / cut.name).with_suffix(".txt"), cut.text + "\n")
                 if cut.copy:
                     copy_packets(source, folder / cut.name, *cut.frames)
                     progress.advance(1)
@@ -168,7 +171,7 @@ def find_source_videos() -> dict[str, Path]:
     return found
 
 
-def copy_packets(source: str | os.PathLike[str], path: str | os.PathLike[str], first: int, end: int) -> None:
+def copy_packets(source: str | os.PathLike[str], path: Path, first: int, end: int) -> None:
     """Cut frames first .. end-1 out of an MP4 file without encoding anew.
 
     Both ends must be such that no picture in between depends on one outside: `first` and `end` keyframes that reset the
@@ -176,7 +179,12 @@ def copy_packets(source: str | os.PathLike[str], path: str | os.PathLike[str], f
     """
     import av
 
-    with av.open(os.fspath(source)) as reader, av.open(os.fspath(path), "w", format="mp4") as writer:
+    with (
+        av.open(os.fspath(source)) as reader,
+        naming_file(path),
+        whole_file(path) as part,
+        av.open(os.fspath(part), "w", format="mp4") as writer,
+    ):
         stream = reader.streams.video[0]
         copy = writer.add_stream_from_template(stream)
         packets = [packet for packet in reader.demux(stream) if packet.size > 0][first:end]
@@ -191,16 +199,20 @@ def copy_packets(source: str | os.PathLike[str], path: str | os.PathLike[str], f
 
 
 def transcode(source: str | os.PathLike[str], cuts: Sequence[Cut], folder: Path, on_file: Callable[[], None]) -> None:
-    """Make several cuts of one video while it is decoded once. `on_file` is called after each file."""
+    """Make several cuts of one video while it is decoded once. `on_file` is called after each file; they appear in the
+    end, all of them or none."""
     import av
 
-    with av.open(os.fspath(source)) as reader:
+    with av.open(os.fspath(source)) as reader, ExitStack() as parts:
         stream = reader.streams.video[0]
-        writers = [_CutWriter(cut, folder / cut.name, stream.average_rate) for cut in cuts]
+        writers = [
+            _CutWriter(cut, parts.enter_context(whole_file(folder / cut.name)), stream.average_rate) for cut in cuts
+        ]
         for number, frame in enumerate(reader.decode(stream)):
             for writer in writers:
-                if writer.take(number, frame):
-                    on_file()
+                with naming_file(folder / writer.cut.name):
+                    if writer.take(number, frame):
+                        on_file()
 
 
 class _CutWriter:
@@ -208,7 +220,7 @@ class _CutWriter:
 
     def __init__(self, cut: Cut, path: Path, rate: Fraction) -> None:
         self.cut = cut
-        self.path = path
+        self.path = path  # whose ending need not be that of the cut
         self.rate = rate / cut.step
         self.written = 0
         self._container: OutputContainer | None = None
@@ -245,8 +257,8 @@ class _CutWriter:
         return graph
 
     def _write(self, frame: VideoFrame) -> None:
-        if self.path.suffix == ".png":
-            frame.to_image().save(self.path)
+        if self.cut.name.endswith(".png"):
+            frame.to_image().save(self.path, format="PNG")
             return
         if self._container is None:
             self._open(frame)
@@ -257,9 +269,10 @@ class _CutWriter:
     def _open(self, frame: VideoFrame) -> None:
         import av
 
-        codec, pixel_format, options = ENCODERS[self.path.suffix]
+        ending = Path(self.cut.name).suffix
+        codec, pixel_format, options = ENCODERS[ending]
         # Without random numbers of tracks, as WebM has, files are the same each time.
-        self._container = av.open(str(self.path), "w", options={"fflags": "bitexact"})
+        self._container = av.open(str(self.path), "w", format=ending[1:], options={"fflags": "bitexact"})
         stream = self._container.add_stream(codec, rate=self.rate, options=options)
         stream.height, stream.width, stream.pix_fmt = frame.height, frame.width, pixel_format
         stream.gop_size = FRAMES_BETWEEN_KEYFRAMES

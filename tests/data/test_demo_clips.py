@@ -1,7 +1,9 @@
 """The demo's clips: real, captioned, of many shapes and lengths, and enough to fill buckets."""
 
 import importlib.metadata
+import resource
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,15 @@ from opensora_fast.data import demo_clips
 from opensora_fast.data.buckets.assignment import DROPPED, assign_buckets
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.data.decoding.pyav_decoder import iterate_frames
-from opensora_fast.data.demo_clips import CARTOON, CUTS, STREET, find_source_videos, write_demo_clips
+from opensora_fast.data.demo_clips import (
+    CARTOON,
+    CUTS,
+    STREET,
+    Cut,
+    find_source_videos,
+    transcode,
+    write_demo_clips,
+)
 from opensora_fast.data.manifest import Manifest
 from opensora_fast.data.probe import probe_folder, probe_media
 
@@ -82,6 +92,36 @@ def test_files_are_the_same_each_time_they_are_written(demo, tmp_path):
     again = write_demo_clips(tmp_path / "clips")
     for path in (*demo.videos, *demo.images):
         assert (again.folder / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("most_bytes", [80, 60_000, 800_000])
+def test_no_part_of_a_file_is_left_where_it_cannot_be_written(tmp_path, most_bytes):
+    """A caption, a copied and an encoded clip are the first that do not fit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            write_demo_clips(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    refused = Path(raised.value.filename)
+    assert refused.parent == tmp_path and not refused.exists()
+    for path in tmp_path.iterdir():
+        if path.suffix == ".txt":
+            assert path.read_text().endswith("\n")
+        else:
+            cut = next(cut for cut in CUTS if cut.name == path.name)
+            assert probe_media(path, "frames").num_frames == len(range(*cut.frames, cut.step))
+
+
+def test_no_part_of_a_file_is_left_where_it_is_stopped(tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    cuts = [Cut("a.mp4", STREET, "", (0, 2)), Cut("b.png", STREET, "", (0, 1)), Cut("c.webm", STREET, "", (0, 9))]
+    with pytest.raises(KeyboardInterrupt):
+        transcode(find_source_videos()[STREET], cuts, tmp_path, on_file=stop)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_package(monkeypatch, tmp_path):
