@@ -2,25 +2,15 @@
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from opensora_fast.cli._options import SAMPLING_CONFIG_HELP, Overrides
 
-if TYPE_CHECKING:
-    from opensora_fast.config import SampleConfig
-
 MULTIPLE_VALUES = ("--prompt", "--reference-path", "--mask-strategy")
 TAKES_OVERRIDES = True
-# What a model has learned to read and to predict; `load_model` compares the rest.
-AS_TRAINED = {
-    "vae": ("type",),
-    "text_encoder": ("type", "clean_captions", "output_dim", "depth", "seed"),
-    "scheduler": ("noise_schedule", "predict_xstart", "learn_sigma", "diffusion_steps"),
-}
 
 
 def command(
@@ -120,32 +110,8 @@ def command(
         report(note)
 
     from opensora_fast.sampling.run import run_sampling
+    from opensora_fast.train.checkpoints.sample_from import sample_from_run
 
-    _use_run(loaded.config, report)
+    sample_from_run(loaded.config, report)
     for path in run_sampling(loaded.config, device):
         print(path)
-
-
-def _use_run(config: "SampleConfig", report: Callable[[str], None]) -> None:
-    """Where the weights are those of a run or checkpoint of `train`: take their average, unless one of the checkpoint's
-    models is named, and the autoencoder that was fitted for them, unless the configuration names one. `report` is told
-    what else they were trained with than the configuration samples with."""
-    from opensora_fast.config import load_train_config
-    from opensora_fast.train.checkpoints.start import CHECKPOINT_CONFIG, find_checkpoint, find_whole
-    from opensora_fast.train.inputs.encoders import FITTED, needs_fit
-
-    weights = config.model.from_pretrained
-    checkpoint = find_checkpoint(weights, report)
-    if checkpoint is not None:
-        config.model.from_pretrained = str(checkpoint / "ema")
-    elif weights:
-        checkpoint = find_whole(Path(weights))
-    if checkpoint is not None and needs_fit(config) and (checkpoint / FITTED).is_dir():
-        config.vae.from_pretrained = str(checkpoint / FITTED)
-    if checkpoint is not None and (checkpoint / CHECKPOINT_CONFIG).is_file():
-        trained = load_train_config(checkpoint / CHECKPOINT_CONFIG).config
-        for section, keys in AS_TRAINED.items():
-            for key in keys:
-                here, there = (getattr(getattr(one, section), key) for one in (config, trained))
-                if here != there:
-                    report(f"{section}.{key} is {here!r}, {checkpoint} was trained with {there!r}")
