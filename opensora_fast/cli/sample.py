@@ -30,7 +30,8 @@ def command(
     prompt_path: Annotated[Path | None, typer.Option(help="File with one prompt a line.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames of one loop; 1 is an image.")] = None,
     image_size: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="H W", help="Height and width in pixels.")
+        tuple[int, int] | None,
+        typer.Option(metavar="H W", help="Height and width in pixels; multiples of 8, or those below are made."),
     ] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second that the model is told.")] = None,
     reference_path: Annotated[

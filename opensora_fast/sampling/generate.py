@@ -38,7 +38,8 @@ class SampleSettings:
 
     Attributes:
         num_frames: frames of one loop; 1 is an image.
-        image_size: (height, width) in pixels.
+        image_size: (height, width) in pixels, of which whole latent pixels are made, as by Open-Sora: with latents of
+            8 x 8 pixels 240 x 426 becomes 240 x 424. The model is told this size.
         fps: frames per second that the model is told (images are told 120).
         frame_interval: the video is played at fps / frame_interval.
         loop: number of loops; each goes on from the last frames of the one before.

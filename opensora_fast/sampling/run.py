@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from opensora_fast.config import SampleConfig
 from opensora_fast.cpu_threads import cpu_threads
+from opensora_fast.data.reporting import print_line
 from opensora_fast.diffusion.dpm_solver import NO_GIVEN_FRAMES
 from opensora_fast.out_of_memory import naming_out_of_memory
 from opensora_fast.parallel.join import join_processes, read_place
@@ -60,6 +61,8 @@ def run_sampling(config: SampleConfig, device: str | None = None) -> Iterator[Pa
         with explain_weights_out_of_memory(config):
             generator = build_generator(config, processes.device)
         generator.model.share_frames(processes.sequence)
+        if processes.rank == 0 and (note := describe_other_size(config, generator.video_encoder.patch_size)):
+            print_line(f"note: {note}")
         written: set[str] = set()
         with explain_out_of_memory(config, min(config.batch_size, len(tasks)), together):
             for sample in generator.stream(prompts, references, strategies, progress=processes.rank == 0):
@@ -96,6 +99,18 @@ def explain_out_of_memory(config: SampleConfig, videos: int, together: int) -> A
     what = "1 video" if videos == 1 else f"{videos} videos at a time, each"
     return naming_out_of_memory(
         f"with {what} of {config.num_frames} frames of {height} x {width}: {', or '.join(fixes)}"
+    )
+
+
+def describe_other_size(config: SampleConfig, patch_size: tuple[int, int, int]) -> str | None:
+    """What to say where image_size is not one of whole latent pixels; None where it is."""
+    height, width = (size - size % patch for size, patch in zip(config.image_size, patch_size[1:], strict=True))
+    if (height, width) == config.image_size:
+        return None
+    asked, pixel = (" x ".join(map(str, size)) for size in (config.image_size, patch_size[1:]))
+    return (
+        f"image_size {asked} is made as {height} x {width}, of whole latent pixels of {pixel}; the model is told "
+        f"{asked}, as by Open-Sora"
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from opensora_fast import STDiT2, STDiT2Config
 from opensora_fast.cli import run
 from opensora_fast.config import SampleConfig
+from opensora_fast.data.probe import probe_media
 from opensora_fast.data.video_files import read_reference, save_image
 from opensora_fast.encoders.linear_autoencoder import LinearAutoencoder
 from opensora_fast.sampling import Sample, build
@@ -84,6 +85,17 @@ def test_every_option_reaches_the_sampler(folder, tmp_path, capsys):
     assert "12/12 steps" in captured.err  # 2 samples of 2 loops of 3 steps
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x_0-0.mp4", "x_0-1.mp4"]
     assert read_reference(tmp_path / "x_0-0.mp4", (16, 32)).shape == (3, 7, 16, 32)
+
+
+def test_a_size_that_is_not_made_of_whole_latent_pixels_is_noted_and_made_as_by_open_sora(folder, tmp_path, capsys):
+    arguments = ("--prompt", "a cat", "--num-frames", "1", "--save-dir", str(tmp_path))
+    assert sample(folder, *arguments, "--image-size", "33", "54") == 0
+    note = "note: image_size 33 x 54 is made as 32 x 48, of whole latent pixels of 8 x 8; the model is told 33 x 54"
+    assert capsys.readouterr().err.count(note) == 1
+    assert probe_media(tmp_path / "sample_0.png", "header").height == 32
+    assert probe_media(tmp_path / "sample_0.png", "header").width == 48
+    assert sample(folder, *arguments) == 0
+    assert "note" not in capsys.readouterr().err
 
 
 def test_one_frame_becomes_a_png(folder, tmp_path):
