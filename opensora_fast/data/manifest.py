@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -123,10 +124,12 @@ def read_table(path: str | Path, needed: Sequence[str] = COLUMNS) -> pd.DataFram
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; `opensora-fast data probe {path} --out META` makes a manifest of it")
+        command = f"opensora-fast data probe {quote(str(path))} --out META"
+        raise ValueError(f"{path} is a folder; `{command}` makes a manifest of it")
     check_ending(path)
     if not path.is_file():
-        raise ValueError(f"manifest {path} does not exist; `opensora-fast data probe FOLDER --out {path}` makes one")
+        command = f"opensora-fast data probe FOLDER --out {quote(str(path))}"
+        raise ValueError(f"manifest {path} does not exist; `{command}` makes one")
     table = _read_csv(path) if path.suffix.lower() == ".csv" else _read_parquet(path)
     missing = [name for name in needed if name not in table.columns]
     if missing:
@@ -136,7 +139,7 @@ def read_table(path: str | Path, needed: Sequence[str] = COLUMNS) -> pd.DataFram
             + (
                 "Give every row its path and its caption under these names"
                 if {"path", "text"} & set(missing)
-                else f"`opensora-fast data probe {path} --out NEW.csv` takes what is missing from the files"
+                else f"`opensora-fast data probe {quote(str(path))} --out NEW.csv` takes what is missing from the files"
             )
         )
     if len(table) == 0:
@@ -278,8 +281,9 @@ def _describe_bad_rows(source: str, bad_rows: list[BadRow], total: int) -> str:
     lines += [f"  {bad_row}" for bad_row in bad_rows[:SHOWN_ROWS]]
     if len(bad_rows) > SHOWN_ROWS:
         lines.append(f"  and {len(bad_rows) - SHOWN_ROWS} more")
-    lines.append(f"`opensora-fast data validate {source} --keep GOOD.csv` lists all and writes the good rows")
-    lines.append(f"`opensora-fast data probe {source} --out NEW.csv` takes frames, sizes and fps from the files")
+    file = quote(source)
+    lines.append(f"`opensora-fast data validate {file} --keep GOOD.csv` lists all and writes the good rows")
+    lines.append(f"`opensora-fast data probe {file} --out NEW.csv` takes frames, sizes and fps from the files")
     return "\n".join(lines)
 
 
@@ -305,12 +309,19 @@ def _read_csv(path: Path) -> pd.DataFrame:
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path} is not a well-formed CSV file: {_describe_long_lines(path) or error}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        raise ValueError(f"{path} is not UTF-8 text, save it as that: {error}") from None
+    if len(table.columns) == 1 and table.columns[0] not in COLUMNS:
+        raise ValueError(f"{path} is not a well-formed CSV file: {_describe_one_cell(table.columns[0])}")
     # pandas renames a column that comes twice.
     header = pd.read_csv(path, encoding="utf-8-sig", header=None, nrows=1, dtype=str).iloc[0].tolist()
     if twice := [name for name in COLUMNS if header.count(name) > 1]:
         raise ValueError(f"{path} has more than one column {', '.join(twice)}: keep the one that is meant")
     return table
+
+
+def _describe_one_cell(header: str) -> str:
+    """What is wrong with a CSV file where its header is one cell, which is no name of a column."""
+    return f"its header is one cell, {header!r}: the cells of a line must have commas between them"
 
 
 def _describe_long_lines(path: Path) -> str:
@@ -321,7 +332,7 @@ def _describe_long_lines(path: Path) -> str:
         header = next(reader)
         columns = len(header)
         if columns == 1:
-            return f"its header is one cell, {header[0]!r}: the cells of a line must have commas between them"
+            return _describe_one_cell(header[0])
         line = reader.line_num + 1
         for record in reader:
             if len(record) > columns:

@@ -156,6 +156,9 @@ def test_check_table_does_not_change_its_argument():
         ),
         ("meta.csv", HEADER.encode() + b"a,x,y,20,480,640,24\n" * 12, "line 11 has 7 and 2 more.*double quotes"),
         ("meta.csv", b"path;text\na;x, y, z\n", "its header is one cell, 'path;text': the cells .* must have commas"),
+        ("meta.csv", b"path;text\na;x\n", "its header is one cell, 'path;text': the cells .* must have commas"),
+        ("meta.csv", b"path\na\n", "lacks the columns text, num_frames"),
+        ("meta.csv", HEADER.encode("utf-16"), "not UTF-8 text, save it as that"),
         ("meta.csv", HEADER.encode() + b'a,"x,20,480,640,24\n', "EOF inside string"),
         ("meta.csv", HEADER.encode() + b"a.mp4,\xff\xfe,20,480,640,24\n", "not UTF-8"),
         ("meta.parquet", b"PAR1 not really", "not a readable Parquet"),
@@ -173,6 +176,23 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
 def test_missing_file_says_how_to_make_one(tmp_path):
     with pytest.raises(ValueError, match="does not exist.*data probe"):
         read_table(tmp_path / "meta.csv")
+
+
+def test_commands_that_are_named_can_be_pasted(tmp_path):
+    folder = tmp_path / "my clips"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=f"data probe '{folder}' --out META"):
+        read_table(folder)
+    for text, command in (
+        (HEADER + "a.mp4,x,0,480,640,24\n", "validate {} --keep"),
+        ("path,text\na,b\n", "probe {} --out"),
+        (None, "--out {}`"),
+    ):
+        (folder / "meta.csv").unlink(missing_ok=True)
+        if text is not None:
+            (folder / "meta.csv").write_text(text)
+        with pytest.raises(ValueError, match=command.format(f"'{folder / 'meta.csv'}'")):
+            Manifest.read(folder / "meta.csv")
 
 
 def test_a_folder_is_no_manifest(tmp_path):
