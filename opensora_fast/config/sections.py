@@ -2,9 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from opensora_fast.suggest import suggest
 
@@ -25,6 +34,16 @@ class Section(BaseModel):
     """A dictionary of a configuration file with declared keys."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_switch_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """True would be read as 1: `cuda_graph_tokens=True` as graphs of one token."""
+        annotation = cls.model_fields[info.field_name].annotation
+        types = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and bool not in types and types & {int, float}:
+            raise ValueError("write a number, this is no switch")
+        return value
 
 
 DIFFUSION_KEYS = (

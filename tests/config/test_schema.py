@@ -182,6 +182,15 @@ def test_vae_dtype_and_builder_keys(train_file):
         ("dataset.num_frames=16", r"dataset\.num_frames: must be None"),
         ("dataset.transform_name=center", r"dataset\.transform_name: only 'resize_crop'"),
         ("dataset=3", r"dataset: .*dictionary"),
+        # pydantic takes True for 1, and this for graphs of one token
+        (
+            "cuda_graph_tokens=True",
+            r"command line: cuda_graph_tokens: write a number, this is no switch \(given: True\)",
+        ),
+        ("steps=False", r"steps: write a number"),
+        ("lr=True", r"lr: write a number"),
+        ("grad_clip=False", r"grad_clip: write a number"),
+        ("vae.micro_batch_size=True", r"vae\.micro_batch_size: write a number"),
         ("grad_checkpoint=-1", r"grad_checkpoint: write True"),
         ("grad_checkpoint=half", r"grad_checkpoint: write True .*'half'"),
         (
