@@ -79,8 +79,10 @@ class Results:
         """Reads a results folder.
 
         Raises:
-            ValueError: there is no row in it, or rows of several devices, or a broken file.
+            ValueError: it is no folder, there is no row in it, or rows of several devices, or a broken file.
         """
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file; give the folder that holds it")
         rows = read_folder(folder) if folder.is_dir() else []
         if not rows:
             raise ValueError(f"{folder}: holds no benchmark rows; `opensora-fast bench --out {folder}` measures some")

@@ -12,7 +12,9 @@ MULTIPLE_VALUES = ("--only", "--report")
 
 def command(
     out: Annotated[Path | None, typer.Option(help="Folder for the rows; finished rows in it are kept.")] = None,
-    suite: Annotated[str, typer.Option(help="all, push, kernels, step, loader or convergence.")] = "all",
+    suite: Annotated[
+        str | None, typer.Option(help="all, push, kernels, step, loader or convergence; default: all.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     budget: Annotated[
         str | None, typer.Option(help="Time for everything, such as 9m; the most valuable rows come first.")
@@ -39,8 +41,13 @@ def command(
     report: Annotated[
         list[Path] | None, typer.Option(help="Write report.html from the rows of these folders; measure nothing.")
     ] = None,
-    relative: Annotated[float, typer.Option(help="With --compare: slower by more than this share …")] = 0.05,
-    absolute_ms: Annotated[float, typer.Option(help="… and by more than so many milliseconds is a regression.")] = 0.01,
+    relative: Annotated[
+        float | None, typer.Option(help="With --compare: slower by more than this share (default: 0.05) …")
+    ] = None,
+    absolute_ms: Annotated[
+        float | None,
+        typer.Option(help="… and by more than so many milliseconds (default: 0.01) is a regression."),
+    ] = None,
 ) -> None:
     """Benchmark every implementation on the same work: ops, blocks, training steps, sampling, decoding.
 
@@ -53,6 +60,7 @@ def command(
     if compare or report:
         of_runs = {
             "--out": out,
+            "--suite": suite,
             "--device": device,
             "--budget": budget,
             "--providers": providers,
@@ -67,8 +75,14 @@ def command(
             raise ValueError(
                 f"--compare and --report measure nothing and name their folders themselves; leave out {given}"
             )
+    thresholds = {
+        name: value for name, value in (("relative", relative), ("absolute_ms", absolute_ms)) if value is not None
+    }
+    if thresholds and compare is None:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in thresholds)
+        raise ValueError(f"only --compare takes {given}: add it, or leave that out")
     if compare is not None:
-        _compare(*compare, relative, absolute_ms)
+        _compare(*compare, thresholds)
         return
     if report:
         for folder in report:
@@ -90,6 +104,7 @@ def command(
         raise ValueError("--only '': give words of the cases, or leave the option out")
     names = parse_names("--providers", providers)
     chosen = find_gpu(gpu) if gpu else None
+    suite = suite or "all"
     cases = list_cases(suite, device, names, words, chosen)
     if show:
         from opensora_fast.benchmarks.report.summary import format_plan
@@ -141,12 +156,11 @@ def _measure(
     )
     with hold_folder(out, typer.echo):
         code = supervise(plan)
-    if code == INTERRUPTED and deadline is not None and time.time() >= deadline:
-        typer.echo(
-            "opensora-fast: error: --budget was over while the process that measures was loading, or stuck; run again "
-            "with the same --out to go on, or with a longer --budget",
-            err=True,
-        )
+    if code == INTERRUPTED:
+        over = deadline is not None and time.time() >= deadline
+        why = "--budget was over while the process that measures was loading, or stuck" if over else "stopped"
+        fix = ", or with a longer --budget" if over else ""
+        typer.echo(f"opensora-fast: error: {why}; run again with the same --out to go on{fix}", err=True)
     if code not in (DONE, ERROR, WRONG, INTERRUPTED):
         typer.echo(
             f"opensora-fast: error: the process that measures died before it came to anything new (exit code {code}); "
@@ -167,10 +181,10 @@ def _write_report(folder: Path) -> None:
     typer.echo(f"report: {write_report(folder)}")
 
 
-def _compare(before: Path, after: Path, relative: float, absolute_ms: float) -> None:
+def _compare(before: Path, after: Path, thresholds: dict[str, float]) -> None:
     from opensora_fast.benchmarks.report.compare import Thresholds, compare
 
-    comparison = compare(before, after, Thresholds(relative, absolute_ms))
+    comparison = compare(before, after, Thresholds(**thresholds))
     typer.echo(str(comparison))
     if comparison.regressions:
         raise typer.Exit(1)

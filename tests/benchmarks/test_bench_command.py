@@ -22,6 +22,8 @@ from opensora_fast.cli import run
         (["--compare", "a", "b", "--report", "c"], "--compare and --report each do one thing"),
         (["--report", "a", "--out", "x"], "name their folders themselves; leave out --out, --device"),
         (["--compare", "a", "b", "--only", "spatial"], "measure nothing and name their folders themselves; leave out"),
+        (["--report", "a", "--suite", "push"], "name their folders themselves; leave out --suite, --device"),
+        (["--out", "x", "--relative", "0.1"], "only --compare takes --relative: add it, or leave that out"),
         (["--out", "x", "--suite", "everything"], "suite 'everything' is unknown; choose one of all, push, kernels"),
         (["--out", "x", "--providers", "flash-attn-9"], "provider 'flash-attn-9' is unknown in this suite"),
         (["--out", "x", "--providers", ""], "--providers '': write names with commas between them, or leave"),
@@ -95,6 +97,7 @@ def test_one_row_can_be_run_stopped_and_run_again(tmp_path, monkeypatch, capfd):
     assert process.returncode == 130, errors
     rows = read_folder(out)
     assert len(rows) >= 3 and f"rows: {out}" in output and "Traceback" not in errors
+    assert "opensora-fast: error: stopped; run again with the same --out to go on\n" in errors
 
     assert run([*words, "--only", "spatial_attention", "240p×1"]) == 0
     output = capfd.readouterr().out

@@ -417,6 +417,8 @@ def test_the_command_writes_reports_without_measuring(tmp_path, capsys):
     assert all((folder / "report.html").stat().st_size > 5000 for folder in folders)
     assert run(["bench", "--report", str(tmp_path / "none")]) == 1
     assert "holds no benchmark rows; `opensora-fast bench --out" in capsys.readouterr().err
+    assert run(["bench", "--report", str(next(folders[0].glob("*.csv")))]) == 1
+    assert ".csv is a file; give the folder that holds it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
