@@ -49,6 +49,15 @@ def locate_pretrained(
     download is announced on stderr with its size. Every failure is a ValueError with the fix.
     """
     setting = setting or f"{owner}.from_pretrained"
+    folder = find_folder(setting, source, needs, example)
+    if folder is not None:
+        return folder
+    return _from_hub(owner, setting, str(source), needs, cache_dir, local_files_only)
+
+
+def find_folder(setting: str, source: str | Path | None, needs: tuple[Need, ...], example: str) -> Path | None:
+    """What `locate_pretrained` takes of a source on this machine; None where it can only be a hub id. ValueError as
+    there."""
     if not source:
         raise ValueError(f"{setting} is missing: give a local folder, or a hub id such as {example!r}")
     path = Path(source).expanduser()
@@ -64,7 +73,7 @@ def locate_pretrained(
             f"{setting}: there is no folder {path}; put the files of {example} there, or give another "
             f"folder or a hub id"
         )
-    return _from_hub(owner, setting, str(source), needs, cache_dir, local_files_only)
+    return None
 
 
 def find_local(source: str | Path, needs: tuple[Need, ...], cache_dir: str | Path | None) -> Path | None:

@@ -9,6 +9,7 @@ import torch
 from opensora_fast.config import LoadedConfig, TrainConfig, format_values
 from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.device import check_device_name
+from opensora_fast.encoders import refuse_missing_weights
 from opensora_fast.parallel.join import count_replicas, read_place
 from opensora_fast.train.checkpoints.start import check_changes, choose_start, find_fitted, refuse_checkpoint
 from opensora_fast.train.checkpoints.state import read_position, refuse_other_data
@@ -43,7 +44,7 @@ def print_plan(
     Raises:
         ValueError: what would also stop the run: what `check_run` refuses, a device of an unknown name, broken
             buckets, a broken table, entries that give no batch, a run or weights to start from that cannot be, features
-            of something else.
+            of something else, encoders that are not there.
     """
     place = read_place(os.environ)
     if place.rank != 0:
@@ -73,14 +74,17 @@ def _explain(
     if start.resume is not None:
         check_changes(start.resume, config, data, world_size, replicas, print)
     fitted = find_fitted(start, out) if needs_fit(config) else None
-    if config.features is not None:
-        index = find_features(config, data, fitted, print)
-        if index is None or not index.complete:
-            print(f"features: not all are in {config.features} yet; the run would make them first")
-            return data.explanation.to_text()
+    index = None if config.features is None else find_features(config, data, fitted, print)
+    if index is not None and index.complete:
         data = sample_features(config, data, index)
         if start.resume is not None:
             refuse_other_data(start.resume, read_position(start.resume), data.get_fingerprint())
+        return data.explanation.to_text()
+    if config.features is not None:
+        print(f"features: not all are in {config.features} yet; the run would make them first")
+    if not needs_fit(config):
+        refuse_missing_weights(config.vae.get_keys())
+    refuse_missing_weights(config.text_encoder.get_keys())
     return data.explanation.to_text()
 
 

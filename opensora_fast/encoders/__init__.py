@@ -27,6 +27,7 @@ __all__ = [
     "choose_text_dtype",
     "fingerprint_weights",
     "get_model_keys",
+    "refuse_missing_weights",
 ]
 
 
@@ -124,6 +125,15 @@ def build_text_encoder(
         ValueError: unknown type or key, or weights that are not there.
     """
     return _build("text_encoder", config, TEXT_ENCODERS, device, dtype)
+
+
+def refuse_missing_weights(config: dict[str, Any]) -> None:
+    """ValueError where the encoder of a configuration (as the builders take it) is read from files that are not there.
+    A hub is not asked."""
+    module_name, _ = (VIDEO_ENCODERS | TEXT_ENCODERS)[config["type"]]
+    module = importlib.import_module(f"{__name__}.{module_name}")
+    if hasattr(module, "find_weights"):
+        module.find_weights(config.get("from_pretrained"))
 
 
 def fingerprint_weights(config: dict[str, Any]) -> str | None:

@@ -28,6 +28,24 @@ NEEDS = (Need("its configuration", (CONFIG_NAME,)), Need("its weights", (WEIGHTS
 MIN_VARIANCE = 1e-6
 
 
+def find_weights(source: str | Path | None) -> Path:
+    """The folder that `LinearAutoencoder.save_pretrained` wrote. ValueError if there is none."""
+    if not source:
+        raise ValueError(
+            "vae.from_pretrained is missing: a linear autoencoder is fitted on the data. `sample --ckpt-path RUN` "
+            "takes that of a run of `train`; or fit one with LinearAutoencoder.fit(clips).save_pretrained(folder) "
+            "and give that folder"
+        )
+    folder = Path(source).expanduser()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"vae.from_pretrained: {folder / name} is missing; give a folder that "
+                f"LinearAutoencoder.save_pretrained wrote"
+            )
+    return folder
+
+
 class LinearAutoencoder:
     """latent = (patch - mean) · components / std; decoding is the inverse within the 4 components.
 
@@ -111,19 +129,7 @@ class LinearAutoencoder:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if not from_pretrained:
-            raise ValueError(
-                "vae.from_pretrained is missing: a linear autoencoder is fitted on the data. `sample --ckpt-path RUN` "
-                "takes that of a run of `train`; or fit one with LinearAutoencoder.fit(clips).save_pretrained(folder) "
-                "and give that folder"
-            )
-        folder = Path(from_pretrained).expanduser()
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"vae.from_pretrained: {folder / name} is missing; give a folder that "
-                    f"LinearAutoencoder.save_pretrained wrote"
-                )
+        folder = find_weights(from_pretrained)
         try:
             explained_variance = float(json.loads((folder / CONFIG_NAME).read_text())["explained_variance"])
             tensors = load_file(folder / WEIGHTS_NAME)

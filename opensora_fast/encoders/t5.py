@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_fast.device import send
-from opensora_fast.pretrained import Need, load_completely, locate_pretrained
+from opensora_fast.pretrained import Need, find_folder, load_completely, locate_pretrained
 
 from .captions import clean_caption
 
@@ -26,6 +26,11 @@ NEEDS = (
     Need("its weights", ("model*.safetensors", "pytorch_model*.bin")),
     Need("its tokenizer", ("spiece.model", "tokenizer.json")),
 )
+
+
+def find_weights(source: str | Path | None) -> Path | None:
+    """The folder on this machine; None where it can only be a hub id. ValueError if there is none, or files lack."""
+    return find_folder("text_encoder.from_pretrained", source, NEEDS, EXAMPLE)
 
 
 class T5Encoder:

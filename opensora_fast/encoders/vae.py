@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from opensora_fast.pretrained import Need, load_completely, locate_pretrained
+from opensora_fast.pretrained import Need, find_folder, load_completely, locate_pretrained
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -21,6 +21,11 @@ NEEDS = (
     Need("its configuration", ("config.json",)),
     Need("its weights", ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.bin")),
 )
+
+
+def find_weights(source: str | Path | None) -> Path | None:
+    """The folder on this machine; None where it can only be a hub id. ValueError if there is none, or files lack."""
+    return find_folder("vae.from_pretrained", source, NEEDS, EXAMPLE)
 
 
 class VideoAutoencoderKL(nn.Module):

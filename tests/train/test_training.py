@@ -420,9 +420,25 @@ def test_mistakes_are_one_message_and_leave_no_folder(train, tmp_path, more, mes
         assert not (out / "checkpoints").exists() and not (out / "metrics.jsonl").exists()
 
 
-def test_an_autoencoder_that_is_not_there_is_one_message(train, tmp_path):
-    code, _, error = train(tmp_path / "run", "--steps", 2, "vae.from_pretrained=/nowhere/vae")
-    assert code == 1 and "/nowhere/vae" in error and "unexpected" not in error
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["vae.from_pretrained=/nowhere/vae"], "/nowhere/vae"),
+        (["vae.from_pretrained=nowhere"], "nowhere/"),
+        (["vae=dict(type='VideoAutoencoderKL', from_pretrained='./nowhere')"], "there is no folder nowhere; put"),
+        (["vae=dict(type='VideoAutoencoderKL')"], "vae.from_pretrained is missing"),
+        (["text_encoder=dict(type='t5', from_pretrained='{config}')"], "tiny.py is a file; give the folder"),
+        (["text_encoder=dict(type='t5')"], "text_encoder.from_pretrained is missing"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_encoders_that_are_not_there_are_one_message(train, tmp_path, config, more, message):
+    more = [text.format(config=config) for text in more]
+    code, _, told = train(tmp_path / "run", "--steps", 2, *more, "--dry-run")
+    assert code == 1 and message in told and "unexpected" not in told
+    assert not (tmp_path / "run").exists()
+    code, _, error = train(tmp_path / "run", "--steps", 2, *more)
+    assert code == 1 and told in error
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
