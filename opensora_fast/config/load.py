@@ -16,6 +16,8 @@ from opensora_fast.suggest import suggest
 
 ConfigT = TypeVar("ConfigT", TrainConfig, SampleConfig)
 OPTION = "command line"
+# What tells the two kinds of files apart.
+TRAINING_KEYS, SAMPLING_KEY = {"dataset", "bucket_config"}, "image_size"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def load_train_config(
 ) -> LoadedConfig[TrainConfig]:
     """Read a training configuration; see `load_config`."""
     file = read_config_file(path)
-    if not _is_for_training(file) and "image_size" in file.values:
+    if not _is_for_training(file) and SAMPLING_KEY in file.values:
         raise ValueError(
             f"{path} is a configuration for sampling (`opensora-fast sample`), not for training: give one for that, "
             "such as the shipped stage1"
@@ -65,13 +67,19 @@ def load_sample_config(
 
 
 def load_any_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig[Any]:
-    """Read a configuration of either kind."""
+    """Read a configuration of either kind. ValueError also where a file is of neither."""
     file = read_config_file(path)
+    given = set(file.values) | {text.partition("=")[0].partition(".")[0] for text in overrides}
+    if not given & {*TRAINING_KEYS, SAMPLING_KEY}:
+        raise ValueError(
+            f"{path} has neither bucket_config, which a configuration for training needs, nor {SAMPLING_KEY}, which "
+            "one for sampling needs"
+        )
     return load_config(TrainConfig if _is_for_training(file) else SampleConfig, file, overrides)
 
 
 def _is_for_training(file: ConfigFile) -> bool:
-    return bool({"dataset", "bucket_config"} & set(file.values))
+    return bool(TRAINING_KEYS & set(file.values))
 
 
 def load_config(

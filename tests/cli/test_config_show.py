@@ -35,6 +35,17 @@ def test_a_folder_of_the_same_name_does_not_hide_a_shipped_configuration(capsys,
     assert "mine is a folder" in capsys.readouterr().err
 
 
+def test_a_file_that_is_of_neither_kind_says_what_either_needs(capsys, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("lr = 1e-4\n")
+    assert run(["config", "show", str(path)]) == 1
+    assert f"{path} has neither bucket_config, which a configuration for training needs, nor image_size" in (
+        capsys.readouterr().err
+    )
+    assert run(["train", str(path), "--dry-run"]) == 1
+    assert f"{path}: bucket_config: is missing" in capsys.readouterr().err
+
+
 def test_mistakes(capsys, tmp_path):
     assert run(["config", "show", "stage1", "modle.depth=3"]) == 1
     assert "modle: unknown key; did you mean 'model'?" in capsys.readouterr().err
