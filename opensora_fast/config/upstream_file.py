@@ -55,12 +55,21 @@ def parse_literal(text: str) -> Any:
 
 def _read_json(path: Path, text: str) -> ConfigFile:
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=lambda pairs: _make_object(path, pairs))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold one JSON object, not {type(values).__name__}")
     return ConfigFile(path, values, {})
+
+
+def _make_object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:  # Python's reader would take the last
+            raise ValueError(f"{path}: {name!r} is given twice in one object; keep one of them")
+        values[name] = value
+    return values
 
 
 def _read_python(path: Path, text: str) -> ConfigFile:

@@ -122,6 +122,8 @@ def test_json(tmp_path):
         read_config_file(write(tmp_path, "{", "c.json"))
     with pytest.raises(ValueError, match="one JSON object"):
         read_config_file(write(tmp_path, "[1]", "c.json"))
+    with pytest.raises(ValueError, match=r"c\.json: 'b' is given twice in one object; keep one of them"):
+        read_config_file(write(tmp_path, '{"a": {"b": 1, "b": 2}}', "c.json"))
 
 
 @pytest.mark.parametrize(("name", "text"), [("config.py", "a = 1\r\n"), ("config.json", '{"a": 1}')])
