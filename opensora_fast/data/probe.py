@@ -230,6 +230,8 @@ def probe_table(
 
     source, out = Path(source), Path(out)
     check_target(out)
+    if source.suffix.lower() in VIDEO_EXTENSIONS | IMAGE_EXTENSIONS:
+        raise ValueError(f"{source} is a video or image: give the folder that holds it, or a table that names it")
     table = read_table(source, needed=("path", "text")).reset_index(drop=True)
     names = list(to_text(table["path"]))
     home = out.parent.resolve()

@@ -258,6 +258,9 @@ def test_nothing_is_written_when_nothing_can_be_read(tmp_path):
         probe_folder(tmp_path, out)
     with pytest.raises(ValueError, match="must end in"):
         probe_folder(tmp_path, tmp_path / "meta.txt")
+    clip = write_video(tmp_path / "clip.mp4", frames=2)
+    with pytest.raises(ValueError, match="clip.mp4 is a video or image: give the folder that holds it"):
+        probe_table(clip, out)
     assert not out.exists()
 
 
