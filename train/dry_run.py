@@ -11,7 +11,7 @@ from opensora_fast.data.buckets.bucket import Bucket
 from opensora_fast.device import check_device_name
 from opensora_fast.encoders import refuse_missing_weights
 from opensora_fast.parallel.join import count_replicas, read_place
-from opensora_fast.train.checkpoints.start import check_changes, choose_start, find_fitted, refuse_checkpoint
+from opensora_fast.train.checkpoints.start import check_changes, choose_start, find_fitted, refuse_other_place
 from opensora_fast.train.checkpoints.state import read_position, refuse_other_data
 from opensora_fast.train.checks import check_run
 from opensora_fast.train.inputs.data import read_data
@@ -65,7 +65,7 @@ def _explain(
     config: TrainConfig, out: Path, resume: str | None, init_from: str | None, world_size: int, replicas: int
 ) -> str:
     """What falls into the buckets, after all that `train` looks at before it writes, in its own words."""
-    refuse_checkpoint(out)
+    refuse_other_place(out)
     start = choose_start(config, out, resume, init_from, print)
     if config.dataset.data_path is None:
         unknown = "no table of clips is given (--data-path META), so what falls into the buckets is not known"

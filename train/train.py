@@ -28,7 +28,7 @@ from opensora_fast.train.checkpoints.start import (
     check_changes,
     find_fitted,
     load_initial_weights,
-    refuse_checkpoint,
+    refuse_other_place,
 )
 from opensora_fast.train.checkpoints.state import Position, load_weights
 from opensora_fast.train.checkpoints.state import resume as resume_state
@@ -206,7 +206,7 @@ def _prepare_folder(
     report: Callable[[str], None],
 ) -> Start:
     """Make the run's folder, hold it until `held` is closed, and find where to start from. ValueError as of `train`."""
-    refuse_checkpoint(out)
+    refuse_other_place(out)
     # Before its checkpoints are looked at: another run that writes there would change them meanwhile.
     if held_before := processes.rank == 0 and out.is_dir():
         held.enter_context(hold_folder(out, report))

@@ -475,6 +475,7 @@ def test_dry_run_refuses_the_start_that_the_run_would_and_changes_nothing(train,
     for out, more, message in (
         (run, [], "holds a run already: add --resume auto"),
         (checkpoint, [], "is a checkpoint, in which a run would spoil it"),
+        (run / "metrics.jsonl", [], "metrics.jsonl is a file: give a folder"),
         (run, ["--resume", "auto", "seed=7"], "was written with seed=42, and it is now 7"),
         (run, ["--resume", "auto", "drop_last=False"], "was written with another table of clips"),
         (tmp_path / "new", ["--resume", run, f"features={tmp_path / 'f'}"], "was written with clips, not features"),

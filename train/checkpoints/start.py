@@ -46,8 +46,10 @@ class Start:
         return find_whole(Path(self.weights))
 
 
-def refuse_checkpoint(out: Path) -> None:
-    """ValueError where the folder of a run would be a checkpoint: even the lock would be a file too many in it."""
+def refuse_other_place(out: Path) -> None:
+    """ValueError where the folder of a run would be a file, or a checkpoint: even the lock is a file too many there."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
     if (out / COMPLETE).exists():
         raise ValueError(f"{out} is a checkpoint, in which a run would spoil it: give another --out")
 
