@@ -89,6 +89,6 @@ def validate(
             print(f"remark: {remark}")
         print(f"{meta}: {len(validation.table)} rows, {len(validation.bad_rows)} bad")
     if keep is not None:
-        validation.write_good_rows(keep)
+        typer.echo(f"{keep}: {validation.write_good_rows(keep)} good rows written", err=True)
     if validation.bad_rows:
         raise typer.Exit(1)

@@ -36,8 +36,8 @@ class Validation:
     bad_rows: list[BadRow]
     remarks: list[str]
 
-    def write_good_rows(self, path: str | Path) -> None:
-        """Write a manifest without the bad rows, whose relative paths lead to the same files.
+    def write_good_rows(self, path: str | Path) -> int:
+        """Write a manifest without the bad rows, whose relative paths lead to the same files; returns how many are left.
 
         Raises:
             ValueError: no row is good, or the ending is not that of a manifest.
@@ -50,6 +50,7 @@ class Validation:
             start = path.parent.resolve()
             good["path"] = [_rebase(old, self.folder.resolve(), start) for old in good["path"]]
         write_table(good, path)
+        return len(good)
 
 
 def validate_manifest(path: str | Path, *, check: Check = "files", workers: int | None = None) -> Validation:

@@ -71,9 +71,10 @@ def test_table_only_opens_no_file(meta):
     assert [bad_row.row for bad_row in validate_manifest(meta, check="table").bad_rows] == [3]
 
 
-def test_good_rows_can_be_kept_elsewhere(meta, tmp_path):
+def test_good_rows_can_be_kept_elsewhere(meta, tmp_path, capsys):
     kept = tmp_path / "sub" / "good.parquet"
     assert run(["data", "validate", str(meta), "--keep", str(kept), "--deep"]) == 1
+    assert f"{kept}: 3 good rows written" in capsys.readouterr().err
     assert run(["data", "validate", str(kept), "--deep"]) == 0
     manifest = Manifest.read(kept)
     assert manifest.table["text"].tolist() == ["a caption\nover two lines", "", "j"]
