@@ -37,7 +37,7 @@ class Validation:
     remarks: list[str]
 
     def write_good_rows(self, path: str | Path) -> int:
-        """Write a manifest without the bad rows, whose relative paths lead to the same files; returns how many are left.
+        """Write a manifest without the bad rows, whose relative paths lead to the same files; returns how many stay.
 
         Raises:
             ValueError: no row is good, or the ending is not that of a manifest.
