@@ -340,8 +340,6 @@ class IDDPM:
         count = len(prompts)
         if z.shape[0] != count:
             raise ValueError(f"z has {z.shape[0]} rows for {count} prompts; give one row for each prompt")
-        if mask is not None and mask.shape != (count, z.shape[2]):
-            raise ValueError(f"mask must have shape {(count, z.shape[2])} (prompts, frames), got {tuple(mask.shape)}")
         x = z.to(device=device, dtype=torch.promote_types(z.dtype, torch.float32))
         mask = None if mask is None else mask.to(x.device)
         model_kwargs = encode_with_unconditional(text_encoder, model, prompts, x.device) | (additional_args or {})

@@ -49,8 +49,8 @@ def choose_timesteps(steps: int, respacing: str | Sequence[int]) -> list[int]:
 
     The steps are cut into as many sections of (nearly) equal length as there are counts, and each section keeps its
     count of them, evenly spread from its first to its last step ("100", "10,20" or [10, 20]). "ddimN" keeps every k-th
-    step, for the k that leaves exactly N (Song et al. 2020, arXiv:2010.02502). A count of 1 keeps the first, that is
-    the least noisy, step of its section.
+    step, for the smallest k that leaves exactly N (Song et al. 2020, arXiv:2010.02502). A count of 1 keeps the first,
+    that is the least noisy, step of its section.
 
     Raises:
         ValueError: a malformed string, a count below 0, a section that is too short, or an N that no stride gives.
@@ -185,7 +185,5 @@ class Schedule:
     def _table(self, name: str, device: torch.device) -> Tensor:
         key = (name, device)
         if key not in self._on_device:
-            # A copy made under inference_mode could not be used in training later.
-            with torch.inference_mode(False):
-                self._on_device[key] = torch.as_tensor(getattr(self, name), device=device)
+            self._on_device[key] = torch.as_tensor(getattr(self, name), device=device)
         return self._on_device[key]

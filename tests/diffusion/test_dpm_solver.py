@@ -84,5 +84,7 @@ def test_given_frames_and_too_few_steps_are_refused():
     with pytest.raises(ValueError, match='use scheduler type "iddpm"'):
         DPMSolver(3).sample(*arguments, mask=torch.tensor([[1.0, 0.0]]))
     DPMSolver(3).sample(*arguments, mask=torch.ones(1, 2), progress=False)
+    with pytest.raises(ValueError, match="z has 1 rows for 0 prompts"):
+        DPMSolver(3).sample(*arguments[:3], [], "cpu")
     with pytest.raises(ValueError, match="at least 2"):
         DPMSolver(1)

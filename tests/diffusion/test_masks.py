@@ -102,6 +102,7 @@ def test_masks_come_from_the_generator():
         ({"mask_no": 1.5, "mask_image_head": -0.5}, "mask_ratios: mask_no is 1.5; a ratio is a number from 0 to 1"),
         ({"mask_no": float("nan")}, "mask_no"),
         ({"mask_no": "1"}, "mask_no"),
+        ({"mask_no": True}, "mask_no"),
         ({"mask_no": 0.7, "mask_image_head": 0.2}, "sum to 0.9; they must sum to 1"),
         ({}, "sum to 0; they must sum to 1"),
     ],

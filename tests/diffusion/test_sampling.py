@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from opensora_fast.diffusion import IDDPM
-from opensora_fast.diffusion.guidance import GuidedModel
+from opensora_fast.diffusion import IDDPM, DPMSolver
+from opensora_fast.diffusion.guidance import GuidedModel, each_step, encode_with_unconditional
 from opensora_fast.diffusion.noise import draw_noise_like
 from opensora_fast.progress import Progress
 
@@ -181,8 +181,52 @@ def test_the_unconditional_text_is_the_models_where_the_encoder_has_none(toy_mod
         ValueError, match=r"unconditional text has shape \(2, 1, 4, 5\), the encoded prompts \(2, 1, 3, 5\)"
     ):
         IDDPM(num_sampling_steps=1).sample(toy_model, encode_only, z, ["a", "b"], "cpu", progress=False)
+    encoded = encode_with_unconditional(text_encoder, toy_model, ["a", "b"], "cpu")
+    assert torch.equal(encoded["y"][2:], text_encoder.null(2))  # where it has one
     with pytest.raises(ValueError, match="needs an unconditional text"):
         IDDPM(num_sampling_steps=1).sample(ToyModel(), encode_only, z, ["a", "b"], "cpu", progress=False)
+
+
+def test_what_the_text_encoder_gave_decides_the_dtype_and_stays_as_it_is():
+    text_encoder = ToyTextEncoder(2)
+    own = {"y": text_encoder.y.bfloat16(), "mask": torch.ones(2, 3)}
+    text_encoder.encode = lambda prompts: own
+    for _ in range(2):
+        encoded = encode_with_unconditional(text_encoder, None, ["a", "b"], "cpu")
+        assert encoded["y"].dtype == torch.bfloat16 and encoded["y"].shape == (4, 1, 3, 5)
+
+
+def test_noise_is_added_at_every_step_but_the_last(toy_model):
+    diffusion, x, conditioning = IDDPM(num_sampling_steps=3), torch.ones(1, 4, 1, 2, 2), {"y": torch.zeros(1, 1, 1, 1)}
+    for step in (2, 1, 0):
+        t = torch.tensor([step])
+        mean, log_variance = diffusion.p_mean_variance(toy_model, x, t, conditioning)
+        sample = diffusion.p_sample(toy_model, x, t, conditioning, draw_noise=torch.ones_like)
+        torch.testing.assert_close(sample, mean + (log_variance / 2).exp() if step > 0 else mean)
+
+
+def test_the_default_generator_draws_for_every_row_that_the_model_sees():
+    """So that a seed gives the samples of Open-Sora: the second half of the noise is not used."""
+    diffusion, z, text_encoder = IDDPM(num_sampling_steps=3), torch.zeros(2, 4, 1, 2, 2), ToyTextEncoder(2)
+    torch.manual_seed(0)
+    noise = iter([torch.randn(4, *z.shape[1:])[:2] for _ in range(3)])
+    expected, guided = z, GuidedModel(ToyModel(), diffusion.cfg_scale)
+    for step in (2, 1, 0):
+        conditioning = encode_with_unconditional(text_encoder, None, ["a", "b"], "cpu")
+        t = torch.full((2,), step)
+        expected = diffusion.p_sample(guided, expected, t, conditioning, draw_noise=lambda like: next(noise))
+    torch.manual_seed(0)
+    assert torch.equal(diffusion.sample(ToyModel(), text_encoder, z, ["a", "b"], "cpu", progress=False), expected)
+
+
+@pytest.mark.parametrize(("kind", "steps"), [(IDDPM, 1), (DPMSolver, 2)])
+def test_samples_have_no_history_and_the_model_gets_float32(toy_model, kind, steps):
+    toy_model.mix.requires_grad_()
+    z = torch.ones(1, 4, 1, 1, 1, dtype=torch.bfloat16)
+    out = kind(num_sampling_steps=steps).sample(toy_model, ToyTextEncoder(1), z, ["a"], "cpu", progress=False)
+    assert out.shape == (1, 4, 1, 1, 1) and out.dtype == torch.float32 and out.isfinite().all()
+    assert not out.requires_grad
+    assert all(call["x"].dtype == torch.float32 for call in toy_model.calls)
 
 
 def test_unguided_sampling_recovers_the_distribution_of_the_data():
@@ -248,13 +292,6 @@ def test_noise_is_of_the_dtype_and_shape_of_what_it_is_for(dtype):
         assert noise.dtype == dtype and noise.shape == like.shape
 
 
-def test_a_single_step_and_a_half_precision_start_work():
-    out = IDDPM(num_sampling_steps=1).sample(
-        ToyModel(), ToyTextEncoder(1), torch.ones(1, 4, 1, 1, 1, dtype=torch.bfloat16), ["a"], "cpu", progress=False
-    )
-    assert out.shape == (1, 4, 1, 1, 1) and out.dtype == torch.float32 and out.isfinite().all()
-
-
 def test_progress_is_shown_on_standard_error(capsys, toy_model):
     IDDPM(num_sampling_steps=2).sample(toy_model, ToyTextEncoder(1), torch.zeros(1, 4, 1, 1, 1), ["a"], "cpu")
     captured = capsys.readouterr()
@@ -262,12 +299,13 @@ def test_progress_is_shown_on_standard_error(capsys, toy_model):
 
 
 def test_a_running_progress_is_advanced_by_each_step(capsys, toy_model):
-    with Progress("all", total=4, unit="steps") as progress:
+    with Progress("all", total=6, unit="steps") as progress:
         for _ in range(2):
             IDDPM(num_sampling_steps=2).sample(
                 toy_model, ToyTextEncoder(1), torch.zeros(1, 4, 1, 1, 1), ["a"], "cpu", progress=progress
             )
         assert progress.completed == 4
+        assert [progress.completed for _ in each_step(range(2), progress)] == [4, 5]  # a step counts behind its end
     assert "sample" not in capsys.readouterr().err
 
 

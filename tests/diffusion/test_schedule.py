@@ -46,6 +46,7 @@ def test_the_cosine_schedule_follows_its_formula_up_to_the_cap():
         (11, "2,2", [0, 5, 6, 10]),  # the first section takes the odd step
         (10, [2, 0], [0, 4]),
         (10, "ddim5", [0, 2, 4, 6, 8]),
+        (10, "ddim2", [0, 5]),  # as would strides of 6 to 9
         (1000, "ddim50", list(range(0, 1000, 20))),
         (1, "ddim1", [0]),
     ],
@@ -100,6 +101,16 @@ def test_every_number_of_sampling_steps_gives_finite_tables(count):
         assert table.shape == (count,) and table.dtype == torch.float32 and table.isfinite().all(), name
 
 
+def test_a_single_step_has_the_log_variance_of_its_beta():
+    schedule = IDDPM(num_sampling_steps=1).schedule
+    assert torch.equal(schedule.posterior_log_variance_clipped, schedule.log_betas)
+
+
+def test_an_empty_respacing_keeps_all_steps():
+    """As Open-Sora's configurations write it."""
+    assert IDDPM(timestep_respacing="").timestep_map == list(range(1000))
+
+
 def test_respacing_keeps_the_noise_level_of_the_kept_steps():
     full, short = IDDPM().schedule, IDDPM(timestep_respacing="10,20").schedule
     kept = full.alphas_cumprod[short.timestep_map]
@@ -129,9 +140,11 @@ def test_tables_are_those_of_the_formulas():
         torch.testing.assert_close(getattr(schedule, name).double(), values, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_lookup_shapes_a_value_per_video_for_multiplication():
+def test_lookup_shapes_a_value_per_video_for_multiplication_on_its_device():
     schedule = IDDPM().schedule
     t = torch.tensor([999, 0])
+    on_another_device = schedule.lookup("betas", t.to("meta"), torch.zeros(2, 4, device="meta"))
+    assert on_another_device.is_meta
     values = schedule.lookup("betas", t, torch.zeros(2, 4, 3, 5, 6))
     assert values.shape == (2, 1, 1, 1, 1)
     assert torch.equal(values.flatten(), schedule.betas[t])
