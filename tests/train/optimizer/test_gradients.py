@@ -3,10 +3,12 @@
 What several processes make of it is in `test_many_processes.py`.
 """
 
+import weakref
+
 import pytest
 import torch
 from alike_processes import AlikeProcesses
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from toy_steps import MASKS, SHAPES, make_batch, make_model
 
@@ -63,6 +65,7 @@ def test_the_order_is_that_of_backward(recomputed, masks):
 
 
 @settings(max_examples=100)
+@example([[10, 25], [250], [1]], 2)  # two that fill a segment
 @given(st.lists(st.lists(st.integers(0, 20), max_size=3), min_size=1, max_size=9), st.integers(2, 5))
 def test_every_parameter_lies_in_one_segment(shapes, shards):
     shapes = {f"layer{number}.weight": torch.Size(shape) for number, shape in enumerate(shapes)}
@@ -115,6 +118,32 @@ def test_segments_begin_in_their_order_whatever_order_gradients_come_in(monkeypa
             parameters[name].grad = torch.ones_like(parameters[name])
             mean._arrive(number, name, parameters[name])
     assert begun == sizes
+
+
+def test_a_segment_is_kept_until_it_has_been_averaged(monkeypatch):
+    """Another stream reads it meanwhile."""
+
+    def average(self, gradient):
+        segment = weakref.ref(gradient)
+        return lambda: segment() is not None
+
+    monkeypatch.setattr(AlikeProcesses, "average", average)
+    model = make_model()
+    mean, _ = make_mean(model, monkeypatch)
+    compute_loss(model).backward()
+    assert all(mean.finish())
+
+
+def test_what_no_hook_has_begun_to_average_is_begun_before_the_processes_meet():
+    """As the gradients of a step that is replayed as a CUDA graph."""
+    model = make_model()
+    optimizer = MasterAdamW(
+        model, dtype=torch.float32, device=CPU, lr=1e-3, grad_clip=1.0, processes=AlikeProcesses(0, 2)
+    )
+    for parameter in get_trained(model).values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.begin_step()
+    assert all(parameter.grad is None for parameter in get_trained(model).values())
 
 
 def test_a_second_backward_before_a_step_is_refused(monkeypatch):

@@ -21,6 +21,12 @@ def test_draws_depend_on_seed_step_and_rank_only():
     assert all(not torch.equal(first[0], other[0]) for other in others)
 
 
+def test_the_seed_of_a_step_has_64_bits_and_is_the_same_in_all_versions():
+    """Of 32 bits, some steps of a long run on many processes would share theirs."""
+    seed_step(42, 7, 0)
+    assert torch.initial_seed() == 8400447655315631758
+
+
 def test_host_values():
     values = HostValues(torch.tensor(1.5, requires_grad=True), torch.tensor([2.0]), torch.tensor(3, dtype=torch.int32))
     assert values.get() == [1.5, 2.0, 3.0]

@@ -47,6 +47,18 @@ def test_encoding_a_batch_of_clips_asks_for_no_number():
     assert latents.is_meta and latents.shape == (2, 4, 3, 4, 4) and conditions["y"].is_meta
 
 
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [({}, {"mse", "vb"}), ({"learn_sigma": False}, {"mse"}), ({"use_kl": True}, {"vb"})],
+    ids=["learned variance", "fixed variance", "bound alone"],
+)
+def test_the_losses_are_those_of_the_diffusion(options, parts):
+    model, diffusion = make_model(pred_sigma=options.get("learn_sigma", True)), IDDPM(**options)
+    prepared = ModelInputs(None, None, torch.device("cpu")).prepare(make_batch(0, SHAPES[0], model.config))
+    losses = compute_losses(model, diffusion, draw_inputs(model, diffusion, None, *prepared))
+    assert losses.keys() == {"loss", *parts} and all(loss.shape == () for loss in losses.values())
+
+
 @pytest.mark.parametrize(("probability", "training"), [(0.4, True), (0.4, False), (0.0, True)])
 def test_captions_are_dropped_in_training_where_the_model_has_a_probability_for_it(probability, training):
     model = make_model(class_dropout_prob=probability).train(training)
