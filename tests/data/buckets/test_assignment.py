@@ -74,6 +74,22 @@ def test_more_rows_than_a_block(stage):
     assert to_ids(assigned[tail], bucket) == expected
 
 
+def test_a_resolution_is_open_from_0_8_of_its_pixels():
+    bucket = Bucket({"240p": {1: (0.0, None)}, "144p": {16: (1.0, 1)}})
+    columns = np.array([1, 1]), np.array([284, 284]), np.array([288, 287])  # 81,792 pixels are 0.8 of 102,240
+    assert find_drop_reasons(*columns, bucket).tolist() == [LOST_DRAW, NO_IMAGE_BUCKET]
+    kept = assign_buckets(*columns, Bucket({"240p": {1: (1.0, 1)}}))
+    assert (kept != DROPPED).tolist() == [True, False]
+
+
+def test_pixels_are_counted_beyond_the_dtype_of_a_column():
+    bucket = Bucket({"144p": {16: (1.0, 1)}})
+    columns = np.array([20, 20], np.int32), np.array([65536, 200], np.int32), np.array([65536, 200], np.int32)
+    assert (assign_buckets(*columns, bucket) != DROPPED).all()
+    columns = np.array([1, 1], np.int32), *columns[1:]
+    assert find_drop_reasons(*columns, bucket).tolist() == [NO_IMAGE_BUCKET] * 2
+
+
 def test_every_epoch_draws_anew():
     bucket = Bucket({"256": {16: (0.5, 2)}})
     columns = np.full(200, 20), np.full(200, 720), np.full(200, 1280)
@@ -103,6 +119,7 @@ def test_no_rows():
         ({"num_frames": np.array([1.0, 2.0])}, "num_frames must be.*integers.*float64"),
         ({"height": np.array([1, 2, 3])}, "height must be a row of 2"),
         ({"seed": -1}, "negative"),
+        ({"epoch": -1}, "negative"),
         ({"seed": 2**64 - 2}, "too large"),
         ({"frame_interval": 0}, "frame_interval"),
     ],

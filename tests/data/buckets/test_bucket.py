@@ -44,6 +44,7 @@ def test_a_resolution_is_open_from_0_8_of_its_pixels():
     bucket = Bucket({"256": {1: (1.0, 1)}})
     assert bucket.get_bucket_id(1, 128, 410) is not None  # 52,480 pixels of 52,428.8
     assert bucket.get_bucket_id(1, 128, 409) is None
+    assert Bucket({"240p": {1: (1.0, 1)}}).get_bucket_id(1, 284, 288) is not None  # 81,792 pixels are 0.8 of 102,240
 
 
 def test_a_lost_draw_skips_shorter_buckets_of_the_resolution():
@@ -79,6 +80,7 @@ def test_a_seed_is_asked_for_only_when_a_draw_is_needed():
         ({"256": {16: (1.5, 2)}}, r'"256"\]\[16\].*between 0 and 1.*1.5'),
         ({"256": {16: (-0.1, 2)}}, r'"256"\]\[16\].*between 0 and 1'),
         ({"256": {16: (float("nan"), 2)}}, r'"256"\]\[16\].*between 0 and 1'),
+        ({"256": {16: (True, 2)}}, r'"256"\]\[16\].*between 0 and 1'),
         ({"256": {16: ("half", 2)}}, r'"256"\]\[16\].*between 0 and 1'),
         ({"256": {16: (0.5, None)}}, r'"256"\]\[16\].*no batch size.*set the probability to 0.0'),
         ({"256": {16: (0.5, 0)}}, r'"256"\]\[16\].*batch size.*0'),

@@ -4,6 +4,7 @@ import time
 import pytest
 from toy_steps import make_trainer
 
+from opensora_fast.train import loop
 from opensora_fast.train.monitoring.metrics import MetricsWriter, join_parts, read_metrics
 
 
@@ -63,6 +64,14 @@ def test_a_row_says_how_long_its_step_has_waited_for_the_batch(tmp_path):
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["data_wait"] >= 0.5 for row in rows] == [False, True, False]
     assert all(row["step_time"] > row["data_wait"] for row in rows)
+
+
+def test_a_row_has_the_most_memory_of_its_step_the_optimizer_included(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, 2)
+    peaks = iter([10, 20, 20, 20])  # before and behind the optimizer of each step
+    monkeypatch.setattr(loop, "peak_memory", lambda device: next(peaks))
+    trainer.run()
+    assert [row["memory"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [20, 20]
 
 
 def test_a_row_has_each_micro_batch_once_and_the_worst_of_all_processes():

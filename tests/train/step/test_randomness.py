@@ -30,6 +30,7 @@ def test_the_seed_of_a_step_has_64_bits_and_is_the_same_in_all_versions():
 def test_host_values():
     values = HostValues(torch.tensor(1.5, requires_grad=True), torch.tensor([2.0]), torch.tensor(3, dtype=torch.int32))
     assert values.get() == [1.5, 2.0, 3.0]
+    assert not values._host.requires_grad  # it would keep the history of the step
 
 
 def test_host_values_are_waited_for_as_long_as_it_takes_within_the_limit():
