@@ -459,15 +459,14 @@ def test_a_step_that_is_not_finite_leaves_the_state_before_it(train, tmp_path, m
     def faulty(self, batch, step):
         losses = real(self, batch, step)
         if step == 5:
-            # 0 * sqrt'(0) has the value 0 and the gradient nan
-            weight = self.model.final_layer.linear.bias.sum() * 0
-            fault = torch.sqrt(weight.abs()) * 0 if where == "gradient" else weight * float("nan")
-            losses["loss"] = losses["loss"] + fault
+            # 0 * sqrt'(0) has the value 0 and the gradient nan; infinity has a gradient of 0
+            zero = torch.sqrt((self.model.final_layer.linear.bias.sum() * 0).abs()) * 0
+            losses["loss"] = losses["loss"] + (zero if where == "gradient" else float("inf"))
         return losses
 
     monkeypatch.setattr(Trainer, "compute_losses", faulty)
     code, _, error = train(out, "--steps", STEPS, "ckpt_every=5")  # of that step there is none all the same
-    assert code == 1 and f"step 5: the {'loss' if where == 'loss' else 'gradient norm'} is nan" in error
+    assert code == 1 and f"step 5: the {'loss is inf' if where == 'loss' else 'gradient norm is nan'}" in error
     assert [row[0] for row in read_losses(out)] == [1, 2, 3, 4]
     # A whole checkpoint of that step is left alone: replacing it would leave none to a kill in the middle.
     folder = out / "checkpoints" / "step-00000004"

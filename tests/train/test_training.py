@@ -237,9 +237,9 @@ def test_only_many_epochs_in_a_row_without_a_batch_are_a_mistake(tmp_path):
         trainer.run()
         return trainer.position.step
 
-    assert run("two", {50, 120}) == 15
+    assert run("two", {50, 150}) == 15
     with pytest.raises(ValueError, match="100 epochs in a row have no batch: raise the keep probabilities"):
-        run("one", {50})
+        run("one more between", {50, 151})
 
 
 def test_init_from_a_run_takes_weights_and_encoder_but_not_the_position(train, tmp_path):

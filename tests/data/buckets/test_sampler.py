@@ -187,7 +187,9 @@ def test_one_clip_fills_a_whole_micro_batch():
 
 
 def test_without_shuffle_the_table_keeps_its_order():
-    plan = plan_epoch(make_clips(200), Bucket({"144p": {16: (1.0, 1)}}), frame_interval=2, shuffle=False)
+    bucket = Bucket({"144p": {16: (1.0, 1)}})
+    costs = -np.arange(len(bucket), dtype=float)  # change nothing
+    plan = plan_epoch(make_clips(200), bucket, frame_interval=2, shuffle=False, costs=costs)
     rows = [row for index in range(len(plan)) for row in plan.get_rows(index)]
     assert len(rows) > 20 and len(set(plan.assigned[rows])) > 1
     assert rows == sorted(rows, key=lambda row: (plan.assigned[row], row))
@@ -210,6 +212,13 @@ def test_replacements_are_all_other_clips_of_the_bucket(make, data):
     assert found == [replay.replacement(batch, row, attempt) for attempt in range(len(others))]
     with pytest.raises(ValueError, match="no further clip"):
         sampler.replacement(batch, row, len(others))
+
+
+def test_bad_clips_of_a_micro_batch_hardly_ever_get_the_same_replacement():
+    clips = SimpleNamespace(num_frames=np.full(500, 40), height=np.full(500, 144), width=np.full(500, 256))
+    sampler = BucketSampler(clips, Bucket({"144p": {16: (1.0, 8)}}))
+    batch = take_epoch(sampler)[0]
+    assert len({sampler.replacement(batch, row, 0) for row in batch.rows}) >= 7
 
 
 def test_replacement_after_the_sampler_moved_on():
@@ -270,7 +279,7 @@ def test_the_steps_to_the_end_of_all_epochs_are_known_where_no_draw_changes_them
     config = {"144p": {1: (1.0, 4), 16: (1.0, 3)}, "240p": {1: (0.0, 2), 16: (1.0, 3)}}
     options = {"rank": 1, "world_size": 3, "drop_last": drop_last}
     sampler = make_sampler(config=config, **options)
-    for epoch, consumed in ((0, 0), (1, 7), (3, 2), (4, 0)):
+    for epoch, consumed in ((0, 0), (1, 7), (1, 300), (3, 2), (4, 0)):  # 300: more than there are, filled up
         places = [(number, consumed if number == epoch else 0) for number in range(epoch, 4)]
         steps = sum(len(take_epoch(sampler, *place)) for place in places)
         assert sampler.count_steps_left(4, epoch, consumed) == steps
