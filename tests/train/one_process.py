@@ -1,16 +1,16 @@
 """What several processes should compute together, in one and in plain PyTorch."""
 
 from contextlib import closing
-from types import SimpleNamespace
 
 import torch
 
 from opensora_fast.diffusion import MaskGenerator
 from opensora_fast.train.inputs.data import read_data
 from opensora_fast.train.inputs.sources import open_clips
-from opensora_fast.train.loop import Trainer
 from opensora_fast.train.optimizer.master_adamw import BETAS, EPSILON
 from opensora_fast.train.parts import build_diffusion, build_model, make_model_config
+from opensora_fast.train.step.losses import compute_losses, draw_inputs
+from opensora_fast.train.step.randomness import seed_step
 
 CPU = torch.device("cpu")
 
@@ -43,16 +43,9 @@ class OneProcess:
         """Mean of the losses, and norm of the mean gradient."""
         losses, gradients = [], []
         for rank, batches in enumerate(self.batches):
-            trainer = SimpleNamespace(
-                seed=self.config.seed, processes=SimpleNamespace(replica=rank, sequence=None), inputs=self.inputs
-            )
-            trainer.model, trainer.diffusion, trainer.masks, trainer.graphs = (
-                self.model,
-                self.diffusion,
-                self.masks,
-                None,
-            )
-            loss = Trainer.compute_losses(trainer, next(batches), number)["loss"]
+            seed_step(self.config.seed, number, rank)
+            inputs = draw_inputs(self.model, self.diffusion, self.masks, *self.inputs.prepare(next(batches)))
+            loss = compute_losses(self.model, self.diffusion, inputs)["loss"]
             gradients.append([gradient.double() for gradient in torch.autograd.grad(loss, self.parameters.values())])
             losses.append(loss.item())
         for weight, *parts in zip(self.weights.values(), *gradients, strict=True):

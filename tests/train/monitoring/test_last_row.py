@@ -10,7 +10,9 @@ import torch
 from toy_steps import make_trainer
 
 from opensora_fast.train import loop
+from opensora_fast.train.checkpoints.state import Position
 from opensora_fast.train.monitoring.metrics import read_metrics
+from opensora_fast.train.monitoring.not_finite import NonFiniteError
 from opensora_fast.train.monitoring.trackers import Trackers
 from opensora_fast.train.step.host_values import HostValues
 
@@ -112,6 +114,17 @@ def test_a_second_failure_is_told_and_does_not_hide_the_first(tmp_path, monkeypa
     told = capsys.readouterr().err
     assert re.search(rf"warning: metrics.jsonl lacks the last finished step, 2: \S*{re.escape(reason)}", told), told
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
+
+
+def test_a_gradient_that_is_not_finite_at_the_end_of_an_epoch_goes_back_to_that_epoch(tmp_path):
+    trainer = make_trainer(tmp_path / "run", 15)  # an epoch has 10
+
+    def lose_norm():
+        trainer._taken.norm = HostValues(torch.tensor(math.nan))
+
+    with pytest.raises(NonFiniteError, match="step 10: the gradient norm is nan"):
+        run(trainer, lose_norm, step=11)
+    assert trainer.position == Position(step=9, epoch=0, consumed=9)
 
 
 def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):

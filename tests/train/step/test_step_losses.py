@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from toy_steps import MASKS, SHAPES, make_batch, make_model
+from toy_steps import MASKS, SHAPES, make_batch, make_model, make_trainer
 
 from opensora_fast import STDiT2Config
 from opensora_fast.diffusion import IDDPM, MaskGenerator, SpeeDiffusion
@@ -36,6 +36,14 @@ def test_a_training_step_asks_for_no_number(without_autocast, diffusion):
         losses["loss"].backward()
         assert losses["loss"].is_meta and inputs["mask"].device.type == "cpu"
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_of_a_batch_only_what_is_known_of_it_stays_when_its_inputs_are_made(tmp_path):
+    trainer = make_trainer(tmp_path, 1)
+    batch = make_batch(0, SHAPES[0], trainer.model.config)
+    trainer.compute_losses(batch, 1)
+    assert batch.latents is None and batch.text_embeddings is None
+    assert len(batch) == 2 and batch.text == ["x"] * 2
 
 
 def test_encoding_a_batch_of_clips_asks_for_no_number():
