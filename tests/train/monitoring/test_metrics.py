@@ -64,6 +64,7 @@ def test_a_row_says_how_long_its_step_has_waited_for_the_batch(tmp_path):
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["data_wait"] >= 0.5 for row in rows] == [False, True, False]
     assert all(row["step_time"] > row["data_wait"] for row in rows)
+    assert all(row["tokens_per_s"] == row["tokens"] / row["step_time"] for row in rows)  # the wait is part of a step
 
 
 def test_a_row_has_the_most_memory_of_its_step_the_optimizer_included(tmp_path, monkeypatch):
