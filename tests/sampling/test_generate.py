@@ -49,6 +49,21 @@ def test_equal_seeds_give_equal_videos_and_other_seeds_others():
     assert not torch.equal(first, other)
 
 
+def test_every_sample_and_the_references_of_every_prompt_draw_their_own_numbers(image, monkeypatch):
+    seeds, encode = [], PixelEncoder.encode
+
+    def note_seed(self, video, generator):
+        seeds.append(generator.initial_seed())
+        return encode(self, video)
+
+    monkeypatch.setattr(PixelEncoder, "encode", note_seed)
+    for seed in (1, 2):
+        scheduler = RecordingScheduler()
+        generate(["a", "b"], [image, image], ["0", "0"], scheduler=scheduler, num_sample=2, seed=seed)
+        seeds += [seed for call in scheduler.calls for seed in call["seeds"]]
+    assert len(seeds) == 2 * (2 + 4) == len(set(seeds))
+
+
 def test_a_video_does_not_depend_on_the_batch_it_is_sampled_in():
     prompts = ["a cat", "a dog", "a bird"]
     alone, together = (generate(prompts, num_sample=2, batch_size=size) for size in (1, 3))
@@ -110,6 +125,13 @@ def test_each_loop_goes_on_from_the_last_frames():
         torch.testing.assert_close(after[:, :2], before[:, -2:], rtol=1e-6, atol=1e-6)
     expected = torch.cat([decoded[0], decoded[1][:, 2:], decoded[2][:, 2:]], dim=1)
     assert torch.equal(sample.video, expected.clamp(-1, 1))
+
+
+def test_of_a_batch_each_loop_goes_on_from_its_own_frames_whatever_references_there_are(image):
+    arguments = ["a", "b"], [image, None], ["0", None]
+    alone, together = (generate(*arguments, loop=2, condition_frame_length=2, batch_size=size) for size in (1, 2))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one.video, other.video, rtol=0, atol=1e-5)
 
 
 def test_references_may_enter_at_a_later_loop(image):
@@ -186,6 +208,8 @@ def test_one_bar_counts_the_steps_of_all_samples(capsys):
         ((["a"],), {"loop": 2, "condition_frame_length": 6}, "condition_frame_length 6 leaves nothing"),
         ((["a"],), {"num_frames": 0}, "num_frames must be at least 1"),
         ((["a"],), {"image_size": (16, 0)}, "image_size"),
+        ((["a"],), {"image_size": (7, 24)}, "smaller than one latent pixel"),
+        ((["a"],), {"fps": 0}, "fps must be a finite number above 0, got 0"),
         ((["a"],), {"fps": float("inf")}, "fps must be a finite number above 0, got inf"),
         ((["a"],), {"fps": 10**39}, "fps must be a finite number above 0"),
     ],
@@ -207,7 +231,7 @@ def test_frames_outside_of_a_later_sample_are_named_before_the_first_is_sampled(
 @pytest.mark.parametrize("loop", [0, 1])
 def test_a_reference_too_short_for_its_strategy_is_named_before_its_prompt_is_sampled(video, loop):
     scheduler = RecordingScheduler()
-    message = r"prompt 0 \('a'\): .*frames 8 to 13 are asked of reference 0, which has 10"
+    message = r"prompt 0 \('a'\): .*frames 8 to 10 are asked of reference 0, which has 10"
     with pytest.raises(ValueError, match=message):
-        generate("a", [video], [f"{loop},0,8,0,6"], scheduler=scheduler, loop=2, condition_frame_length=1)
+        generate("a", [video], [f"{loop},0,8,0,3"], scheduler=scheduler, loop=2, condition_frame_length=1)
     assert not scheduler.calls

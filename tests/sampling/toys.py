@@ -64,7 +64,8 @@ class RecordingScheduler:
 
     def sample(self, model, text_encoder, z, prompts, device, additional_args=None, mask=None, **options):
         call = {"z": z.clone(), "prompts": prompts, "conditions": additional_args, "mask": mask}
-        self.calls.append(call | {"training": model.training})
+        seeds = [generator.initial_seed() for generator in options["generator"]]
+        self.calls.append(call | {"training": model.training, "seeds": seeds})
         return z
 
 
