@@ -52,11 +52,14 @@ def test_the_next_epoch_is_begun_while_the_last_batches_are_used():
     loader.close()
 
 
-@pytest.mark.parametrize("how", ["left in an epoch", "left between epochs", "other epoch", "other micro-batches"])
+@pytest.mark.parametrize(
+    "how",
+    ["left in an epoch", "left in other micro-batches", "left between epochs", "other epoch", "other micro-batches"],
+)
 def test_no_thread_is_left(how, count_begun_threads):
     loader = make_loader(FakeDecoder(), prefetch=1)
-    if how == "left in an epoch":
-        batches = loader.iterate(0, 0)
+    if how.startswith("left in"):
+        batches = loader.iterate(0, 0) if how == "left in an epoch" else loader.load(loader.sampler.iterate(0, 0))
         next(batches)
         batches.close()
         assert count_begun_threads() == 0
@@ -69,6 +72,7 @@ def test_no_thread_is_left(how, count_begun_threads):
     if how == "other micro-batches":
         assert {batch.epoch for batch in take_epoch(loader)} == {0}
         assert count_begun_threads() == 0
+        assert {batch.epoch for batch in loader.iterate(1, 0)} == {1}, "it is begun anew"
     loader.close()
     assert count_begun_threads() == 0
 
