@@ -103,12 +103,8 @@ class EpochPrefetcher(Generic[Item]):
             make_items: gives the iterator.
         """
         self.close()
-        running = self._running = Prefetcher(make_items, self.depth)
-        try:
-            yield from running
-        finally:
-            if running is self._running:
-                self.close()
+        self._running = Prefetcher(make_items, self.depth)
+        yield from self._running  # which closes it where the iterator is left
 
     def run_on(self, make_items: Callable[[int, int], Iterator[Item]], epoch: int, start: int) -> Iterator[Item]:
         """The items of an epoch. Behind them the thread goes on with the next epoch, and so does the next call if it is

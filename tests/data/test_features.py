@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors
 import torch
 from fake_clips import FakeDecoder, make_manifest, take_epoch
 
@@ -280,6 +281,38 @@ def flip_byte(path, place):
     content = bytearray(path.read_bytes())
     content[place] ^= 64
     path.write_bytes(content)
+
+
+def test_features_are_those_that_were_given_in_shards_of_the_size_asked_for(tmp_path):
+    writer = FeatureWriter(tmp_path, {}, shard_bytes=32)
+    buffer = torch.empty(4)  # which an encoder may use again
+    for row in range(5):
+        writer.add_latents(0, row, buffer.fill_(row))
+    writer.add_text(7, buffer.fill_(7))
+    buffer.zero_()
+    writer.flush()
+    reader = FeatureReader(FeatureIndex.read(tmp_path))
+    assert [reader.get_latents(0, row)[0].item() for row in range(5)] == [0, 1, 2, 3, 4]
+    assert reader.get_text(7)[0].item() == 7
+    assert [(shard.kind, shard.count) for shard in reader.index.shards] == [("latents", 2)] * 2 + [
+        ("latents", 1),
+        ("text", 1),
+    ]
+
+
+def test_the_shards_that_were_read_last_stay_open_and_no_others(tmp_path, monkeypatch):
+    writer = FeatureWriter(tmp_path, {}, shard_bytes=1)
+    for row in range(4):
+        writer.add_latents(0, row, torch.zeros(4))
+    monkeypatch.setattr(feature_store, "OPEN_SHARDS", 2)
+    reader = FeatureReader(FeatureIndex.read(tmp_path))
+    opened, safe_open = [], safetensors.safe_open
+    monkeypatch.setattr(
+        safetensors, "safe_open", lambda path, **how: opened.append(path.name) or safe_open(path, **how)
+    )
+    for row in (0, 1, 0, 2, 0, 1):
+        reader.get_latents(0, row)
+    assert opened == [f"latents-0000{row}.safetensors" for row in (0, 1, 2, 1)]
 
 
 def test_bad_clips_are_left_out(tmp_path):

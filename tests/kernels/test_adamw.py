@@ -66,6 +66,14 @@ def test_steps_equal_adamw_in_float64(backend, max_norm, size, dtype, device) ->
         assert torch.equal(state["working"], state["master"].to(dtype))
 
 
+def test_the_first_step_is_as_long_as_the_learning_rate(device) -> None:
+    """To the last digits, which weights of zero do not round away: 1 - β₂ᵗ is a small difference in the first steps."""
+    state = {name: torch.zeros(4, device=device) for name in ("master", "first_moment", "second_moment")}
+    norm, step = torch.tensor(2.0, device=device), torch.zeros((), device=device)
+    adamw(torch.ones(4, device=device), norm, step, **state, lr=LR, backend="triton")
+    torch.testing.assert_close(state["master"], torch.full((4,), -LR, device=device), rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_working_weights_and_average_may_be_left_out(backend, device) -> None:
     state, whole = make_state(1000, torch.float32, device), make_state(1000, torch.float32, device)
