@@ -86,6 +86,8 @@ def test_only_the_named_ops_change():
     use_kernels(model, backend="reference")  # a model on CUDA has the kernels from the start
     replacement = use_kernels(model, backend="triton", gelu_tanh=True)
     assert list(replacement.replaced) == ["gelu_tanh"]
+    norms = use_kernels(model, backend="reference", modulated_norm=True)
+    assert norms.replaced == {"modulated_norm": [*replacement.replaced["gelu_tanh"], "final_layer"]}
     calls.clear()
     model(**golden_inputs("plain"))
     assert {op for op, backend in calls if backend == "triton"} == {"gelu_tanh"}
@@ -333,6 +335,8 @@ def test_a_linear_or_a_hook_that_would_not_be_called_is_refused():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="neither an STDiT2 nor built like"):
         use_kernels(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="ModuleList holds several models, 0, 1; call use_kernels for each"):
+        use_kernels(nn.ModuleList([build(STDiT2), build(STDiT2)]))
     with pytest.raises(ValueError, match="give the model itself, a torch.nn.Module, not dict"):
         use_kernels({"model": build(STDiT2)})
     with pytest.raises(ValueError, match="unknown op 'spatial'"):

@@ -371,6 +371,9 @@ def test_origins(train_file):
     assert loaded.get_origin("model.enable_flash_attn") == f"stage.py:{number}"
     whole = load_train_config(train_file, ["bucket_config={'144p': {16: (1.0, 3)}}", "bucket_config.144p.16=(1.0, 4)"])
     assert whole.get_origin("bucket_config") == "command line"
+    section = load_train_config(train_file, ["model={'type': 'STDiT2-XL/2'}"], {"steps": 0})
+    assert section.get_origin("model.type") == section.get_origin("steps") == "command line"
+    assert section.get_origin("model.enable_flash_attn") == "default" and section.config.steps == 0
     assert {key for key, _ in list_values(loaded.config)} > {"seed", "model.depth", "bucket_config", "vae.type"}
 
 

@@ -33,8 +33,11 @@ class Encoder:
     def __init__(self, noise=0.0, stop_after=None):
         self.noise = noise
         self.left = stop_after
+        self.seeds = []
 
     def encode(self, video, generator=None):
+        assert generator is None or not torch.is_grad_enabled()
+        self.seeds.append(generator and generator.initial_seed())
         if self.left is not None:
             if self.left == 0:
                 raise KeyboardInterrupt
@@ -238,6 +241,27 @@ def test_a_lost_or_damaged_shard_is_made_anew(tmp_path):
     assert_same_contents(contents(tmp_path), before)
 
 
+def test_lost_captions_are_encoded_anew_beside_latents_that_are_there(tmp_path):
+    write(tmp_path)
+    before = contents(tmp_path)
+    for shard in tmp_path.glob("text-*.safetensors"):
+        shard.unlink()
+    write(tmp_path)
+    assert_same_contents(contents(tmp_path), before)
+
+
+def test_what_was_encoded_before_a_stop_is_kept(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, Encoder(stop_after=2))
+    assert {shard.kind for shard in FeatureIndex.read(tmp_path).shards} == {"latents", "text"}
+
+
+def test_every_micro_batch_of_every_draw_has_noise_of_its_own(tmp_path):
+    encoder = Encoder(noise=1.0)
+    write(tmp_path, encoder, draws=2)
+    assert len(encoder.seeds) == len(set(encoder.seeds)) > 4
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
 def test_damaged_shards_are_named(tmp_path, damage):
     write(tmp_path)
@@ -286,18 +310,15 @@ def flip_byte(path, place):
 def test_features_are_those_that_were_given_in_shards_of_the_size_asked_for(tmp_path):
     writer = FeatureWriter(tmp_path, {}, shard_bytes=32)
     buffer = torch.empty(4)  # which an encoder may use again
-    for row in range(5):
+    for row in range(4):
         writer.add_latents(0, row, buffer.fill_(row))
     writer.add_text(7, buffer.fill_(7))
     buffer.zero_()
     writer.flush()
     reader = FeatureReader(FeatureIndex.read(tmp_path))
-    assert [reader.get_latents(0, row)[0].item() for row in range(5)] == [0, 1, 2, 3, 4]
+    assert [reader.get_latents(0, row)[0].item() for row in range(4)] == [0, 1, 2, 3]
     assert reader.get_text(7)[0].item() == 7
-    assert [(shard.kind, shard.count) for shard in reader.index.shards] == [("latents", 2)] * 2 + [
-        ("latents", 1),
-        ("text", 1),
-    ]
+    assert [(shard.kind, shard.count) for shard in reader.index.shards] == [("latents", 2), ("latents", 2), ("text", 1)]
 
 
 def test_the_shards_that_were_read_last_stay_open_and_no_others(tmp_path, monkeypatch):
@@ -306,10 +327,8 @@ def test_the_shards_that_were_read_last_stay_open_and_no_others(tmp_path, monkey
         writer.add_latents(0, row, torch.zeros(4))
     monkeypatch.setattr(feature_store, "OPEN_SHARDS", 2)
     reader = FeatureReader(FeatureIndex.read(tmp_path))
-    opened, safe_open = [], safetensors.safe_open
-    monkeypatch.setattr(
-        safetensors, "safe_open", lambda path, **how: opened.append(path.name) or safe_open(path, **how)
-    )
+    opened, real = [], safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda path, **how: opened.append(path.name) or real(path, **how))
     for row in (0, 1, 0, 2, 0, 1):
         reader.get_latents(0, row)
     assert opened == [f"latents-0000{row}.safetensors" for row in (0, 1, 2, 1)]
@@ -348,6 +367,10 @@ def test_other_table_or_buckets(tmp_path):
     renamed = make_manifest().table.assign(text="other")
     with pytest.raises(FeatureError, match="belong to another table"):
         open_loader(tmp_path, manifest=Manifest(pd.DataFrame(renamed)))
+    texts = list(make_manifest().table["text"])
+    moved = make_manifest().table.assign(text=[texts[0][:-1], texts[0][-1] + texts[1], *texts[2:]])
+    with pytest.raises(FeatureError, match="belong to another table"):
+        open_loader(tmp_path, manifest=Manifest(pd.DataFrame(moved)))
     with pytest.raises(FeatureError, match="belong to other buckets"):
         open_loader(tmp_path, bucket=Bucket({"144p": {1: (1.0, 2), 4: (0.7, 3), 8: (0.5, 2)}}))
 
@@ -372,6 +395,16 @@ def test_arguments(tmp_path):
     loader = ClipLoader(manifest, sampler, FakeDecoder(), seed=SEED)
     with pytest.raises(ValueError, match="by one process"):
         write_features(loader, Encoder(), Text(), tmp_path)
+    sampler = BucketSampler(manifest, BUCKETS, frame_interval=INTERVAL, seed=SEED, drop_last=True)
+    with pytest.raises(ValueError, match="drop_last=False, or clips would be missing"):
+        write_features(ClipLoader(manifest, sampler, FakeDecoder(), seed=SEED), Encoder(), Text(), tmp_path)
+
+    class PaddedInFront(Text):
+        def encode(self, texts):
+            return {name: value.flip(-1) for name, value in super().encode(texts).items()}
+
+    with pytest.raises(ValueError, match="must put the real tokens first"):
+        write(tmp_path, text=PaddedInFront())
 
 
 def test_half_precision_and_no_padding_on_disk(tmp_path):
@@ -398,6 +431,15 @@ def test_a_full_disk_is_told_and_leaves_no_part_of_a_file(tmp_path, monkeypatch)
             write(tmp_path)
     assert list(tmp_path.iterdir()) == []
     write(tmp_path)  # the same again goes on
+
+
+def test_a_shard_is_on_the_disk_under_its_name_before_it_is_listed(tmp_path, monkeypatch):
+    writer = FeatureWriter(tmp_path, {})
+    writer.add_latents(0, 0, torch.zeros(4))
+    flushed = []
+    monkeypatch.setattr(feature_store, "flush", lambda path: flushed.append(path.name))
+    writer.flush()
+    assert flushed == [".latents-00000.safetensors.part", tmp_path.name, ".index.json.part", tmp_path.name]
 
 
 def test_no_thread_is_left(tmp_path, count_begun_threads):

@@ -32,6 +32,7 @@ def test_read_what_was_written(tmp_path, ending):
     assert len(manifest) == 2
     assert manifest.clip(0) == Clip(0, str(tmp_path / "a.mp4"), "a cat", 97, 720, 1280, 24.0)
     assert manifest.clip(1) == Clip(1, str(tmp_path / "sub/b.png"), "a dog", 1, 480, 640, 120.0)
+    assert Manifest(make_table(fps=[24.0, 0.0])).clip(1).fps == 120
     assert manifest.num_frames.tolist() == [97, 1] and manifest.height.dtype == np.int64
     assert manifest.table["aes"].tolist() == [5.5, 6.5]
     assert sorted(os.listdir(tmp_path)) == [path.name]
