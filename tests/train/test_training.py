@@ -143,6 +143,7 @@ def test_what_the_model_is_told(train, tmp_path, monkeypatch):
         assert x.shape == (clips, 4, frames, 18, 32) and x.dtype == torch.float32
         assert timestep.shape == (clips,) and 0 <= int(timestep.min()) and int(timestep.max()) < 1000
         assert told["y"].shape == (clips, 1, 16, 32) and told["mask"].shape == (clips, 16)
+        assert told["dropped"].shape == (clips,)  # captions, as in training only
         expected = {
             "num_frames": frames,
             "height": 144,
