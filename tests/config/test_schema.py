@@ -373,7 +373,7 @@ def test_origins(train_file):
     assert whole.get_origin("bucket_config") == "command line"
     section = load_train_config(train_file, ["model={'type': 'STDiT2-XL/2'}"], {"steps": 0})
     assert section.get_origin("model.type") == section.get_origin("steps") == "command line"
-    assert section.get_origin("model.enable_flash_attn") == "default" and section.config.steps == 0
+    assert section.get_origin("model.input_sq_size") == "default" and section.config.steps == 0
     assert {key for key, _ in list_values(loaded.config)} > {"seed", "model.depth", "bucket_config", "vae.type"}
 
 

@@ -2,10 +2,11 @@ import json
 import time
 
 import pytest
+import torch
 from toy_steps import make_trainer
 
 from opensora_fast.train import loop
-from opensora_fast.train.monitoring.metrics import MetricsWriter, join_parts, read_metrics
+from opensora_fast.train.monitoring.metrics import MetricsWriter, join_parts, peak_memory, read_metrics
 
 
 def test_rows_are_on_disk_at_once_and_not_finite_is_null(tmp_path):
@@ -73,6 +74,10 @@ def test_a_row_has_the_most_memory_of_its_step_the_optimizer_included(tmp_path, 
     monkeypatch.setattr(loop, "peak_memory", lambda device: next(peaks))
     trainer.run()
     assert [row["memory"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [20, 20]
+
+
+def test_the_memory_of_a_process_on_a_cpu_is_in_bytes():
+    assert 2**26 < peak_memory(torch.device("cpu")) < 2**40
 
 
 def test_a_row_has_each_micro_batch_once_and_the_worst_of_all_processes():
