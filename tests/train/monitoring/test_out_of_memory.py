@@ -166,11 +166,12 @@ def test_on_a_gpu_torch_says_what_it_holds(tmp_path, calls):
     assert str(tmp_path / "out_of_memory.txt") in line and not calls
 
 
-def test_with_the_history_a_snapshot_is_written_by_each_process(tmp_path, calls):
-    line = write_memory("step 9", tmp_path, on_gpu(2, rank=1), history=True)
-    snapshot = str(tmp_path / "out_of_memory-rank-1.pickle")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_with_the_history_a_snapshot_is_written_by_each_process(tmp_path, calls, rank):
+    line = write_memory("step 9", tmp_path, on_gpu(2, rank), history=True)
+    snapshot = str(tmp_path / f"out_of_memory-rank-{rank}.pickle")
     assert calls == [snapshot] and snapshot in line and "pytorch.org/memory_viz" in line
-    assert "the summary of cuda:1" in (tmp_path / "out_of_memory-rank-1.txt").read_text()
+    assert f"the summary of cuda:{rank}" in (tmp_path / f"out_of_memory-rank-{rank}.txt").read_text()
 
 
 def test_files_that_cannot_be_written_are_told(tmp_path, calls):

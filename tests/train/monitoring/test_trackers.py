@@ -86,9 +86,11 @@ def test_wandb_is_given_the_rows_of_one_run(train, tmp_path, wandb):
     assert train(out, "--steps", 6, "--resume", "auto", "wandb=True")[0] == 0
     assert list(wandb.runs[2].history) == [1, 2, 3, 4, 5, 6]
     assert wandb.runs[2].history[5] == rows_of(out)[5]
+    code, _, error = train(out, "--steps", 7, "--resume", "auto", "wandb=True")
+    assert code == 0 and "Weights & Biases" not in error  # nothing to tell where it has what the run has
     # Another folder is another run.
-    assert train(tmp_path / "other", "--steps", 6, "--resume", out, "wandb=True")[0] == 0
-    assert wandb.runs[3].arguments["id"] != run.arguments["id"] and not wandb.runs[3].history
+    assert train(tmp_path / "other", "--steps", 7, "--resume", out, "wandb=True")[0] == 0
+    assert wandb.runs[4].arguments["id"] != run.arguments["id"] and not wandb.runs[4].history
 
 
 def test_each_offline_folder_of_wandb_is_whole(train, tmp_path, wandb, monkeypatch):
