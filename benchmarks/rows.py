@@ -57,7 +57,7 @@ class Row:
         status: "ok", "unavailable" or "failed".
         reason: why there is no time.
         samples: how many times were taken.
-        p20_ms, p50_ms, p80_ms: percentiles of the time in milliseconds.
+        p20_ms, p50_ms, p80_ms: percentiles of the time in milliseconds; p50 is the median.
         memory_bytes: peak of allocated GPU memory during the call, beyond what was allocated before it; at the levels
             "step" and "sampling" all of it, weights and optimizer included.
         flops: useful floating-point operations; bytes: least bytes to move.

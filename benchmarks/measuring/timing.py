@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class Times:
 
     milliseconds: tuple[float, ...]
     turns: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.milliseconds)
 
     def percentile(self, percent: float) -> float:
         """Nearest-rank percentile."""

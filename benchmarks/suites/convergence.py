@@ -136,7 +136,7 @@ def to_rows(planned: Sequence[Row], curves: Sequence[Curve], provider: str, wind
                 samples=len(times.milliseconds),
                 tokens=tokens[len(tokens) // 2],
                 p20_ms=times.percentile(20),
-                p50_ms=times.percentile(50),
+                p50_ms=times.median,
                 p80_ms=times.percentile(80),
                 memory_bytes=max(curve.memory_bytes for curve in own),
                 error=verdict.error,

@@ -285,6 +285,12 @@ def test_a_row_holds_percentiles_of_one_call_and_the_share_of_the_ceilings_known
     assert row.roofline_share == pytest.approx(1.0)
 
 
+def test_the_middle_of_an_even_number_of_samples_lies_between_two():
+    times = Times((1.0, 2.0, 3.0, 9.0))
+    row = Session("cpu").complete(make_row(), times, 1, 0, Count(), (0.1, 0.2), GpuState())
+    assert (row.p20_ms, row.p50_ms, row.p80_ms) == (2.0, 2.5, 3.0)
+
+
 def test_near_the_end_of_the_budget_a_case_samples_for_half_of_what_is_left():
     assert Session("cpu", seconds_factor=0.5).sampling_seconds(100.0) == 50.0
     assert Session("cpu", deadline=time.time() + 60).sampling_seconds(100.0) == pytest.approx(30, abs=5)
