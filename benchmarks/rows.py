@@ -61,7 +61,8 @@ class Row:
         memory_bytes: peak of allocated GPU memory during the call, beyond what was allocated before it; at the levels
             "step" and "sampling" all of it, weights and optimizer included.
         flops: useful floating-point operations; bytes: least bytes to move.
-        roofline_share: floor time / p50 at the ceilings measured in the same run, nan where they are unknown.
+        roofline_share: floor time / p50 at the best ceilings known by then, also by rows that the folder had of earlier
+            runs; nan where none were known.
         error: relative error against float64, at the level "convergence" relative distance of loss curves;
             error_limit: what it may be.
         checked_on: the inputs of that comparison, where the timed ones are too large for float64.
