@@ -211,4 +211,4 @@ def _prepare_vae(provider: Provider, work: VaeWork) -> tuple[Call, Callable[[], 
     def call() -> None:
         results[:] = [encode()]
 
-    return call, lambda: relative_check(results[0][:1], work.exact, work.limit)
+    return call, lambda: relative_check(results[0], work.exact, work.limit)

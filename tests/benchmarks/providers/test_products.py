@@ -61,6 +61,25 @@ def test_the_result_of_another_provider_is_no_excuse():
     assert passed == [True, False]
 
 
+@pytest.mark.parametrize("left_out", [slice(64, None), slice(1, None), slice(100, 101), slice(-1, None)])
+@pytest.mark.parametrize("left_over", [float("nan"), 0.0], ids=["unwritten", "zeros"])
+def test_a_product_that_leaves_out_rows_is_wrong(left_out, left_over):
+    product = make_product(DIRECTIONS[0], *operands(tokens=512))
+
+    def prepare(product):
+        def call():
+            kept = product.output[left_out].clone().fill_(left_over)
+            torch.mm(product.left, product.right, out=product.output)
+            product.output[left_out] = kept
+
+        return call
+
+    call, check = ceilings._prepare_product(Provider("partial", prepare), product)
+    call()
+    one_row_between = left_out == slice(100, 101) and left_over == 0.0  # not looked at, and there
+    assert (check().error <= check().limit) is one_row_between
+
+
 @pytest.mark.parametrize("prepare", [split_over_tokens, transpose_product])
 def test_in_parts_of_the_tokens_or_transposed_the_gradient_of_a_weight_is_the_same(prepare):
     product = make_product(OF_WEIGHT, *operands())

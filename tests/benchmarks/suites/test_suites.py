@@ -8,9 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 from bench_toys import make_row
 
 from opensora_fast import STDiT2Config
+from opensora_fast.benchmarks.measuring.provider import Provider
 from opensora_fast.benchmarks.measuring.session import Session
 from opensora_fast.benchmarks.predictions import predict
 from opensora_fast.benchmarks.providers.attention_work import KINDS
@@ -381,6 +383,22 @@ def test_encoders_leave_the_memory_before_other_steps_are_measured(monkeypatch):
     assert {row.status for row in report.rows} == {"ok"}
     gc.collect()
     assert [reference() for reference in built] == [None]
+
+
+@pytest.mark.parametrize("frame", [1, 3])
+def test_every_frame_of_an_encoder_is_checked(monkeypatch, frame):
+    eager = encoders.VAE_PROVIDERS[0]
+
+    def lose_a_frame(work):
+        encode = eager.prepare(work)
+        kept = torch.ones(encoders.MICRO_BATCH, 1, 1, 1)
+        kept[frame] = 0
+        return lambda: encode() * kept
+
+    monkeypatch.setattr(encoders, "VAE_PROVIDERS", (Provider("loses", lose_a_frame),))
+    case = encoders.vae_case(scale_of("cpu"), Workload("144p", 1))
+    rows, refused = case.measure(Session("cpu", seconds_factor=0.01), case.providers)
+    assert not rows and [item.row.provider for item in refused] == ["loses"]
 
 
 def test_predictions_are_for_known_gpus_and_never_rows():
