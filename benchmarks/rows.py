@@ -65,7 +65,8 @@ class Row:
             runs; nan where none were known.
         error: relative error against float64, at the level "convergence" relative distance of loss curves;
             error_limit: what it may be.
-        checked_on: the inputs of that comparison, where the timed ones are too large for float64.
+        checked_on: the inputs of that comparison, where the timed ones are too large for float64. The timed ones are
+            then compared with eager's results, unless "alone: " and a reason stand behind it.
         sm_clock_mhz, memory_clock_mhz: of the GPU, medians of readings in this row's samples where these are long, else
             one reading right after them. (Files without `power_w`: in the samples of all providers of the case.)
         power_w: its power in the former, "" in the latter, as it falls at once.

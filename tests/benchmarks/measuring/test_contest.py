@@ -133,6 +133,31 @@ def test_a_result_that_is_wrong_on_the_timed_inputs_only_gets_no_time(session):
     assert {row.checked_on for row in rows} == {"size 16"}
 
 
+def when_large(error):
+    """Eager PyTorch, for which the timed inputs are too much."""
+
+    def multiply(work):
+        if work.leaves["a"].numel() == 64:
+            raise error
+        return work.leaves["a"] * work.leaves["b"]
+
+    return Provider("eager", of_function(multiply))
+
+
+def test_rows_say_where_the_timed_inputs_are_too_large_for_eager(session):
+    contest = toy_contest(["eager", "wrong-when-large"], size=64, check_size=16)
+    reference = when_large(torch.OutOfMemoryError("CUDA out of memory"))
+    rows, refused = run_contest(replace(contest, references=(reference,)), session)
+    assert not refused and {row.status for row in rows} == {"ok"}
+    assert {row.checked_on for row in rows} == {"size 16 alone: eager runs out of memory on the timed inputs"}
+
+
+def test_another_error_of_eager_on_the_timed_inputs_is_no_excuse(session):
+    contest = toy_contest(["eager", "wrong-when-large"], size=64, check_size=16)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_contest(replace(contest, references=(when_large(RuntimeError("illegal memory access")),)), session)
+
+
 def test_where_float64_does_not_fit_smaller_inputs_are_compared(session):
     def multiply_if_it_fits(work):
         if work.dtype == torch.float64 and work.leaves["a"].numel() > 16:
