@@ -1,7 +1,8 @@
 """Providers of the same work, checked against float64, then timed against each other.
 
-A provider costs no more than its own rows: where it cannot run, crashes or runs out of memory, its rows say so; where
-its result is wrong it gets none, and is reported as `Refused`.
+A provider costs no more than its own rows: where it cannot run, crashes or runs out of memory, its rows say so. Where
+its outputs are wrong it gets none, where its gradients are, none but that of the forward pass; each that it does not
+get is reported as `Refused`.
 """
 
 from __future__ import annotations
@@ -108,8 +109,12 @@ class _Run:
         if not able:
             return self.rows, self.refused
         judgements = self._check(able)
-        right = [provider for provider in able if provider.name in judgements]
         for direction, make_call in self.contest.calls.items():
+            right = [
+                provider
+                for provider in able
+                if provider.name in judgements and judgements[provider.name][direction == FORWARD].is_right
+            ]
             self._measure_direction(direction, make_call, right, judgements)
             if self.contest.make_recorder is not None:
                 release_memory(self.contest.work.device)  # that of the replays
@@ -143,7 +148,7 @@ class _Run:
         return reason == ""  # None: it could not say, and has its failed rows
 
     def _check(self, providers: Sequence[Provider]) -> dict[str, dict[bool, Judgement]]:
-        """Provider → its judgement by outputs alone (True) and with gradients (False); only those that are right."""
+        """Provider → its judgement by outputs alone (True) and with gradients (False); none of those that fail."""
         with self.session.watch([], "the float64 reference"):
             yardstick = self._make_yardstick()
             contest = self.contest
@@ -158,13 +163,12 @@ class _Run:
                 judgements = self._try(provider, lambda p=provider: self._judge(p, check_work, yardstick, full), None)
             if judgements is None:
                 continue
-            wrong = next((judgement for judgement in judgements.values() if not judgement.is_right), None)
-            if wrong is None:
-                judged[provider.name] = judgements
-            else:
-                for direction in contest.calls:
+            judged[provider.name] = judgements
+            for direction in contest.calls:
+                found = judgements[direction == FORWARD]
+                if not found.is_right:
                     row = self._row(provider, direction)
-                    self.refused.append(Refused(row, wrong.name, wrong.error, wrong.limit, wrong.parts))
+                    self.refused.append(Refused(row, found.name, found.error, found.limit, found.parts))
         return judged
 
     def _make_yardstick(self) -> Yardstick:
@@ -196,12 +200,14 @@ class _Run:
         results, _ = self.contest.results(provider.prepare(check_work), check_work)
         judgements = {outputs_only: yardstick.judge(results, outputs_only) for outputs_only in (True, False)}
         del results
-        if full is not None and judgements[False].is_right:
+        if full is not None and judgements[True].is_right:
             function, eager, sent_back = full
             results, _ = function(provider.prepare(self.contest.work), self.contest.work)
-            against_eager = yardstick.judge_against_eager(results, eager, sent_back)
-            if not against_eager.is_right:
-                return {False: replace(against_eager, name=f"{against_eager.name} of the timed inputs")}
+            for outputs_only, judgement in judgements.items():
+                against_eager = yardstick.judge_against_eager(results, eager, sent_back, outputs_only)
+                if judgement.is_right and not against_eager.is_right:
+                    name = f"{against_eager.name} of the timed inputs"
+                    judgements[outputs_only] = replace(against_eager, name=name)
         return judgements
 
     # ---- how fast it is ----

@@ -43,17 +43,37 @@ def test_every_provider_that_is_right_gets_a_row_for_each_direction(session):
     assert [row.flops for row in by_provider(rows)["other"]] == [64.0, 192.0]
 
 
-@pytest.mark.parametrize("wrong", ["slightly-wrong", "wrong-backward"])
-def test_a_wrong_result_gets_no_time(session, wrong):
-    rows, refused = run_contest(toy_contest(["eager", wrong]), session)
+def test_a_wrong_output_gets_no_time(session):
+    rows, refused = run_contest(toy_contest(["eager", "slightly-wrong"]), session)
     assert set(by_provider(rows)) == {"eager"}
     assert [(item.row.provider, item.row.direction) for item in refused] == [
-        (wrong, "forward"),
-        (wrong, "forward+backward"),
+        ("slightly-wrong", "forward"),
+        ("slightly-wrong", "forward+backward"),
     ]
     assert all(item.error > item.limit for item in refused)
-    expected = "output" if wrong == "slightly-wrong" else "gradient of b"
-    assert expected in str(refused[0]) and "over its limit" in str(refused[0])
+    assert "output" in str(refused[0]) and "over its limit" in str(refused[0])
+
+
+@pytest.mark.parametrize("check_size", [None, 16])
+def test_a_wrong_gradient_costs_the_time_of_the_backward_pass_alone(session, check_size):
+    rows, refused = run_contest(toy_contest(["eager", "wrong-backward"], check_size=check_size), session)
+    assert [(row.direction, row.status) for row in by_provider(rows)["wrong-backward"]] == [("forward", "ok")]
+    (item,) = refused
+    assert (item.row.provider, item.row.direction) == ("wrong-backward", "forward+backward")
+    assert item.error > item.limit and "gradient of b" in str(item)
+
+
+def test_a_gradient_that_is_wrong_on_the_timed_inputs_only_costs_that_time_alone(session):
+    def lose_when_large(work):
+        a, b = work.leaves["a"], work.leaves["b"]
+        return a * (b if b.numel() < 64 else b.detach())
+
+    contest = toy_contest(["eager"], check_size=16)
+    rows, refused = run_contest(replace(contest, providers=[Provider("loses", of_function(lose_when_large))]), session)
+    assert [(row.direction, row.status) for row in rows] == [("forward", "ok")]
+    assert [(item.row.direction, item.result) for item in refused] == [
+        ("forward+backward", "gradient of b of the timed inputs")
+    ]
 
 
 def test_a_direction_that_is_finished_is_not_tried_again(session):
