@@ -6,6 +6,7 @@ launches would be timed with the GPU waiting for the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from opensora_fast.kernels.attention.tables import keep_tables
 
+from .accuracy import distance, norm
 from .timing import Call
 
 
@@ -32,6 +34,11 @@ class RecordedCall:
     outputs: object
 
 
+# How far what a replay computes may lie from what the call did, relative to each of its results, so that sums in any
+# order pass, and values of another call or of nothing do not. A result that is a smaller share of all of them may be
+# zero but for rounding, which is another each time.
+MOST_APART, SMALL_SHARE = 0.1, 1e-2
+
 CallRecorder = Callable[[Call], RecordedCall]  # of a call that has worked before; raises where it cannot be recorded
 
 
@@ -45,22 +52,26 @@ def make_replay(call: Call, record: CallRecorder) -> Call:
 
     Raises:
         Exception: whatever `record` raises; ValueError where a replay does not write what the call returns, as the
-            work was not done where the recorder looked.
+            work was not done where the recorder looked, or writes other values.
     """
-    eager = _tensors(call())
+    called = _tensors(call())
     recording = record(call)
     # What lies where it lay before is no result of its own: an input that was handed on, or something cached.
-    written = [
-        tensor
-        for tensor, before in zip(_tensors(recording.outputs), eager, strict=True)
+    pairs = [
+        (tensor, before)
+        for tensor, before in zip(_tensors(recording.outputs), called, strict=True)
         if tensor.data_ptr() != before.data_ptr() and tensor.is_floating_point()
     ]
-    del eager
-    for tensor in written:  # bytes of ones are NaN in every floating-point type
+    del called
+    for tensor, _ in pairs:  # bytes of ones are NaN in every floating-point type
         torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()).fill_(255)
     recording.replay()
-    if any(tensor.isnan().any() for tensor in written):
+    if any(tensor.isnan().any() for tensor, _ in pairs):
         raise ValueError("a replay does not write all that the call returns")
+    sizes = [norm(before) for _, before in pairs]
+    for (tensor, before), size in zip(pairs, sizes, strict=True):
+        if distance(tensor, before) > MOST_APART * max(size, SMALL_SHARE * math.hypot(*sizes)):
+            raise ValueError("a replay computes something else than the call")
 
     def replay(inputs: object = call) -> None:  # what the call reads lies where it lay only as long as someone holds it
         recording.replay()

@@ -108,6 +108,40 @@ def test_a_replay_that_leaves_out_a_part_is_refused(written):
         make_replay(lambda: (torch.ones(4), torch.ones(4)), record)
 
 
+def replaying(*values):
+    """Records calls whose replays write these values."""
+
+    def record(call):
+        outputs = call()
+
+        def replay():
+            for output, value in zip(outputs, values, strict=True):
+                output.copy_(value)
+
+        return RecordedCall(replay, outputs)
+
+    return record
+
+
+FIRST, SECOND = torch.linspace(-1, 1, 100), torch.linspace(3, 4, 100)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(FIRST, torch.zeros(100)), (0.8 * FIRST, SECOND), (FIRST, torch.full((100,), torch.inf)), (FIRST.flip(0), SECOND)],
+    ids=["zeros", "another size", "infinite", "other places"],
+)
+def test_a_replay_that_writes_other_values_is_refused(values):
+    with pytest.raises(ValueError, match="a replay computes something else than the call"):
+        make_replay(lambda: (FIRST.clone(), SECOND.clone()), replaying(*values))
+
+
+def test_a_replay_may_sum_in_another_order():
+    """And what is zero but for rounding, as a gradient may be, is another number each time."""
+    noise = 1e-5 * torch.ones(100)
+    make_replay(lambda: (FIRST.clone(), noise.clone()), replaying(1.01 * FIRST, -noise))()
+
+
 def test_a_result_that_is_handed_on_is_left_alone():
     """The gradient of a sum is what was sent back, which the next call needs as well."""
     given = torch.randn(8)
@@ -121,7 +155,7 @@ def test_what_a_call_reads_lives_as_long_as_its_replay():
 
     def record(call):  # as a graph, it knows addresses and holds nothing
         outputs = call()
-        return RecordedCall(outputs.zero_, outputs)
+        return RecordedCall(partial(outputs.copy_, outputs.clone()), outputs)
 
     given = torch.randn(8)
     alive = weakref.ref(given)
