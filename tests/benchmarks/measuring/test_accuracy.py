@@ -127,6 +127,56 @@ def test_a_wrong_result_of_several_tensors_names_those_that_err_most():
     assert str(judgement.parts[0]) == "first (67%; error 0.4, eager's 0.01)"
 
 
+SIZES = {"large": 1.0, "small": 1e-4, "noise": 1e-4, "nothing": 1e-14}  # eager errs by all of the third
+
+
+def gradients(**errors):
+    """Of parameters, with what is added to each in sizes of its own."""
+    return {
+        "output": ONE,
+        "gradient of the parameters": {
+            name: torch.full((4,), size, dtype=torch.float64) * (1 + errors.get(name, 0.0))
+            for name, size in SIZES.items()
+        },
+    }
+
+
+def stick_of_gradients():
+    eager = gradients(large=0.01, small=0.02, noise=1.0, nothing=1e3)
+    return Yardstick.measure(gradients(), eager, torch.bfloat16, sent_back=1.0)
+
+
+@pytest.mark.parametrize("name", ["large", "small"])
+def test_the_gradient_of_a_parameter_may_not_be_zero_however_small_it_is_beside_the_others(name):
+    judgement = stick_of_gradients().judge(gradients(**{name: -1.0}))
+    expected = "gradient of the parameters" if name == "large" else "gradient of the parameters (small alone)"
+    assert (judgement.name, judgement.is_right) == (expected, False)
+    assert judgement.error == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(("times", "right"), [(9.9, True), (10.5, False)])
+def test_a_gradient_alone_may_err_ten_times_as_much_as_eager(times, right):
+    stick = stick_of_gradients()
+    assert stick.judge(gradients(small=times * 0.02)).is_right is right
+    beside_eager = stick.judge_against_eager(gradients(small=2 * times * 0.02), gradients(), 1.0)
+    assert beside_eager.is_right is right
+    assert stick.judge(gradients(small=times * 0.02), outputs_only=True).is_right
+
+
+def test_a_gradient_that_is_noise_to_eager_may_be_noise():
+    """Exactly zero or not; of what has no size, the noise is taken relative to what was sent back."""
+    stick = stick_of_gradients()
+    assert stick.judge(gradients(noise=-3.0, nothing=1e9)).is_right
+    wrong = stick.judge(gradients(nothing=1e12))
+    assert (wrong.name, wrong.is_right) == ("gradient of the parameters (nothing alone)", False)
+    assert wrong.error == pytest.approx(0.02, rel=1e-3)
+
+
+def test_a_right_result_is_told_by_its_worst_as_a_whole():
+    judgement = stick_of_gradients().judge(gradients(small=0.19))
+    assert judgement.is_right and judgement.name in ("output", "gradient of the parameters")
+
+
 def test_the_larger_of_two_eager_errors_is_told():
     loosened = stick_of_layers(first=0.01).loosened(stick_of_layers(first=0.02, second=0.01))
     (first, *_) = loosened.judge({"gradient of the parameters": layers_off_by(first=9.0)}).parts
