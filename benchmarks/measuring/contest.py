@@ -50,7 +50,6 @@ class Contest:
             ones are then compared with eager's results.
         check_name: of `check_work`, for the row.
         smaller: makes (check_work, check_name) where float64 of the timed inputs does not fit into the GPU's memory.
-        full_results: as `results`, for the comparison of the timed inputs with eager's; None: `results`.
         sampling: how samples are taken.
         total_memory: report all allocated memory, not what a call adds.
         calls_per_sample: how often a call does the thing that the row is about.
@@ -68,7 +67,6 @@ class Contest:
     check_work: Any | None = None
     check_name: str = ""
     smaller: Callable[[], tuple[Any, str]] | None = None
-    full_results: Callable[[Bound, Any], tuple[Named, float]] | None = None
     total_memory: bool = False
     calls_per_sample: int = 1
     make_recorder: Callable[[], CallRecorder] | None = None
@@ -152,24 +150,37 @@ class _Run:
         with self.session.watch([], "the float64 reference"):
             yardstick = self._make_yardstick()
             contest = self.contest
-            check_work = contest.work if contest.check_work is None else contest.check_work
-            full = self._eager_on_timed_inputs() if contest.check_work is not None else None
-            if contest.check_work is not None and full is None:
-                self.contest = contest = replace(contest, check_name=f"{contest.check_name} {ALONE}")
         release_memory(contest.work.device)
-        judged = {}
-        for provider in providers:
-            with self.session.watch([self._row(provider, direction) for direction in contest.calls], "check"):
-                judgements = self._try(provider, lambda p=provider: self._judge(p, check_work, yardstick, full), None)
-            if judgements is None:
-                continue
-            judged[provider.name] = judgements
-            for direction in contest.calls:
-                found = judgements[direction == FORWARD]
-                if not found.is_right:
-                    row = self._row(provider, direction)
-                    self.refused.append(Refused(row, found.name, found.error, found.limit, found.parts))
+        check_work = contest.work if contest.check_work is None else contest.check_work
+        judged = self._judge_each(providers, "check", check_work, yardstick.judge)
+        if contest.check_work is not None:
+            yardstick = replace(yardstick, exact={})  # whose memory the timed inputs may need
+            self._check_timed_inputs(providers, yardstick, judged)
         return judged
+
+    def _check_timed_inputs(
+        self, providers: Sequence[Provider], yardstick: Yardstick, judged: dict[str, dict[bool, Judgement]]
+    ) -> None:
+        """Compares those whose outputs are right with eager's results of the timed inputs, and corrects `judged`."""
+        contest = self.contest
+        with self.session.watch([], "eager on the timed inputs"):
+            full = self._eager_on_timed_inputs()
+        release_memory(contest.work.device)
+        if full is None:
+            self.contest = replace(contest, check_name=f"{contest.check_name} {ALONE}")
+            return
+
+        def judge(results: Named, outputs_only: bool) -> Judgement:
+            found = yardstick.judge_against_eager(results, *full, outputs_only)
+            return replace(found, name=f"{found.name} of the timed inputs")
+
+        right = [item for item in providers if item.name in judged and judged[item.name][True].is_right]
+        on_timed = self._judge_each(right, "check of the timed inputs", contest.work, judge)
+        for provider in right:
+            before = judged.pop(provider.name)
+            if provider.name in on_timed:
+                found = on_timed[provider.name].items()
+                judged[provider.name] = {key: before[key] if item.is_right else item for key, item in found}
 
     def _make_yardstick(self) -> Yardstick:
         """From the inputs of the check; from smaller ones where float64 of the timed inputs does not fit."""
@@ -185,30 +196,40 @@ class _Run:
         check_work = contest.work if contest.check_work is None else contest.check_work
         return make_yardstick(contest.references, check_work, contest.results)
 
-    def _eager_on_timed_inputs(self) -> tuple | None:
-        """(function of results, eager's results, norm sent back); None where eager PyTorch runs out of memory."""
-        results = self.contest.full_results or self.contest.results
+    def _eager_on_timed_inputs(self) -> tuple[Named, float] | None:
+        """(eager's results, norm sent back); None where it runs out of memory."""
+        contest = self.contest
         try:
-            eager, sent_back = results(self.contest.references[0].prepare(self.contest.work), self.contest.work)
+            return contest.results(contest.references[0].prepare(contest.work), contest.work)
         except torch.OutOfMemoryError:  # the smaller inputs have to do, and rows say so
             return None
-        return results, eager, sent_back
 
-    def _judge(
-        self, provider: Provider, check_work: Any, yardstick: Yardstick, full: tuple | None
-    ) -> dict[bool, Judgement]:
-        results, _ = self.contest.results(provider.prepare(check_work), check_work)
-        judgements = {outputs_only: yardstick.judge(results, outputs_only) for outputs_only in (True, False)}
-        del results
-        if full is not None and judgements[True].is_right:
-            function, eager, sent_back = full
-            results, _ = function(provider.prepare(self.contest.work), self.contest.work)
-            for outputs_only, judgement in judgements.items():
-                against_eager = yardstick.judge_against_eager(results, eager, sent_back, outputs_only)
-                if judgement.is_right and not against_eager.is_right:
-                    name = f"{against_eager.name} of the timed inputs"
-                    judgements[outputs_only] = replace(against_eager, name=name)
-        return judgements
+    def _judge_each(
+        self, providers: Sequence[Provider], stage: str, work: Any, judge: Callable[[Named, bool], Judgement]
+    ) -> dict[str, dict[bool, Judgement]]:
+        """Provider → judgements as in `_check` of its results on `work`; who is wrong is refused at once."""
+        judged = {}
+        for provider in providers:
+            with self.session.watch([self._row(provider, direction) for direction in self.contest.calls], stage):
+                found = self._try(provider, partial(self._judge, provider, work, judge), None)
+            if found is not None:
+                judged[provider.name] = found
+                self._refuse(provider, found)
+            if self.contest.sampling.large:
+                release_memory(work.device)
+        return judged
+
+    def _judge(self, provider: Provider, work: Any, judge: Callable[[Named, bool], Judgement]) -> dict[bool, Judgement]:
+        results, _ = self.contest.results(provider.prepare(work), work)
+        return {outputs_only: judge(results, outputs_only) for outputs_only in (True, False)}
+
+    def _refuse(self, provider: Provider, judgements: Mapping[bool, Judgement]) -> None:
+        """Notes the rows that a wrong provider does not get, each once."""
+        known = {item.row.key for item in self.refused}
+        for direction in self.contest.calls:
+            row, found = self._row(provider, direction), judgements[direction == FORWARD]
+            if not found.is_right and row.key not in known:
+                self.refused.append(Refused(row, found.name, found.error, found.limit, found.parts))
 
     # ---- how fast it is ----
 

@@ -125,20 +125,12 @@ def model_results(bound: Bound, work: ModelWork) -> tuple[Named, float]:
     return {OUTPUT: detached, "gradient of the parameters": named}, norm(weights)
 
 
-def model_output(bound: Bound, work: ModelWork) -> tuple[Named, float]:
-    """The output alone."""
-    torch.manual_seed(SEED)
-    if isinstance(bound, GraphedModel):
-        return {OUTPUT: [bound.replay()[0]]}, 0.0
-    with torch.no_grad():
-        return {OUTPUT: _as_list(bound())}, 0.0
-
-
 def sampling_output(bound: Bound, work: ModelWork) -> tuple[Named, float]:
     """The output of the model as a sampler calls it, without gradients."""
-    if not isinstance(bound, GraphedModel):
-        return model_output(bound, work)
     torch.manual_seed(SEED)
+    if not isinstance(bound, GraphedModel):
+        with torch.no_grad():
+            return {OUTPUT: _as_list(bound())}, 0.0
     conditions = dict(work.conditions)
     if work.model.training and work.model.y_embedder.dropout_probability > 0:
         conditions["dropped"] = work.model.y_embedder.draw_dropped(len(work.latents))  # as the others draw them

@@ -20,7 +20,6 @@ from ..providers.model_work import TRAINING, ModelWork, Training, make_model_wor
 from ..providers.models import (
     MODEL_PROVIDERS,
     MODEL_REFERENCES,
-    model_output,
     model_results,
     sampling_call,
     sampling_output,
@@ -37,8 +36,6 @@ MIXED_VALUE = 540.0  # packs of mixed shapes, and the uniform ones that they are
 STAGES = ("stage1", "stage2", "stage3")
 SAMPLED_VIDEOS = 2
 Results = Callable[[Any, Any], tuple[Mapping[str, Any], float]]
-# Of a training step; of all its tokens the output alone.
-RESULTS: tuple[Results, Results] = (model_results, model_output)
 SMALL_SAMPLING = ("upstream-flash", "eager", "compile", "ours", "ours-graph", "compile-graph")
 
 
@@ -166,7 +163,7 @@ def step_case(scale: Scale, pack: Workload | Pack, providers: tuple[str, ...], v
     pack = Pack.of(pack) if isinstance(pack, Workload) else pack
     count = partial(count_step, scale, pack)
     return _model_case(
-        scale, "step", pack, providers, TRAINING, training_call, count, RESULTS, scale.step_seconds, value
+        scale, "step", pack, providers, TRAINING, training_call, count, model_results, scale.step_seconds, value
     )
 
 
@@ -221,9 +218,8 @@ def sampling_case(scale: Scale, workload: Workload, providers: tuple[str, ...], 
         return count_forward(scale.config, doubled, text, scale.dtype.itemsize)
 
     seconds = scale.step_seconds / 4
-    results = sampling_output, sampling_output
     return _model_case(
-        scale, "sampling", Pack.of(workload), providers, FORWARD, sampling_call, count, results, seconds, value
+        scale, "sampling", Pack.of(workload), providers, FORWARD, sampling_call, count, sampling_output, seconds, value
     )
 
 
@@ -240,7 +236,7 @@ def _model_case(
     direction: str,
     make_call: Callable[[Any, Any], Callable[[], object]],
     count: Callable[[Training], Count],
-    results: tuple[Results, Results],
+    results: Results,
     seconds: float,
     value: float,
 ) -> Case:
@@ -255,8 +251,7 @@ def _model_case(
                 contest,
                 calls={direction: make_call},
                 counts={direction: count(training)},
-                results=results[0],
-                full_results=results[1],
+                results=results,
             ),
             session,
         )
@@ -299,10 +294,9 @@ def model_contest(
         calls={TRAINING: training_call},
         counts={},
         sampling=sampling,
-        results=RESULTS[0],
+        results=model_results,
         check_work=None if short is pack else make_model_work(training.model, short, scale.text),
         check_name=short.name,
         smaller=smaller,
-        full_results=RESULTS[1],
         total_memory=True,
     )

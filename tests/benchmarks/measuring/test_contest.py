@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_toys import make_toy_work, toy_contest
+from bench_toys import crash, make_toy_work, toy_contest
 
 from opensora_fast.benchmarks.measuring.contest import make_yardstick, run_contest
 from opensora_fast.benchmarks.measuring.provider import Provider, choose_providers, of_function
@@ -268,6 +268,25 @@ def test_a_lost_device_stops_the_contest_with_the_rows_of_who_lost_it(session, m
     with pytest.raises(DeviceLostError, match="boom") as caught:
         run_contest(contest, session)
     assert [(row.provider, row.status) for row in caught.value.rows] == [("crash", "failed"), ("crash", "failed")]
+
+
+def test_who_was_wrong_before_the_device_was_lost_is_told(session, monkeypatch):
+    """What is wrong may lose the device as well: it is not to be tried again."""
+
+    def lose(work):
+        if work.leaves["a"].numel() == 64:
+            monkeypatch.setattr("opensora_fast.benchmarks.measuring.contest.release_memory", crash)
+            raise RuntimeError("boom")
+        return work.leaves["a"] * work.leaves["b"]
+
+    contest = toy_contest(["eager", "slightly-wrong", "wrong-when-large"], check_size=16)
+    contest = replace(contest, providers=[*contest.providers[1:], Provider("loses", of_function(lose))])
+    with pytest.raises(DeviceLostError) as caught:
+        run_contest(contest, session)
+    assert {row.provider for row in caught.value.rows} == {"loses"}
+    assert [(item.row.provider, item.row.direction) for item in caught.value.refused] == [
+        (wrong, direction) for wrong in ("slightly-wrong", "wrong-when-large") for direction in contest.calls
+    ]
 
 
 def test_a_device_that_is_lost_later_costs_no_row_of_before(session, monkeypatch):

@@ -27,7 +27,6 @@ from opensora_fast.benchmarks.providers.models import (
     MODEL_PROVIDERS,
     BoundModel,
     compute_losses,
-    model_output,
     model_provider,
     model_results,
     own_view,
@@ -283,7 +282,6 @@ def test_results_of_a_graphed_model_are_those_of_a_replay(model_work):
     results, same = model_results(replayed(model_work), model_work)
     assert_same(results, expected, 1e-6)
     assert same == sent_back
-    assert_same(model_output(replayed(model_work), model_work)[0], {"output": expected["output"]}, 1e-6)
     assert all(parameter.grad is None for parameter in model_work.model.parameters())
 
     class Forgetful(RunAgain):

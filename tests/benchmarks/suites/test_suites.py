@@ -16,6 +16,7 @@ from opensora_fast.benchmarks.measuring.provider import Provider
 from opensora_fast.benchmarks.measuring.session import Session
 from opensora_fast.benchmarks.predictions import predict
 from opensora_fast.benchmarks.providers.attention_work import KINDS
+from opensora_fast.benchmarks.providers.models import BoundModel, model_provider
 from opensora_fast.benchmarks.providers.variants import VARIANT_OF
 from opensora_fast.benchmarks.rows import read_folder
 from opensora_fast.benchmarks.running.runner import run_cases
@@ -365,6 +366,28 @@ def test_every_kind_of_case_runs_on_the_cpu(case):
         assert math.isnan(row.roofline_share)  # nobody measured the bandwidth in this session
     unavailable = {row.provider: row.reason for row in report.rows if row.status == "unavailable"}
     assert unavailable.get("ours", "needs a CUDA GPU") == "needs a CUDA GPU"
+
+
+def test_a_step_whose_gradients_are_wrong_on_the_timed_inputs_only_gets_no_time(monkeypatch):
+    eager = model_provider(VARIANT_OF["eager"])
+
+    def wrong_when_long(work):
+        bound = eager.prepare(work)
+
+        def model(latents, *arguments, **conditions):
+            output = bound.model(latents, *arguments, **conditions)
+            return output if latents.shape[2] < 4 else 2 * output - output.detach()
+
+        return BoundModel(model, work)
+
+    providers = (eager, replace(eager, name="wrong-when-long", prepare=wrong_when_long))
+    monkeypatch.setattr(models, "MODEL_PROVIDERS", providers)
+    case = models.step_case(scale_of("cpu"), Workload("144p", 4), tuple(provider.name for provider in providers), 0.0)
+    rows, refused = case.measure(Session("cpu", seconds_factor=0.01), case.providers)
+    assert {(row.provider, row.status) for row in rows} == {("eager", "ok")}
+    assert [(item.row.provider, item.result) for item in refused] == [
+        ("wrong-when-long", "gradient of the parameters of the timed inputs")
+    ]
 
 
 def test_encoders_leave_the_memory_before_other_steps_are_measured(monkeypatch):
