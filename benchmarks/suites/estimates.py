@@ -34,9 +34,9 @@ PACES = (
 PACES_OF = DATASHEETS["H200"]
 HOST_S = 0.25  # for the launches of a step, of "ours" on that machine at commit ebc1d03
 MARGIN = 1.08  # a plan that is too short leaves cases unmeasured
-# Forward and backward; inputs whose check is on smaller ones need the graphs of both, and one without gradients.
+# Forward and backward; inputs whose check is on smaller ones need the graphs of both.
 COMPILE_S = {"op": 6.0, "block": 15.0, "step": 18.0, "sampling": 15.0}
-GRAPHS_OF_SHORT_CHECKS = 2.5
+GRAPHS_OF_SHORT_CHECKS = 2.0
 LONGEST_CHECKED = 40_000  # tokens of timed inputs that are compared with float64 themselves, about
 FLEX_S = 20.0
 NORM_S = 3.0  # compiling the norm that attention libraries share
