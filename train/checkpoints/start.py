@@ -67,7 +67,7 @@ def agree_on_start(
     chosen = None
     if processes.rank == 0:
         start = choose_start(config, out, resume, init_from, report)
-        if start.resume is not None and start.resume.parent == out / "checkpoints":
+        if resume == "auto" and start.resume is not None:
             for folder in set_aside_newer(start.resume):
                 report(f"note: the damaged checkpoint is now called {folder}")
         if start.weights is not None:
