@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -103,8 +104,9 @@ class EpochPrefetcher(Generic[Item]):
             make_items: gives the iterator.
         """
         self.close()
-        self._running = Prefetcher(make_items, self.depth)
-        yield from self._running  # which closes it where the iterator is left
+        running = self._running = Prefetcher(make_items, self.depth)
+        with closing(running):
+            yield from running
 
     def run_on(self, make_items: Callable[[int, int], Iterator[Item]], epoch: int, start: int) -> Iterator[Item]:
         """The items of an epoch. Behind them the thread goes on with the next epoch, and so does the next call if it is

@@ -1,7 +1,9 @@
 """The clip loader: what is in a batch, bad clips, determinism, running ahead, and an end without leftovers."""
 
 import json
+import os
 import re
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -265,6 +267,21 @@ def test_no_thread_is_left(how, count_begun_threads):
             next(first)
     loader.close()
     assert count_begun_threads() == 0
+
+
+def test_ctrl_c_in_the_wait_for_a_batch_ends_the_thread(count_begun_threads):
+    decoder = GatedDecoder()
+    loader = make_loader(decoder, prefetch=1)
+    decoder.gate.clear()
+    timers = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)), threading.Timer(0.6, decoder.gate.set)
+    for timer in timers:
+        timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        next(loader.load(loader.sampler.iterate(0, 0)))
+    for timer in timers:
+        timer.join()
+    assert count_begun_threads() == 0
+    loader.close()
 
 
 def test_arguments():
