@@ -69,13 +69,14 @@ def load_sample_config(
 def load_any_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig[Any]:
     """Read a configuration of either kind. ValueError also where a file is of neither."""
     file = read_config_file(path)
-    given = set(file.values) | {text.partition("=")[0].partition(".")[0] for text in overrides}
-    if not given & {*TRAINING_KEYS, SAMPLING_KEY}:
+    keys = {*TRAINING_KEYS, SAMPLING_KEY}
+    chosen = keys & set(file.values) or keys & {parse_override(text)[0][0] for text in overrides}
+    if not chosen:
         raise ValueError(
             f"{path} has neither bucket_config, which a configuration for training needs, nor {SAMPLING_KEY}, which "
             "one for sampling needs"
         )
-    return load_config(TrainConfig if _is_for_training(file) else SampleConfig, file, overrides)
+    return load_config(TrainConfig if chosen & TRAINING_KEYS else SampleConfig, file, overrides)
 
 
 def _is_for_training(file: ConfigFile) -> bool:

@@ -44,6 +44,8 @@ def test_a_file_that_is_of_neither_kind_says_what_either_needs(capsys, tmp_path)
     )
     assert run(["train", str(path), "--dry-run"]) == 1
     assert f"{path}: bucket_config: is missing" in capsys.readouterr().err
+    assert run(["config", "show", str(path), "bucket_config.144p.16=(1.0, 2)", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "TrainConfig"
 
 
 def test_mistakes(capsys, tmp_path):
