@@ -49,15 +49,20 @@ def locate_pretrained(
     download is announced on stderr with its size. Every failure is a ValueError with the fix.
     """
     setting = setting or f"{owner}.from_pretrained"
-    folder = find_folder(setting, source, needs, example)
-    if folder is not None:
-        return folder
-    return _from_hub(owner, setting, str(source), needs, cache_dir, local_files_only)
+    folder = find_folder(owner, setting, source, needs, example, cache_dir, local_files_only)
+    return _download(owner, setting, str(source), needs, cache_dir) if folder is None else folder
 
 
-def find_folder(setting: str, source: str | Path | None, needs: tuple[Need, ...], example: str) -> Path | None:
-    """What `locate_pretrained` takes of a source on this machine; None where it can only be a hub id. ValueError as
-    there."""
+def find_folder(
+    owner: str,
+    setting: str,
+    source: str | Path | None,
+    needs: tuple[Need, ...],
+    example: str,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> Path | None:
+    """What `locate_pretrained` takes of a source on this machine; None where it would download. ValueError as there."""
     if not source:
         raise ValueError(f"{setting} is missing: give a local folder, or a hub id such as {example!r}")
     path = Path(source).expanduser()
@@ -72,6 +77,17 @@ def find_folder(setting: str, source: str | Path | None, needs: tuple[Need, ...]
         raise ValueError(
             f"{setting}: there is no folder {path}; put the files of {example} there, or give another "
             f"folder or a hub id"
+        )
+    cache = _get_cache(cache_dir)
+    cached = _find_cached(str(source), cache)
+    missing = ["every file"] if cached is None else _missing(cached, needs)
+    if not missing:
+        return cached
+    if local_files_only:
+        raise ValueError(
+            f"{setting}: {str(source)!r} is no folder here, and the Hugging Face cache {cache} lacks "
+            f"{'; '.join(missing)}. local_files_only=True forbids a download: set {owner}.local_files_only=False, or "
+            f"run {_by_hand(setting, str(source))}"
         )
     return None
 
@@ -185,23 +201,14 @@ def _find_cached(hub_id: str, cache: Path) -> Path | None:
         return None
 
 
-def _from_hub(
-    owner: str, setting: str, hub_id: str, needs: tuple[Need, ...], cache_dir: str | Path | None, local_files_only: bool
-) -> Path:
+def _by_hand(setting: str, hub_id: str) -> str:
+    return f"`hf download {hub_id}` where there is network, then give that folder as {setting}"
+
+
+def _download(owner: str, setting: str, hub_id: str, needs: tuple[Need, ...], cache_dir: str | Path | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     cache = _get_cache(cache_dir)
-    by_hand = f"`hf download {hub_id}` where there is network, then give that folder as {setting}"
-    cached = _find_cached(hub_id, cache)
-    missing = ["every file"] if cached is None else _missing(cached, needs)
-    if not missing:
-        return cached
-    if local_files_only:
-        raise ValueError(
-            f"{setting}: {hub_id!r} is no folder here, and the Hugging Face cache {cache} lacks "
-            f"{'; '.join(missing)}. local_files_only=True forbids a download: set {owner}.local_files_only=False, or "
-            f"run {by_hand}"
-        )
     try:
         sizes = {file.rfilename: file.size or 0 for file in HfApi().model_info(hub_id, files_metadata=True).siblings}
         wanted = {name for need in needs for name in need.match(list(sizes))} | set(fnmatch.filter(sizes, "*.json"))
@@ -217,7 +224,7 @@ def _from_hub(
         raise ValueError(
             f"{setting}: {hub_id!r} is no folder here, is not in the Hugging Face cache {cache}, and "
             f"could not be downloaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}). Check "
-            f"the name and the network, or run {by_hand}"
+            f"the name and the network, or run {_by_hand(setting, hub_id)}"
         ) from error
     missing = _missing(folder, needs)
     if missing:

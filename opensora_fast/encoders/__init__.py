@@ -133,7 +133,8 @@ def refuse_missing_weights(config: dict[str, Any]) -> None:
     module_name, _ = (VIDEO_ENCODERS | TEXT_ENCODERS)[config["type"]]
     module = importlib.import_module(f"{__name__}.{module_name}")
     if hasattr(module, "find_weights"):
-        module.find_weights(config.get("from_pretrained"))
+        where = {key: config[key] for key in ("cache_dir", "local_files_only") if key in config}
+        module.find_weights(config.get("from_pretrained"), **where)
 
 
 def fingerprint_weights(config: dict[str, Any]) -> str | None:

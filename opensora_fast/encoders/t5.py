@@ -28,9 +28,12 @@ NEEDS = (
 )
 
 
-def find_weights(source: str | Path | None) -> Path | None:
-    """The folder on this machine; None where it can only be a hub id. ValueError if there is none, or files lack."""
-    return find_folder("text_encoder.from_pretrained", source, NEEDS, EXAMPLE)
+def find_weights(
+    source: str | Path | None, cache_dir: str | None = None, local_files_only: bool = False
+) -> Path | None:
+    """The folder on this machine; None where it would be downloaded. ValueError if there is none, or files lack."""
+    setting = "text_encoder.from_pretrained"
+    return find_folder("text_encoder", setting, source, NEEDS, EXAMPLE, cache_dir, local_files_only)
 
 
 class T5Encoder:

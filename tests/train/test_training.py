@@ -430,6 +430,10 @@ def test_mistakes_are_one_message_and_leave_no_folder(train, tmp_path, more, mes
         (["vae=dict(type='VideoAutoencoderKL')"], "vae.from_pretrained is missing"),
         (["text_encoder=dict(type='t5', from_pretrained='{config}')"], "tiny.py is a file; give the folder"),
         (["text_encoder=dict(type='t5')"], "text_encoder.from_pretrained is missing"),
+        (
+            ["text_encoder=dict(type='t5', from_pretrained='a/b', local_files_only=True, cache_dir='{config}s')"],
+            "lacks every file. local_files_only=True forbids a download",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
