@@ -47,9 +47,11 @@ class Start:
 
 
 def refuse_other_place(out: Path) -> None:
-    """ValueError where the folder of a run would be a file, or a checkpoint: even the lock is a file too many there."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give a folder")
+    """ValueError where the folder of a run would be a file, lie below one, or be a checkpoint: even the lock is a file
+    too many there."""
+    nearest = next(place for place in (out, *out.parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--out {out}: {nearest} is a file: give a folder")
     if (out / COMPLETE).exists():
         raise ValueError(f"{out} is a checkpoint, in which a run would spoil it: give another --out")
 
