@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 from opensora_fast.costs.operations import Count, count_block, count_forward, count_optimizer, count_training_step
@@ -201,10 +202,12 @@ def sustained_case(scale: Scale, workload: Workload, seconds: float, value: floa
 
 
 def _many_steps(bound: Bound, work: ModelWork) -> Call:
+    """The first call is one step, for a graph is captured in the second, and memory is measured in the second call."""
     step = training_call(bound, work)
+    counts = chain([1], repeat(SUSTAINED_STEPS))
 
     def steps() -> None:
-        for _ in range(SUSTAINED_STEPS):
+        for _ in range(next(counts)):
             step()
 
     return steps

@@ -207,6 +207,16 @@ def test_what_power_decides_is_measured_without_a_pause_by_each_alone():
     assert sum(case.seconds for case in cases) + STARTUP_S < 540
 
 
+def test_the_second_step_whose_memory_is_a_graphs_is_in_the_call_that_is_measured(monkeypatch):
+    taken = []
+    monkeypatch.setattr(models, "training_call", lambda bound, work: lambda: taken.append(None))
+    call, counts = models._many_steps(None, None), []
+    for _ in range(3):  # the first one, that of the memory, and a sample
+        call()
+        counts.append(len(taken))
+    assert counts == [1, 1 + models.SUSTAINED_STEPS, 1 + 2 * models.SUSTAINED_STEPS]
+
+
 def test_sizes_of_the_comparison_with_float64():
     scale = scale_of("cuda")
     pack = Pack.of(Workload("240p", 16, 5))
