@@ -214,7 +214,7 @@ def _prepare_folder(
     if start.resume is not None:
         check_changes(start.resume, config, data, processes.world_size, processes.replicas, report)
     if needs_fit(config):
-        find_fitted(start, out)
+        find_fitted(start, out)  # for its refusal, before anything is written
 
     with processes.first():
         out.mkdir(parents=True, exist_ok=True)

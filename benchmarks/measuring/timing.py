@@ -13,6 +13,7 @@ import torch
 # Written between samples; larger than the L2 of any GPU so far (B200: 126 MB).
 FLUSH_BYTES = 256 * 2**20
 FEWEST_ROUNDS = 3
+ALL_OF_THE_BUDGET = 10**9  # so many `min_samples` that none ends the sampling before its budget does
 
 Call = Callable[[], object]
 

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -43,6 +42,7 @@ from .attention_work import (
     AttentionWork,
     Normalize,
     attend_run_by_run,
+    make_starts,
     normalize,
     sequence_lengths,
     to_sequences,
@@ -180,8 +180,7 @@ def _torch_varlen(
 
 def _prepare_varlen(attend: AttendVarlen, work: AttentionWork) -> Bound:
     q_lengths, k_lengths = sequence_lengths(work)
-    starts = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (q_lengths, k_lengths)]
-    q_starts, k_starts = (tensor.to(work.layout.device) for tensor in starts)
+    q_starts, k_starts = (make_starts(lengths, work.layout.device) for lengths in (q_lengths, k_lengths))
     norm = norm_for_libraries(work)
 
     def call() -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -178,6 +179,11 @@ def sequence_lengths(work: AttentionWork) -> tuple[list[int], list[int]]:
     groups = equal_sequences(work)
     queries, keys = ([length for group in groups for length in [group[index]] * group[0]] for index in (1, 2))
     return queries, keys
+
+
+def make_starts(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Where sequences that follow each other begin, and the last ends: int32 [sequences + 1]."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
 def normalize(work: AttentionWork, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ Parameter names and shapes are upstream's, so the state dict of `STDiT2` loads.
 from __future__ import annotations
 
 import importlib.util
-from itertools import accumulate
 
 import torch
 import torch.utils.checkpoint
@@ -21,6 +20,8 @@ from torch.nn.functional import gelu, layer_norm, pad, scaled_dot_product_attent
 
 from opensora_fast.model import STDiT2, STDiT2Config
 from opensora_fast.model.positions import position_embedding
+
+from .attention_work import make_starts
 
 Starts = tuple[Tensor, Tensor]  # of each video's tokens and of its text's, int32 [B + 1]
 
@@ -79,11 +80,7 @@ def varlen_starts(x: Tensor, text_lengths: list[int]) -> Starts | None:
     if len(set(text_lengths)) == 1 or not takes or importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     videos, tokens = x.shape[:2]
-    lengths = [tokens] * videos, text_lengths
-    of_videos, of_texts = (
-        torch.tensor([0, *accumulate(each)], dtype=torch.int32).to(x.device, non_blocking=True) for each in lengths
-    )
-    return of_videos, of_texts
+    return make_starts([tokens] * videos, x.device), make_starts(text_lengths, x.device)
 
 
 def cross_attention(

@@ -16,7 +16,7 @@ from ..measuring.contest import FORWARD_BACKWARD
 from ..measuring.provider import Provider
 from ..measuring.race import Check, Entry, run_race
 from ..measuring.session import Session
-from ..measuring.timing import Call, Sampling
+from ..measuring.timing import ALL_OF_THE_BUDGET, Call, Sampling
 from ..providers.products import BLOCK_PRODUCTS, DIRECTIONS, Product, make_product
 from .ceilings import VALUE, check_product, count_product, draw_operands, linear_widths
 from .scale import Scale
@@ -25,7 +25,6 @@ from .scale import Scale
 TIMES = {"qkv": 2, "proj": 4, "fc1": 1, "fc2": 1}
 SECONDS = 4.0  # of samples; power settles within the first
 OTHER_SECONDS = 3.0  # operands, checks and first calls
-MANY = 10**9  # samples: all of the time is used
 
 
 def list_cases(scale: Scale) -> list[Case]:
@@ -62,7 +61,7 @@ def _case(scale: Scale, name: str, providers: Sequence[Provider]) -> Case:
         prepare = partial(_prepare, makers, blocks)
         entry = Entry(name, version, FORWARD_BACKWARD, prepare, missing, count, calls_per_sample=blocks)
         seconds = session.sampling_seconds(min(SECONDS, 2 * scale.seconds))
-        sampling = Sampling(seconds, min_samples=MANY, warm_up=1, watched=True)
+        sampling = Sampling(seconds, ALL_OF_THE_BUDGET, warm_up=1, watched=True)
         return run_race(template, [entry], sampling, session)
 
     estimate = SECONDS + OTHER_SECONDS if scale.device == "cuda" else 0.0

@@ -15,7 +15,7 @@ from ..measuring.contest import FORWARD, FORWARD_BACKWARD, OP_CALLS, Contest, ru
 from ..measuring.provider import Bound, choose_providers
 from ..measuring.replay import recorder_of
 from ..measuring.session import Session
-from ..measuring.timing import Call, Sampling
+from ..measuring.timing import ALL_OF_THE_BUDGET, Call, Sampling
 from ..providers.blocks import BLOCK_PROVIDERS, BLOCK_REFERENCES, make_block_work
 from ..providers.model_work import TRAINING, ModelWork, Training, make_model_work, make_training
 from ..providers.models import (
@@ -183,9 +183,8 @@ def sustained_case(scale: Scale, workload: Workload, seconds: float, value: floa
 
     def measure(session: Session, names: Sequence[str]) -> Outcome:
         training = shared_training(scale, session)
-        # All of the time is used, however many samples that gives.
         planned = seconds if scale.device == "cuda" else scale.step_seconds
-        sampling = Sampling(session.sampling_seconds(planned), min_samples=10**9, warm_up=1, watched=True)
+        sampling = Sampling(session.sampling_seconds(planned), ALL_OF_THE_BUDGET, warm_up=1, watched=True)
         contest = model_contest(scale, template, pack, training, names, sampling)
         contest = replace(
             contest,

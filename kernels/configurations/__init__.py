@@ -165,7 +165,7 @@ def select(table: Table, kernel: str, shape_class: str, device: torch.device) ->
 def _find_measured(
     kernel: str, shape_class: str, candidates: Sequence[Configuration], arch: str | None, gpu: str | None
 ) -> Configuration | None:
-    if arch is None or gpu is None:
+    if arch is None or gpu is None:  # a CPU
         return None
     if (kernel, shape_class) not in read_measured(gpu):
         gpu = MEASURED_ALIKE.get(arch, gpu)
